@@ -1,0 +1,48 @@
+"""Who goes into the next UNet call.
+
+Owns the order of rows: first come first served within a latent shape, shapes by turns. Knows nothing
+of tensors: a row is anything with an `id` and a `shape`.
+"""
+
+from collections import OrderedDict
+from typing import Generic, Protocol, TypeVar
+
+
+class _Row(Protocol):
+    @property
+    def id(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+R = TypeVar("R", bound=_Row)
+
+
+class Batcher(Generic[R]):
+    """At most `max_rows` rows of one latent shape go together; the rest of that shape wait."""
+
+    def __init__(self, max_rows: int):
+        self.max_rows = max_rows
+        self._by_shape: OrderedDict[tuple[int, ...], list[R]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self._by_shape.values())
+
+    def add(self, row: R) -> None:
+        self._by_shape.setdefault(row.shape, []).append(row)
+
+    def discard(self, row: R) -> None:
+        """Take a row out, if it is here; its place is free at the next step."""
+        rows = self._by_shape.get(row.shape, [])
+        if row in rows:
+            rows.remove(row)
+        if not rows:
+            self._by_shape.pop(row.shape, None)
+
+    def choose(self) -> list[R]:
+        """The rows of the next call, oldest first; none when nothing is here."""
+        if not self._by_shape:
+            return []
+        shape = next(iter(self._by_shape))
+        self._by_shape.move_to_end(shape)
+        return self._by_shape[shape][: self.max_rows]

@@ -1,0 +1,151 @@
+"""The engine: one model on one device, advancing rows one denoising step at a time.
+
+Owns the life of a row, from request to result, and the batch tensors of a step. Rows of one UNet call
+share the weights, the latent shape and the dtype, and nothing else. Knows nothing of where requests
+come from. Legend: P places of a call, C H W latent channels and size, L tokens, D width.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+
+import torch
+
+from rayjobs.diffusion.batcher import Batcher
+from rayjobs.diffusion.lora import LoraBank
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.places import Places
+from rayjobs.diffusion.prompt import PromptEncoder
+from rayjobs.diffusion.request import Request, Result
+from rayjobs.diffusion.row import Row, prepare_row
+from rayjobs.diffusion.side import Side
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Turns requests into images; `max_rows` requests of one size share a UNet call.
+
+    With `fixed_shape` every UNet call has `places` rows (by default two for each request, for
+    guidance), every text-encoder call `max_rows` and every autoencoder call one: short calls are
+    padded and a request's bits do not depend on its neighbours. Without it calls are as large as
+    needed, which saves the padding and promises a tolerance only.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_rows: int = 8,
+        *,
+        places: int | None = None,
+        fixed_shape: bool = True,
+        prompt_cache: int = 1024,
+    ):
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
+        self.model = model
+        self.loras = LoraBank(model)
+        self.prompts = PromptEncoder(model, self.loras, max_rows, prompt_cache)
+        self.rows: dict[int, Row] = {}
+        self._batcher: Batcher[Row] = Batcher(max_rows)
+        self._places = Places(model, self.loras, places or 2 * max_rows, fixed_shape)
+        self._side = Side(model)
+        self._failed: list[Result] = []
+        self._ids = count()
+        self._keep_pixels = False
+
+    @property
+    def num_pending(self) -> int:
+        """Requests added and not yet returned."""
+        return len(self.rows) + len(self._failed)
+
+    def add(self, request: Request) -> int:
+        """Take a request in; it joins at a next step. What is wrong with it is its result."""
+        row_id = next(self._ids)
+        try:
+            row = prepare_row(row_id, request, self.model, self.loras)
+        except (ValueError, ImportError) as error:
+            self._failed.append(Result(id=row_id, request=request, error=str(error)))
+            return row_id
+        self.rows[row_id] = row
+        if row.is_ready:
+            self._batcher.add(row)
+        else:
+            self._side.encode(row)
+        return row_id
+
+    def cancel(self, row_id: int) -> bool:
+        """Drop a request and free its place; False when it is unknown or already returned."""
+        row = self.rows.pop(row_id, None)
+        if row is not None:
+            self._batcher.discard(row)
+        return row is not None
+
+    @torch.inference_mode()
+    def step(self) -> list[Result]:
+        """One UNet call for the rows whose turn it is; returns the requests that are finished."""
+        self._admit_encoded()
+        rows = self._batcher.choose()
+        if rows:
+            self._encode_prompts(rows)
+            noise = self._places.predict_noise(rows)
+            for row, noise_1CHW in zip(rows, noise, strict=True):
+                row.advance(noise_1CHW)
+            self._decode_finished(rows)
+        return self._collect(wait=not rows)
+
+    def generate(
+        self, requests: Iterable[Request], keep_pixels: bool = False
+    ) -> Iterator[Result]:
+        """Make all `requests`, drawn from only as places fall free, in the order they finish."""
+        self._keep_pixels = keep_pixels
+        remaining = iter(requests)
+        while True:
+            room = 2 * self._batcher.max_rows - self.num_pending
+            for request in islice(remaining, max(0, room)):
+                self.add(request)
+            if not self.num_pending:
+                return
+            yield from self.step()
+
+    def _admit_encoded(self) -> None:
+        """Rows whose init image is encoded by now join; those whose image was bad leave."""
+        idle = not len(self._batcher)
+        for row, error in self._side.encoded(wait=idle and not self._side.is_decoding):
+            if row.id not in self.rows:
+                continue
+            if error is None:
+                self._batcher.add(row)
+            else:
+                self._fail(row, error)
+
+    def _encode_prompts(self, rows: list[Row]) -> None:
+        """Embeddings for rows that have none yet, with those of the rows that wait behind them."""
+        new = [row for row in rows if row.embeddings is None]
+        if not new:
+            return
+        waiting = [row for row in self.rows.values() if row.embeddings is None and row not in new]
+        new += waiting[: max(0, self.prompts.batch - len(new))]
+        texts = [text for row in new for text in row.texts]
+        embeddings = iter(self.prompts.encode(texts))
+        for row in new:
+            row.embeddings = [next(embeddings) for _ in row.texts]
+
+    def _decode_finished(self, rows: list[Row]) -> None:
+        for row in rows:
+            if row.is_done:
+                self._batcher.discard(row)
+                self._side.decode(row)
+
+    def _collect(self, wait: bool) -> list[Result]:
+        """Failures and decoded pictures since the last step; `wait` for one if none is there."""
+        results, self._failed = self._failed, []
+        for row, pixels_CHW, image, error in self._side.decoded(wait=wait and not results):
+            if self.rows.pop(row.id, None) is None:
+                continue
+            pixels = pixels_CHW if self._keep_pixels else None
+            results.append(row.result(image=image, pixels=pixels, error=error))
+        return results
+
+    def _fail(self, row: Row, reason: str) -> None:
+        del self.rows[row.id]
+        self._failed.append(row.result(error=reason))

@@ -1,0 +1,71 @@
+"""Between pictures and latents: noise from a seed, an init image's encoding, decoding to pixels.
+
+Owns the scaling conventions of each family's autoencoder. Knows nothing of rows or of denoising.
+"""
+
+import io
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rayjobs.diffusion.model import Model
+
+
+def draw_noise(
+    generator: torch.Generator, shape_CHW: tuple[int, int, int], model: Model
+) -> torch.Tensor:
+    """Standard normal (1, C, H, W), drawn on the CPU so that a seed means the same everywhere."""
+    return randn_tensor((1, *shape_CHW), generator, torch.device(model.device), model.dtype)
+
+
+def open_image(source: Image.Image | bytes | str) -> Image.Image:
+    """An RGB image, upright, fully decoded. Raises ValueError that names no path."""
+    try:
+        if isinstance(source, bytes):
+            source = Image.open(io.BytesIO(source))
+        elif isinstance(source, str):
+            source = Image.open(source)
+        upright: Image.Image = ImageOps.exif_transpose(source)
+        return upright.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError("init image cannot be read: no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError("init image cannot be read: not a known image format") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"init image cannot be read: {reason}") from None
+
+
+def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.Tensor:
+    """(1, 3, H, W) in -1..1; an image of another size is scaled to cover and cropped at its centre."""
+    processor = VaeImageProcessor(vae_scale_factor=model.vae_scale)
+    mode = "default" if image.size == (width, height) else "crop"
+    x_1CHW: torch.Tensor = processor.preprocess(image, height, width, resize_mode=mode)
+    return x_1CHW
+
+
+@torch.inference_mode()
+def encode_image(x_1CHW: torch.Tensor, generator: torch.Generator, model: Model) -> torch.Tensor:
+    """Scaled latents (1, C, h, w), sampled from the autoencoder's posterior."""
+    posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist
+    z_1CHW = posterior.sample(generator).to(model.dtype)
+    mean, std = model.latents_mean_std
+    return (z_1CHW - mean) * model.vae.config.scaling_factor / std
+
+
+@torch.inference_mode()
+def decode_latents(z_BCHW: torch.Tensor, model: Model) -> torch.Tensor:
+    """Pixels (B, 3, H, W) float32 in 0..1 on the CPU."""
+    mean, std = model.latents_mean_std
+    z_BCHW = z_BCHW.to(model.vae.dtype)
+    z_BCHW = z_BCHW * std / model.vae.config.scaling_factor + mean
+    x_BCHW = model.vae.decode(z_BCHW, return_dict=False)[0]
+    return (x_BCHW.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def to_image(pixels_CHW: torch.Tensor) -> Image.Image:
+    """An 8-bit RGB picture of float pixels in 0..1."""
+    pixels = (pixels_CHW.permute(1, 2, 0) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.contiguous().numpy())

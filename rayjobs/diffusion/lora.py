@@ -1,0 +1,207 @@
+"""LoRA adapters that differ from row to row of one call.
+
+Owns reading adapter files and the gathered low-rank products: row b of a layer's output gets
+`scale_b * (x_b A_b^T) B_b^T` (arXiv 2106.09685, eq. 3), with the factors of the row's own adapters.
+Knows nothing of requests. Legend: P places, K adapters of a row, R rank, T tokens, I in, O out.
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+
+from rayjobs.diffusion.model import Model
+
+LoraUse = tuple[tuple[str, float], ...]
+"""A row's adapters: (SHA-256 of the file, scale), in order."""
+
+FACTOR = re.compile(
+    r"(?P<part>unet|text_encoder_2|text_encoder)\.(?P<module>.+?)(?:\.processor)?"
+    r"(?:\.lora|_lora|\.lora_linear_layer)?[._](?:lora_)?(?P<factor>A|B|down|up)(?:\.\w+)?\.weight"
+)
+
+
+class LoraBank:
+    """The adapters loaded beside one model; each is held once, however many rows use it."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self._paths: dict[str, str] = {}
+        self._numbers: dict[str, int] = {"": 0}  # adapter 0 is all zeros: a row without one
+        self._layers: dict[str, _LoraLayer] = {}
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def load(self, path: str) -> str:
+        """Make the adapter at `path` (a safetensors file or its folder) usable; return its SHA-256.
+
+        Raises ValueError when the file is missing, is no LoRA, or does not fit the model.
+        """
+        if path in self._paths:
+            return self._paths[path]
+        file = _weight_file(Path(path))
+        with file.open("rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        if sha256 not in self._numbers:
+            factors = self._read(file)
+            self._numbers[sha256] = len(self._numbers)
+            for (part, name), (down, up) in factors.items():
+                self._layer(part, name, file).put(self._numbers[sha256], down, up)
+        self._paths[path] = sha256
+        return sha256
+
+    @contextlib.contextmanager
+    def applied(self, uses: Sequence[LoraUse]) -> Iterator[None]:
+        """Within this context, place p of every call runs with the adapters of `uses[p]`."""
+        if not any(uses):
+            yield
+            return
+        width = max(len(use) for use in uses)
+        padded = [[*use, *[("", 0.0)] * (width - len(use))] for use in uses]
+        numbers = [[self._numbers[sha256] for sha256, _ in row] for row in padded]
+        scales = [[scale for _, scale in row] for row in padded]
+        device = self.model.device
+        self._rows = (torch.tensor(numbers, device=device), torch.tensor(scales, device=device))
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def _layer(self, part: str, name: str, file: Path) -> "_LoraLayer":
+        key = f"{part}.{name}"
+        if key not in self._layers:
+            module = _find_module(self.model, part, name)
+            if module is None:
+                raise ValueError(f"LoRA {file.name} is for another model: it has no layer {key}")
+            self._layers[key] = layer = _LoraLayer(module)
+            module.register_forward_hook(
+                lambda _, args, output: (
+                    output if self._rows is None else layer.add(args[0], output, *self._rows)
+                )
+            )
+        return self._layers[key]
+
+    def _read(self, file: Path) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
+        """Factors A (R, I) and B (O, R) by layer, B with the file's own alpha / rank folded in."""
+        mixin: Any = (
+            StableDiffusionXLLoraLoaderMixin
+            if self.model.family == "sdxl"
+            else StableDiffusionLoraLoaderMixin
+        )
+        try:
+            tensors, alphas, metadata = mixin.lora_state_dict(
+                str(file), unet_config=self.model.unet.config, return_lora_metadata=True
+            )
+        except Exception as error:
+            raise ValueError(f"LoRA {file} cannot be read: {str(error).splitlines()[0]}") from error
+        halves: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            match = FACTOR.fullmatch(key)
+            if match is None:
+                raise ValueError(f"LoRA {file.name} has {key!r}, which is no plain LoRA factor")
+            half = "down" if match["factor"] in ("A", "down") else "up"
+            halves.setdefault((match["part"], match["module"]), {})[half] = tensor
+        if not halves or any(len(pair) != 2 for pair in halves.values()):
+            raise ValueError(f"{file} is not a LoRA: it has no pairs of down and up factors")
+        return {
+            (part, name): (pair["down"], pair["up"] * _strength(part, name, pair, alphas, metadata))
+            for (part, name), pair in halves.items()
+        }
+
+
+class _LoraLayer:
+    """One layer's factors, stacked over adapters and padded with zeros to one rank."""
+
+    def __init__(self, module: torch.nn.Module):
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            raise ValueError(f"LoRA on a {type(module).__name__} is not supported")
+        self.module = module
+        self.down = module.weight.new_zeros(1, 0, *module.weight.shape[1:])  # (N, R, I...)
+        self.up = module.weight.new_zeros(1, module.weight.shape[0], 0)  # (N, O, R)
+
+    def put(self, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
+        up = up.flatten(1)
+        if down.shape[1:] != self.down.shape[2:] or up.shape[0] != self.up.shape[1]:
+            raise ValueError(f"LoRA factors {tuple(down.shape)}, {tuple(up.shape)} do not fit")
+        num = max(number + 1, len(self.down))
+        rank = max(down.shape[0], self.down.shape[1])
+        downs = self.down.new_zeros(num, rank, *self.down.shape[2:])
+        ups = self.up.new_zeros(num, self.up.shape[1], rank)
+        downs[: len(self.down), : self.down.shape[1]] = self.down
+        ups[: len(self.up), :, : self.up.shape[2]] = self.up
+        downs[number, : down.shape[0]] = down.to(downs)
+        ups[number, :, : up.shape[1]] = up.to(ups)
+        self.down, self.up = downs, ups
+
+    def add(
+        self, x: torch.Tensor, y: torch.Tensor, numbers_PK: torch.Tensor, scales_PK: torch.Tensor
+    ) -> torch.Tensor:
+        """`y` plus each place's own low-rank product of `x`."""
+        known = numbers_PK < len(self.down)  # later adapters do not touch this layer
+        numbers_PK = numbers_PK * known
+        down = self.down[numbers_PK].flatten(1, 2)  # (P, K R, I...)
+        up_POR = self.up[numbers_PK].transpose(1, 2).flatten(2)  # (P, O, K R)
+        rank = self.down.shape[1]
+        scale_PR = (scales_PK * known).repeat_interleave(rank, dim=1).to(y.dtype)
+        up_PRO = up_POR.transpose(1, 2) * scale_PR[:, :, None]
+        if isinstance(self.module, torch.nn.Conv2d):
+            h_PRT = _grouped_conv(x, down, self.module).flatten(2)
+            h_PTR = h_PRT.transpose(1, 2)
+            flat = torch.baddbmm(y.flatten(2).transpose(1, 2), h_PTR, up_PRO)
+            return flat.transpose(1, 2).reshape(y.shape)
+        x_PTI = x.reshape(len(x), -1, x.shape[-1])
+        y_PTO = y.reshape(len(y), -1, y.shape[-1])
+        return torch.baddbmm(y_PTO, torch.bmm(x_PTI, down.transpose(1, 2)), up_PRO).view(y.shape)
+
+
+def _grouped_conv(x: torch.Tensor, down: torch.Tensor, module: torch.nn.Conv2d) -> torch.Tensor:
+    """Each place convolved with its own kernels: places become groups of one call."""
+    places, rank = down.shape[:2]
+    x = x.reshape(1, -1, *x.shape[2:])
+    h = F.conv2d(x, down.flatten(0, 1), None, module.stride, module.padding, groups=places)
+    return h.view(places, rank, *h.shape[2:])
+
+
+def _strength(
+    part: str,
+    name: str,
+    pair: dict[str, torch.Tensor],
+    alphas: dict[str, Any] | None,
+    metadata: dict[str, Any] | None,
+) -> float:
+    """alpha / rank: from the layer's own alpha, else the file's metadata, else 1."""
+    rank = pair["down"].shape[0]
+    alpha = (alphas or {}).get(f"{part}.{name}.alpha")
+    if alpha is None:
+        patterns = (metadata or {}).get(f"{part}.alpha_pattern") or {}
+        found = [value for key, value in patterns.items() if name.endswith(key)]
+        alpha = found[0] if found else (metadata or {}).get(f"{part}.lora_alpha", rank)
+    return float(alpha) / rank
+
+
+def _find_module(model: Model, part: str, name: str) -> torch.nn.Module | None:
+    """The layer of that name; transformers 5.6 dropped `text_model.` from the first encoder's."""
+    encoders = dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))
+    root = model.unet if part == "unet" else encoders.get(part)
+    for candidate in (name, name.removeprefix("text_model."), f"text_model.{name}"):
+        try:
+            found: torch.nn.Module = root.get_submodule(candidate)
+            return found
+        except AttributeError:
+            continue
+    return None
+
+
+def _weight_file(path: Path) -> Path:
+    if path.is_dir():
+        path = path / "pytorch_lora_weights.safetensors"
+    if not path.is_file():
+        raise ValueError(f"LoRA {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
+    return path

@@ -1,0 +1,109 @@
+"""What a caller asks of the engine and what it gets back.
+
+Owns the words of a request and the checks that need no model. Knows neither torch nor diffusers, so
+a front end can build requests without loading either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+SIZE_MULTIPLE = 8
+"""Width and height must be divisible by this, as in diffusers' pipelines."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lora:
+    """One adapter of a request: a local safetensors file (or its folder) and how strongly it acts."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One image to make.
+
+    `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name; without
+    one the model's own is used. `sampler_options` are that class's config options, and `eta`.
+    `guidance_scale` above 1 costs a second place in every UNet call; without one the family's usual
+    value is used. `width` and `height` are pixels; without them they are the init image's, else the
+    model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
+    image-to-image; `strength` in (0, 1] says how much of the schedule it goes through.
+    `negative_prompt` None and "" differ for SDXL models, as in diffusers.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int = 30
+    sampler: str | None = None
+    sampler_options: Mapping[str, Any] = field(default_factory=dict)
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    clip_skip: int | None = None
+    width: int | None = None
+    height: int | None = None
+    init_image: Image | bytes | str | None = None
+    strength: float = 0.5
+    loras: tuple[Lora, ...] = ()
+
+    def check(self) -> None:
+        """Raise ValueError naming the first value that no model could serve."""
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be text, not {type(self.prompt).__name__}")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
+        for name in ("width", "height"):
+            check_side(name, getattr(self, name))
+        for name in ("guidance_scale", "guidance_rescale"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be a number of at least 0")
+        if self.clip_skip is not None and self.clip_skip < 0:
+            raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
+        if self.init_image is not None:
+            check_strength(self.strength, self.steps)
+
+
+def check_side(name: str, pixels: int | None) -> None:
+    """Raise ValueError unless `pixels` is None or a positive multiple of 8."""
+    if pixels is None or (pixels > 0 and pixels % SIZE_MULTIPLE == 0):
+        return
+    near = max(SIZE_MULTIPLE, round(pixels / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+    raise ValueError(f"{name} is {pixels}; it must be a multiple of {SIZE_MULTIPLE}, such as {near}")
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Raise ValueError unless image-to-image at `strength` leaves at least one step."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}; it must be above 0 and at most 1")
+    if int(strength * steps) < 1:
+        raise ValueError(
+            f"strength {strength} of {steps} steps leaves no step to make; "
+            f"raise strength to at least {1 / steps:.3g} or steps to {int(1 / strength) + 1}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """One finished request: the same `request` object, and an image or the reason there is none.
+
+    `pixels` is float32 (3, H, W) in 0..1 before rounding to 8 bits, kept only when asked for.
+    `warnings` say what was not done as asked, such as a prompt cut at the encoder's length.
+    """
+
+    id: int
+    request: Request
+    image: Image | None = None
+    error: str | None = None
+    pixels: torch.Tensor | None = None
+    warnings: tuple[str, ...] = ()

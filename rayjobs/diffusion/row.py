@@ -1,0 +1,132 @@
+"""A row: one request's place in the batch, with everything that is its own.
+
+Owns the request's texts, sampler, generator and latents. Knows nothing of the other rows.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from rayjobs.diffusion.latents import draw_noise, encode_image, fitted, open_image
+from rayjobs.diffusion.lora import LoraBank, LoraUse
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.prompt import Embedding, Text
+from rayjobs.diffusion.request import Request, Result, check_side
+from rayjobs.diffusion.sampler import Sampler
+
+
+@dataclass(eq=False)
+class Row:
+    """`shape` is (C, H, W) of the latents; the first of two texts is the negative one.
+
+    `latents` are None until an init image is encoded; `embeddings` until the prompts are.
+    """
+
+    id: int
+    request: Request
+    sampler: Sampler
+    generator: torch.Generator
+    guidance_scale: float
+    shape: tuple[int, int, int]
+    texts: list[Text]
+    loras: LoraUse
+    size_ids: list[float]
+    init_1CHW: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    embeddings: list[Embedding] | None = field(default=None)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.latents is not None
+
+    @property
+    def is_done(self) -> bool:
+        return self.sampler.is_done
+
+    @property
+    def num_places(self) -> int:
+        """Places in a UNet call: two with guidance, one without."""
+        return len(self.texts)
+
+    def encode_init(self, model: Model) -> None:
+        """First latents from the init image, drawing from the generator as diffusers does."""
+        assert self.init_1CHW is not None
+        init_1CHW = encode_image(self.init_1CHW, self.generator, model)
+        noise_1CHW = draw_noise(self.generator, self.shape, model)
+        self.latents = self.sampler.start_from(init_1CHW, noise_1CHW)
+        self.init_1CHW = None
+
+    def advance(self, noise_1CHW: torch.Tensor) -> None:
+        """One step of this row's own sampler."""
+        assert self.latents is not None
+        self.latents = self.sampler.advance(noise_1CHW, self.latents)
+
+    def result(self, **outcome: Any) -> Result:
+        found = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
+        return Result(id=self.id, request=self.request, warnings=tuple(found), **outcome)
+
+
+def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) -> Row:
+    """Check a request against the model and make its row; an init image is opened, not yet encoded.
+
+    Raises ValueError or ImportError saying what is wrong with the request.
+    """
+    request.check()
+    image = None if request.init_image is None else open_image(request.init_image)
+    width, height = _size(request, image, model)
+    guidance = request.guidance_scale
+    guidance = model.default_guidance_scale if guidance is None else guidance
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    sampler = Sampler(
+        request.sampler,
+        request.sampler_options,
+        model.scheduler,
+        request.steps,
+        None if image is None else request.strength,
+        generator,
+    )
+    use = tuple((loras.load(lora.path), lora.scale) for lora in request.loras)
+    row = Row(
+        id=row_id,
+        request=request,
+        sampler=sampler,
+        generator=generator,
+        guidance_scale=guidance,
+        shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
+        texts=_texts(request, guidance, use, model),
+        loras=use,
+        size_ids=[height, width, 0, 0, height, width],
+    )
+    if image is None:
+        row.latents = sampler.start(draw_noise(generator, row.shape, model))
+    else:
+        row.init_1CHW = fitted(image, width, height, model)
+    return row
+
+
+def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int]:
+    """Width and height: as asked, else the init image's rounded down to whole latents."""
+    whole = [model.default_side] * 2
+    if image is not None:
+        whole = [side - side % model.vae_scale for side in image.size]
+    width, height = request.width or whole[0], request.height or whole[1]
+    if not (width and height):
+        raise ValueError(f"init image is too small: {image.size if image else None}")
+    if request.width or request.height:
+        check_side("width", width)
+        check_side("height", height)
+    return width, height
+
+
+def _texts(request: Request, guidance: float, use: LoraUse, model: Model) -> list[Text]:
+    """The negative text, which guidance needs and clip_skip leaves alone (as in diffusers)."""
+    positive = Text(request.prompt, request.clip_skip, use)
+    layers = min(encoder.config.num_hidden_layers for encoder in model.text_encoders)
+    if (request.clip_skip or 0) > layers - 1:
+        raise ValueError(f"clip_skip is {request.clip_skip}; this model allows at most {layers - 1}")
+    # A UNet distilled with guidance as an input (LCM) takes it there instead.
+    if guidance <= 1 or model.unet.config.time_cond_proj_dim is not None:
+        return [positive]
+    return [Text(request.negative_prompt, None, use), positive]

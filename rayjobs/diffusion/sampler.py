@@ -1,0 +1,161 @@
+"""The arithmetic of a step: one diffusers scheduler object per row.
+
+Owns the samplers' names, which of them fit which model, and a row's walk over its timesteps. Knows
+nothing of batches or of the UNet.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+
+EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+
+# Short name: diffusers' class and the options that make it what the name says elsewhere.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddim_parallel": ("DDIMParallelScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "ddpm_parallel": ("DDPMParallelScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2m_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
+    "dpmpp_sde_karras": ("DPMSolverSDEScheduler", {"use_karras_sigmas": True}),
+    "edm_dpmpp_2m": ("EDMDPMSolverMultistepScheduler", {}),
+    "edm_euler": ("EDMEulerScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "ipndm": ("IPNDMScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "sa_solver": ("SASolverScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+CLASSES = frozenset(name for name, _ in SAMPLERS.values())
+LIBRARY = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
+
+
+def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[type, dict[str, Any]]:
+    """The diffusers class and config options that `name` and `options` mean.
+
+    Raises:
+        ValueError: the name or an option is unknown, or the sampler is not for such a model.
+        ImportError: the library that this sampler needs is not installed.
+    """
+    class_name, preset = SAMPLERS.get(name, (name, {}))
+    if class_name not in CLASSES:
+        raise ValueError(
+            f"unknown sampler {name!r}; known are {', '.join(sorted(SAMPLERS))} "
+            "and their diffusers class names"
+        )
+    if (class_name in EDM) != edm_model:
+        fitting = sorted(n for n, (c, _) in SAMPLERS.items() if (c in EDM) == edm_model)
+        kind = "an EDM model" if edm_model else "a model that is not EDM"
+        raise ValueError(f"sampler {name!r} does not fit {kind}; use one of {', '.join(fitting)}")
+    _require_library(name, class_name)
+    sampler_class = getattr(diffusers, class_name)
+    known = set(inspect.signature(sampler_class.__init__).parameters) - {"self"} | {"eta"}
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"sampler {name!r} has no option {option!r}; it has {', '.join(sorted(known))}"
+            )
+    return sampler_class, {**preset, **options}
+
+
+def _require_library(name: str, class_name: str) -> None:
+    library = LIBRARY.get(class_name)
+    if library is None:
+        return
+    try:
+        __import__(library)
+    except ImportError:
+        raise ImportError(
+            f"sampler {name!r} needs {library}: pip install 'rayjobs[samplers]'"
+        ) from None
+
+
+class Sampler:
+    """One row's sampler: its schedule tables stay on the CPU, so that no step waits for a device.
+
+    `timesteps` are the UNet calls left to make at the start: 7 steps are 13 for Heun, 16 for PNDM.
+    `strength` below 1 starts late, as diffusers' image-to-image pipelines do.
+
+    Raises ValueError when the schedule cannot be made for that many steps.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        options: Mapping[str, Any],
+        model_scheduler: Any,
+        steps: int,
+        strength: float | None,
+        generator: torch.Generator,
+    ):
+        config = model_scheduler.config
+        own = type(model_scheduler).__name__
+        sampler_class, options = resolve(name or own, options, own in EDM)
+        self.eta = options.pop("eta", 0.0)
+        if "noise_sampler_seed" in inspect.signature(sampler_class.__init__).parameters:
+            # Left to itself this class draws its seed from the process's global random state.
+            options.setdefault("noise_sampler_seed", generator.initial_seed())
+        self.scheduler = sampler_class.from_config(config, **options)
+        self.scheduler.set_timesteps(steps, device="cpu")
+        first = 0
+        if strength is not None:
+            if not hasattr(self.scheduler, "add_noise"):
+                raise ValueError(f"sampler {name or own!r} cannot do image-to-image")
+            order = self.scheduler.order
+            first = max(steps - min(int(steps * strength), steps), 0) * order
+        self.timesteps = self.scheduler.timesteps[first:]
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        self.position = 0
+        accepted = inspect.signature(self.scheduler.step).parameters
+        offered = {"eta": self.eta, "generator": generator}
+        self._extra = {key: value for key, value in offered.items() if key in accepted}
+
+    @property
+    def is_done(self) -> bool:
+        return self.position >= len(self.timesteps)
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """This step's timestep, a CPU scalar: whole for most samplers, a float for EDM's."""
+        return self.timesteps[self.position]
+
+    def start(self, noise_1CHW: torch.Tensor) -> torch.Tensor:
+        """First latents of a text-to-image row."""
+        return noise_1CHW * self.scheduler.init_noise_sigma
+
+    def start_from(self, init_1CHW: torch.Tensor, noise_1CHW: torch.Tensor) -> torch.Tensor:
+        """First latents of an image-to-image row: the image's, noised to the first timestep."""
+        return self.scheduler.add_noise(init_1CHW, noise_1CHW, self.timesteps[:1])
+
+    def scale_input(self, x_1CHW: torch.Tensor) -> torch.Tensor:
+        """What the UNet sees of the latents at this step."""
+        return self.scheduler.scale_model_input(x_1CHW, self.timestep)
+
+    def advance(self, noise_1CHW: torch.Tensor, x_1CHW: torch.Tensor) -> torch.Tensor:
+        """The next latents, in the dtype they had; moves on to the next timestep."""
+        step = self.scheduler.step(
+            noise_1CHW, self.timestep, x_1CHW, **self._extra, return_dict=False
+        )
+        self.position += 1
+        return step[0].to(x_1CHW.dtype)
