@@ -80,7 +80,7 @@ class Engine:
             self._batcher.discard(row)
         return row is not None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[Result]:
         """One UNet call for the rows whose turn it is; returns the requests that are finished."""
         self._admit_encoded()

@@ -46,7 +46,7 @@ def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.T
     return x_1CHW
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_image(x_1CHW: torch.Tensor, generator: torch.Generator, model: Model) -> torch.Tensor:
     """Scaled latents (1, C, h, w), sampled from the autoencoder's posterior."""
     posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist
@@ -55,7 +55,7 @@ def encode_image(x_1CHW: torch.Tensor, generator: torch.Generator, model: Model)
     return (z_1CHW - mean) * model.vae.config.scaling_factor / std
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_latents(z_BCHW: torch.Tensor, model: Model) -> torch.Tensor:
     """Pixels (B, 3, H, W) float32 in 0..1 on the CPU."""
     mean, std = model.latents_mean_std

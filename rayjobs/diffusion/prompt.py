@@ -41,7 +41,7 @@ class PromptEncoder:
         self.cache_size = cache_size
         self._cache: OrderedDict[Text, Embedding] = OrderedDict()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, texts: Sequence[Text]) -> list[Embedding]:
         """One embedding per text, in order; texts met before cost nothing."""
         texts = [self._canonical(text) for text in texts]

@@ -58,7 +58,7 @@ class Side:
         event = torch.cuda.current_stream().record_event() if self._stream else None
         return self._thread.submit(self._run, event, work, *args)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, event: Any, work: Callable[..., Any], *args: Any) -> Any:
         """On a GPU: after what was queued when the work was handed over, and to its end."""
         stream = self._stream

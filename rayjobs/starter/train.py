@@ -25,14 +25,15 @@ CHECKPOINT_EVERY = 250
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run. Steps are optimizer steps; rates are AdamW's peak values."""
+    """The numbers of a run. Rates are AdamW's peak values; each cycle is that many optimizer steps
+    from warm-up to zero, as cosine restarts (arXiv 1608.03983) have it."""
 
     seed: int = 0
     num_pictures: int = 30_000
-    vae_steps: int = 2_600
+    vae_cycles: tuple[int, ...] = (2_600, 3_400)
     vae_batch: int = 16
     vae_rate: float = 1.5e-3
-    unet_steps: int = 9_000
+    unet_cycles: tuple[int, ...] = (9_000,)
     unet_batch: int = 40
     unet_rate: float = 1.2e-3
     warmup_steps: int = 200
@@ -82,7 +83,7 @@ def train_vae(pictures: np.ndarray, work: Path, recipe: Recipe) -> AutoencoderKL
             y_BCHW = vae.decode(posterior.sample(generator)).sample.float()
         return _picture_loss(y_BCHW, x_BCHW) + 1e-6 * posterior.kl().mean()
 
-    _optimize(vae, loss, work / "vae.pt", recipe.vae_steps, recipe.vae_rate, recipe)
+    _optimize(vae, loss, work / "vae.pt", recipe.vae_cycles, recipe.vae_rate, recipe)
     return vae.eval()
 
 
@@ -153,7 +154,7 @@ def train_denoiser(
         weight_B = snr_B.clamp(max=recipe.min_snr) / snr_B
         return (weight_B * (eps - noise).pow(2).mean(dim=(1, 2, 3))).mean()
 
-    _optimize(denoiser, loss, work / "unet.pt", recipe.unet_steps, recipe.unet_rate, recipe)
+    _optimize(denoiser, loss, work / "unet.pt", recipe.unet_cycles, recipe.unet_rate, recipe)
     return denoiser.eval()
 
 
@@ -181,7 +182,7 @@ def _optimize(
     model: torch.nn.Module,
     loss: Callable[[int], torch.Tensor],
     checkpoint: Path,
-    num_steps: int,
+    cycles: tuple[int, ...],
     peak_rate: float,
     recipe: Recipe,
 ) -> None:
@@ -190,7 +191,7 @@ def _optimize(
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
     )
-    first = 0
+    first, num_steps = 0, sum(cycles)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
@@ -201,7 +202,7 @@ def _optimize(
     started, recent = time.monotonic(), []
     for step in range(first, num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = peak_rate * _decay(step, num_steps, recipe.warmup_steps)
+            group["lr"] = peak_rate * _decay(step, cycles, recipe.warmup_steps)
         value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,7 +237,14 @@ def _save_checkpoint(
     os.replace(partial, path)
 
 
-def _decay(step: int, num_steps: int, warmup_steps: int) -> float:
+def _decay(step: int, cycles: tuple[int, ...], warmup_steps: int) -> float:
+    """The rate at `step` as a fraction of the peak."""
+    for num_steps in cycles[:-1]:
+        if step < num_steps:
+            break
+        step -= num_steps
+    else:
+        num_steps = cycles[-1]
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -258,15 +266,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--work", type=Path, default=Path("build/starter"), help="checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; changes the last bits")
-    parser.add_argument("--vae-steps", type=int, default=Recipe.vae_steps)
-    parser.add_argument("--unet-steps", type=int, default=Recipe.unet_steps)
+    parser.add_argument("--vae-cycles", type=int, nargs="+", default=Recipe.vae_cycles)
+    parser.add_argument("--unet-cycles", type=int, nargs="+", default=Recipe.unet_cycles)
     parser.add_argument("--pictures", type=int, default=Recipe.num_pictures)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(
-        num_pictures=args.pictures, vae_steps=args.vae_steps, unet_steps=args.unet_steps
-    )
-    train(args.out, args.work, recipe)
+    cycles = {"vae_cycles": tuple(args.vae_cycles), "unet_cycles": tuple(args.unet_cycles)}
+    train(args.out, args.work, Recipe(num_pictures=args.pictures, **cycles))
 
 
 if __name__ == "__main__":
