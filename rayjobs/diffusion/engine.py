@@ -54,6 +54,11 @@ class Engine:
         self._keep_pixels = False
 
     @property
+    def num_places(self) -> int:
+        """Rows of a UNet call in a fixed shape."""
+        return self._places.num_places
+
+    @property
     def num_pending(self) -> int:
         """Requests added and not yet returned."""
         return len(self.rows) + len(self._failed)

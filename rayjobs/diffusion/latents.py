@@ -23,6 +23,8 @@ def draw_noise(
 def open_image(source: Image.Image | bytes | str) -> Image.Image:
     """An RGB image, upright, fully decoded. Raises ValueError that names no path."""
     try:
+        if source == b"":
+            raise ValueError("it is missing or empty")
         if isinstance(source, bytes):
             source = Image.open(io.BytesIO(source))
         elif isinstance(source, str):

@@ -44,7 +44,7 @@ class LoraBank:
         """
         if path in self._paths:
             return self._paths[path]
-        file = _weight_file(Path(path))
+        file = weight_file(Path(path))
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         if sha256 not in self._numbers:
@@ -197,7 +197,7 @@ def _find_module(model: Model, part: str, name: str) -> torch.nn.Module | None:
     return None
 
 
-def _weight_file(path: Path) -> Path:
+def weight_file(path: Path) -> Path:
     if path.is_dir():
         path = path / "pytorch_lora_weights.safetensors"
     if not path.is_file():

@@ -1,12 +1,9 @@
 """A loaded model: the parts of an SDXL-family or Stable Diffusion pipeline on one device.
 
-Owns where weights may come from, what is refused, and a model's identity. Knows no storage beyond
-local paths and the Hugging Face hub, and nothing of requests.
+Owns how weights become modules, and what of a family's conventions the engine must know. Knows
+nothing of requests.
 """
 
-import hashlib
-import json
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,23 +12,11 @@ from typing import Any, Literal
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-STARTER = Path(__file__).parents[1] / "starter" / "model"
-FAMILIES = {
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-}
+from rayjobs.diffusion.weights import FAMILIES, Weights, first_line, locate
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
-IDENTITY = {".json", ".txt", ".safetensors", ".model"}
-COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -118,18 +103,17 @@ def load_model(uri: str, options: ModelOptions | None = None, *, config: str | N
     options = options or ModelOptions()
     device = _choose_device(options.device)
     dtype = _choose_dtype(options.dtype, device)
-    path = STARTER if uri == "starter" else Path(uri)
+    weights = locate(uri)
     try:
-        if path.is_file():
-            pipeline, sha256 = _load_file(path, dtype, config), _digest([(path.name, path)])
-        else:
-            folder = path if path.is_dir() else _download(uri)
-            pipeline, sha256 = _load_folder(folder, dtype), _digest(_identity_files(folder))
-    except ValueError:
-        raise
+        pipeline = _load_pipeline(weights, dtype, config)
     except Exception as error:
-        raise ValueError(f"cannot load model {uri!r}: {_first_line(error)}") from error
-    return _assemble(uri, pipeline, sha256, dtype, device, options)
+        raise ValueError(f"cannot load model {uri!r}: {first_line(error)}") from error
+    if pipeline.unet.config.in_channels != 4:
+        raise ValueError(
+            f"model {uri!r}: its UNet takes {pipeline.unet.config.in_channels} channels, not 4 "
+            "(inpainting models are not supported)"
+        )
+    return _assemble(uri, pipeline, weights.sha256, dtype, device, options)
 
 
 def _assemble(
@@ -169,105 +153,18 @@ def _assemble(
     )
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
-    index_path = folder / "model_index.json"
-    if not index_path.is_file():
-        _refuse_pickles(folder)
-        raise ValueError(f"{folder} is not a diffusers model: it has no model_index.json")
-    index = json.loads(index_path.read_text())
-    class_name = index.get("_class_name")
-    if class_name not in FAMILIES:
-        raise ValueError(f"{folder} is a {class_name}; supported are {', '.join(FAMILIES)}")
-    if index.get("requires_aesthetics_score"):
-        raise ValueError(f"{folder} is an SDXL refiner, which this engine does not run")
-    _refuse_pickles(folder)
-    extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    if FAMILIES[class_name] == "sdxl":
-        extra = {"add_watermarker": False}
-    pipeline_class = getattr(diffusers, class_name)
-    pipeline = pipeline_class.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, variant=_only_variant(folder), **extra
+def _load_pipeline(weights: Weights, dtype: torch.dtype, config: str | None) -> Any:
+    """The pipeline with just the parts that the engine uses; never any code of the model's own."""
+    sdxl = weights.family == "sdxl"
+    parts: dict[str, Any] = {"add_watermarker": False} if sdxl else {"safety_checker": None}
+    if weights.path.is_file():
+        single: Any = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
+        return single.from_single_file(str(weights.path), config=config, dtype=dtype, **parts)
+    if not sdxl:
+        parts["requires_safety_checker"] = False
+    return getattr(diffusers, weights.class_name).from_pretrained(
+        weights.path, dtype=dtype, use_safetensors=True, variant=weights.variant, **parts
     )
-    if pipeline.unet.config.in_channels != 4:
-        raise ValueError(
-            f"{folder}: its UNet takes {pipeline.unet.config.in_channels} channels, not 4 "
-            "(inpainting models are not supported)"
-        )
-    return pipeline
-
-
-def _load_file(path: Path, dtype: torch.dtype, config: str | None) -> Any:
-    if path.suffix in PICKLES:
-        raise ValueError(_pickle_message(path))
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a model: expected a .safetensors file or a folder")
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as tensors:
-        sdxl = any(key.startswith("conditioner.") for key in tensors.keys())
-    if sdxl:
-        return StableDiffusionXLPipeline.from_single_file(
-            str(path), config=config, dtype=dtype, add_watermarker=False
-        )
-    return StableDiffusionPipeline.from_single_file(
-        str(path), config=config, dtype=dtype, safety_checker=None
-    )
-
-
-def _download(uri: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", uri) or uri.startswith((".", "/")):
-        raise ValueError(f"model {uri!r} is neither a folder, a .safetensors file nor a hub id")
-    try:
-        return Path(DiffusionPipeline.download(uri, use_safetensors=True))
-    except Exception as error:
-        raise ValueError(
-            f"model {uri!r} is not a local path and cannot be fetched from the hub: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _refuse_pickles(folder: Path) -> None:
-    for component in [folder / name for name in COMPONENTS] + [folder]:
-        files = list(component.glob("*")) if component.is_dir() else []
-        pickles = [file for file in files if file.suffix in PICKLES]
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise ValueError(_pickle_message(pickles[0]))
-
-
-def _pickle_message(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run code when it is opened. Convert it once where you trust "
-        "it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-        f"'{path.with_suffix('.safetensors').name}')"
-    )
-
-
-def _only_variant(folder: Path) -> str | None:
-    """The variant to ask for when the UNet's weights exist in just that one, such as fp16."""
-    names = [path.name for path in (folder / "unet").glob("*.safetensors")]
-    variants = {name.split(".")[1] for name in names if name.count(".") == 2 and "-of-" not in name}
-    plain = any(name.count(".") == 1 for name in names)
-    return variants.pop() if len(variants) == 1 and not plain else None
-
-
-def _identity_files(folder: Path) -> list[tuple[str, Path]]:
-    index = json.loads((folder / "model_index.json").read_text())
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
-    files = [folder / "model_index.json"]
-    for part in parts:
-        files += [p for p in (folder / part).rglob("*") if p.is_file() and p.suffix in IDENTITY]
-    return [(file.relative_to(folder).as_posix(), file) for file in files]
-
-
-def _digest(files: list[tuple[str, Path]]) -> str:
-    """SHA-256 over the sorted list of (relative path, SHA-256), as canonical JSON."""
-    hashes = sorted([name, _sha256(path)] for name, path in files)
-    return hashlib.sha256(json.dumps(hashes, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _choose_device(name: str) -> str:
@@ -288,7 +185,3 @@ def _vae_dtype(vae: Any, dtype: torch.dtype, name: str) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.float32 if dtype == torch.float16 and vae.config.force_upcast else dtype
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,5 @@
+"""`python -m rayjobs`."""
+
+from rayjobs.cli import main
+
+raise SystemExit(main())

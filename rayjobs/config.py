@@ -1,0 +1,99 @@
+"""Configuration files: YAML and dotted overrides in, checked models out.
+
+Owns the loader and how a mistake is told. Knows no job's keys: each job's model lives beside its code.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Config(BaseModel):
+    """Base of every configuration model: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class BadInput(ValueError):
+    """What a user wrote cannot be used; the message names the value and the way out."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(model: type[C], path: str, overrides: list[str] | None = None) -> C:
+    """Read the YAML at `path` (local), apply `a.b=value` overrides in order, and check it all.
+
+    Raises BadInput naming every key that is wrong.
+    """
+    values = _read(path)
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(model, problem) for problem in error.errors()]
+        raise BadInput("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"override {override!r} is not of the form key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise BadInput(f"override {override!r}: {parent} is a value, it has no keys")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _describe(model: type[BaseModel], problem: Any) -> str:
+    """One line for one pydantic error: where, what was there, what would do."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{place}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{place}: required, but not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"{place} is {problem['input']!r}: {message}"
+
+
+def _known_keys(model: type[BaseModel], parents: tuple[Any, ...]) -> list[str]:
+    for parent in parents:
+        field = model.model_fields.get(str(parent))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,48 @@
+"""The data set's README.md: a card that Hugging Face `datasets` and people can read.
+
+Owns the card's words. Knows nothing of how the data set is made.
+"""
+
+import yaml
+
+from rayjobs import storage
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.lock import Lock
+
+TEXT = """---
+{header}---
+# Generated images
+
+{num_records:,} images that `rayjobs generate` made from {num_prompts:,} prompts.
+
+* Load them: `datasets.load_dataset("parquet", data_files="data/*")`; the `image` column is images.
+* Look at them: open `index.html`.
+* `status` is `ok` or `failed`; a failed record says why in `error` and has no image.
+* `manifest/` holds the SHA-256 of every finished shard; `spec.lock.json` the exact job.
+* Model: `{model}` (SHA-256 `{model_sha256}`). Its licence governs what these images may be used for.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
+
+
+def write(config: GenerateConfig, lock: Lock) -> None:
+    """Write the card of a data set."""
+    header = {
+        "configs": [{"config_name": "default", "data_files": "data/*"}],
+        "size_categories": [next((s for n, s in SIZES if lock.num_records < n), "n>1M")],
+        "task_categories": ["text-to-image"],
+        "tags": ["synthetic"],
+    }
+    text = TEXT.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        num_records=lock.num_records,
+        num_prompts=lock.num_prompts,
+        model=config.model.uri,
+        model_sha256=lock.model_sha256,
+        recipe=yaml.safe_dump(lock.job, sort_keys=False, allow_unicode=True),
+    )
+    storage.write_bytes(storage.join(config.output.uri, "README.md"), text.encode())

@@ -1,0 +1,62 @@
+"""Progress while a job runs: images done by all workers, their rate and the time left.
+
+Owns the counter that workers report to and the bar that the driver shows.
+"""
+
+import sys
+import threading
+from typing import Any
+
+import ray
+from tqdm import tqdm
+
+POLL_S = 0.5
+
+
+class Counter:
+    """Images and failures so far. An actor, so that workers anywhere can report to it."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.failed = 0
+
+    def add(self, images: int, failed: int) -> None:
+        self.images += images
+        self.failed += failed
+
+    def read(self) -> tuple[int, int]:
+        return self.images, self.failed
+
+
+class Progress:
+    """A context in which a bar follows `counter`; it shows images/s and an estimate of the rest."""
+
+    def __init__(self, total: int):
+        self.total = total
+        # Without CPUs of its own it can always be placed, however many the workers take.
+        self.counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _follow(self) -> None:
+        with tqdm(total=self.total, unit="image", file=sys.stderr, smoothing=0.1) as bar:
+            while not self._stop.wait(POLL_S):
+                self._show(bar)
+            self._show(bar)
+
+    def _show(self, bar: "tqdm[Any]") -> None:
+        try:
+            images, failed = ray.get(self.counter.read.remote(), timeout=POLL_S * 4)
+        except Exception:  # the bar is no reason for a job to fail
+            return
+        if failed:
+            bar.set_postfix(failed=failed)
+        bar.update(min(images, self.total) - bar.n)

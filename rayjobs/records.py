@@ -1,0 +1,79 @@
+"""A record: one image and how it was made, as a row of a data set.
+
+Owns the columns, their types and `image_id`. Knows nothing of how images are made or stored.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+ENGINE_VERSION = 1
+"""Raised whenever a change to the engine may move a bit of a picture."""
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""The image feature of Hugging Face data sets."""
+
+COLUMNS = {
+    "image": IMAGE,
+    "image_id": pa.string(),
+    "image_sha256": pa.string(),
+    "prompt": pa.string(),
+    "negative_prompt": pa.string(),
+    "seed": pa.int64(),
+    "sampler": pa.string(),
+    "steps": pa.int32(),
+    "guidance_scale": pa.float64(),
+    "strength": pa.float64(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "init_image": pa.string(),
+    "model": pa.string(),
+    "model_sha256": pa.string(),
+    "warnings": pa.string(),
+    "status": pa.string(),
+    "error": pa.string(),
+}
+OVERRIDES = {
+    "negative_prompt": pa.string(),
+    "seed": pa.int64(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "steps": pa.int32(),
+    "guidance_scale": pa.float64(),
+    "init_image": pa.string(),
+    "strength": pa.float64(),
+}
+"""Columns of a prompt file that override the job's settings for their row."""
+
+
+def image_id(decides: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of everything that decides the pixels."""
+    return hashlib.sha256(canonical_json(decides)).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def schema(passed_through: Sequence[pa.Field] = ()) -> pa.Schema:
+    """The records' schema, with a prompt file's other columns at the end.
+
+    Its metadata makes Hugging Face `datasets` load the `image` column as images.
+    """
+    fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
+    whole = pa.schema([*fields, *passed_through])
+    features = {field.name: _feature(field.type) for field in whole}
+    if None in features.values():
+        return whole
+    return whole.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(kind: pa.DataType) -> dict[str, str] | None:
+    if kind == IMAGE:
+        return {"_type": "Image"}
+    names = {"double": "float64", "float": "float32"}
+    plain = str(kind) in names or pa.types.is_integer(kind) or str(kind) in ("string", "bool")
+    return {"_type": "Value", "dtype": names.get(str(kind), str(kind))} if plain else None
