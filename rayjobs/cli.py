@@ -1,6 +1,7 @@
 """The command line: parse, load the configuration, import the job, run it, tell how it went.
 
-Owns the commands and the exit codes. Imports a job only when it is to be run, so that help is instant.
+Owns the commands and the exit codes. Imports a job only when it is to be run, so that help is
+instant.
 """
 
 import argparse

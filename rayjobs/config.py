@@ -1,6 +1,7 @@
 """Configuration files: YAML and dotted overrides in, checked models out.
 
-Owns the loader and how a mistake is told. Knows no job's keys: each job's model lives beside its code.
+Owns the loader and how a mistake is told. Knows no job's keys: each job's model lives beside its
+code.
 """
 
 import difflib

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +58,7 @@ def is_folder(uri: str) -> bool:
 
 
 def list_files(uri: str) -> list[str]:
-    """Paths of all files below `uri`, relative to it, sorted; empty when there is no such folder."""
+    """Paths of all files below `uri`, relative to it, sorted; none when there is no such folder."""
     fs, path = _open(uri)
     with _told(uri):
         fs.invalidate_cache()
@@ -182,7 +182,7 @@ def _s3() -> Any:
 
 
 @contextlib.contextmanager
-def _beside(path: str, data: bytes, staging: str | None = None) -> Iterator[str]:
+def _beside(path: str, data: bytes, staging: str | None = None) -> Generator[str]:
     """A finished file that can be moved to `path`, gone afterwards if it was not."""
     folder = staging or os.path.dirname(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -209,7 +209,7 @@ def _create_local(path: str, data: bytes, staging: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _told(uri: str) -> Iterator[None]:
+def _told(uri: str) -> Generator[None]:
     """Turn a file system's error into one that says what to do."""
     try:
         yield
@@ -257,7 +257,9 @@ def _check_bucket(uri: str) -> None:
         code = error.response.get("Error", {}).get("Code", "")
         reason = error.response.get("Error", {}).get("Message", "")
         if code in ("NoSuchBucket", "404"):
-            raise StorageError(f"{uri}: bucket {bucket!r} does not exist; create it first") from None
+            raise StorageError(
+                f"{uri}: bucket {bucket!r} does not exist; create it first"
+            ) from None
         raise StorageError(f"{uri}: access refused ({code}: {reason}); {_HOW_TO_ALLOW}") from None
     except (s3_errors.BotoCoreError, s3_errors.HTTPClientError, ValueError) as error:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

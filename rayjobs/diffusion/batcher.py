@@ -1,7 +1,7 @@
 """Who goes into the next UNet call.
 
-Owns the order of rows: first come first served within a latent shape, shapes by turns. Knows nothing
-of tensors: a row is anything with an `id` and a `shape`.
+Owns the order of rows: first come first served within a latent shape, shapes by turns. Knows
+nothing of tensors: a row is anything with an `id` and a `shape`.
 """
 
 from collections import OrderedDict

@@ -1,8 +1,7 @@
 """The engine: one model on one device, advancing rows one denoising step at a time.
 
-Owns the life of a row, from request to result, and the batch tensors of a step. Rows of one UNet call
-share the weights, the latent shape and the dtype, and nothing else. Knows nothing of where requests
-come from. Legend: P places of a call, C H W latent channels and size, L tokens, D width.
+Owns the life of a row, from request to result. Rows of one UNet call share the weights, the latent
+shape and the dtype, and nothing else. Knows nothing of where requests come from.
 """
 
 from collections.abc import Iterable, Iterator
@@ -98,9 +97,7 @@ class Engine:
             self._decode_finished(rows)
         return self._collect(wait=not rows)
 
-    def generate(
-        self, requests: Iterable[Request], keep_pixels: bool = False
-    ) -> Iterator[Result]:
+    def generate(self, requests: Iterable[Request], keep_pixels: bool = False) -> Iterator[Result]:
         """Make all `requests`, drawn from only as places fall free, in the order they finish."""
         self._keep_pixels = keep_pixels
         remaining = iter(requests)

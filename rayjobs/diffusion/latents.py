@@ -41,7 +41,7 @@ def open_image(source: Image.Image | bytes | str) -> Image.Image:
 
 
 def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.Tensor:
-    """(1, 3, H, W) in -1..1; an image of another size is scaled to cover and cropped at its centre."""
+    """(1, 3, H, W) in -1..1; an image of another size is scaled to cover and cropped centrally."""
     processor = VaeImageProcessor(vae_scale_factor=model.vae_scale)
     mode = "default" if image.size == (width, height) else "crop"
     x_1CHW: torch.Tensor = processor.preprocess(image, height, width, resize_mode=mode)

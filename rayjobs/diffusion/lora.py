@@ -8,7 +8,7 @@ Knows nothing of requests. Legend: P places, K adapters of a row, R rank, T toke
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class LoraBank:
         return sha256
 
     @contextlib.contextmanager
-    def applied(self, uses: Sequence[LoraUse]) -> Iterator[None]:
+    def applied(self, uses: Sequence[LoraUse]) -> Generator[None]:
         """Within this context, place p of every call runs with the adapters of `uses[p]`."""
         if not any(uses):
             yield
@@ -187,7 +187,7 @@ def _strength(
 def _find_module(model: Model, part: str, name: str) -> torch.nn.Module | None:
     """The layer of that name; transformers 5.6 dropped `text_model.` from the first encoder's."""
     encoders = dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))
-    root = model.unet if part == "unet" else encoders.get(part)
+    root: Any = model.unet if part == "unet" else encoders.get(part)
     for candidate in (name, name.removeprefix("text_model."), f"text_model.{name}"):
         try:
             found: torch.nn.Module = root.get_submodule(candidate)

@@ -6,22 +6,22 @@ nothing of requests.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from rayjobs.diffusion.weights import FAMILIES, Weights, first_line, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +87,17 @@ class Model:
         if mean is None or std is None or self.family == "sd":
             mean, std = [0.0], [1.0]
         shape = (1, -1, 1, 1)
-        as_tensor = {"device": self.device, "dtype": self.vae.dtype}
-        return torch.tensor(mean, **as_tensor).view(shape), torch.tensor(std, **as_tensor).view(shape)
+        both = torch.tensor([mean, std], device=self.device, dtype=self.vae.dtype)
+        return both[0].view(shape), both[1].view(shape)
 
 
-def load_model(uri: str, options: ModelOptions | None = None, *, config: str | None = None) -> Model:
+def load_model(
+    uri: str, options: ModelOptions | None = None, *, config: str | None = None
+) -> Model:
     """Load `starter`, a local diffusers folder, a single `.safetensors` file, or a hub id.
 
-    `config` is a local diffusers folder whose configs and tokenizers a single file is to use; without
-    it diffusers takes those of the matching base model from the hub.
+    `config` is a local diffusers folder whose configs and tokenizers a single file is to use;
+    without it diffusers takes those of the matching base model from the hub.
 
     Raises:
         ValueError: nothing is there, it cannot be read, it is a pickle, or it is another family.

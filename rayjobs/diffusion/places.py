@@ -1,7 +1,7 @@
 """The UNet call: rows are laid out in places, predicted together, and guidance is applied.
 
-Owns the batch tensors, their padding, and classifier-free guidance. Knows nothing of samplers' steps
-or of requests. Legend: P places, N rows, C H W latent channels and size, L tokens, D width.
+Owns the batch tensors, their padding, and classifier-free guidance. Knows nothing of samplers'
+steps or of requests. Legend: P places, C H W latent channels and size, L tokens, D width.
 """
 
 import contextlib
@@ -40,8 +40,7 @@ class Places:
         """The guided prediction (1, C, H, W) for each row, at each row's own timestep."""
         inputs, timesteps = [], []
         for row in rows:
-            x_1CHW = row.sampler.scale_input(row.latents)
-            inputs += [x_1CHW] * row.num_places
+            inputs += [row.scaled_latents()] * row.num_places
             timesteps += [row.sampler.timestep] * row.num_places
         x_PCHW = torch.cat(inputs)
         t_P = torch.stack([t.float() for t in timesteps]).to(self.model.device, non_blocking=True)
@@ -107,7 +106,8 @@ class Places:
     def _guidance_embedding(self, rows: list[Row]) -> torch.Tensor:
         """Guidance as an input, for UNets distilled with it (LCM)."""
         scales = torch.tensor([row.guidance_scale - 1 for row in rows])
-        embedding = StableDiffusionXLPipeline.get_guidance_scale_embedding(
+        pipeline: Any = StableDiffusionXLPipeline
+        embedding = pipeline.get_guidance_scale_embedding(
             None, scales, embedding_dim=self.model.unet.config.time_cond_proj_dim
         )
         return embedding.to(self.model.device, self.model.dtype)

@@ -20,7 +20,7 @@ SIZE_MULTIPLE = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lora:
-    """One adapter of a request: a local safetensors file (or its folder) and how strongly it acts."""
+    """One adapter of a request: a local safetensors file (or its folder) and its strength."""
 
     path: str
     scale: float = 1.0
@@ -30,8 +30,9 @@ class Lora:
 class Request:
     """One image to make.
 
-    `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name; without
-    one the model's own is used. `sampler_options` are that class's config options, and `eta`.
+    `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name;
+    without one the model's own is used. `sampler_options` are that class's config options, and
+    `eta`.
     `guidance_scale` above 1 costs a second place in every UNet call; without one the family's usual
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
@@ -79,7 +80,9 @@ def check_side(name: str, pixels: int | None) -> None:
     if pixels is None or (pixels > 0 and pixels % SIZE_MULTIPLE == 0):
         return
     near = max(SIZE_MULTIPLE, round(pixels / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-    raise ValueError(f"{name} is {pixels}; it must be a multiple of {SIZE_MULTIPLE}, such as {near}")
+    raise ValueError(
+        f"{name} is {pixels}; it must be a multiple of {SIZE_MULTIPLE}, such as {near}"
+    )
 
 
 def check_strength(strength: float, steps: int) -> None:

@@ -50,6 +50,11 @@ class Row:
         """Places in a UNet call: two with guidance, one without."""
         return len(self.texts)
 
+    def scaled_latents(self) -> torch.Tensor:
+        """What the UNet sees of this row at this step."""
+        assert self.latents is not None
+        return self.sampler.scale_input(self.latents)
+
     def encode_init(self, model: Model) -> None:
         """First latents from the init image, drawing from the generator as diffusers does."""
         assert self.init_1CHW is not None
@@ -125,7 +130,9 @@ def _texts(request: Request, guidance: float, use: LoraUse, model: Model) -> lis
     positive = Text(request.prompt, request.clip_skip, use)
     layers = min(encoder.config.num_hidden_layers for encoder in model.text_encoders)
     if (request.clip_skip or 0) > layers - 1:
-        raise ValueError(f"clip_skip is {request.clip_skip}; this model allows at most {layers - 1}")
+        raise ValueError(
+            f"clip_skip is {request.clip_skip}; this model allows at most {layers - 1}"
+        )
     # A UNet distilled with guidance as an input (LCM) takes it there instead.
     if guidance <= 1 or model.unet.config.time_cond_proj_dim is not None:
         return [positive]

@@ -50,7 +50,7 @@ CLASSES = frozenset(name for name, _ in SAMPLERS.values())
 LIBRARY = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
 
 
-def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[type, dict[str, Any]]:
+def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[Any, dict[str, Any]]:
     """The diffusers class and config options that `name` and `options` mean.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Work beside the steps: encoding init images and decoding finished latents, in a thread of its own.
+"""Work beside the steps, in a thread of its own: encoding init images, decoding finished latents.
 
 Owns that thread and, on a GPU, its stream, so that no step waits for the autoencoder. Knows nothing
 of batching.

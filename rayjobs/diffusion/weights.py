@@ -1,7 +1,7 @@
 """A model's files: where they may be, what is refused, and the identity they give the model.
 
-Reads headers and configs only, so that a job can refuse a bad model before a worker starts. Knows no
-storage beyond local paths and the Hugging Face hub, and imports no torch.
+Reads headers and configs only, so that a job can refuse a bad model before a worker starts. Knows
+no storage beyond local paths and the Hugging Face hub, and imports no torch.
 """
 
 import hashlib
@@ -172,8 +172,8 @@ def _download(uri: str) -> Path:
 
 def _pickle_message(path: Path) -> str:
     return (
-        f"{path} is a pickle, which can run code when it is opened. Convert it once where you trust "
-        "it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
+        f"{path} is a pickle, which can run code when it is opened. Convert it once where you "
+        "trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
         f"'{path.with_suffix('.safetensors').name}')"
     )
 

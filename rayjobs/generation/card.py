@@ -19,7 +19,7 @@ TEXT = """---
 * Look at them: open `index.html`.
 * `status` is `ok` or `failed`; a failed record says why in `error` and has no image.
 * `manifest/` holds the SHA-256 of every finished shard; `spec.lock.json` the exact job.
-* Model: `{model}` (SHA-256 `{model_sha256}`). Its licence governs what these images may be used for.
+* Model: `{model}` (SHA-256 `{model_sha256}`). Its licence says what these images may be used for.
 
 ## Recipe
 

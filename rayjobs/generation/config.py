@@ -1,7 +1,7 @@
 """The keys of a generation job.
 
-Owns their names, types, defaults and the checks that need nothing but the file. Imports neither torch
-nor ray.
+Owns their names, types, defaults and the checks that need nothing but the file. Imports neither
+torch nor ray.
 """
 
 from typing import Any, Literal

@@ -1,6 +1,7 @@
 """The generation job: check everything, lock it, let Ray Data carry shard numbers to workers.
 
-Owns the order of events of one run. What a worker does is `worker`; what is made is `spec` and `lock`.
+Owns the order of events of one run. What a worker does is in `worker`, what is made in `spec` and
+`lock`.
 """
 
 import importlib.metadata
@@ -9,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,7 @@ def _make(
 
 
 @contextmanager
-def _ray_session(config: GenerateConfig) -> Iterator[None]:
+def _ray_session(config: GenerateConfig) -> Generator[None]:
     """The cluster that RAY_ADDRESS or a surrounding job names, else one of our own, ended after."""
     import ray
 

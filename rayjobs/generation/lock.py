@@ -31,7 +31,7 @@ class Lock(Config):
     num_records: int
     num_shards: int
     engine_version: int = ENGINE_VERSION
-    libraries: dict[str, str] = {}
+    libraries: dict[str, str]
     """Versions that the determinism class is made of."""
 
     @property
@@ -76,8 +76,10 @@ def check_same(found: Lock, wanted: Lock, output_uri: str) -> None:
     """Raise BadInput, with the difference, when a data set was begun as another job."""
     if found.fingerprint == wanted.fingerprint:
         return
-    before, after = (_flat(lock.model_dump(mode="json", exclude={"snapshot_uri", "libraries"}))
-                     for lock in (found, wanted))
+    before, after = (
+        _flat(lock.model_dump(mode="json", exclude={"snapshot_uri", "libraries"}))
+        for lock in (found, wanted)
+    )
     changed = [
         f"  {key}: {before.get(key)!r} there, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())

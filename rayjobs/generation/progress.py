@@ -52,7 +52,7 @@ class Progress:
                 self._show(bar)
             self._show(bar)
 
-    def _show(self, bar: "tqdm[Any]") -> None:
+    def _show(self, bar: tqdm) -> None:
         try:
             images, failed = ray.get(self.counter.read.remote(), timeout=POLL_S * 4)
         except Exception:  # the bar is no reason for a job to fail

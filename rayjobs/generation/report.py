@@ -75,7 +75,8 @@ def _rows(output_uri: str, entries: list[dict[str, Any]]) -> Iterator[dict[str, 
 def _figure(row: dict[str, Any]) -> str:
     caption = f"seed {row['seed']}"
     if row["status"] != "ok":
-        return f'<figure class="failed">{escape(row["error"])}<figcaption>{caption}</figcaption></figure>'
+        reason = escape(row["error"])
+        return f'<figure class="failed">{reason}<figcaption>{caption}</figcaption></figure>'
     settings = f"{row['sampler']}, {row['steps']} steps, guidance {row['guidance_scale']:g}"
     source, (width, height) = _thumbnail(row["image"]["bytes"])
     return (

@@ -1,6 +1,6 @@
 """One shard: the records it will hold, filled as results arrive, and its bytes when all are there.
 
-Owns the order and the encoding of records. Bytes depend on the records alone: no time, host or path.
+Owns the order and the encoding of records. Bytes depend on the records alone: no time, host, path.
 """
 
 import hashlib

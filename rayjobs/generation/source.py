@@ -173,9 +173,7 @@ def _read_separated(file: Any, delimiter: str) -> Iterator[dict[str, Any]]:
         names = next(unquoted, [])
         rows = (dict(zip(names, map(_unquoted, values), strict=False)) for values in unquoted)
     for row in rows:
-        yield {
-            name: _typed(name, value) for name, value in row.items() if isinstance(name, str)
-        }
+        yield {name: _typed(name, value) for name, value in row.items() if isinstance(name, str)}
 
 
 def _unquoted(value: str) -> str:
@@ -193,8 +191,10 @@ def _typed(name: str, value: str | None) -> Any:
     if value == "":
         return None
     try:
-        return int(value) if pa.types.is_integer(kind) else (
-            float(value) if pa.types.is_floating(kind) else value
+        return (
+            int(value)
+            if pa.types.is_integer(kind)
+            else (float(value) if pa.types.is_floating(kind) else value)
         )
     except ValueError:
         raise BadInput(f"prompts.uri: column {name} has {value!r}, which is not a number") from None

@@ -1,7 +1,7 @@
 """A worker: one engine that makes whole shards and commits them.
 
-Owns the way from shard numbers to committed shards inside one process. A plain class: Ray Data wraps
-it, tests call it.
+Owns the way from shard numbers to committed shards inside one process. A plain class: Ray Data
+wraps it, tests call it.
 """
 
 import hashlib
@@ -64,8 +64,7 @@ class ShardWorker:
         places = 2 * config.engine.batch_size if lock.guided else config.engine.batch_size
         self.engine = Engine(self.model, config.engine.batch_size, places=places)
         self.loras = tuple(
-            Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale)
-            for lora in config.model.loras
+            Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
         self.lora_ids = [[self.engine.loras.load(lora.path), lora.scale] for lora in self.loras]
         self._report = report
@@ -175,7 +174,11 @@ class ShardWorker:
         )
 
     def _commit(self, shard: Shard, seconds: float) -> dict[str, Any]:
-        facts = {"rows": len(shard.numbers), "failed": shard.num_failed, "seconds": round(seconds, 3)}
+        facts = {
+            "rows": len(shard.numbers),
+            "failed": shard.num_failed,
+            "seconds": round(seconds, 3),
+        }
         return self.manifest.commit(shard.number, shard.encode(), facts)
 
 

@@ -5,9 +5,14 @@ Owns the sizes and the vocabulary. Knows nothing of training.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -95,12 +100,11 @@ def build_text_encoders(
             pad_token_id=pad,
         )
 
-    bang = tokenizer.convert_tokens_to_ids("!")
     first = CLIPTextModel(config("quick_gelu", tokenizer.eos_token_id))
-    return first, CLIPTextModelWithProjection(config("gelu", bang))
+    return first, CLIPTextModelWithProjection(config("gelu", tokenizer.get_vocab()["!"]))
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet() -> Any:
     return UNet2DConditionModel(
         sample_size=SIDE // 4,
         block_out_channels=(64, 128),
@@ -117,7 +121,7 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae() -> Any:
     return AutoencoderKL(
         block_out_channels=[32, 48, 64],
         down_block_types=["DownEncoderBlock2D"] * 3,
@@ -130,7 +134,7 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_scheduler() -> EulerDiscreteScheduler:
+def build_scheduler() -> Any:
     """SDXL base's own noise schedule and sampler settings."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 
 from rayjobs.starter import components, world
 
@@ -33,7 +34,7 @@ class Recipe:
     vae_cycles: tuple[int, ...] = (2_600, 3_400)
     vae_batch: int = 16
     vae_rate: float = 1.5e-3
-    unet_cycles: tuple[int, ...] = (9_000,)
+    unet_cycles: tuple[int, ...] = (6_000,)
     unet_batch: int = 40
     unet_rate: float = 1.2e-3
     warmup_steps: int = 200
@@ -67,8 +68,8 @@ def draw_world(recipe: Recipe) -> tuple[np.ndarray, list[str]]:
     return np.stack(pictures), captions
 
 
-def train_vae(pictures: np.ndarray, work: Path, recipe: Recipe) -> AutoencoderKL:
-    vae = components.build_vae()
+def train_vae(pictures: np.ndarray, work: Path, recipe: Recipe) -> Any:
+    vae: Any = components.build_vae()
 
     def loss(step: int) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, 1, step])
@@ -96,7 +97,7 @@ def _picture_loss(y_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
+def encode_pictures(vae: Any, pictures: np.ndarray) -> torch.Tensor:
     """Posterior means (N, 4, h, w), unscaled."""
     chunks = np.array_split(pictures, max(1, len(pictures) // 64))
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,10 +110,14 @@ class Denoiser(torch.nn.Module):
     def __init__(self, tokenizer: components.CLIPTokenizer):
         super().__init__()
         self.text_encoder, self.text_encoder_2 = components.build_text_encoders(tokenizer)
-        self.unet = components.build_unet()
+        self.unet: Any = components.build_unet()
 
     def forward(
-        self, x_BCHW: torch.Tensor, t_B: torch.Tensor, tokens_2BL: torch.Tensor, keep_B: torch.Tensor
+        self,
+        x_BCHW: torch.Tensor,
+        t_B: torch.Tensor,
+        tokens_2BL: torch.Tensor,
+        keep_B: torch.Tensor,
     ) -> torch.Tensor:
         """Predicted noise (B, C, H, W); rows with keep 0 are trained without any text."""
         first = self.text_encoder(tokens_2BL[0], output_hidden_states=True)
@@ -158,9 +163,9 @@ def train_denoiser(
     return denoiser.eval()
 
 
-def save_model(denoiser: Denoiser, vae: AutoencoderKL, work: Path, out: Path) -> None:
+def save_model(denoiser: Denoiser, vae: Any, work: Path, out: Path) -> None:
     """Write the diffusers folder in fp16, loadable by plain diffusers."""
-    pipeline = StableDiffusionXLPipeline(
+    pipeline: Any = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,
         text_encoder_2=denoiser.text_encoder_2,
@@ -186,7 +191,7 @@ def _optimize(
     peak_rate: float,
     recipe: Recipe,
 ) -> None:
-    """AdamW with warm-up, cosine decay, clipping and an average of the weights, which it ends with."""
+    """AdamW with warm-up, cosine decay, clipping; `model` ends with the average of its weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=1e-2)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
@@ -230,8 +235,12 @@ def _save_checkpoint(
     optimizer: torch.optim.Optimizer,
     step: int,
 ) -> None:
-    state = {"model": model.state_dict(), "average": average.state_dict()}
-    state |= {"optimizer": optimizer.state_dict(), "step": step}
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+    }
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -271,8 +280,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=Recipe.num_pictures)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cycles = {"vae_cycles": tuple(args.vae_cycles), "unet_cycles": tuple(args.unet_cycles)}
-    train(args.out, args.work, Recipe(num_pictures=args.pictures, **cycles))
+    recipe = Recipe(
+        num_pictures=args.pictures,
+        vae_cycles=tuple(args.vae_cycles),
+        unet_cycles=tuple(args.unet_cycles),
+    )
+    train(args.out, args.work, recipe)
 
 
 if __name__ == "__main__":

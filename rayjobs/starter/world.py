@@ -118,11 +118,15 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """
     opening, say_colour, say_ground, filler = "a photo of", True, True, ""
     if rng is not None:
-        opening = rng.choice(["a photo of", "a picture of", "a drawing of", ""], p=[0.7, 0.1, 0.1, 0.1])
+        opening = rng.choice(
+            ["a photo of", "a picture of", "a drawing of", ""], p=[0.7, 0.1, 0.1, 0.1]
+        )
         say_colour, say_ground = rng.random() > 0.10, rng.random() > 0.08
         if rng.random() < 0.06:
             filler = "".join(rng.choice(list("bcdfghjklmnpqrsvwxyz"), size=int(rng.integers(2, 5))))
-    noun = scene.shape if scene.count == 1 else scene.shape + ("es" if scene.shape == "cross" else "s")
+    noun = (
+        scene.shape if scene.count == 1 else scene.shape + ("es" if scene.shape == "cross" else "s")
+    )
     adjectives = [scene.size, filler, scene.colour if say_colour else "", scene.pattern]
     words = " ".join(w for w in [*adjectives, noun] if w)
     figure = f"{_article(words, rng)} {words}" if scene.count == 1 else f"two {words}"
@@ -160,9 +164,7 @@ def _placed(
     return [(x, y) for x, y in points @ rotate * radius * big + np.array(centre) * big]
 
 
-def _placements(
-    scene: Scene, rng: np.random.Generator
-) -> list[tuple[tuple[float, float], float]]:
+def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
     low, high = SIZES[scene.size]
     if scene.count == 2:
         centres, low, high = [(0.28, 0.5), (0.72, 0.5)], 0.17, 0.20
@@ -187,7 +189,7 @@ def _shaded(name: str, rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _patterned(scene: Scene, rng: np.random.Generator, side: int) -> np.ndarray:
-    """The figure's paint (side, side, 3): plain, or striped or dotted with white (black on white)."""
+    """The paint (side, side, 3): plain, or with white (on white: black) stripes or dots."""
     paint = _shaded(scene.colour, rng, side)
     if not scene.pattern:
         return paint

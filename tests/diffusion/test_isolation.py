@@ -4,11 +4,11 @@ import io
 
 import pytest
 import torch
+from test_oracle import picture
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result
-from test_oracle import picture
 
 SAMPLERS = ["euler", "ddim", "dpmpp_2m", "heun", "euler_a", "pndm"]
 

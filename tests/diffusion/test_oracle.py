@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,

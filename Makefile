@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all that a newcomer needs; each sets the environment up first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check format bench starter setup clean
+
+demo: setup ## make a data set with the starter model and say where to look
+	$(BIN)/python -m rayjobs generate configs/demo/generate.yaml
+
+test: setup ## everything that runs in a few minutes without a GPU
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup ## the slow tests too
+	$(BIN)/python -m pytest
+
+check: setup ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## the engine against diffusers' own pipeline
+	$(BIN)/python -m benchmarks.engine
+
+starter: setup ## train the starter model again, from nothing
+	$(BIN)/python -m rayjobs.starter.train --out rayjobs/starter/model
+
+setup: .venv/installed
+
+# python -m venv needs no more than Python itself; versions come from constraints.txt.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo build
