@@ -1,7 +1,9 @@
 """Small random models of each family, built in process, and the starter model, loaded once."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,12 +15,24 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.starter import components
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[[int], Image.Image]:
+    """A smooth random picture of 64x64 for each number."""
+
+    def make(number: int) -> Image.Image:
+        coarse = np.random.default_rng(number).integers(0, 255, (6, 6, 3), np.uint8)
+        return Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
+
+    return make
 
 
 @pytest.fixture(scope="session")

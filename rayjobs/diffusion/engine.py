@@ -50,7 +50,7 @@ class Engine:
         self._side = Side(model)
         self._failed: list[Result] = []
         self._ids = count()
-        self._keep_pixels = False
+        self.keep_pixels = False
 
     @property
     def num_places(self) -> int:
@@ -87,6 +87,7 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Result]:
         """One UNet call for the rows whose turn it is; returns the requests that are finished."""
+        self._side.proceed(to_an_end=not len(self._batcher))
         self._admit_encoded()
         rows = self._batcher.choose()
         if rows:
@@ -95,11 +96,11 @@ class Engine:
             for row, noise_1CHW in zip(rows, noise, strict=True):
                 row.advance(noise_1CHW)
             self._decode_finished(rows)
-        return self._collect(wait=not rows)
+        return self._collect()
 
     def generate(self, requests: Iterable[Request], keep_pixels: bool = False) -> Iterator[Result]:
         """Make all `requests`, drawn from only as places fall free, in the order they finish."""
-        self._keep_pixels = keep_pixels
+        self.keep_pixels = keep_pixels
         remaining = iter(requests)
         while True:
             room = 2 * self._batcher.max_rows - self.num_pending
@@ -111,8 +112,7 @@ class Engine:
 
     def _admit_encoded(self) -> None:
         """Rows whose init image is encoded by now join; those whose image was bad leave."""
-        idle = not len(self._batcher)
-        for row, error in self._side.encoded(wait=idle and not self._side.is_decoding):
+        for row, error in self._side.encoded():
             if row.id not in self.rows:
                 continue
             if error is None:
@@ -138,13 +138,13 @@ class Engine:
                 self._batcher.discard(row)
                 self._side.decode(row)
 
-    def _collect(self, wait: bool) -> list[Result]:
-        """Failures and decoded pictures since the last step; `wait` for one if none is there."""
+    def _collect(self) -> list[Result]:
+        """Failures and decoded pictures since the last step."""
         results, self._failed = self._failed, []
-        for row, pixels_CHW, image, error in self._side.decoded(wait=wait and not results):
+        for row, pixels_CHW, image, error in self._side.decoded():
             if self.rows.pop(row.id, None) is None:
                 continue
-            pixels = pixels_CHW if self._keep_pixels else None
+            pixels = pixels_CHW if self.keep_pixels else None
             results.append(row.result(image=image, pixels=pixels, error=error))
         return results
 

@@ -149,14 +149,12 @@ class _LoraLayer:
         rank = self.down.shape[1]
         scale_PR = (scales_PK * known).repeat_interleave(rank, dim=1).to(y.dtype)
         up_PRO = up_POR.transpose(1, 2) * scale_PR[:, :, None]
+        # Products first, then the sum: adding exact zeros keeps the bits of a row without adapters.
         if isinstance(self.module, torch.nn.Conv2d):
             h_PRT = _grouped_conv(x, down, self.module).flatten(2)
-            h_PTR = h_PRT.transpose(1, 2)
-            flat = torch.baddbmm(y.flatten(2).transpose(1, 2), h_PTR, up_PRO)
-            return flat.transpose(1, 2).reshape(y.shape)
-        x_PTI = x.reshape(len(x), -1, x.shape[-1])
-        y_PTO = y.reshape(len(y), -1, y.shape[-1])
-        return torch.baddbmm(y_PTO, torch.bmm(x_PTI, down.transpose(1, 2)), up_PRO).view(y.shape)
+            return y + torch.bmm(up_PRO.transpose(1, 2), h_PRT).view(y.shape)
+        h_PTR = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), down.transpose(1, 2))
+        return y + torch.bmm(h_PTR, up_PRO).view(y.shape)
 
 
 def _grouped_conv(x: torch.Tensor, down: torch.Tensor, module: torch.nn.Conv2d) -> torch.Tensor:

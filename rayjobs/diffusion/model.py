@@ -37,7 +37,7 @@ class ModelOptions:
     device: str = "auto"
     vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
-    channels_last: bool = False
+    channels_last: bool = True
     compile: Literal["no", "blocks", "full"] = "no"
     vae_slicing: bool = False
     vae_tiling: bool = False

@@ -6,6 +6,7 @@ nothing of batches or of the UNet.
 
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -69,13 +70,18 @@ def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[Any
         raise ValueError(f"sampler {name!r} does not fit {kind}; use one of {', '.join(fitting)}")
     _require_library(name, class_name)
     sampler_class = getattr(diffusers, class_name)
-    known = set(inspect.signature(sampler_class.__init__).parameters) - {"self"} | {"eta"}
+    known = _parameters(sampler_class.__init__) - {"self"} | {"eta"}
     for option in options:
         if option not in known:
             raise ValueError(
                 f"sampler {name!r} has no option {option!r}; it has {', '.join(sorted(known))}"
             )
     return sampler_class, {**preset, **options}
+
+
+@lru_cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _require_library(name: str, class_name: str) -> None:
@@ -112,7 +118,7 @@ class Sampler:
         own = type(model_scheduler).__name__
         sampler_class, options = resolve(name or own, options, own in EDM)
         self.eta = options.pop("eta", 0.0)
-        if "noise_sampler_seed" in inspect.signature(sampler_class.__init__).parameters:
+        if "noise_sampler_seed" in _parameters(sampler_class.__init__):
             # Left to itself this class draws its seed from the process's global random state.
             options.setdefault("noise_sampler_seed", generator.initial_seed())
         self.scheduler = sampler_class.from_config(config, **options)
@@ -127,7 +133,7 @@ class Sampler:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         self.position = 0
-        accepted = inspect.signature(self.scheduler.step).parameters
+        accepted = _parameters(sampler_class.step)
         offered = {"eta": self.eta, "generator": generator}
         self._extra = {key: value for key, value in offered.items() if key in accepted}
 

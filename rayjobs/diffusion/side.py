@@ -1,13 +1,15 @@
-"""Work beside the steps, in a thread of its own: encoding init images, decoding finished latents.
+"""Work beside the steps: encoding init images and decoding finished latents.
 
-Owns that thread and, on a GPU, its stream, so that no step waits for the autoencoder. Knows nothing
-of batching.
+Owns when and where that work is done. On a GPU it has a thread and a stream of its own, so that no
+step waits for the autoencoder. A CPU has nothing idle to do it with, and two teams of threads on
+the same cores slow each other down (by a quarter, measured): there one picture is encoded or
+decoded between two steps, never more, so that other rows are held up by one at most.
 """
 
-import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL.Image import Image
@@ -20,54 +22,90 @@ NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
 
 class Side:
-    """One thread; every call takes one picture, so that its shape never varies."""
+    """Takes one picture a call, so that the autoencoder's shape never varies."""
 
     def __init__(self, model: Model):
         self.model = model
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoencoder")
+        cuda = model.device.startswith("cuda")
+        self._place: _Place = _Stream(model.device) if cuda else _Between()
         self._encoding: dict[Future[None], Row] = {}
         self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}
-        cuda = model.device.startswith("cuda")
-        self._stream = torch.cuda.Stream(model.device) if cuda else None
-
-    @property
-    def is_decoding(self) -> bool:
-        return bool(self._decoding)
 
     def encode(self, row: Row) -> None:
-        self._encoding[self._submit(row.encode_init, self.model)] = row
+        """Make the first latents of an image-to-image row."""
+        self._encoding[self._place.submit(row.encode_init, self.model)] = row
 
     def decode(self, row: Row) -> None:
-        self._decoding[self._submit(_decode, row, self.model)] = row
+        """Make the picture of a row that has taken its last step."""
+        self._decoding[self._place.submit(_decode, row, self.model)] = row
 
-    def encoded(self, wait: bool) -> Iterator[tuple[Row, str | None]]:
+    def proceed(self, *, to_an_end: bool) -> None:
+        """Do a share of the work; `to_an_end` of one picture at least, if nothing else is left."""
+        self._place.proceed([*self._encoding, *self._decoding], to_an_end)
+
+    def encoded(self) -> Iterator[tuple[Row, str | None]]:
         """Rows whose init image is encoded, with the reason where that failed."""
-        for future in _finished(self._encoding, wait):
+        for future in [future for future in self._encoding if future.done()]:
             error = future.exception()
             yield self._encoding.pop(future), None if error is None else str(error)
 
-    def decoded(
-        self, wait: bool
-    ) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
+    def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
         """Rows decoded, with pixels and picture, or the reason why not."""
-        for future in _finished(self._decoding, wait):
+        for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
             yield (row, None, None, str(error)) if error else (row, *future.result(), None)
 
-    def _submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        event = torch.cuda.current_stream().record_event() if self._stream else None
+
+class _Place(Protocol):
+    """Where the work is done."""
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]: ...
+    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None: ...
+
+
+class _Between:
+    """In the caller's own thread, one piece at a time, first come first served."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._waiting.append((future, work, args))
+        return future
+
+    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None:
+        if not self._waiting:
+            return
+        future, work, args = self._waiting.popleft()
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+
+class _Stream:
+    """In a thread and a CUDA stream of its own."""
+
+    def __init__(self, device: str):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoencoder")
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        event = torch.cuda.current_stream(self._stream.device).record_event()
         return self._thread.submit(self._run, event, work, *args)
+
+    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None:
+        if to_an_end and futures:
+            wait(futures, return_when=FIRST_COMPLETED)
 
     @torch.no_grad()
     def _run(self, event: Any, work: Callable[..., Any], *args: Any) -> Any:
-        """On a GPU: after what was queued when the work was handed over, and to its end."""
-        stream = self._stream
-        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            if stream:
-                stream.wait_event(event)
+        """After what was queued on the device when the work was handed over, and to its end."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(event)
             result = work(*args)
-            if stream:
-                stream.synchronize()
+            self._stream.synchronize()
             return result
 
 
@@ -79,9 +117,3 @@ def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
     if not torch.isfinite(pixels_CHW).all():
         raise ValueError("the decoded picture is not finite (NaN or infinity)")
     return pixels_CHW, to_image(pixels_CHW)
-
-
-def _finished(futures: dict[Future[Any], Row], wait_for_one: bool) -> list[Future[Any]]:
-    if wait_for_one and futures:
-        wait(futures, return_when=FIRST_COMPLETED)
-    return [future for future in futures if future.done()]

@@ -30,8 +30,8 @@ class ModelConfig(Config):
     """auto: as dtype, but float32 where the autoencoder overflows in float16."""
     attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
     """torch's scaled-dot-product kernel."""
-    channels_last: bool = False
-    """Memory format of the convolutions."""
+    channels_last: bool = True
+    """Memory format of the convolutions; the other one is slower on CPUs and GPUs alike."""
     compile: Literal["no", "blocks", "full"] = "no"
     """torch.compile of the UNet: each repeated block once, or the whole."""
     vae_slicing: bool = False

@@ -1,10 +1,11 @@
 """In a fixed shape a row's bits do not depend on its neighbours, nor on what befalls them."""
 
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
-from test_oracle import picture
+from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
@@ -13,7 +14,11 @@ from rayjobs.diffusion.request import Request, Result
 SAMPLERS = ["euler", "ddim", "dpmpp_2m", "heun", "euler_a", "pndm"]
 
 
-def requests() -> list[Request]:
+Picture = Callable[[int], Image.Image]
+
+
+@pytest.fixture
+def requests(picture: Picture) -> list[Request]:
     return [
         Request(
             prompt=f"a photo of a {colour} star on a black background",
@@ -27,7 +32,8 @@ def requests() -> list[Request]:
     ]
 
 
-def truncated() -> bytes:
+@pytest.fixture
+def truncated(picture: Picture) -> bytes:
     whole = io.BytesIO()
     picture(0).save(whole, "PNG")
     return whole.getvalue()[:200]
@@ -37,9 +43,11 @@ def by_seed(results: list[Result]) -> dict[int, Result]:
     return {result.request.seed: result for result in results}
 
 
-def run(engine: Engine, disturb: str | None = None) -> dict[int, Result]:
-    engine._keep_pixels = True
-    for request in requests():
+def run(
+    engine: Engine, requests: list[Request], truncated: bytes, disturb: str | None = None
+) -> dict[int, Result]:
+    engine.keep_pixels = True
+    for request in requests:
         engine.add(request)
     victim = engine.add(Request(prompt="a victim", seed=99, steps=9, guidance_scale=4.0))
     results, steps = [], 0
@@ -53,14 +61,17 @@ def run(engine: Engine, disturb: str | None = None) -> dict[int, Result]:
         if steps == 3 and disturb == "join":
             engine.add(Request(prompt="a late one", seed=77, steps=4))
         if steps == 2 and disturb == "truncated":
-            engine.add(Request(prompt="a bad one", seed=78, steps=4, init_image=truncated()))
+            engine.add(Request(prompt="a bad one", seed=78, steps=4, init_image=truncated))
     return by_seed(results)
 
 
 @pytest.mark.parametrize("disturb", ["cancel", "nan", "join", "truncated"])
-def test_neighbours_do_not_notice(starter: Model, disturb: str) -> None:
-    calm, disturbed = run(Engine(starter)), run(Engine(starter), disturb)
-    for request in requests():
+def test_neighbours_do_not_notice(
+    starter: Model, requests: list[Request], truncated: bytes, disturb: str
+) -> None:
+    calm = run(Engine(starter), requests, truncated)
+    disturbed = run(Engine(starter), requests, truncated, disturb)
+    for request in requests:
         a, b = calm[request.seed], disturbed[request.seed]
         assert b.error is None
         assert torch.equal(a.pixels, b.pixels), request.sampler
@@ -73,18 +84,20 @@ def test_neighbours_do_not_notice(starter: Model, disturb: str) -> None:
         assert "init image cannot be read" in disturbed[78].error
 
 
-def test_alone_in_company_and_in_any_order(starter: Model) -> None:
-    together = by_seed(list(Engine(starter).generate(requests(), keep_pixels=True)))
-    backwards = by_seed(list(Engine(starter).generate(requests()[::-1], keep_pixels=True)))
-    for request in requests():
+def test_alone_in_company_and_in_any_order(starter: Model, requests: list[Request]) -> None:
+    together = by_seed(list(Engine(starter).generate(requests, keep_pixels=True)))
+    backwards = by_seed(list(Engine(starter).generate(requests[::-1], keep_pixels=True)))
+    for request in requests:
         (alone,) = Engine(starter).generate([request], keep_pixels=True)
         assert torch.equal(alone.pixels, together[request.seed].pixels)
         assert torch.equal(alone.pixels, backwards[request.seed].pixels)
 
 
-def test_without_a_fixed_shape_the_difference_stays_small(starter: Model) -> None:
-    fixed = by_seed(list(Engine(starter).generate(requests(), keep_pixels=True)))
+def test_without_a_fixed_shape_the_difference_stays_small(
+    starter: Model, requests: list[Request]
+) -> None:
+    fixed = by_seed(list(Engine(starter).generate(requests, keep_pixels=True)))
     engine = Engine(starter, fixed_shape=False)
-    for result in engine.generate(requests(), keep_pixels=True):
+    for result in engine.generate(requests, keep_pixels=True):
         difference = (result.pixels - fixed[result.request.seed].pixels).abs().max()
         assert difference < 1e-4

@@ -1,9 +1,9 @@
 """The engine's pictures against diffusers' own pipelines, every sampler in one mixed batch."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
@@ -18,15 +18,11 @@ from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import EDM, SAMPLERS, resolve
 
+Picture = Callable[[int], Image.Image]
 TOLERANCE = 1e-4
 
 
-def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-def mixed_requests(family: str) -> list[Request]:
+def mixed_requests(family: str, picture: Picture) -> list[Request]:
     """Every sampler as text-to-image and as image-to-image, no two rows with the same settings."""
     requests, edm = [], family == "playground"
     # diffusers 0.42's clip_skip for Stable Diffusion fails under transformers 5.6 and later.
@@ -86,9 +82,9 @@ def reference(folder: Path, request: Request, edm: bool) -> torch.Tensor:
     return images[0]
 
 
-def test_equals_diffusers(folders: dict[str, Path], family: str) -> None:
+def test_equals_diffusers(folders: dict[str, Path], family: str, picture: Picture) -> None:
     folder, edm = folders[family], family == "playground"
-    requests = mixed_requests(family)
+    requests = mixed_requests(family, picture)
     engine = Engine(load_model(str(folder)), max_rows=len(requests))
     results = list(engine.generate(requests, keep_pixels=True))
     assert len(results) == len(requests)
