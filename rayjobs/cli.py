@@ -5,6 +5,7 @@ instant.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     (resumable), 1 anything else.
     """
     options = _parser().parse_args(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from rayjobs.config import BadInput
     from rayjobs.storage import StorageError
 

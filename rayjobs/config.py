@@ -86,6 +86,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         return f"{place}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
+        if message.startswith("it is "):
+            return f"{place} {message.removeprefix('it ')}"
         return f"{place}: {message}" if place else message
     return f"{place} is {problem['input']!r}: {message}"
 

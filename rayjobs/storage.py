@@ -172,10 +172,16 @@ def _open(uri: str) -> tuple[Any, str]:
     return fsspec.filesystem("file"), os.path.abspath(uri.removeprefix("file://"))
 
 
+def forget_connections() -> None:
+    """Read the AWS variables again at the next call."""
+    _s3.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _s3() -> Any:
     return fsspec.filesystem(
         "s3",
+        skip_instance_cache=True,
         use_listings_cache=False,
         config_kwargs={"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S},
     )

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+MOST_STEPS = 1000
+"""The noise levels that all models of the family were trained on."""
+
 SIZE_MULTIPLE = 8
 """Width and height must be divisible by this, as in diffusers' pipelines."""
 
@@ -59,8 +62,8 @@ class Request:
         """Raise ValueError naming the first value that no model could serve."""
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be text, not {type(self.prompt).__name__}")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
         for name in ("width", "height"):

@@ -178,9 +178,10 @@ def _make(
 @contextmanager
 def _ray_session(config: GenerateConfig) -> Generator[None]:
     """The cluster that RAY_ADDRESS or a surrounding job names, else one of our own, ended after."""
-    import ray
+    import ray.data
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
         # Ray Data needs a CPU beside the workers: without one it would wait for ever.
         workers = config.workers

@@ -11,6 +11,7 @@ import ray
 from tqdm import tqdm
 
 POLL_S = 0.5
+LOG_EVERY_S = 10.0
 
 
 class Counter:
@@ -39,6 +40,7 @@ class Progress:
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> "Progress":
+        print(f"{self.total:,} images to make; starting workers", file=sys.stderr, flush=True)
         self._thread.start()
         return self
 
@@ -47,16 +49,29 @@ class Progress:
         self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        with tqdm(total=self.total, unit="image", file=sys.stderr, smoothing=0.1) as bar:
+        # Counted from the first image, so that the workers' start is not taken for slowness.
+        while not self._read()[0] and not self._stop.wait(POLL_S):
+            pass
+        # A terminal has a bar that moves; a log gets a line now and then.
+        every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
+        with tqdm(
+            total=self.total, unit=" images", file=sys.stderr, smoothing=0.1, mininterval=every_s
+        ) as bar:
             while not self._stop.wait(POLL_S):
                 self._show(bar)
             self._show(bar)
 
     def _show(self, bar: tqdm) -> None:
-        try:
-            images, failed = ray.get(self.counter.read.remote(), timeout=POLL_S * 4)
-        except Exception:  # the bar is no reason for a job to fail
-            return
+        images, failed = self._read()
         if failed:
-            bar.set_postfix(failed=failed)
-        bar.update(min(images, self.total) - bar.n)
+            bar.set_postfix(failed=failed, refresh=False)
+        new = min(images, self.total) - int(bar.n)
+        if new > 0:
+            bar.update(new)
+
+    def _read(self) -> tuple[int, int]:
+        try:
+            counts: tuple[int, int] = ray.get(self.counter.read.remote(), timeout=4 * POLL_S)
+        except Exception:  # the bar is no reason for a job to fail
+            return 0, 0
+        return counts

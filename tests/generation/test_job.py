@@ -1,0 +1,60 @@
+"""The job on a real Ray cluster of one machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rayjobs.generation import job
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.manifest import Manifest
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def configure(output: Path, workers: int) -> GenerateConfig:
+    values: dict[str, Any] = {
+        "model": {"uri": "starter"},
+        "prompts": {"templates": ["a {colour} star"], "axes": {"colour": ["red", "blue", "pink"]}},
+        "seeds": {"count": 4},
+        "sampler": {"name": "euler_a", "steps": 2, "guidance_scale": 3.0},
+        "output": {"uri": str(output), "images_per_shard": 3},
+        "engine": {"batch_size": 4},
+        "workers": {"min": workers},
+    }
+    return GenerateConfig.model_validate(values)
+
+
+def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
+    hashes = []
+    for workers in (1, 2):
+        output = tmp_path / str(workers)
+        summary = job.run(configure(output, workers))
+        assert (summary.num_made, summary.num_failed) == (12, 0)
+        hashes.append([entry["sha256"] for entry in Manifest(str(output)).entries()])
+        assert (output / "index.html").is_file()
+        assert sorted(p.name for p in output.iterdir() if p.is_dir()) == [
+            "data",
+            "manifest",
+            "prompts",
+            "tmp",
+        ]
+    assert len(hashes[0]) == 4
+    assert hashes[0] == hashes[1]
+    again = job.run(configure(tmp_path / "1", 1))
+    assert again.num_made == 0
+
+
+def test_a_limit_makes_the_first_records_and_more_later(tmp_path: Path) -> None:
+    config = configure(tmp_path / "out", 1)
+    assert job.run(config, limit=4).num_made == 6  # whole shards
+    assert job.run(config).num_made == 6

@@ -1,0 +1,109 @@
+"""The command line: bad input is one message and exit code 2, before anything is started."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from rayjobs.cli import main
+from rayjobs.generation import job
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that runs `generate` with some keys changed, and fails if workers are started."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr(job, "_make", refuse)
+
+    def run(**changes: Any) -> int:
+        values: dict[str, Any] = {
+            "model": {"uri": "starter"},
+            "prompts": {"inline": ["a red star"]},
+            "output": {"uri": str(tmp_path / "out")},
+        }
+        for key, value in changes.items():
+            values[key] = value
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return main(["generate", str(path)])
+
+    return run
+
+
+def pickled(folder: Path) -> Path:
+    for part in ("unet", "vae", "text_encoder"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text("{}")
+        (folder / part / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def damaged(folder: Path) -> Path:
+    pickled(folder)
+    (folder / "unet" / "model.safetensors").write_bytes(b"\xff" * 40)
+    return folder
+
+
+def flux(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    return folder
+
+
+def test_bad_input_is_told_and_ends_with_2(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("text,seed\na star,1\n")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "bad.csv").write_text("prompt,seed\na star,one\n")
+    (tmp_path / "taken.csv").write_text("prompt,status\na star,x\n")
+    (tmp_path / "bad.jsonl").write_text("{not json\n")
+    weights = tmp_path / "weights.ckpt"
+    weights.write_bytes(b"pickle")
+    save_file({}, tmp_path / "empty.safetensors")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"sampler": {"name": "eulr"}}, "unknown sampler 'eulr'"),
+        ({"sampler": {"name": "edm_euler"}}, "does not fit a model that is not EDM"),
+        ({"sampler": {"name": "euler", "options": {"karras": True}}}, "has no option 'karras'"),
+        ({"image": {"width": 100}}, "image.width is 100; it must be a multiple of 8, such as 96"),
+        ({"prompts": {"uri": str(tmp_path / "no.txt")}}, "no.txt does not exist"),
+        ({"prompts": {"uri": str(prompts)}}, "has no column 'prompt'; it has text, seed"),
+        ({"prompts": {"uri": str(tmp_path / "empty.txt")}}, "there is no prompt in"),
+        ({"prompts": {"uri": str(tmp_path / "bad.csv")}}, "'one', which is not a number"),
+        ({"prompts": {"uri": str(tmp_path / "taken.csv")}}, "has a column 'status'"),
+        ({"prompts": {"uri": str(tmp_path / "bad.jsonl")}}, "cannot be read as jsonl"),
+        ({"prompts": {"uri": str(tmp_path)}}, "is none of txt, csv"),
+        ({"prompts": {"templates": ["a {colour} star"]}}, "there is no such axis"),
+        ({"model": {"uri": "/no/such"}}, "'/no/such' does not exist"),
+        ({"model": {"uri": str(weights)}}, "is a pickle"),
+        ({"model": {"uri": str(pickled(tmp_path / "p"))}}, "is a pickle"),
+        ({"model": {"uri": str(damaged(tmp_path / "d"))}}, "cannot be read"),
+        ({"model": {"uri": str(flux(tmp_path / "f"))}}, "is a FluxPipeline"),
+        ({"model": {"uri": "starter", "loras": [{"uri": "/no"}]}}, "LoRA /no does not exist"),
+        ({"init": {"uri": str(tmp_path / "p")}}, "holds no picture"),
+        ({"init": {"uri": "x", "strength": 0.01}}, "leaves no step to make"),
+        ({"output": {"uri": "/proc/no/place"}}, "/proc/no/place"),
+        ({"output": {"uri": "ftp://host/x"}}, "unknown kind of storage"),
+    ]
+    for changes, told in cases:
+        assert config(**changes) == 2, changes
+        error = capsys.readouterr().err
+        assert told in error
+        assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_prints_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "configs/demo/generate.yaml", "sampler.steps=7"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["sampler"]["steps"] == 7
+    assert shown["workers"]["num_gpus"] == 0

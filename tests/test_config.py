@@ -1,0 +1,69 @@
+"""The loader: overrides, and mistakes told by name."""
+
+from pathlib import Path
+
+import pytest
+
+from rayjobs.config import BadInput, load_config
+from rayjobs.generation.config import GenerateConfig
+
+JOB = """
+model: {uri: starter}
+prompts: {inline: [a red star]}
+output: {uri: somewhere}
+"""
+
+
+def load(tmp_path: Path, *overrides: str, text: str = JOB) -> GenerateConfig:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return load_config(GenerateConfig, str(path), list(overrides))
+
+
+def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
+    config = load(tmp_path, "sampler.steps=40", "seeds.count=3", "prompts.inline=[x, y]")
+    assert config.sampler.steps == 40
+    assert config.seeds.count == 3
+    assert config.prompts.inline == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sampler.stepz=4", "sampler.stepz: unknown key; did you mean 'steps'?"),
+        ("samplers.steps=4", "samplers: unknown key; did you mean 'sampler'?"),
+        ("sampler.steps=many", "sampler.steps is 'many'"),
+        ("sampler.steps=0", "sampler.steps is 0"),
+        ("sampler.guidance_scale=.nan", "sampler.guidance_scale is nan"),
+        ("image.width=65", "image.width is 65; it must be a multiple of 8, such as 64"),
+        ("workers.max=1 ", "workers.max is 1, below workers.min, 2"),
+        ("seeds.count=0", "seeds.count is 0"),
+        ("prompts.uri=a.txt", "give prompts.inline or prompts.uri, not both"),
+        ("prompts.inline=[]", "no prompts"),
+        ("steps", "'steps' is not of the form key=value"),
+        ("model.uri.x=1", "uri is a value, it has no keys"),
+    ],
+)
+def test_mistakes_are_told_by_name(tmp_path: Path, override: str, told: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load(tmp_path, "workers.min=2", override)
+    assert told in str(caught.value)
+
+
+def test_what_is_required_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"output: required, but not given"):
+        load(tmp_path, text="model: {uri: starter}\nprompts: {inline: [x]}")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="No such file"):
+        load_config(GenerateConfig, str(tmp_path / "none.yaml"))
+    with pytest.raises(BadInput, match="not valid YAML"):
+        load(tmp_path, text="a: [")
+    with pytest.raises(BadInput, match="expected keys and values"):
+        load(tmp_path, text="- a")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("generate*.yaml")), ids=str)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    load_config(GenerateConfig, str(path))

@@ -1,0 +1,79 @@
+"""One door, two kinds of storage: the same tests on a local folder and on a real S3 server."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from rayjobs import storage
+from rayjobs.storage import StorageError, join
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    local = request.param == "local"
+    return str(tmp_path / "place") if local else request.getfixturevalue("bucket")
+
+
+def test_bytes_come_back(place: str) -> None:
+    uri = join(place, "a", "b.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.read_bytes(uri) == b"two"
+    assert storage.list_files(place) == ["a/b.bin"]
+    with storage.open_input(uri) as file:
+        assert file.read() == b"two"
+
+
+def test_created_once_only(place: str) -> None:
+    uri, staging = join(place, "data", "x"), join(place, "tmp")
+    assert storage.create_bytes(uri, b"first", staging)
+    assert not storage.create_bytes(uri, b"second", staging)
+    assert storage.read_bytes(uri) == b"first"
+    assert storage.list_files(join(place, "data")) == ["x"]
+
+
+def test_nothing_there_is_told(place: str) -> None:
+    with pytest.raises(StorageError, match="no such file"):
+        storage.read_bytes(join(place, "missing"))
+    assert storage.list_files(join(place, "missing")) == []
+
+
+def test_fetch_copies_once_and_again_when_changed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYJOBS_CACHE", str(tmp_path / "cache"))
+    uri = join(bucket, "model")
+    storage.write_bytes(join(uri, "unet", "w"), b"weights")
+    storage.write_bytes(join(uri, "index"), b"{}")
+    first = storage.fetch(uri)
+    assert (first / "unet" / "w").read_bytes() == b"weights"
+    assert storage.fetch(uri) == first
+    storage.write_bytes(join(uri, "unet", "w"), b"others!")
+    again = storage.fetch(uri)
+    assert again != first
+    assert (again / "unet" / "w").read_bytes() == b"others!"
+    assert storage.fetch(join(uri, "index")).read_bytes() == b"{}"
+    with pytest.raises(StorageError, match="nothing is there"):
+        storage.fetch(join(bucket, "other"))
+    assert storage.fetch(str(tmp_path)) == tmp_path
+
+
+def test_unusable_storage_is_told_in_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.check(bucket)
+    with pytest.raises(StorageError, match="bucket 'absent' does not exist"):
+        storage.check("s3://absent/x")
+    with pytest.raises(StorageError, match="unknown kind of storage 'ftp'"):
+        storage.check("ftp://host/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"cannot reach http://127.0.0.1:9"):
+        storage.check(bucket)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+        storage.check(bucket)
+    assert time.monotonic() - started < 15
