@@ -17,8 +17,7 @@ from rayjobs.diffusion.prompt import PromptEncoder
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.side import Side
-
-__all__ = ["Engine"]
+from rayjobs.diffusion.weights import first_line
 
 
 class Engine:
@@ -37,7 +36,7 @@ class Engine:
         *,
         places: int | None = None,
         fixed_shape: bool = True,
-        prompt_cache: int = 1024,
+        prompt_cache: int = 512,
     ):
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
@@ -67,8 +66,9 @@ class Engine:
         row_id = next(self._ids)
         try:
             row = prepare_row(row_id, request, self.model, self.loras)
-        except (ValueError, ImportError) as error:
-            self._failed.append(Result(id=row_id, request=request, error=str(error)))
+        except Exception as error:  # whatever is wrong with a request, the others go on
+            reason = first_line(error)
+            self._failed.append(Result(id=row_id, request=request, error=reason))
             return row_id
         self.rows[row_id] = row
         if row.is_ready:
@@ -88,13 +88,12 @@ class Engine:
     def step(self) -> list[Result]:
         """One UNet call for the rows whose turn it is; returns the requests that are finished."""
         self._side.proceed(to_an_end=not len(self._batcher))
-        self._admit_encoded()
+        self._join_encoded()
         rows = self._batcher.choose()
         if rows:
             self._encode_prompts(rows)
             noise = self._places.predict_noise(rows)
-            for row, noise_1CHW in zip(rows, noise, strict=True):
-                row.advance(noise_1CHW)
+            self._advance(rows, noise)
             self._decode_finished(rows)
         return self._collect()
 
@@ -110,7 +109,7 @@ class Engine:
                 return
             yield from self.step()
 
-    def _admit_encoded(self) -> None:
+    def _join_encoded(self) -> None:
         """Rows whose init image is encoded by now join; those whose image was bad leave."""
         for row, error in self._side.encoded():
             if row.id not in self.rows:
@@ -132,9 +131,18 @@ class Engine:
         for row in new:
             row.embeddings = [next(embeddings) for _ in row.texts]
 
+    def _advance(self, rows: list[Row], noise: list[torch.Tensor]) -> None:
+        """One step of each row's own sampler; a row whose sampler cannot go on leaves alone."""
+        for row, noise_1CHW in zip(rows, noise, strict=True):
+            try:
+                row.advance(noise_1CHW)
+            except Exception as error:
+                self._batcher.discard(row)
+                self._fail(row, first_line(error))
+
     def _decode_finished(self, rows: list[Row]) -> None:
         for row in rows:
-            if row.is_done:
+            if row.is_done and row.id in self.rows:
                 self._batcher.discard(row)
                 self._side.decode(row)
 

@@ -3,6 +3,7 @@
 Owns tokenizing, which hidden state each family reads, and the cache. Knows nothing of rows.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
+
+WEIGHTED_WORDS = re.compile(r"\([^()]+:\s*\d+(\.\d+)?\)")
 
 
 class Text(NamedTuple):
@@ -105,7 +108,7 @@ class PromptEncoder:
         text: Text,
         text_BLD: torch.Tensor,
         pooled_BD: torch.Tensor | None,
-        num_words_kept: float,
+        num_tokens_kept: float,
     ) -> Embedding:
         text_1LD = text_BLD[row : row + 1].clone()
         pooled_1D = None
@@ -114,10 +117,13 @@ class PromptEncoder:
         if text.text is None:
             text_1LD = torch.zeros_like(text_1LD)
             pooled_1D = torch.zeros_like(pooled_1D) if pooled_1D is not None else None
-        if num_words_kept == float("inf"):
-            return Embedding(text_1LD, pooled_1D)
-        warning = f"prompt cut after {int(num_words_kept)} tokens, the text encoder's limit"
-        return Embedding(text_1LD, pooled_1D, (warning,))
+        warnings = []
+        if num_tokens_kept < float("inf"):
+            cut = f"prompt cut after {int(num_tokens_kept)} tokens, the text encoder's limit"
+            warnings.append(cut)
+        if WEIGHTED_WORDS.search(text.text or ""):
+            warnings.append("weights such as (word:1.3) are taken as plain text")
+        return Embedding(text_1LD, pooled_1D, tuple(warnings))
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[float]]:

@@ -60,8 +60,10 @@ class Request:
 
     def check(self) -> None:
         """Raise ValueError naming the first value that no model could serve."""
-        if not isinstance(self.prompt, str):
-            raise ValueError(f"prompt must be text, not {type(self.prompt).__name__}")
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if name == "prompt" or text is not None:
+                check_text(name, text)
         if not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
         if not 0 <= self.seed < 2**63:
@@ -76,6 +78,16 @@ class Request:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
         if self.init_image is not None:
             check_strength(self.strength, self.steps)
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise ValueError unless `text` is a string that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} is not valid text: {error.reason}") from None
 
 
 def check_side(name: str, pixels: int | None) -> None:

@@ -17,6 +17,7 @@ from PIL.Image import Image
 from rayjobs.diffusion.latents import decode_latents, to_image
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.row import Row
+from rayjobs.diffusion.weights import first_line
 
 NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
@@ -47,13 +48,13 @@ class Side:
         """Rows whose init image is encoded, with the reason where that failed."""
         for future in [future for future in self._encoding if future.done()]:
             error = future.exception()
-            yield self._encoding.pop(future), None if error is None else str(error)
+            yield self._encoding.pop(future), None if error is None else first_line(error)
 
     def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
         """Rows decoded, with pixels and picture, or the reason why not."""
         for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
-            yield (row, None, None, str(error)) if error else (row, *future.result(), None)
+            yield (row, None, None, first_line(error)) if error else (row, *future.result(), None)
 
 
 class _Place(Protocol):

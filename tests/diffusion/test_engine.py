@@ -56,6 +56,8 @@ def test_an_init_image_decides_the_size_when_none_is_asked_for(starter: Model) -
         ({"init_image": Image.new("RGB", (64, 64)), "strength": 0.1}, "leaves no step to make"),
         ({"init_image": Image.new("RGB", (64, 64)), "sampler": "ipndm"}, "image-to-image"),
         ({"prompt": 7}, "prompt must be text"),
+        ({"prompt": "a \ud800 star"}, "prompt is not valid text"),
+        ({"steps": "many"}, "not supported"),
     ],
 )
 def test_a_bad_request_fails_alone_with_its_reason(
@@ -72,6 +74,11 @@ def test_a_long_prompt_is_cut_with_a_warning(starter: Model) -> None:
     (result,) = Engine(starter).generate([ask(prompt="a red star " * 60)])
     assert result.warnings == ("prompt cut after 75 tokens, the text encoder's limit",)
     assert result.image is not None
+
+
+def test_weights_of_words_are_not_silently_ignored(starter: Model) -> None:
+    (result,) = Engine(starter).generate([ask(prompt="a (red:1.3) star")])
+    assert result.warnings == ("weights such as (word:1.3) are taken as plain text",)
 
 
 def test_a_prompt_met_again_is_not_encoded_again(starter: Model) -> None:

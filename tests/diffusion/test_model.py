@@ -1,0 +1,112 @@
+"""Loading: identity, precision, layouts, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.model import ModelOptions, load_model
+from rayjobs.diffusion.request import Request
+
+
+def test_the_identity_is_that_of_all_files(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["sdxl"], folder)
+    (folder / "README.md").write_text("not part of the pipeline")
+    files = sorted(
+        [path.relative_to(folder).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "README.md"
+    )
+    whole = hashlib.sha256(json.dumps(files, separators=(",", ":")).encode()).hexdigest()
+    assert load_model(str(folder)).sha256 == whole
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    assert load_model(str(folder)).sha256 != whole
+
+
+def test_a_folder_with_only_an_fp16_variant_loads(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["sdxl"], folder)
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    model, plain = load_model(str(folder)), load_model(str(folders["sdxl"]))
+    for name, weight in plain.unet.state_dict().items():
+        assert torch.equal(model.unet.state_dict()[name], weight)
+
+
+def test_float16_keeps_an_overflowing_autoencoder_in_float32(folders: dict[str, Path]) -> None:
+    model = load_model(str(folders["sdxl"]), ModelOptions(dtype="float16"))
+    assert (model.unet.dtype, model.vae.dtype) == (torch.float16, torch.float32)
+    chosen = ModelOptions(dtype="float16", vae_dtype="bfloat16")
+    assert load_model(str(folders["sdxl"]), chosen).vae.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ModelOptions(attention="math"),
+        ModelOptions(channels_last=False),
+        ModelOptions(vae_slicing=True, vae_tiling=True),
+        pytest.param(ModelOptions(compile="blocks"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_options_do_not_change_the_picture(folders: dict[str, Path], options: ModelOptions) -> None:
+    request = Request(prompt="a red star", steps=3, guidance_scale=3.0, width=64, height=64)
+    pictures = []
+    for chosen in (ModelOptions(), options):
+        engine = Engine(load_model(str(folders["sdxl"]), chosen), max_rows=2)
+        (result,) = engine.generate([request], keep_pixels=True)
+        assert result.error is None
+        pictures.append(result.pixels)
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-4
+
+
+def test_bfloat16_draws_the_same_picture_roughly(folders: dict[str, Path]) -> None:
+    request = Request(prompt="a red star", steps=3, guidance_scale=3.0)
+    pictures = []
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine(load_model(str(folders["sdxl"]), ModelOptions(dtype=dtype)), max_rows=2)
+        (result,) = engine.generate([request], keep_pixels=True)
+        pictures.append(result.pixels)
+    assert (pictures[0] - pictures[1]).abs().mean() < 0.02
+
+
+def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.ckpt").write_bytes(b"pickle")
+    cases = {
+        str(tmp_path / "none"): "does not exist",
+        str(tmp_path): "has no model_index.json",
+        str(tmp_path / "weights.ckpt"): "safetensors.torch.save_file",
+    }
+    for uri, told in cases.items():
+        if uri == str(tmp_path):
+            (tmp_path / "weights.ckpt").rename(tmp_path / "weights")
+        with pytest.raises(ValueError, match=told):
+            load_model(uri)
+        if uri == str(tmp_path):
+            (tmp_path / "weights").rename(tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        load_model("starter", ModelOptions(device="cuda"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_a_cpu_draws() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    requests = [
+        Request(prompt="a photo of a red star", seed=n, steps=6, guidance_scale=4.0)
+        for n in range(3)
+    ]
+    seen = []
+    for device in ("cpu", "cuda"):
+        options = ModelOptions(dtype="float32", device=device)
+        results = Engine(load_model("starter", options)).generate(requests, keep_pixels=True)
+        seen.append({result.request.seed: result.pixels for result in results})
+    for n in range(3):
+        assert (seen[0][n] - seen[1][n]).abs().mean() < 5e-3
