@@ -110,7 +110,7 @@ def refuse_pickles(folders: list[Path]) -> None:
             raise ValueError(_pickle_message(pickles[0]))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
