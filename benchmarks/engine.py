@@ -23,6 +23,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import resolve
+from rayjobs.diffusion.weights import locate
 
 SAMPLERS = ("euler", "ddim", "dpmpp_2m", "heun", "euler_a", "unipc")
 STEPS = (8, 12, 20, 30)
@@ -57,13 +58,12 @@ def run_engine(model: Model, requests: list[Request], batch: int, fixed_shape: b
     assert all(result.image is not None for result in results)
 
 
-def run_diffusers(model: Model, requests: list[Request], batch: int) -> None:
+def run_diffusers(pipeline: Any, requests: list[Request], batch: int) -> None:
     """diffusers' best: requests that agree in sampler, steps and guidance share its batches."""
     groups: dict[tuple[Any, ...], list[Request]] = {}
     for request in requests:
         key = (request.sampler, request.steps, request.guidance_scale)
         groups.setdefault(key, []).append(request)
-    pipeline = _pipeline(model)
     own = pipeline.scheduler.config
     for (sampler, steps, guidance), group in groups.items():
         sampler_class, options = resolve(sampler, {}, edm_model=False)
@@ -78,19 +78,14 @@ def run_diffusers(model: Model, requests: list[Request], batch: int) -> None:
             )
 
 
-def _pipeline(model: Model) -> Any:
-    pipeline: Any = StableDiffusionXLPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoders[0],
-        text_encoder_2=model.text_encoders[1],
-        tokenizer=model.tokenizers[0],
-        tokenizer_2=model.tokenizers[1],
-        unet=model.unet,
-        scheduler=model.scheduler,
-        add_watermarker=False,
+def load_pipeline(model: Model) -> Any:
+    """The same weights in diffusers' pipeline, as its documentation loads it."""
+    folder = locate(model.uri).path
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(model.device)
 
 
 def compare(work: Callable[[], None], reference: Callable[[], None], rounds: int) -> list[float]:
@@ -116,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load_model(args.model, ModelOptions(dtype=args.dtype, device=args.device))
+    pipeline = load_pipeline(model)
     works = [
         ("uniform, fixed shape", uniform_requests(args.batch), True),
         ("mix, fixed shape", mixed_requests(), True),
@@ -126,7 +122,7 @@ def main() -> None:
     for name, requests, fixed_shape in works:
         ours, theirs = compare(
             lambda r=requests, f=fixed_shape: run_engine(model, r, args.batch, f),
-            lambda r=requests: run_diffusers(model, r, args.batch),
+            lambda r=requests: run_diffusers(pipeline, r, args.batch),
             args.rounds,
         )
         num = len(requests)

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from rayjobs.diffusion import onednn
 from rayjobs.diffusion.weights import FAMILIES, Weights, first_line, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,8 +30,9 @@ class ModelOptions:
     """How a model is held. Speed and memory, and the last bits, but not what it draws.
 
     `attention` names torch's scaled-dot-product kernel. `compile` is `blocks` (each repeated
-    transformer block once: quick to start) or `full` (the whole UNet). The autoencoder stays in
-    float32 where its config says that float16 overflows, unless `vae_dtype` says otherwise.
+    transformer block once: quick to start) or `full` (the whole UNet). `onednn` is for
+    linear layers on a CPU that are neither trained nor compiled. The autoencoder stays in float32
+    where its config says that float16 overflows, unless `vae_dtype` says otherwise.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -38,6 +40,7 @@ class ModelOptions:
     vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
     channels_last: bool = True
+    onednn: bool = True
     compile: Literal["no", "blocks", "full"] = "no"
     vae_slicing: bool = False
     vae_tiling: bool = False
@@ -128,6 +131,8 @@ def _assemble(
     tokenizers = [pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)]
     for module in [pipeline.unet, pipeline.vae, *filter(None, encoders)]:
         module.to(device).eval().requires_grad_(False)
+        if device == "cpu" and options.onednn and options.compile == "no":
+            onednn.use_for_linear(module)
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:

@@ -6,7 +6,7 @@ Owns the file formats and the snapshot that workers read. Knows nothing of seeds
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from string import Formatter
@@ -158,22 +158,30 @@ def _snapshot_schema(config: PromptsConfig, rows: list[dict[str, Any]]) -> pa.Sc
     return pa.schema([(name, kinds[name]) for name in names])
 
 
-def _read_txt(file: Any) -> Iterable[dict[str, Any]]:
-    for line in io.TextIOWrapper(file, "utf-8-sig"):
-        yield {"prompt": line.rstrip("\r\n")}
+def _read_txt(file: Any) -> Iterator[dict[str, Any]]:
+    with _text(file) as lines:
+        for line in lines:
+            yield {"prompt": line.rstrip("\r\n")}
 
 
-def _read_separated(file: Any, delimiter: str) -> Iterator[dict[str, Any]]:
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    if delimiter == ",":
-        rows = csv.DictReader(text)
-    else:
-        # Tab-separated text is mostly written without quoting: a quote there is a letter.
-        unquoted = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-        names = next(unquoted, [])
-        rows = (dict(zip(names, map(_unquoted, values), strict=False)) for values in unquoted)
-    for row in rows:
-        yield {name: _typed(name, value) for name, value in row.items() if isinstance(name, str)}
+def _read_csv(file: Any) -> Iterator[dict[str, Any]]:
+    with _text(file) as lines:
+        for row in csv.DictReader(lines):
+            yield {name: _typed(name, value) for name, value in row.items() if name is not None}
+
+
+def _read_tsv(file: Any) -> Iterator[dict[str, Any]]:
+    """Tab-separated text is mostly written without quoting: a quote there is a letter."""
+    with _text(file) as lines:
+        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        names = next(rows, [])
+        for values in rows:
+            pairs = zip(names, map(_unquoted, values), strict=False)
+            yield {name: _typed(name, value) for name, value in pairs}
+
+
+def _text(file: Any) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, "utf-8-sig", newline="")
 
 
 def _unquoted(value: str) -> str:
@@ -201,9 +209,10 @@ def _typed(name: str, value: str | None) -> Any:
 
 
 def _read_jsonl(file: Any) -> Iterator[dict[str, Any]]:
-    for line in io.TextIOWrapper(file, "utf-8-sig"):
-        if line.strip():
-            yield json.loads(line)
+    with _text(file) as lines:
+        for line in lines:
+            if line.strip():
+                yield json.loads(line)
 
 
 def _read_parquet(file: Any) -> Iterator[dict[str, Any]]:
@@ -213,8 +222,8 @@ def _read_parquet(file: Any) -> Iterator[dict[str, Any]]:
 
 READERS: dict[str, Any] = {
     "txt": _read_txt,
-    "csv": lambda file: _read_separated(file, ","),
-    "tsv": lambda file: _read_separated(file, "\t"),
+    "csv": _read_csv,
+    "tsv": _read_tsv,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
 }

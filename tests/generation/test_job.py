@@ -11,7 +11,8 @@ from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.manifest import Manifest
 
-pytestmark = pytest.mark.ray
+# Ray Data 2.60 reads its own deprecated switches.
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture(scope="module", autouse=True)
