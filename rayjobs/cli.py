@@ -90,8 +90,12 @@ def _show(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from rayjobs import storage
+    from rayjobs.config import BadInput
     from rayjobs.generation import report
+    from rayjobs.generation.lock import read_lock
 
     storage.check(options.uri)
+    if read_lock(options.uri) is None:
+        raise BadInput(f"{options.uri} is no data set: it has no spec.lock.json")
     print(report.write(options.uri))
     return DONE

@@ -114,6 +114,14 @@ def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
         return True
 
 
+def remove_folder(uri: str) -> None:
+    """Remove a folder and all in it; nothing happens when it is not there."""
+    fs, path = _open(uri)
+    with _told(uri):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
 def put_file(path: str | Path, uri: str) -> None:
     """Copy the local file at `path` to `uri`, replacing what is there."""
     fs, target = _open(uri)

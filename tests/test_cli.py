@@ -102,6 +102,12 @@ def test_bad_input_is_told_and_ends_with_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is no data set" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_show_prints_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "configs/demo/generate.yaml", "sampler.steps=7"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)

@@ -13,7 +13,7 @@ TEXT = """---
 {header}---
 # Generated images
 
-{num_records:,} images that `rayjobs generate` made from {num_prompts:,} prompts.
+{num_records:,} images, made by `rayjobs generate`.
 
 * Load them: `datasets.load_dataset("parquet", data_files="data/*")`; the `image` column is images.
 * Look at them: open `index.html`.
@@ -40,7 +40,6 @@ def write(config: GenerateConfig, lock: Lock) -> None:
     text = TEXT.format(
         header=yaml.safe_dump(header, sort_keys=False),
         num_records=lock.num_records,
-        num_prompts=lock.num_prompts,
         model=config.model.uri,
         model_sha256=lock.model_sha256,
         recipe=yaml.safe_dump(lock.job, sort_keys=False, allow_unicode=True),

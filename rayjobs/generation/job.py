@@ -67,6 +67,8 @@ def run(config: GenerateConfig, limit: int | None = None) -> Summary:
         for row in _make(config, lock, missing, num_images):
             made += row["rows"]
             failed += row["failed"]
+    if num_shards == lock.num_shards:
+        manifest.clean()
     card.write(config, lock)
     report.write(config.output.uri)
     seconds = time.monotonic() - started

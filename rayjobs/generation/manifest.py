@@ -37,6 +37,10 @@ class Manifest:
         for shard in sorted(self.committed()):
             yield json.loads(storage.read_bytes(self.entry_uri(shard)))
 
+    def clean(self) -> None:
+        """Remove what killed writers may have left; only when nobody writes."""
+        storage.remove_folder(storage.join(self.uri, "tmp"))
+
     def commit(self, shard: int, data: bytes, facts: dict[str, Any]) -> dict[str, Any]:
         """Store a shard, then its entry; of two that commit the same shard the first one counts.
 

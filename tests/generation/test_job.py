@@ -47,7 +47,6 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
             "data",
             "manifest",
             "prompts",
-            "tmp",
         ]
     assert len(hashes[0]) == 4
     assert hashes[0] == hashes[1]
