@@ -35,6 +35,11 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def absolute(uri: str) -> str:
+    """The same place from any working directory: local paths made absolute, others as they are."""
+    return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
+
+
 def check(uri: str) -> None:
     """Raise StorageError within 15 seconds unless the place that `uri` lies in can be reached."""
     scheme = uri.split("://")[0] if is_remote(uri) else ""

@@ -64,7 +64,7 @@ def run(config: GenerateConfig, limit: int | None = None) -> Summary:
     made = failed = 0
     if missing:
         num_images = sum(min(size, lock.num_records - shard * size) for shard in missing)
-        for row in _make(config, lock, missing, num_images):
+        for row in _make(_anywhere(config), lock, missing, num_images):
             made += row["rows"]
             failed += row["failed"]
     if num_shards == lock.num_shards:
@@ -79,7 +79,8 @@ def prepare(config: GenerateConfig) -> Lock:
     """Check all that can be checked without a worker, and write or find the data set's lock."""
     check_templates(config.prompts)
     storage.check(config.output.uri)
-    for uri in (config.prompts.uri, config.init.uri, config.model.uri):
+    loras = [lora.uri for lora in config.model.loras]
+    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras):
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
@@ -91,7 +92,7 @@ def prepare(config: GenerateConfig) -> Lock:
         found = read_lock(config.output.uri)
         if found is not None:
             check_same(found, lock, config.output.uri)
-            return found
+            return lock
         write_lock(lock, config.output.uri)
         storage.put_file(snapshot, lock.snapshot_uri)
     return lock
@@ -108,15 +109,21 @@ def _resolve(
     return Lock(
         job=job_part(config),
         prompts_sha256=weights.sha256_of(snapshot),
-        snapshot_uri=snapshot_uri(config.output.uri),
+        snapshot_uri=snapshot_uri(storage.absolute(config.output.uri)),
         num_prompts=num_prompts,
         init_images=tuple(init_images),
+        model_name=_model_name(config.model.uri),
         model_sha256=model.sha256,
         guided=guidance is None or guidance > 1 or per_row,
         num_records=len(spec),
         num_shards=spec.num_shards,
         libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
     )
+
+
+def _model_name(uri: str) -> str:
+    """The model's name in records, the same wherever a local copy of it lies."""
+    return Path(uri).name if Path(uri).exists() else uri
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
@@ -135,6 +142,19 @@ def _check_loras(config: GenerateConfig) -> None:
 
     for lora in config.model.loras:
         _named("model.loras", lambda uri=lora.uri: weight_file(storage.fetch(uri)))
+
+
+def _anywhere(config: GenerateConfig) -> GenerateConfig:
+    """The job as a worker in any working directory can read it: with absolute local paths."""
+    values = config.model_dump()
+    places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
+    places += [(lora, "uri") for lora in values["model"]["loras"]]
+    if Path(config.model.uri).exists():
+        places.append((values["model"], "uri"))
+    for part, key in places:
+        if part[key] is not None:
+            part[key] = storage.absolute(part[key])
+    return GenerateConfig.model_validate(values)
 
 
 def _named(key: str, check: Callable[[], T]) -> T:

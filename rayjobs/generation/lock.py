@@ -25,6 +25,7 @@ class Lock(Config):
     snapshot_uri: str
     num_prompts: int
     init_images: tuple[str, ...]
+    model_name: str
     model_sha256: str
     guided: bool
     """Whether any record may use guidance: it decides the shape of every UNet call."""
@@ -58,7 +59,8 @@ def read_lock(output_uri: str) -> Lock | None:
     if not storage.exists(uri):
         return None
     whole = json.loads(storage.read_bytes(uri))
-    return Lock.model_validate(whole["segments"][-1] | {"snapshot_uri": snapshot_uri(output_uri)})
+    place = snapshot_uri(storage.absolute(output_uri))
+    return Lock.model_validate(whole["segments"][-1] | {"snapshot_uri": place})
 
 
 def write_lock(lock: Lock, output_uri: str) -> None:

@@ -27,7 +27,8 @@ PAGE = Template("""<!doctype html>
 <style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h2 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+h2 { font-size: .95rem; font-weight: 600; margin: 0 0 .4rem; max-width: 32rem; }
+.sheets { display: flex; flex-wrap: wrap; gap: 1.6rem 2.4rem; }
 .facts { opacity: .75; }
 .sheet { display: flex; flex-wrap: wrap; gap: .5rem; }
 figure { margin: 0; }
@@ -37,7 +38,9 @@ figcaption { font-size: 11px; opacity: .7; }
 </style>
 <h1>Generated images</h1>
 <p class="facts">$facts</p>
+<div class="sheets">
 $sheets
+</div>
 </html>
 """)
 
@@ -53,11 +56,11 @@ def write(output_uri: str) -> str:
             break
         shown += 1
         if row["prompt"] != prompt:
-            sheets.append("</div>" if prompt is not None else "")
+            sheets.append("</div></section>" if prompt is not None else "")
             prompt = row["prompt"]
-            sheets.append(f'<h2>{escape(prompt)}</h2><div class="sheet">')
+            sheets.append(f'<section><h2>{escape(prompt)}</h2><div class="sheet">')
         sheets.append(_figure(row))
-    sheets.append("</div>" if prompt is not None else "")
+    sheets.append("</div></section>" if prompt is not None else "")
     facts = f"{total:,} images in {len(entries):,} shards, {failed:,} failed"
     facts += f"; the first {shown:,} are shown" if shown < total else ""
     uri = storage.join(output_uri, "index.html")

@@ -85,22 +85,25 @@ def list_pictures(uri: str) -> list[str]:
 def check_templates(config: PromptsConfig) -> None:
     """Raise BadInput when a template names a place that nothing fills, or an axis is never used."""
     known = set(config.axes) | ({"prompt"} if config.inline or config.uri else set())
-    used = set()
+    used: set[str] = set()
     for template in config.templates:
         places = template_places(template)
-        used |= places
-        for place in places - known:
-            raise BadInput(
-                f"prompts.templates: {template!r} has {{{place}}}, but there is no such axis; "
-                f"known: {', '.join(sorted(known)) or 'none'}"
-            )
+        used.update(places)
+        for place in places:
+            if place not in known:
+                raise BadInput(
+                    f"prompts.templates: {template!r} has {{{place}}}, but there is no such axis; "
+                    f"known: {', '.join(sorted(known)) or 'none'}"
+                )
     for axis in set(config.axes) - used:
         raise BadInput(f"prompts.axes.{axis} is used by no template")
 
 
-def template_places(template: str) -> set[str]:
+def template_places(template: str) -> list[str]:
+    """Names of the places in a template, each once, in the order in which they stand."""
     try:
-        return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        return list(dict.fromkeys(names))
     except ValueError as error:
         raise BadInput(f"prompts.templates: {template!r}: {error}") from None
 

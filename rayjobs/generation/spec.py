@@ -43,13 +43,20 @@ class Record:
 
 
 class Spec:
-    """All records of a job: prompts x texts made of each x init images x seeds, seeds fastest."""
+    """All records of a job: prompts x texts made of each x init images x seeds, seeds fastest.
+
+    The texts of a prompt are those of one template after the other; within a template, the place
+    that stands last changes fastest.
+    """
 
     def __init__(self, config: GenerateConfig, rows: Rows, init_images: Sequence[str] = ()):
         self.config = config
         self.rows = rows
         self.init_images = list(init_images) or [None]
-        self._places = [sorted(template_places(t) - {"prompt"}) for t in config.prompts.templates]
+        self._places = [
+            [place for place in template_places(template) if place != "prompt"]
+            for template in config.prompts.templates
+        ]
         counts = [
             math.prod(len(config.prompts.axes[axis]) for axis in axes) for axes in self._places
         ]

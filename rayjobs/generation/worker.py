@@ -51,6 +51,7 @@ class ShardWorker:
     ):
         pin_threads(config)
         self.config = config
+        self.lock = lock
         self.manifest = Manifest(config.output.uri)
         snapshot = Snapshot(lock.snapshot_uri)
         self.spec = Spec(config, snapshot, lock.init_images)
@@ -139,7 +140,7 @@ class ShardWorker:
             **facts,
             "image_id": self._image_id(pending, facts),
             "sampler": self.config.sampler.name or type(model.scheduler).__name__,
-            "model": self.config.model.uri,
+            "model": self.lock.model_name,
             "model_sha256": model.sha256,
             "warnings": "; ".join(result.warnings) or None,
             "error": result.error,
