@@ -47,8 +47,11 @@ class Side:
     def encoded(self) -> Iterator[tuple[Row, str | None]]:
         """Rows whose init image is encoded, with the reason where that failed."""
         for future in [future for future in self._encoding if future.done()]:
-            error = future.exception()
-            yield self._encoding.pop(future), None if error is None else first_line(error)
+            row, error = self._encoding.pop(future), future.exception()
+            if row.latents is not None and row.latents.is_cuda:
+                # Made on the side stream: not to be reused there while a step still reads them.
+                row.latents.record_stream(torch.cuda.current_stream(row.latents.device))
+            yield row, None if error is None else first_line(error)
 
     def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
         """Rows decoded, with pixels and picture, or the reason why not."""

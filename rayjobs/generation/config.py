@@ -22,6 +22,8 @@ class LoraConfig(Config):
 class ModelConfig(Config):
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
+    config: str | None = None
+    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"

@@ -213,7 +213,8 @@ def load(config: ModelConfig) -> Model:
         vae_slicing=config.vae_slicing,
         vae_tiling=config.vae_tiling,
     )
-    return load_model(local_model(config.uri), options)
+    parts = None if config.config is None else local_model(config.config)
+    return load_model(local_model(config.uri), options, config=parts)
 
 
 def local_model(uri: str) -> str:
