@@ -89,6 +89,8 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
         if message.startswith("it is "):
             return f"{place} {message.removeprefix('it ')}"
         return f"{place}: {message}" if place else message
+    # YAML's words for Python's.
+    message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
     return f"{place} is {problem['input']!r}: {message}"
 
 

@@ -34,6 +34,7 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
         ("samplers.steps=4", "samplers: unknown key; did you mean 'sampler'?"),
         ("sampler.steps=many", "sampler.steps is 'many'"),
         ("sampler.steps=0", "sampler.steps is 0"),
+        ("model.loras=x", "model.loras is 'x': Input should be a list"),
         ("sampler.guidance_scale=.nan", "sampler.guidance_scale is nan"),
         ("image.width=65", "image.width is 65; it must be a multiple of 8, such as 64"),
         ("workers.max=1 ", "workers.max is 1, below workers.min, 2"),
@@ -48,6 +49,10 @@ def test_mistakes_are_told_by_name(tmp_path: Path, override: str, told: str) -> 
     with pytest.raises(BadInput) as caught:
         load(tmp_path, "workers.min=2", override)
     assert told in str(caught.value)
+
+
+def test_one_prompt_needs_no_list(tmp_path: Path) -> None:
+    assert load(tmp_path, "prompts.inline=a ring").prompts.inline == ("a ring",)
 
 
 def test_what_is_required_is_asked_for(tmp_path: Path) -> None:

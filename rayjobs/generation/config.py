@@ -56,6 +56,11 @@ class PromptsConfig(Config):
     axes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Words for the templates' places; every combination is made."""
 
+    @field_validator("inline", "templates", mode="before")
+    @classmethod
+    def _one_or_more(cls, texts: Any) -> Any:
+        return (texts,) if isinstance(texts, str) else texts
+
     @field_validator("axes", mode="before")
     @classmethod
     def _as_text(cls, axes: Any) -> Any:
