@@ -48,10 +48,16 @@ class LoraBank:
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         if sha256 not in self._numbers:
-            factors = self._read(file)
-            self._numbers[sha256] = len(self._numbers)
-            for (part, name), (down, up) in factors.items():
-                self._layer(part, name, file).put(self._numbers[sha256], down, up)
+            placed = [
+                (self._layer(part, name, file), *factors)
+                for (part, name), factors in self._read(file).items()
+            ]
+            for layer, down, up in placed:  # all of it fits, or nothing of it is kept
+                layer.check(down, up, file)
+            number = len(self._numbers)
+            for layer, down, up in placed:
+                layer.put(number, down, up)
+            self._numbers[sha256] = number
         self._paths[path] = sha256
         return sha256
 
@@ -124,10 +130,16 @@ class _LoraLayer:
         self.down = module.weight.new_zeros(1, 0, *module.weight.shape[1:])  # (N, R, I...)
         self.up = module.weight.new_zeros(1, module.weight.shape[0], 0)  # (N, O, R)
 
+    def check(self, down: torch.Tensor, up: torch.Tensor, file: Path) -> None:
+        """Raise ValueError unless these factors are for a layer of this size."""
+        if down.shape[1:] != self.down.shape[2:] or up.shape[0] != self.up.shape[1]:
+            raise ValueError(
+                f"LoRA {file.name} is for another model: factors {tuple(down.shape)} and "
+                f"{tuple(up.shape)} do not fit a weight {tuple(self.module.weight.shape)}"
+            )
+
     def put(self, number: int, down: torch.Tensor, up: torch.Tensor) -> None:
         up = up.flatten(1)
-        if down.shape[1:] != self.down.shape[2:] or up.shape[0] != self.up.shape[1]:
-            raise ValueError(f"LoRA factors {tuple(down.shape)}, {tuple(up.shape)} do not fit")
         num = max(number + 1, len(self.down))
         rank = max(down.shape[0], self.down.shape[1])
         downs = self.down.new_zeros(num, rank, *self.down.shape[2:])
