@@ -90,11 +90,12 @@ def prepare(config: GenerateConfig) -> Lock:
         num_prompts = write_snapshot(config.prompts, str(snapshot))
         lock = _resolve(config, snapshot, num_prompts, model)
         found = read_lock(config.output.uri)
-        if found is not None:
+        if found is None:
+            write_lock(lock, config.output.uri)
+        else:
             check_same(found, lock, config.output.uri)
-            return lock
-        write_lock(lock, config.output.uri)
-        storage.put_file(snapshot, lock.snapshot_uri)
+        if not storage.exists(lock.snapshot_uri):  # nor is it when a run ended between the two
+            storage.put_file(snapshot, lock.snapshot_uri)
     return lock
 
 

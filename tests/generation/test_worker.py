@@ -86,6 +86,14 @@ def test_a_data_set_and_its_bytes(output: str, tmp_path: Path) -> None:
     assert storage.exists(storage.join(output, "index.html"))
 
 
+def test_a_run_that_ended_before_its_snapshot_goes_on(tmp_path: Path) -> None:
+    config = configure(str(tmp_path / "out"))
+    snapshot = Path(job.prepare(config).snapshot_uri)
+    snapshot.unlink()
+    assert [entry["rows"] for entry in make(config)] == [4, 2]
+    assert snapshot.is_file()
+
+
 def test_another_job_is_refused_with_the_difference(tmp_path: Path) -> None:
     make(configure(str(tmp_path / "out")), [])
     changed = configure(str(tmp_path / "out"), sampler={"name": "euler", "steps": 3})
