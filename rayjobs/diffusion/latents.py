@@ -52,9 +52,9 @@ def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.T
 def encode_image(x_1CHW: torch.Tensor, generator: torch.Generator, model: Model) -> torch.Tensor:
     """Scaled latents (1, C, h, w), sampled from the autoencoder's posterior."""
     posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist
-    z_1CHW = posterior.sample(generator).to(model.dtype)
     mean, std = model.latents_mean_std
-    return (z_1CHW - mean) * model.vae.config.scaling_factor / std
+    z_1CHW = (posterior.sample(generator) - mean) * model.vae.config.scaling_factor / std
+    return z_1CHW.to(model.dtype)
 
 
 @torch.no_grad()

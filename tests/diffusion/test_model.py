@@ -3,10 +3,12 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import ModelOptions, load_model
@@ -65,6 +67,16 @@ def test_options_do_not_change_the_picture(folders: dict[str, Path], options: Mo
         assert result.error is None
         pictures.append(result.pixels)
     assert (pictures[0] - pictures[1]).abs().max() < 1e-4
+
+
+def test_latents_of_an_init_image_have_the_models_dtype(
+    folders: dict[str, Path], picture: Callable[[int], Image.Image]
+) -> None:
+    engine = Engine(load_model(str(folders["sdxl"]), ModelOptions(dtype="float16")), max_rows=2)
+    asked = Request(prompt="a red star", steps=4, guidance_scale=3.0, init_image=picture(0))
+    row = engine.add(asked)
+    engine.step()
+    assert engine.rows[row].latents.dtype == torch.float16
 
 
 def test_bfloat16_draws_the_same_picture_roughly(folders: dict[str, Path]) -> None:
