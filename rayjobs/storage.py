@@ -86,14 +86,17 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Replace whatever is at `uri`; a reader sees the old bytes or the new ones, never a part."""
+def write_bytes(uri: str, data: bytes, staging: str | None = None) -> None:
+    """Replace whatever is at `uri`; a reader sees the old bytes or the new ones, never a part.
+
+    `staging` is as for `create_bytes`.
+    """
     fs, path = _open(uri)
     with _told(uri):
         if is_remote(uri):
             fs.pipe_file(path, data)
         else:
-            with _beside(path, data) as partial:
+            with _beside(path, data, staging) as partial:
                 os.replace(partial, path)
 
 

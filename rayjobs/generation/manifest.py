@@ -50,7 +50,7 @@ class Manifest:
         uri = self.data_uri(shard)
         new = storage.create_bytes(uri, data, staging)
         if not new and not self.is_committed(shard) and storage.read_bytes(uri) != data:
-            storage.write_bytes(uri, data)
+            storage.write_bytes(uri, data, staging)
         entry = {
             "shard": shard,
             "generation": 0,
