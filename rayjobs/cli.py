@@ -6,8 +6,13 @@ instant.
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayjobs.generation.config import GenerateConfig
 
 DONE, FAILED, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -19,9 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     (resumable), 1 anything else.
     """
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    from rayjobs.config import BadInput
+    from rayjobs.config import BadInput, JobFailed
     from rayjobs.storage import StorageError
 
     command: Callable[[argparse.Namespace], int] = options.command
@@ -30,9 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     except (BadInput, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except JobFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        print("what is finished is kept; the same command continues", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted; the same command continues where this stopped", file=sys.stderr)
         return INTERRUPTED
+
+
+def _interrupt(*_: object) -> None:
+    """What ends a job from outside is an interruption, like Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,34 +55,52 @@ def _parser() -> argparse.ArgumentParser:
         prog="rayjobs", description="Image diffusion jobs on Ray, for SDXL and its family."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    generate = commands.add_parser("generate", help="make a data set of images from prompts")
-    generate.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
-    generate.set_defaults(command=_generate)
-    show = commands.add_parser("show", help="print a job's configuration with every default")
-    show.set_defaults(command=_show)
-    for command in (generate, show):
+
+    def job(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
+        command = commands.add_parser(name, help=help)
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument(
             "overrides", nargs="*", metavar="KEY=VALUE", help="as in sampler.steps=40"
         )
-    report = commands.add_parser("report", help="write a data set's index.html again")
-    report.add_argument("uri", metavar="URI", help="the data set's folder, local or s3://")
-    report.set_defaults(command=_report)
+        command.set_defaults(command=run)
+        return command
+
+    def reader(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
+        command = commands.add_parser(name, help=help)
+        command.add_argument("uri", metavar="URI", help="the data set's folder, local or s3://")
+        command.set_defaults(command=run)
+        return command
+
+    generate = job("generate", _generate, "make a data set of images from prompts")
+    generate.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
+    generate.add_argument("--extend", action="store_true", help="append a changed job")
+    generate.add_argument("--retry-failed", action="store_true", help="make failed records again")
+    job("prior", _prior, "make class images for DreamBooth: what is missing, good ones only")
+    plan = job("plan", _plan, "count what a job would make; nothing is made")
+    plan.add_argument("--record", type=int, metavar="K", help="print record K and nothing else")
+    plan.add_argument("--rate", type=float, metavar="R", help="images per second of one worker")
+    plan.add_argument("--probe", action="store_true", help="measure the rate with a few images")
+    plan.add_argument("--price", type=float, metavar="P", help="of a worker's hour, for the cost")
+    job("show", _show, "print a job's configuration with every default")
+    reader("report", _report, "write a data set's index.html again")
+    verify = reader("verify", _verify, "read a data set again and check every hash")
+    verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
     return parser
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from rayjobs.config import BadInput, load_config
-    from rayjobs.generation.config import GenerateConfig
+    from rayjobs.config import BadInput
 
-    config = load_config(GenerateConfig, options.config, options.overrides)
+    config = _config(options)
     if options.limit is not None and options.limit < 1:
         raise BadInput(f"--limit is {options.limit}; it must be at least 1")
     from rayjobs.generation import job
 
-    summary = job.run(config, options.limit)
-    rate = summary.num_made / summary.seconds
+    summary = job.run(
+        config, options.limit, extend=options.extend, retry_failed=options.retry_failed
+    )
     if summary.num_made:
+        rate = summary.num_made / summary.seconds
         done = f"made {summary.num_made:,} images in {summary.seconds:.0f} s ({rate:.2f}/s)"
     else:
         done = "nothing to do"
@@ -76,14 +109,60 @@ def _generate(options: argparse.Namespace) -> int:
     return SOME_FAILED if summary.num_failed else DONE
 
 
-def _show(options: argparse.Namespace) -> int:
-    import yaml
+def _prior(options: argparse.Namespace) -> int:
+    from rayjobs.config import load_config
+    from rayjobs.generation import prior
 
+    done = prior.run(load_config(prior.PriorConfig, options.config, options.overrides))
+    refused = "".join(f", {count:,} {reason} replaced" for reason, count in done.refused.items())
+    print(
+        f"made {done.num_made:,} in {done.seconds:.0f} s{refused}; {done.num_images:,} class "
+        f"images, diversity {done.diversity:.2f}; look at {done.output_uri.rstrip('/')}/index.html"
+    )
+    return DONE
+
+
+def _config(options: argparse.Namespace) -> "GenerateConfig":
     from rayjobs.config import load_config
     from rayjobs.generation.config import GenerateConfig
 
-    config = load_config(GenerateConfig, options.config, options.overrides)
-    values = config.model_dump(mode="json")
+    return load_config(GenerateConfig, options.config, options.overrides)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    from rayjobs.generation import plan
+
+    config, rate = _config(options), options.rate
+    if options.record is not None:
+        print(json.dumps(plan.record(config, options.record), indent=2, ensure_ascii=False))
+        return DONE
+    if options.probe:
+        from rayjobs.generation import probe
+
+        rate = probe.rate(config)
+    print(plan.describe(plan.plan(config, rate=rate, price=options.price)))
+    return DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rayjobs.generation import verify
+
+    found = verify.verify(options.uri, options.regenerate)
+    for fault in found.faults[: verify.MOST_TOLD]:
+        print(fault)
+    again = f", {found.num_regenerated:,} made again" if options.regenerate else ""
+    missing = f", {found.num_missing:,} shards not finished" if found.num_missing else ""
+    wrong = f"{len(found.faults):,} faults" if found.faults else "all is well"
+    print(f"{found.num_shards:,} shards, {found.num_records:,} records{again}{missing}: {wrong}")
+    return SOME_FAILED if found.faults else DONE
+
+
+def _show(options: argparse.Namespace) -> int:
+    import yaml
+
+    values = _config(options).model_dump(mode="json")
     print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
     return DONE
 

@@ -24,6 +24,10 @@ class BadInput(ValueError):
     """What a user wrote cannot be used; the message names the value and the way out."""
 
 
+class JobFailed(RuntimeError):
+    """The job cannot go on; what is finished stays, and the same command continues."""
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -33,6 +37,7 @@ def load_config(model: type[C], path: str, overrides: list[str] | None = None) -
     Raises BadInput naming every key that is wrong.
     """
     values = _read(path)
+    _check_overrides(overrides or [])
     for override in overrides or []:
         _apply(values, override)
     try:
@@ -44,9 +49,11 @@ def load_config(model: type[C], path: str, overrides: list[str] | None = None) -
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text("utf-8"), _Loader)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid YAML: {error}") from None
     if values is None:
@@ -54,6 +61,35 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise BadInput(f"{path}: expected keys and values, found {type(values).__name__}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is twice in a mapping, of which YAML would keep the last silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            name = (key.tag, str(key.value))
+            if name in lines:
+                raise BadInput(
+                    f"line {line}: the key {key.value!r} is there twice, first in line "
+                    f"{lines[name]}; remove one"
+                )
+            lines[name] = line
+        return node
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Raise BadInput when one override would undo another."""
+    keys = [override.partition("=")[0] for override in overrides]
+    for number, key in enumerate(keys):
+        for earlier in keys[:number]:
+            if earlier == key:
+                raise BadInput(f"override {key} is given twice; remove one")
+            if earlier.startswith(f"{key}."):
+                raise BadInput(f"override {key} would undo {earlier}; give it first, or remove it")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -69,9 +105,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise BadInput(f"override {override!r}: {parent} is a value, it has no keys")
         values = child
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         values[last] = text
+    except BadInput as error:
+        raise BadInput(f"override {override!r}: {error}") from None
 
 
 def _describe(model: type[BaseModel], problem: Any) -> str:

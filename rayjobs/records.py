@@ -20,22 +20,35 @@ COLUMNS = {
     "image": IMAGE,
     "image_id": pa.string(),
     "image_sha256": pa.string(),
+    "record": pa.int64(),
     "prompt": pa.string(),
     "negative_prompt": pa.string(),
     "seed": pa.int64(),
     "sampler": pa.string(),
     "steps": pa.int32(),
     "guidance_scale": pa.float64(),
+    "guidance_rescale": pa.float64(),
+    "clip_skip": pa.int32(),
     "strength": pa.float64(),
     "width": pa.int32(),
     "height": pa.int32(),
     "init_image": pa.string(),
     "model": pa.string(),
     "model_sha256": pa.string(),
+    "blank": pa.bool_(),
+    "sharpness": pa.float32(),
+    "phash": pa.string(),
+    "colours": pa.string(),
     "warnings": pa.string(),
     "status": pa.string(),
     "error": pa.string(),
 }
+SCORES = {
+    "clip": ("clip_score", pa.float32()),
+    "aesthetic": ("aesthetic_score", pa.float32()),
+    "safety": ("unsafe_score", pa.float32()),
+}
+"""Columns that are there only when their encoder was named, by its key under `quality`."""
 OVERRIDES = {
     "negative_prompt": pa.string(),
     "seed": pa.int64(),
@@ -58,22 +71,25 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def schema(passed_through: Sequence[pa.Field] = ()) -> pa.Schema:
-    """The records' schema, with a prompt file's other columns at the end.
+def schema(passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = ()) -> pa.Schema:
+    """The records' schema, with scores and a prompt file's other columns at the end.
 
     Its metadata makes Hugging Face `datasets` load the `image` column as images.
     """
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
+    fields += [pa.field(*SCORES[score]) for score in scores]
     whole = pa.schema([*fields, *passed_through])
-    features = {field.name: _feature(field.type) for field in whole}
-    if None in features.values():
-        return whole
+    features = {field.name: feature(field.type) for field in whole}
     return whole.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _feature(kind: pa.DataType) -> dict[str, str] | None:
+def feature(kind: pa.DataType) -> dict[str, Any]:
+    """A column's type in the words of Hugging Face data sets."""
     if kind == IMAGE:
         return {"_type": "Image"}
-    names = {"double": "float64", "float": "float32"}
-    plain = str(kind) in names or pa.types.is_integer(kind) or str(kind) in ("string", "bool")
-    return {"_type": "Value", "dtype": names.get(str(kind), str(kind))} if plain else None
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return {"_type": "List", "feature": feature(kind.value_type)}
+    if pa.types.is_struct(kind):
+        return {field.name: feature(field.type) for field in kind}
+    names = {"double": "float64", "float": "float32", "date32[day]": "date32"}
+    return {"_type": "Value", "dtype": names.get(str(kind), str(kind))}

@@ -1,30 +1,64 @@
 """The one door to bytes: local paths and `s3://`, with the same calls and the same errors.
 
-Owns access, atomic creation and the copies of remote folders on this machine. Endpoint and
-credentials come from the standard AWS variables. Knows nothing of what the bytes mean.
+Owns access, atomic creation, patience with a server that is away, and the copies of remote folders
+on this machine. Endpoint and credentials come from the standard AWS variables. Knows nothing of
+what the bytes mean.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-import uuid
-from collections.abc import Generator
-from functools import lru_cache
+import time
+from collections.abc import Callable, Generator
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 
+from rayjobs import bucket, local
+from rayjobs.bucket import HOW_TO_ALLOW, NotThere, StorageError, Unavailable
+
+__all__ = ["NotThere", "StorageError", "Unavailable"]
+
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
-CHECK_TIMEOUT_S = 6
+LONGEST_WAIT_S = 15.0
+_AWAY = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
+_patience_s = 0.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class StorageError(OSError):
-    """A location cannot be used; the message names it, the reason and the way out."""
+def be_patient(seconds: float) -> None:
+    """From now on every call of this process waits this long for a server that is away."""
+    global _patience_s
+    _patience_s = seconds
+
+
+def _patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """The call, made again with growing pauses while the storage is Unavailable."""
+
+    @wraps(call)
+    def wait_for(uri: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        deadline, wait_s = time.monotonic() + _patience_s, 0.5
+        while True:
+            try:
+                return call(uri, *args, **kwargs)
+            except Unavailable as error:
+                if time.monotonic() + wait_s > deadline:
+                    raise
+                logging.getLogger("rayjobs").warning("%s; waiting for it", error)
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    return wait_for
 
 
 def join(uri: str, *parts: str) -> str:
@@ -40,15 +74,18 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
 
 
-def check(uri: str) -> None:
-    """Raise StorageError within 15 seconds unless the place that `uri` lies in can be reached."""
+def check(uri: str, write: bool = False) -> None:
+    """Raise StorageError within 15 s unless `uri`'s place can be reached, and written if asked."""
     scheme = uri.split("://")[0] if is_remote(uri) else ""
     if scheme not in ("", "s3"):
         raise StorageError(f"{uri}: unknown kind of storage {scheme!r}; use a path or s3://")
     if scheme == "s3":
-        _check_bucket(uri)
+        bucket.check(uri, write)
+    elif write:
+        local.check_writable(absolute(uri))
 
 
+@_patient
 def exists(uri: str) -> bool:
     fs, path = _open(uri)
     with _told(uri):
@@ -56,12 +93,14 @@ def exists(uri: str) -> bool:
         return bool(fs.exists(path))
 
 
+@_patient
 def is_folder(uri: str) -> bool:
     fs, path = _open(uri)
     with _told(uri):
         return bool(fs.isdir(path))
 
 
+@_patient
 def list_files(uri: str) -> list[str]:
     """Paths of all files below `uri`, relative to it, sorted; none when there is no such folder."""
     fs, path = _open(uri)
@@ -71,6 +110,7 @@ def list_files(uri: str) -> list[str]:
     return sorted(os.path.relpath(name, path) for name in found)
 
 
+@_patient
 def open_input(uri: str) -> IO[bytes]:
     """A seekable binary file for reading."""
     fs, path = _open(uri)
@@ -79,6 +119,14 @@ def open_input(uri: str) -> IO[bytes]:
         return file
 
 
+@_patient
+def through(uri: str, read: Callable[[], T]) -> T:
+    """`read()` on a file that `open_input` opened, with this door's errors and patience."""
+    with _told(uri):
+        return read()
+
+
+@_patient
 def read_bytes(uri: str) -> bytes:
     fs, path = _open(uri)
     with _told(uri):
@@ -86,6 +134,7 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
+@_patient
 def write_bytes(uri: str, data: bytes, staging: str | None = None) -> None:
     """Replace whatever is at `uri`; a reader sees the old bytes or the new ones, never a part.
 
@@ -96,10 +145,10 @@ def write_bytes(uri: str, data: bytes, staging: str | None = None) -> None:
         if is_remote(uri):
             fs.pipe_file(path, data)
         else:
-            with _beside(path, data, staging) as partial:
-                os.replace(partial, path)
+            local.write(path, data, staging)
 
 
+@_patient
 def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
     """Write `data` unless something is at `uri` already; then leave that and return False.
 
@@ -109,7 +158,7 @@ def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
     fs, path = _open(uri)
     with _told(uri):
         if not is_remote(uri):
-            return _create_local(path, data, staging)
+            return local.create(path, data, staging)
         try:
             fs.pipe_file(path, data, mode="create")
         except FileExistsError:
@@ -122,6 +171,42 @@ def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
         return True
 
 
+@_patient
+def etag(uri: str) -> str | None:
+    """A mark of the object's present state, for `replace_bytes`; None when nothing is there."""
+    fs, path = _open(uri)
+    with _told(uri):
+        if not is_remote(uri):
+            return local.mark(path)
+        try:
+            return str(fs.info(path)["ETag"])
+        except FileNotFoundError:
+            return None
+
+
+@_patient
+def replace_bytes(uri: str, data: bytes, mark: str, staging: str | None = None) -> bool:
+    """Write `data` if the object is still in the state that `etag` told; else return False."""
+    fs, path = _open(uri)
+    with _told(uri):
+        if not is_remote(uri):
+            return local.replace(path, data, mark, staging)
+        # AWS and others write ETags in quotes; Ceph compares with the bare one.
+        for written in dict.fromkeys((mark, mark.strip('"'))):
+            if _put_if_match(fs, path, data, written):
+                return True
+        return False
+
+
+@_patient
+def remove(uri: str) -> None:
+    """Remove one file; nothing happens when it is not there."""
+    fs, path = _open(uri)
+    with _told(uri), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+@_patient
 def remove_folder(uri: str) -> None:
     """Remove a folder and all in it; nothing happens when it is not there."""
     fs, path = _open(uri)
@@ -130,15 +215,40 @@ def remove_folder(uri: str) -> None:
             fs.rm(path, recursive=True)
 
 
-def put_file(path: str | Path, uri: str) -> None:
+@_patient
+def put_file(uri: str, path: str | Path, staging: str | None = None) -> None:
     """Copy the local file at `path` to `uri`, replacing what is there."""
     fs, target = _open(uri)
     with _told(uri):
         if is_remote(uri):
             fs.put_file(str(path), target)
         else:
-            with _beside(target, Path(path).read_bytes()) as partial:
-                os.replace(partial, target)
+            local.write(target, Path(path).read_bytes(), staging)
+
+
+@_patient
+def put_folder(uri: str, files: dict[str, bytes], staging: str) -> None:
+    """Write a folder of files, by their names in it, replacing what is there.
+
+    A local folder appears at once and whole; on S3 its objects appear in the order given.
+    """
+    fs, path = _open(uri)
+    with _told(uri):
+        if is_remote(uri):
+            for name, data in files.items():
+                fs.pipe_file(f"{path}/{name}", data)
+            return
+        local.put_folder(path, files, staging)
+
+
+def state(uri: str) -> str:
+    """A mark of a source's present state: it changes when the file or folder does."""
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+    facts = [(n, i["size"], str(i.get("ETag") or i.get("mtime"))) for n, i in found.items()]
+    return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()
 
 
 def fetch(uri: str) -> Path:
@@ -204,33 +314,6 @@ def _s3() -> Any:
 
 
 @contextlib.contextmanager
-def _beside(path: str, data: bytes, staging: str | None = None) -> Generator[str]:
-    """A finished file that can be moved to `path`, gone afterwards if it was not."""
-    folder = staging or os.path.dirname(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    os.makedirs(folder, exist_ok=True)
-    partial = os.path.join(folder, f"{os.path.basename(path)}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield partial
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-
-
-def _create_local(path: str, data: bytes, staging: str | None) -> bool:
-    with _beside(path, data, staging) as partial:
-        try:
-            os.link(partial, path)  # unlike a rename, this fails when the name is taken
-        except FileExistsError:
-            return False
-    return True
-
-
-@contextlib.contextmanager
 def _told(uri: str) -> Generator[None]:
     """Turn a file system's error into one that says what to do."""
     try:
@@ -238,54 +321,27 @@ def _told(uri: str) -> Generator[None]:
     except (StorageError, FileExistsError):
         raise
     except FileNotFoundError as error:
-        raise StorageError(f"{uri}: no such file, folder or bucket") from error
+        raise NotThere(f"{uri}: no such file, folder or bucket") from error
     except PermissionError as error:
-        raise StorageError(f"{uri}: access denied; {_HOW_TO_ALLOW}") from error
+        way_out = HOW_TO_ALLOW if is_remote(uri) else "change its owner or mode, or use another"
+        raise StorageError(f"{uri}: access denied; {way_out}") from error
     except OSError as error:
-        raise StorageError(f"{uri}: {error}") from error
+        if is_remote(uri) and error.errno in _AWAY:
+            raise Unavailable(f"{uri}: {error}") from error
+        raise StorageError(f"{uri}: {error.strerror or error}") from error
     except Exception as error:
         if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise StorageError(f"{uri}: {error}") from error
+            raise Unavailable(f"{uri}: {error}") from error
         raise
 
 
-_HOW_TO_ALLOW = (
-    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they are allowed to do there"
-)
-
-
-def _check_bucket(uri: str) -> None:
-    """Ask for one key of the bucket: a plain client gives up sooner and says more than s3fs."""
-    import botocore.exceptions as s3_errors
-    import botocore.session
-    from botocore.config import Config
-
-    bucket = uri.removeprefix("s3://").split("/")[0]
-    timeouts = Config(
-        connect_timeout=CHECK_TIMEOUT_S,
-        read_timeout=CHECK_TIMEOUT_S,
-        retries={"total_max_attempts": 1},
-    )
-    session = botocore.session.get_session()
-    region = session.get_config_variable("region") or "us-east-1"
+def _put_if_match(fs: Any, path: str, data: bytes, mark: str) -> bool:
+    place, _, key = path.partition("/")
     try:
-        client = session.create_client("s3", region_name=region, config=timeouts)
-        client.list_objects_v2(Bucket=bucket, MaxKeys=1)
-    except s3_errors.NoCredentialsError:
-        raise StorageError(
-            f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None
-    except s3_errors.ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        reason = error.response.get("Error", {}).get("Message", "")
-        if code in ("NoSuchBucket", "404"):
-            raise StorageError(
-                f"{uri}: bucket {bucket!r} does not exist; create it first"
-            ) from None
-        raise StorageError(f"{uri}: access refused ({code}: {reason}); {_HOW_TO_ALLOW}") from None
-    except (s3_errors.BotoCoreError, s3_errors.HTTPClientError, ValueError) as error:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        raise StorageError(
-            f"{uri}: cannot reach {endpoint or 'S3'} ({type(error).__name__}); "
-            "check the network and AWS_ENDPOINT_URL"
-        ) from None
+        fs.call_s3("put_object", Bucket=place, Key=key, Body=data, IfMatch=mark)
+    except OSError as error:
+        told = repr(error) + repr(error.__cause__)
+        if "PreconditionFailed" in told or "At least one of the pre-conditions" in told:
+            return False
+        raise
+    return True

@@ -10,6 +10,7 @@ from itertools import count, islice
 import torch
 
 from rayjobs.diffusion.batcher import Batcher
+from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.places import Places
@@ -17,7 +18,6 @@ from rayjobs.diffusion.prompt import PromptEncoder
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.side import Side
-from rayjobs.diffusion.weights import first_line
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
         try:
             row = prepare_row(row_id, request, self.model, self.loras)
         except Exception as error:  # whatever is wrong with a request, the others go on
-            reason = first_line(error)
+            reason = row_reason(error)
             self._failed.append(Result(id=row_id, request=request, error=reason))
             return row_id
         self.rows[row_id] = row
@@ -91,8 +91,7 @@ class Engine:
         self._join_encoded()
         rows = self._batcher.choose()
         if rows:
-            self._encode_prompts(rows)
-            noise = self._places.predict_noise(rows)
+            noise = self._predict_noise(rows)
             self._advance(rows, noise)
             self._decode_finished(rows)
         return self._collect()
@@ -108,6 +107,14 @@ class Engine:
             if not self.num_pending:
                 return
             yield from self.step()
+
+    def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
+        try:
+            self._encode_prompts(rows)
+            return self._places.predict_noise(rows)
+        except (RuntimeError, MemoryError) as error:
+            check(error)
+            raise
 
     def _join_encoded(self) -> None:
         """Rows whose init image is encoded by now join; those whose image was bad leave."""
@@ -138,7 +145,7 @@ class Engine:
                 row.advance(noise_1CHW)
             except Exception as error:
                 self._batcher.discard(row)
-                self._fail(row, first_line(error))
+                self._fail(row, row_reason(error))
 
     def _decode_finished(self, rows: list[Row]) -> None:
         for row in rows:

@@ -3,12 +3,10 @@
 Owns the scaling conventions of each family's autoencoder. Knows nothing of rows or of denoising.
 """
 
-import io
-
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from rayjobs.diffusion.model import Model
 
@@ -18,26 +16,6 @@ def draw_noise(
 ) -> torch.Tensor:
     """Standard normal (1, C, H, W), drawn on the CPU so that a seed means the same everywhere."""
     return randn_tensor((1, *shape_CHW), generator, torch.device(model.device), model.dtype)
-
-
-def open_image(source: Image.Image | bytes | str) -> Image.Image:
-    """An RGB image, upright, fully decoded. Raises ValueError that names no path."""
-    try:
-        if source == b"":
-            raise ValueError("it is missing or empty")
-        if isinstance(source, bytes):
-            source = Image.open(io.BytesIO(source))
-        elif isinstance(source, str):
-            source = Image.open(source)
-        upright: Image.Image = ImageOps.exif_transpose(source)
-        return upright.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError("init image cannot be read: no such file") from None
-    except UnidentifiedImageError:
-        raise ValueError("init image cannot be read: not a known image format") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"init image cannot be read: {reason}") from None
 
 
 def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.latents import draw_noise, encode_image, fitted, open_image
+from rayjobs.diffusion.init_image import open_image
+from rayjobs.diffusion.latents import draw_noise, encode_image, fitted
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.prompt import Embedding, Text

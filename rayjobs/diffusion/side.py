@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
+from rayjobs.diffusion.faults import row_reason
 from rayjobs.diffusion.latents import decode_latents, to_image
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.row import Row
-from rayjobs.diffusion.weights import first_line
 
 NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
@@ -51,13 +51,13 @@ class Side:
             if row.latents is not None and row.latents.is_cuda:
                 # Made on the side stream: not to be reused there while a step still reads them.
                 row.latents.record_stream(torch.cuda.current_stream(row.latents.device))
-            yield row, None if error is None else first_line(error)
+            yield row, None if error is None else row_reason(error)
 
     def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
         """Rows decoded, with pixels and picture, or the reason why not."""
         for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
-            yield (row, None, None, first_line(error)) if error else (row, *future.result(), None)
+            yield (row, None, None, row_reason(error)) if error else (row, *future.result(), None)
 
 
 class _Place(Protocol):

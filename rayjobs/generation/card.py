@@ -3,10 +3,14 @@
 Owns the card's words. Knows nothing of how the data set is made.
 """
 
+from typing import Any
+
+import pyarrow as pa
 import yaml
 
 from rayjobs import storage
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.formats import FORMATS
 from rayjobs.generation.lock import Lock
 
 TEXT = """---
@@ -15,7 +19,7 @@ TEXT = """---
 
 {num_records:,} images, made by `rayjobs generate`.
 
-* Load them: `datasets.load_dataset("parquet", data_files="data/*")`; the `image` column is images.
+* Load them: `datasets.load_dataset(FOLDER)`, where FOLDER is this one; pictures come as images.
 * Look at them: open `index.html`.
 * `status` is `ok` or `failed`; a failed record says why in `error` and has no image.
 * `manifest/` holds the SHA-256 of every finished shard; `spec.lock.json` the exact job.
@@ -29,10 +33,12 @@ TEXT = """---
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
-def write(config: GenerateConfig, lock: Lock) -> None:
-    """Write the card of a data set."""
-    header = {
-        "configs": [{"config_name": "default", "data_files": "data/*"}],
+def write(config: GenerateConfig, lock: Lock, schema: pa.Schema) -> None:
+    """Write the card of a data set whose records have `schema`."""
+    last = lock.segments[-1]
+    header: dict[str, Any] = {
+        **({"license": config.output.license} if config.output.license else {}),
+        **FORMATS[lock.format].card(schema, config.output.image_format),
         "size_categories": [next((s for n, s in SIZES if lock.num_records < n), "n>1M")],
         "task_categories": ["text-to-image"],
         "tags": ["synthetic"],
@@ -41,7 +47,7 @@ def write(config: GenerateConfig, lock: Lock) -> None:
         header=yaml.safe_dump(header, sort_keys=False),
         num_records=lock.num_records,
         model=config.model.uri,
-        model_sha256=lock.model_sha256,
-        recipe=yaml.safe_dump(lock.job, sort_keys=False, allow_unicode=True),
+        model_sha256=last.model_sha256,
+        recipe=yaml.safe_dump(last.job, sort_keys=False, allow_unicode=True),
     )
     storage.write_bytes(storage.join(config.output.uri, "README.md"), text.encode())

@@ -4,12 +4,13 @@ Owns their names, types, defaults and the checks that need nothing but the file.
 torch nor ray.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config
 from rayjobs.diffusion.request import check_side, check_strength
+from rayjobs.generation.texts import Texts, check_places
 
 
 class LoraConfig(Config):
@@ -48,13 +49,19 @@ class PromptsConfig(Config):
     inline: tuple[str, ...] = ()
     """Prompts written here."""
     uri: str | None = None
-    """A txt, csv, tsv, jsonl or parquet file of prompts, local or s3://."""
+    """A txt, csv, tsv, jsonl (each also .gz) or parquet file, or a folder of parquet files."""
     column: str | None = None
     """The file's prompt column; without it `prompt`, in any case of letters."""
     templates: tuple[str, ...] = ()
     """Texts with {axis} places, and {prompt} for each prompt of inline or uri."""
     axes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Words for the templates' places; every combination is made."""
+    """Words for the templates' places."""
+    mode: Literal["product", "zip", "sample"] = "product"
+    """How words go together: every combination, the n-th of each axis, or a random sample."""
+    samples: int | None = Field(default=None, ge=1)
+    """With mode sample: different combinations for each prompt and template."""
+    sample_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Chooses the sample."""
 
     @field_validator("inline", "templates", mode="before")
     @classmethod
@@ -68,6 +75,14 @@ class PromptsConfig(Config):
             return axes
         return {k: tuple(map(str, v)) if isinstance(v, list) else v for k, v in axes.items()}
 
+    @field_validator("inline", "templates")
+    @classmethod
+    def _readable(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            if "\0" in text:
+                raise ValueError(f"{text!r} has a NUL character; remove it")
+        return texts
+
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
         if self.inline and self.uri:
@@ -79,6 +94,20 @@ class PromptsConfig(Config):
         for name, words in self.axes.items():
             if not words:
                 raise ValueError(f"prompts.axes.{name} has no words")
+        if "prompt" in self.axes:
+            raise ValueError("prompts.axes.prompt: {prompt} is for prompts; list them as inline")
+        return self
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "PromptsConfig":
+        if self.samples is not None and self.mode != "sample":
+            raise ValueError(f"prompts.samples needs prompts.mode sample, but it is {self.mode}")
+        if self.mode == "sample" and self.samples is None:
+            raise ValueError("prompts.mode sample needs prompts.samples, how many of each template")
+        if self.mode == "sample" and not self.templates:
+            raise ValueError("prompts.mode sample needs prompts.templates to sample the words of")
+        check_places(self.templates, self.axes, bool(self.inline or self.uri))
+        Texts(self.templates, self.axes, self.mode, self.samples)
         return self
 
 
@@ -87,11 +116,83 @@ class SeedsConfig(Config):
     """The first seed."""
     count: int = Field(default=1, ge=1)
     """Images for each prompt, with seeds start, start + 1, ..."""
+    values: tuple[int, ...] = ()
+    """Or these seeds for each prompt."""
+    derive: int | None = Field(default=None, ge=1)
+    """Or this many for each prompt, derived from job_seed, the prompt and their place."""
+    job_seed: int = 0
+    """What derived seeds are derived from."""
+
+    @property
+    def num(self) -> int:
+        """Images for each prompt."""
+        return self.derive or len(self.values) or self.count
 
     @model_validator(mode="after")
     def _fits(self) -> "SeedsConfig":
+        # By value, not by what was written: a configuration read back has every key written.
+        ways = {
+            "start, count": (self.start, self.count) != (0, 1),
+            "values": bool(self.values),
+            "derive": self.derive is not None,
+        }
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' / '.join(given)}, not several")
         if self.start + self.count > 2**63:
             raise ValueError(f"seeds up to {self.start + self.count - 1} exceed 2**63 - 1")
+        for seed in self.values:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"values has {seed}; a seed is in 0 .. 2**63 - 1")
+        if len(set(self.values)) < len(self.values):
+            raise ValueError("values has a seed twice, which would make an image twice")
+        return self
+
+
+class ParametersConfig(Config):
+    """Parameter axes: every combination of what is listed here is made of each prompt."""
+
+    sampler: tuple[str, ...] = ()
+    """Sampler names."""
+    steps: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
+    """Denoising steps."""
+    guidance_scale: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    """Classifier-free guidance scales."""
+    guidance_rescale: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Rescalings of guided noise."""
+    clip_skip: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers of the text encoders to skip."""
+    negative_prompt: tuple[str, ...] = ()
+    """What guidance steers away from."""
+    width: tuple[int, ...] = ()
+    """Pixels; zipped with height when both are given, so that they are sizes."""
+    height: tuple[int, ...] = ()
+    """Pixels."""
+    strength: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """How much of the schedule an init image goes through."""
+
+    @property
+    def axes(self) -> list[tuple[str, ...]]:
+        """Names of the keys that vary, slowest first; those of one axis vary together."""
+        given = [name for name in type(self).model_fields if getattr(self, name)]
+        sizes = {"width", "height"} <= set(given)
+        names = [(name, "height") if sizes and name == "width" else (name,) for name in given]
+        return [name for name in names if not (sizes and name == ("height",))]
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "ParametersConfig":
+        for name in ("width", "height"):
+            for pixels in getattr(self, name):
+                check_side(name, pixels)
+        if self.width and self.height and len(self.width) != len(self.height):
+            raise ValueError("width and height are pairs; give as many of one as of the other")
+        for names in self.axes:
+            values = list(zip(*(getattr(self, name) for name in names), strict=True))
+            if len(set(values)) < len(values):
+                raise ValueError(
+                    f"{' and '.join(names)}: a value is there twice, which would make an image "
+                    "twice; remove one"
+                )
         return self
 
 
@@ -135,17 +236,25 @@ class InitConfig(Config):
 class OutputConfig(Config):
     uri: str
     """The data set's folder, local or s3://."""
-    format: Literal["parquet"] = "parquet"
-    """The shards' format."""
-    image_format: Literal["png"] = "png"
+    format: Literal["parquet", "webdataset", "folder"] = "parquet"
+    """The shards' format: parquet, tar files, or folders of pictures with metadata.jsonl."""
+    image_format: Literal["png", "webp", "webp-lossless", "jpeg"] = "png"
     """The pictures' format."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Of jpeg and webp pictures."""
     images_per_shard: int = Field(default=64, ge=1)
     """Records in a shard; two to ten minutes of a worker's time is a good size."""
+    most_images: int = Field(default=1_000_000, ge=1)
+    """A larger job is refused: raise this to confirm that it is meant."""
+    license: str | None = None
+    """Of the images, for the data set's card, such as openrail++."""
 
 
 class EngineConfig(Config):
     batch_size: int = Field(default=8, ge=1)
     """The canonical batch shape: images denoised together. Part of each image's identity."""
+    allow_class_change: bool = False
+    """Let workers of another determinism class go on with a data set; their shards are marked."""
 
 
 class WorkersConfig(Config):
@@ -157,6 +266,8 @@ class WorkersConfig(Config):
     """GPUs of a worker; a fraction puts several workers on one."""
     num_cpus: float = Field(default=1.0, gt=0)
     """CPUs of a worker, and its number of threads."""
+    attempts: int = Field(default=3, ge=1, le=100)
+    """Deaths of a worker at a shard before its rows are made one by one to find the guilty one."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "WorkersConfig":
@@ -165,13 +276,32 @@ class WorkersConfig(Config):
         return self
 
 
+class QualityConfig(Config):
+    """Scores stored with each record, never applied here: filters act at export."""
+
+    clip: str | None = None
+    """A CLIP model (folder, s3:// or hub id) for `clip_score`, the cosine of prompt and picture."""
+    aesthetic: str | None = None
+    """A safetensors file with the predictor's linear layers, over the clip model's embedding."""
+    safety: str | None = None
+    """An image classifier (folder, s3:// or hub id) for `unsafe_score`."""
+
+    @model_validator(mode="after")
+    def _needs(self) -> "QualityConfig":
+        if self.aesthetic is not None and self.clip is None:
+            raise ValueError("quality.aesthetic needs quality.clip, whose embedding it reads")
+        return self
+
+
 class GenerateConfig(Config):
     model: ModelConfig
     prompts: PromptsConfig
     seeds: SeedsConfig = SeedsConfig()
     sampler: SamplerConfig = SamplerConfig()
+    parameters: ParametersConfig = ParametersConfig()
     image: ImageConfig = ImageConfig()
     init: InitConfig = InitConfig()
+    quality: QualityConfig = QualityConfig()
     output: OutputConfig
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -179,5 +309,7 @@ class GenerateConfig(Config):
     @model_validator(mode="after")
     def _together(self) -> "GenerateConfig":
         if self.init.uri is not None:
-            check_strength(self.init.strength, self.sampler.steps)
+            for steps in self.parameters.steps or (self.sampler.steps,):
+                for strength in self.parameters.strength or (self.init.strength,):
+                    check_strength(strength, steps)
         return self

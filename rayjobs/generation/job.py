@@ -1,46 +1,31 @@
-"""The generation job: check everything, lock it, let Ray Data carry shard numbers to workers.
+"""The generation job: check everything, lock it, have the missing shards made, tell of it.
 
 Owns the order of events of one run. What a worker does is in `worker`, what is made in `spec` and
-`lock`.
+`lock`, how workers are run in `pool`.
 """
 
-import importlib.metadata
-import logging
-import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+
+import numpy as np
 
 from rayjobs import storage
-from rayjobs.config import BadInput
-from rayjobs.diffusion import weights
-from rayjobs.generation import card, report
+from rayjobs.generation import card, determinism, report
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.lock import (
-    Lock,
-    check_same,
-    job_part,
-    read_lock,
-    snapshot_uri,
-    write_lock,
-)
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.source import Snapshot, check_templates, list_pictures, write_snapshot
-from rayjobs.generation.spec import Spec
+from rayjobs.generation.draft import check
+from rayjobs.generation.lock import Lock, Segment, open_spec, record_schema
+from rayjobs.generation.manifest import GROUP, Manifest
+from rayjobs.generation.segments import enter
 
-LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "pyarrow", "numpy")
-SHARDS_PER_BLOCK = 64
-T = TypeVar("T")
+Redo = Mapping[int, Mapping[int, int]]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: images made now, failed among them, and how long it took."""
+    """What a run did, and how many failed records the data set has now."""
 
     num_records: int
     num_made: int
@@ -49,103 +34,152 @@ class Summary:
     output_uri: str
 
 
-def run(config: GenerateConfig, limit: int | None = None) -> Summary:
+@dataclass(frozen=True)
+class _Work:
+    """Shards of one segment to make, or of finished ones the records to make again."""
+
+    segment: int
+    shards: np.ndarray
+    redo: Redo | None
+    num_images: int
+
+
+def prepare(config: GenerateConfig, extend: bool = False) -> Lock:
+    """Check all that can be checked without a worker, and write or find the data set's lock.
+
+    A new data set gets this machine's determinism class.
+    """
+    with check(config) as draft:
+        return enter(draft, lambda: determinism.current(config), extend)
+
+
+def run(
+    config: GenerateConfig,
+    limit: int | None = None,
+    *,
+    extend: bool = False,
+    retry_failed: bool = False,
+) -> Summary:
     """Make what is missing of the data set; with `limit` only the shards of its first records.
 
-    Raises BadInput, ValueError or StorageError before a worker starts when the job cannot be.
+    `extend` appends a changed job, `retry_failed` makes failed records again. Raises BadInput or
+    StorageError before a worker starts when the job cannot be, JobFailed when it cannot go on.
     """
     started = time.monotonic()
-    lock = prepare(config)
-    manifest = Manifest(config.output.uri)
-    size = config.output.images_per_shard
-    num_shards = lock.num_shards if limit is None else min(lock.num_shards, -(-limit // size))
-    committed = manifest.committed()
-    missing = [shard for shard in range(num_shards) if shard not in committed]
-    made = failed = 0
-    if missing:
-        num_images = sum(min(size, lock.num_records - shard * size) for shard in missing)
-        for row in _make(_anywhere(config), lock, missing, num_images):
-            made += row["rows"]
-            failed += row["failed"]
-    if num_shards == lock.num_shards:
+    config = anywhere(config)
+    from rayjobs.generation import pool
+
+    with ExitStack() as stack:
+        lock = _enter(config, extend, stack)
+        manifest = Manifest(config.output.uri, lock.format)
+        manifest.recover()
+        manifest.compact()
+        work = _again(lock, manifest) if retry_failed else _missing(lock, manifest, limit)
+        if work:
+            stack.enter_context(pool.session(config))
+        made = 0
+        try:
+            for part in work:
+                made += _make(config, lock, manifest, part)
+        except KeyboardInterrupt:
+            # These workers did not die of what they were making.
+            stack.close()
+            storage.remove_folder(storage.join(config.output.uri, "attempts"))
+            raise
+    return _finish(config, lock, manifest, made, started)
+
+
+def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
+    """Make records of finished shards again: `redo` maps shards to records and their seeds."""
+    config = anywhere(config)
+    from rayjobs.generation import pool
+
+    manifest, made = Manifest(config.output.uri, lock.format), 0
+    with pool.session(config):
+        for number, segment in enumerate(lock.segments):
+            mine = {shard: seeds for shard, seeds in redo.items() if shard in segment.shards}
+            if mine:
+                num_images = sum(len(seeds) for seeds in mine.values())
+                work = _Work(number, np.array(sorted(mine)), mine, num_images)
+                made += _make(config, lock, manifest, work)
+    return made
+
+
+def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
+    from rayjobs.generation import pool
+
+    with check(config) as draft:
+        if pool.is_own():
+            lock = enter(draft, lambda: determinism.current(config), extend)
+            allowed = config.engine.allow_class_change
+            determinism.check_same(lock.determinism, determinism.current(config), allowed)
+            return lock
+        stack.enter_context(pool.session(config))
+        return enter(draft, lambda: pool.ask_determinism(config), extend)
+
+
+def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:
+    """Have it made; gathers entries a thousand at a time on the way. Returns the images made."""
+    from rayjobs.generation import pool
+
+    segment = lock.segments[work.segment]
+    mine = anywhere(segment.config(config.output.uri, config))
+    done = manifest.committed(lock.num_shards)
+    made = 0
+    for entry in pool.make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
+        made += entry["rows"]
+        done[entry["shard"]] = True
+        group = entry["shard"] // GROUP
+        if work.redo is None and done[group * GROUP : (group + 1) * GROUP].sum() == GROUP:
+            manifest.compact([group])
+    return made if work.redo is None else work.num_images
+
+
+def _missing(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
+    done = manifest.committed(lock.num_shards)
+    found = []
+    for number, segment in enumerate(lock.segments):
+        size = segment.job["output"]["images_per_shard"]
+        shards = np.arange(segment.first_shard, segment.shards.stop)
+        if limit is not None:
+            shards = shards[: -(-max(0, limit - segment.first_record) // size)]
+        shards = shards[~done[shards]]
+        if len(shards):
+            found.append(_Work(number, shards, None, _num_images(segment, shards, size)))
+    return found
+
+
+def _num_images(segment: Segment, shards: np.ndarray, size: int) -> int:
+    short = segment.num_shards * size - segment.num_records
+    return len(shards) * size - (short if shards[-1] == segment.shards.stop - 1 else 0)
+
+
+def _again(lock: Lock, manifest: Manifest) -> list[_Work]:
+    """Finished shards with failed records."""
+    failed = {e["shard"]: e["failed"] for e in manifest.entries() if e["failed"]}
+    found = []
+    for number, segment in enumerate(lock.segments):
+        mine = [shard for shard in failed if shard in segment.shards]
+        if mine:
+            num_images = sum(failed[shard] for shard in mine)
+            found.append(_Work(number, np.array(mine), {}, num_images))
+    return found
+
+
+def _finish(
+    config: GenerateConfig, lock: Lock, manifest: Manifest, made: int, started: float
+) -> Summary:
+    uri = config.output.uri
+    if manifest.committed(lock.num_shards).all():
         manifest.clean()
-    card.write(config, lock)
-    report.write(config.output.uri)
-    seconds = time.monotonic() - started
-    return Summary(lock.num_records, made, failed, seconds, config.output.uri)
+    failed = sum(entry["failed"] for entry in manifest.entries())
+    spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
+    card.write(config, lock, record_schema(config, spec.rows))
+    report.write(uri)
+    return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)
 
 
-def prepare(config: GenerateConfig) -> Lock:
-    """Check all that can be checked without a worker, and write or find the data set's lock."""
-    check_templates(config.prompts)
-    storage.check(config.output.uri)
-    loras = [lora.uri for lora in config.model.loras]
-    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras):
-        if uri is not None and storage.is_remote(uri):
-            storage.check(uri)
-    model = _check_model(config)
-    _check_loras(config)
-    with tempfile.TemporaryDirectory() as folder:
-        snapshot = Path(folder) / "snapshot.parquet"
-        num_prompts = write_snapshot(config.prompts, str(snapshot))
-        lock = _resolve(config, snapshot, num_prompts, model)
-        found = read_lock(config.output.uri)
-        if found is None:
-            write_lock(lock, config.output.uri)
-        else:
-            check_same(found, lock, config.output.uri)
-        if not storage.exists(lock.snapshot_uri):  # nor is it when a run ended between the two
-            storage.put_file(snapshot, lock.snapshot_uri)
-    return lock
-
-
-def _resolve(
-    config: GenerateConfig, snapshot: Path, num_prompts: int, model: weights.Weights
-) -> Lock:
-    rows = Snapshot(str(snapshot))
-    init_images = list_pictures(config.init.uri) if config.init.uri else []
-    spec = Spec(config, rows, init_images)
-    guidance = config.sampler.guidance_scale
-    per_row = "guidance_scale" in rows.columns
-    return Lock(
-        job=job_part(config),
-        prompts_sha256=weights.sha256_of(snapshot),
-        snapshot_uri=snapshot_uri(storage.absolute(config.output.uri)),
-        num_prompts=num_prompts,
-        init_images=tuple(init_images),
-        model_name=_model_name(config.model.uri),
-        model_sha256=model.sha256,
-        guided=guidance is None or guidance > 1 or per_row,
-        num_records=len(spec),
-        num_shards=spec.num_shards,
-        libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
-    )
-
-
-def _model_name(uri: str) -> str:
-    """The model's name in records, the same wherever a local copy of it lies."""
-    return Path(uri).name if Path(uri).exists() else uri
-
-
-def _check_model(config: GenerateConfig) -> weights.Weights:
-    uri = config.model.uri
-    local = _named("model.uri", lambda: str(storage.fetch(uri)) if storage.is_remote(uri) else uri)
-    model = _named("model.uri", lambda: weights.locate(local))
-    from rayjobs.diffusion.sampler import resolve
-
-    name = config.sampler.name or model.scheduler_name
-    _named("sampler", lambda: resolve(name, config.sampler.options, model.is_edm))
-    return model
-
-
-def _check_loras(config: GenerateConfig) -> None:
-    from rayjobs.diffusion.lora import weight_file
-
-    for lora in config.model.loras:
-        _named("model.loras", lambda uri=lora.uri: weight_file(storage.fetch(uri)))
-
-
-def _anywhere(config: GenerateConfig) -> GenerateConfig:
+def anywhere(config: GenerateConfig) -> GenerateConfig:
     """The job as a worker in any working directory can read it: with absolute local paths."""
     values = config.model_dump()
     places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
@@ -156,76 +190,3 @@ def _anywhere(config: GenerateConfig) -> GenerateConfig:
         if part[key] is not None:
             part[key] = storage.absolute(part[key])
     return GenerateConfig.model_validate(values)
-
-
-def _named(key: str, check: Callable[[], T]) -> T:
-    """The check's result; what it refuses is told with the key that is to be changed."""
-    try:
-        return check()
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"{key}: {error}") from None
-
-
-def _make(
-    config: GenerateConfig, lock: Lock, shards: list[int], num_images: int
-) -> Iterator[dict[str, int]]:
-    """Run the missing shards on Ray; yield a row of figures for each that is committed."""
-    import ray
-
-    from rayjobs.generation.progress import Progress
-    from rayjobs.generation.worker import RayShardWorker
-
-    with _ray_session(config), Progress(num_images) as progress:
-        workers = config.workers
-        most = min(workers.max or workers.min, len(shards))
-        per_block = max(1, min(SHARDS_PER_BLOCK, len(shards) // (4 * most)))
-        numbers = ray.data.from_items(
-            [{"id": shard} for shard in shards],
-            override_num_blocks=-(-len(shards) // per_block),
-        )
-        rows = numbers.map_batches(
-            RayShardWorker,
-            fn_constructor_args=(
-                config.model_dump(mode="json"),
-                lock.model_dump(mode="json"),
-                progress.counter,
-            ),
-            compute=ray.data.ActorPoolStrategy(min_size=min(workers.min, most), max_size=most),
-            batch_size=per_block,
-            num_cpus=workers.num_cpus,
-            num_gpus=workers.num_gpus or None,
-        )
-        yield from rows.iter_rows()
-
-
-@contextmanager
-def _ray_session(config: GenerateConfig) -> Generator[None]:
-    """The cluster that RAY_ADDRESS or a surrounding job names, else one of our own, ended after."""
-    import ray.data
-
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        # Ray Data needs a CPU beside the workers: without one it would wait for ever.
-        workers = config.workers
-        needed = math.ceil((workers.max or workers.min) * workers.num_cpus) + 1
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, needed),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        own = True
-    else:
-        own = False
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    try:
-        yield
-    finally:
-        if own:
-            ray.shutdown()

@@ -1,238 +1,183 @@
-"""A worker: one engine that makes whole shards and commits them.
+"""A worker: makes whole shards and commits them.
 
-Owns the way from shard numbers to committed shards inside one process. A plain class: Ray Data
-wraps it, tests call it.
+Owns the way from shard numbers to committed shards inside one process. A plain class: `pool` wraps
+it for Ray, tests call it.
 """
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-import torch
+from rayjobs.generation import determinism
+from rayjobs.generation.attempts import Attempt, Attempts
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.lock import Lock, open_spec, record_schema
+from rayjobs.generation.maker import Maker, Row
+from rayjobs.generation.manifest import Entry, Manifest
+from rayjobs.generation.shard import Shard
+from rayjobs.generation.spec import Record
 
-from rayjobs import storage
-from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
-from rayjobs.diffusion.request import Lora, Request, Result
-from rayjobs.diffusion.sampler import EDM, resolve
-from rayjobs.generation.config import GenerateConfig, ModelConfig
-from rayjobs.generation.lock import Lock
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.shard import Shard, encode_png
-from rayjobs.generation.source import Snapshot
-from rayjobs.generation.spec import Record, Spec
-from rayjobs.records import ENGINE_VERSION, image_id, schema
-
-SAVING_THREADS = 2
+MOST_COMMITS = 2
+"""Finished shards that may wait to be stored: more would fill the memory when storage is slow."""
+GUILTY = "it ends the worker process that makes it"
+Redo = Mapping[int, Mapping[int, int]]
 
 
 @dataclass(eq=False)
-class _Pending:
-    """A record on its way through the engine."""
+class _Job:
+    """A shard on its way; `old` is the entry that it replaces."""
 
-    record: Record
     shard: Shard
-    init_sha256: str | None
+    old: Entry | None = None
+    started: float = field(default_factory=time.monotonic)
 
 
 class ShardWorker:
-    """Holds the model and makes shards; `report(images, failed)` hears of every finished image."""
+    """Holds the model and makes shards of one segment of a data set.
+
+    `report(images, failed)` hears of every finished image. `redo` maps shards that are finished to
+    the records to make again, with the seeds to use; without any, those that failed.
+    """
 
     def __init__(
         self,
         config: GenerateConfig,
         lock: Lock,
+        segment: int = 0,
+        *,
+        redo: Redo | None = None,
         report: Callable[[int, int], None] = lambda images, failed: None,
     ):
-        pin_threads(config)
+        determinism.pin(config)
+        mine = determinism.current(config)
+        allowed = config.engine.allow_class_change
+        changed = not determinism.check_same(lock.determinism, mine, allowed)
+        self.facts = {"class": determinism.identify(mine), "class_changed": changed}
         self.config = config
-        self.lock = lock
-        self.manifest = Manifest(config.output.uri)
-        snapshot = Snapshot(lock.snapshot_uri)
-        self.spec = Spec(config, snapshot, lock.init_images)
-        self.schema = schema(snapshot.passed_through)
-        self.model = load(config.model)
-        if self.model.sha256 != lock.model_sha256:
-            raise ValueError(
-                f"model {config.model.uri} changed while the job ran: "
-                f"{self.model.sha256[:12]} is not {lock.model_sha256[:12]}"
-            )
-        places = 2 * config.engine.batch_size if lock.guided else config.engine.batch_size
-        self.engine = Engine(self.model, config.engine.batch_size, places=places)
-        self.loras = tuple(
-            Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
-        )
-        self.lora_ids = [[self.engine.loras.load(lora.path), lora.scale] for lora in self.loras]
+        self.segment = lock.segments[segment]
+        self.spec = open_spec(config, self.segment, segment)
+        self.schema = record_schema(config, self.spec.rows)
+        self.manifest = Manifest(config.output.uri, lock.format)
+        self.attempts = Attempts(config.output.uri, config.workers.attempts)
+        self.maker = Maker(config, self.segment.model_name, self.segment.guided)
+        self._check_model()
+        self._redo = redo
         self._report = report
-        self._pending: dict[Request, _Pending] = {}
-        self._saving = ThreadPoolExecutor(SAVING_THREADS, thread_name_prefix="saving")
+        self._jobs: dict[int, _Job] = {}
+        self._commits: list[Future[Entry]] = []
+        self._saving = ThreadPoolExecutor(MOST_COMMITS, thread_name_prefix="saving")
 
-    def make(self, shards: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Make the shards that are not committed yet; yield each one's manifest entry, as it is."""
-        started = time.monotonic()
-        commits: list[Future[dict[str, Any]]] = []
-        for result in self.engine.generate(self._requests(shards)):
-            pending = self._pending.pop(result.request)
-            self._put(pending, result)
-            if pending.shard.is_complete:
-                seconds = time.monotonic() - started
-                commits.append(self._saving.submit(self._commit, pending.shard, seconds))
-            while commits and commits[0].done():
-                yield commits.pop(0).result()
-        for commit in commits:
-            yield commit.result()
+    def make(self, shards: Iterable[int]) -> Iterator[Entry]:
+        """Make the shards that are not finished yet; yield the entry of each once committed."""
+        suspects: dict[int, Attempt] = {}
+        for record, row in self.maker.make(self._records(shards, suspects)):
+            self._put(self._job_of(record.number), row)
+            yield from self._committed(MOST_COMMITS)
+        for number, attempt in suspects.items():
+            self._make_alone(number, attempt)
+            yield from self._committed(MOST_COMMITS)
+        yield from self._committed(0)
 
-    def _requests(self, shards: Iterable[int]) -> Iterator[Request]:
-        """Requests for all records of the shards, one shard after the other without a gap."""
+    def record(self, number: int) -> Record:
+        """What record `number` of the data set asks for."""
+        first = self.segment.first_record
+        return replace(self.spec.record(number - first), number=number)
+
+    def _records(self, shards: Iterable[int], suspects: dict[int, Attempt]) -> Iterator[Record]:
+        """The records of all shards, one after the other without a gap.
+
+        A shard that ended several workers is put with the `suspects` instead.
+        """
         for number in shards:
-            if self.manifest.is_committed(number):
-                continue
-            shard = Shard(number, self.spec.shard(number), self.schema)
-            for k in shard.numbers:
-                record = self.spec.record(k)
-                init = _read_init(record)
-                request = self._request(record, init)
-                sha256 = hashlib.sha256(init).hexdigest() if init else None
-                self._pending[request] = _Pending(record, shard, sha256)
-                yield request
+            if self._redo is not None:
+                yield from self._begin_again(number, self._redo.get(number, {}))
+            elif self.manifest.is_committed(number):
+                self._commits.append(_done(self.manifest.entry(number)))
+            else:
+                attempt = self.attempts.begin(number)
+                if attempt.number > self.config.workers.attempts:
+                    suspects[number] = attempt
+                    continue
+                job = self._jobs[number] = _Job(Shard(number, self._numbers(number)))
+                yield from map(self.record, job.shard.numbers)
 
-    def _request(self, record: Record, init: bytes | None) -> Request:
-        sampler = self.config.sampler
-        return Request(
-            prompt=record.prompt,
-            negative_prompt=record.negative_prompt,
-            seed=record.seed,
-            steps=record.steps,
-            sampler=sampler.name,
-            sampler_options=sampler.options,
-            guidance_scale=record.guidance_scale,
-            guidance_rescale=sampler.guidance_rescale,
-            clip_skip=sampler.clip_skip,
-            width=record.width,
-            height=record.height,
-            init_image=init,
-            strength=record.strength,
-            loras=self.loras,
-        )
+    def _make_alone(self, number: int, attempt: Attempt) -> None:
+        """One record at a time, each noted before it is made; those most blamed come first."""
+        job = self._jobs[number] = _Job(Shard(number, self._numbers(number)))
+        for record in attempt.guilty:
+            self._put(job, self._given_up(record))
+        for record in sorted(job.shard.missing, key=lambda r: -attempt.deaths.get(r, 0)):
+            self.attempts.alone(number, attempt, record)
+            for _, row in self.maker.make([self.record(record)]):
+                self._put(job, row)
 
-    def _put(self, pending: _Pending, result: Result) -> None:
-        image = None if result.image is None else encode_png(result.image)
-        columns = self._columns(pending, result)
-        pending.shard.put(pending.record, image, columns)
-        self._report(1, int(image is None))
+    def _begin_again(self, number: int, seeds: Mapping[int, int]) -> Iterator[Record]:
+        """Records of a finished shard that are to be made again; the others are kept."""
+        old = self.manifest.entry(number)
+        assert old is not None
+        rows = list(self.manifest.format.read(self.manifest.data, number, schema=self.schema))
+        again = set(seeds) or {row["record"] for row in rows if row["status"] != "ok"}
+        kept = [row for row in rows if row["record"] not in again]
+        self._jobs[number] = _Job(Shard(number, self._numbers(number), kept), old)
+        for k in sorted(again):
+            record = self.record(k)
+            yield replace(record, seed=seeds.get(k, record.seed))
 
-    def _columns(self, pending: _Pending, result: Result) -> dict[str, Any]:
-        record, model = pending.record, self.model
-        side = model.default_side
-        width, height = result.image.size if result.image else (record.width, record.height)
-        guidance = record.guidance_scale
+    def _job_of(self, record: int) -> _Job:
+        size = self.config.output.images_per_shard
+        return self._jobs[self.segment.first_shard + (record - self.segment.first_record) // size]
+
+    def _numbers(self, shard: int) -> range:
+        first = self.segment.first_record
+        mine = self.spec.shard(shard - self.segment.first_shard)
+        return range(mine.start + first, mine.stop + first)
+
+    def _put(self, job: _Job, row: Row) -> None:
+        job.shard.put(row)
+        self._report(1, int(row["status"] != "ok"))
+        if job.shard.is_complete:
+            del self._jobs[job.shard.number]
+            self._commits.append(self._saving.submit(self._commit, job))
+
+    def _given_up(self, record: int) -> Row:
+        row = self.maker.columns(self.record(record), None)
+        return row | {"status": "failed", "error": GUILTY}
+
+    def _commit(self, job: _Job) -> Entry:
+        rows, number = job.shard.rows, job.shard.number
+        files = self.manifest.format.encode(number, rows, self.schema)
         facts = {
-            "guidance_scale": model.default_guidance_scale if guidance is None else guidance,
-            "width": width or side,
-            "height": height or side,
+            "rows": len(rows),
+            "failed": sum(row["status"] != "ok" for row in rows),
+            "seconds": round(time.monotonic() - job.started, 3),
+            "finished_at": round(time.time(), 3),
+            "worker": f"{os.uname().nodename}-{os.getpid()}",
+            "node": os.uname().nodename,
+            **self.facts,
         }
-        return {
-            **facts,
-            "image_id": self._image_id(pending, facts),
-            "sampler": self.config.sampler.name or type(model.scheduler).__name__,
-            "model": self.lock.model_name,
-            "model_sha256": model.sha256,
-            "warnings": "; ".join(result.warnings) or None,
-            "error": result.error,
-        }
+        if job.old is not None:
+            return self.manifest.replace(job.old, files, facts)
+        entry = self.manifest.commit(number, files, facts)
+        self.attempts.end(number)
+        return entry
 
-    def _image_id(self, pending: _Pending, facts: dict[str, Any]) -> str:
-        """Over everything that decides the pixels, and nothing else."""
-        record, sampler, model = pending.record, self.config.sampler, self.config.model
-        own = type(self.model.scheduler).__name__
-        sampler_class, options = resolve(sampler.name or own, sampler.options, own in EDM)
-        return image_id(
-            {
-                "prompt": record.prompt,
-                "negative_prompt": record.negative_prompt,
-                "seed": record.seed,
-                "sampler": sampler_class.__name__,
-                "sampler_options": options,
-                "steps": record.steps,
-                **facts,
-                "guidance_rescale": sampler.guidance_rescale,
-                "clip_skip": sampler.clip_skip,
-                "strength": record.strength if pending.init_sha256 else None,
-                "init_sha256": pending.init_sha256,
-                "model_sha256": self.model.sha256,
-                "loras": self.lora_ids,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "vae": [str(self.model.vae.dtype), model.vae_slicing, model.vae_tiling],
-                "batch_size": self.config.engine.batch_size,
-                "places": self.engine.num_places,
-                "engine": ENGINE_VERSION,
-            }
-        )
+    def _committed(self, most: int) -> Iterator[Entry]:
+        """Entries of shards that are stored; waits for some while more than `most` are not."""
+        while self._commits and (self._commits[0].done() or len(self._commits) > most):
+            yield self._commits.pop(0).result()
 
-    def _commit(self, shard: Shard, seconds: float) -> dict[str, Any]:
-        facts = {
-            "rows": len(shard.numbers),
-            "failed": shard.num_failed,
-            "seconds": round(seconds, 3),
-        }
-        return self.manifest.commit(shard.number, shard.encode(), facts)
+    def _check_model(self) -> None:
+        found, wanted = self.maker.model.sha256, self.segment.model_sha256
+        if found != wanted:
+            raise ValueError(
+                f"model {self.config.model.uri} changed while the job ran: "
+                f"{found[:12]} is not {wanted[:12]}"
+            )
 
 
-class RayShardWorker:
-    """What Ray Data calls: a batch of shard numbers in, a row for each committed shard out."""
-
-    def __init__(self, config: dict[str, Any], lock: dict[str, Any], progress: Any):
-        self.progress = progress
-        self.worker = ShardWorker(
-            GenerateConfig.model_validate(config), Lock.model_validate(lock), self._report
-        )
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        for entry in self.worker.make(int(number) for number in batch["id"]):
-            row = {key: entry[key] for key in ("shard", "rows", "failed", "bytes", "seconds")}
-            yield {key: np.array([value]) for key, value in row.items()}
-
-    def _report(self, images: int, failed: int) -> None:
-        self.progress.add.remote(images, failed)
-
-
-def load(config: ModelConfig) -> Model:
-    """The model of a configuration, fetched to this machine first when it is elsewhere."""
-    options = ModelOptions(
-        dtype=config.dtype,
-        device=config.device,
-        vae_dtype=config.vae_dtype,
-        attention=config.attention,
-        channels_last=config.channels_last,
-        compile=config.compile,
-        vae_slicing=config.vae_slicing,
-        vae_tiling=config.vae_tiling,
-    )
-    parts = None if config.config is None else local_model(config.config)
-    return load_model(local_model(config.uri), options, config=parts)
-
-
-def local_model(uri: str) -> str:
-    """What `load_model` takes: storage URIs as local paths, names and hub ids as they are."""
-    return str(storage.fetch(uri)) if storage.is_remote(uri) else uri
-
-
-def pin_threads(config: GenerateConfig) -> None:
-    """As many threads as CPUs were asked for: their number moves the last bits of a picture."""
-    torch.set_num_threads(max(1, int(config.workers.num_cpus)))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _read_init(record: Record) -> bytes | None:
-    """The init image's bytes; none at all when it cannot be read, which its record then says."""
-    if record.init_uri is None:
-        return None
-    try:
-        return storage.read_bytes(record.init_uri)
-    except OSError:
-        return b""
+def _done(entry: Entry | None) -> Future[Entry]:
+    future: Future[Entry] = Future()
+    future.set_result(entry or {})
+    return future

@@ -47,6 +47,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
             "data",
             "manifest",
             "prompts",
+            "report",
         ]
     assert len(hashes[0]) == 4
     assert hashes[0] == hashes[1]

@@ -1,0 +1,84 @@
+"""Can this bucket be used: asked before anything else, and answered in words.
+
+Owns the questions to an S3 server and how its answers are told. A plain client gives up sooner and
+says more than the one that carries the data.
+"""
+
+import os
+import uuid
+from typing import Any
+
+TIMEOUT_S = 6
+HOW_TO_ALLOW = (
+    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they are allowed to do there"
+)
+
+
+class StorageError(OSError):
+    """A location cannot be used; the message names it, the reason and the way out."""
+
+
+class NotThere(StorageError):
+    """Nothing is at a location that is to be read."""
+
+
+class Unavailable(StorageError):
+    """The storage does not answer now; it may later."""
+
+
+def check(uri: str, write: bool = False) -> None:
+    """Raise StorageError within 15 s unless objects below `uri` can be listed and, if asked, made.
+
+    The probe of writing is an object of its own, gone afterwards where deleting is allowed.
+    """
+    import botocore.session
+    from botocore.config import Config
+
+    timeouts = Config(
+        connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
+    )
+    session = botocore.session.get_session()
+    region = session.get_config_variable("region") or "us-east-1"
+    client = _asked(uri, lambda: session.create_client("s3", region_name=region, config=timeouts))
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    _asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
+    if write:
+        key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
+        try:
+            _asked(uri, lambda: client.put_object(Bucket=bucket, Key=key, Body=b""))
+        except Unavailable:
+            raise
+        except StorageError as error:
+            raise StorageError(f"{error}; it can be read, but not written") from None
+        _asked(uri, lambda: client.delete_object(Bucket=bucket, Key=key), needed=False)
+
+
+def _asked(uri: str, question: Any, needed: bool = True) -> Any:
+    import botocore.exceptions as s3_errors
+
+    try:
+        return question()
+    except s3_errors.NoCredentialsError:
+        raise StorageError(
+            f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
+    except s3_errors.ClientError as error:
+        if needed:
+            raise _refusal(uri, error.response) from None
+    except (s3_errors.BotoCoreError, s3_errors.HTTPClientError, ValueError) as error:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        raise Unavailable(
+            f"{uri}: cannot reach {endpoint or 'S3'} ({type(error).__name__}); "
+            "check the network and AWS_ENDPOINT_URL"
+        ) from None
+
+
+def _refusal(uri: str, response: dict[str, Any]) -> StorageError:
+    code = response.get("Error", {}).get("Code", "")
+    reason = response.get("Error", {}).get("Message", "") or "no reason given"
+    if code in ("NoSuchBucket", "404"):
+        bucket = uri.removeprefix("s3://").split("/")[0]
+        return StorageError(f"{uri}: bucket {bucket!r} does not exist; create it first")
+    if response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500:
+        return Unavailable(f"{uri}: the server answers {code}: {reason}")
+    return StorageError(f"{uri}: access refused ({code}: {reason}); {HOW_TO_ALLOW}")

@@ -1,0 +1,150 @@
+"""How a data set came to be: counts, speed and failures over time, from its manifest alone.
+
+Owns the columns kept of each finished shard, 64 bytes, and the arithmetic over them. Knows
+nothing of pictures or of pages.
+"""
+
+import os
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+IDLE_S = 60.0
+"""A longer time in which no worker had a shard is a pause between runs, not slowness."""
+SHORTEST_S = 1e-3
+KINDS = {
+    "shard": "q",
+    "digest": "Q",
+    "rows": "q",
+    "failed": "q",
+    "bytes": "q",
+    "seconds": "d",
+    "finished_at": "d",
+    "worker": "q",
+}
+
+
+class History:
+    """Every finished shard's facts as columns of numbers; a hundred million images take 100 MB."""
+
+    def __init__(self) -> None:
+        self._columns = {name: array(kind) for name, kind in KINDS.items()}
+        self._workers: dict[tuple[str, str], int] = {}
+        self.suffix = ".parquet"
+        """What the shards' files end in: it tells their format."""
+        self.num_class_changed = 0
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        worker = (str(entry.get("node", "")), str(entry.get("worker", "")))
+        facts = {
+            "shard": entry["shard"],
+            "digest": int(entry["sha256"][:16], 16),
+            "rows": entry["rows"],
+            "failed": entry["failed"],
+            "bytes": entry.get("bytes", 0),
+            "seconds": max(entry.get("seconds") or 0.0, SHORTEST_S),
+            "finished_at": entry.get("finished_at") or np.nan,
+            "worker": self._workers.setdefault(worker, len(self._workers)),
+        }
+        for name, value in facts.items():
+            self._columns[name].append(value)
+        self.suffix = os.path.splitext(entry["file"])[1]
+        self.num_class_changed += bool(entry.get("class_changed"))
+
+    def __len__(self) -> int:
+        return len(self._columns["shard"])
+
+    def column(self, name: str) -> np.ndarray:
+        values = self._columns[name]
+        return np.frombuffer(values, values.typecode) if len(values) else np.array([], KINDS[name])
+
+    def total(self, name: str) -> int:
+        return int(self.column(name).sum())
+
+    def pictured(self, most: int) -> np.ndarray:
+        """Positions of the shards to show: all, or as many as hold about `most` images.
+
+        Multiples of the golden ratio are spread evenly and keep step with no prompt's period; and
+        what is shown of a part of a data set is shown, mostly, of the whole.
+        """
+        rows = self.column("rows")
+        if rows.sum() <= most:
+            return np.arange(len(self))
+        golden = np.uint64(0x9E3779B97F4A7C15)
+        order = np.argsort(self.column("shard").astype(np.uint64) * golden, kind="stable")
+        shown = np.cumsum(np.minimum(rows[order], rows_shown(most)))
+        return np.sort(order[: max(1, int(np.searchsorted(shown, most, "right")))])
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """When the first shard was begun and the last one finished, in unix seconds."""
+        finished = self.column("finished_at")
+        if not len(finished) or np.isnan(finished).any():
+            return None
+        return float((finished - self.column("seconds")).min()), float(finished.max())
+
+    @property
+    def active_s(self) -> float:
+        """Seconds from the first shard to the last, without pauses between runs."""
+        if self.span is None:
+            return 0.0
+        starts = self.column("finished_at") - self.column("seconds")
+        order = np.argsort(starts)
+        until = np.maximum.accumulate(self.column("finished_at")[order])
+        gaps = starts[order][1:] - until[:-1]
+        return self.span[1] - self.span[0] - float(gaps[gaps > IDLE_S].sum())
+
+    def speed(self, bins: int, where: np.ndarray | None = None) -> np.ndarray:
+        """Images/s in each of `bins` equal parts of the span; a shard's images are spread over it.
+
+        `where` are positions of the shards that count.
+        """
+        return self._over_time("rows", bins, where)
+
+    def failures(self, bins: int, where: np.ndarray | None = None) -> np.ndarray:
+        """Failed images in each of `bins` equal parts of the span."""
+        assert self.span is not None
+        width_s = (self.span[1] - self.span[0]) / bins
+        return self._over_time("failed", bins, where) * width_s
+
+    def _over_time(self, name: str, bins: int, where: np.ndarray | None) -> np.ndarray:
+        assert self.span is not None
+        chosen = slice(None) if where is None else where
+        amount, seconds = self.column(name)[chosen], self.column("seconds")[chosen]
+        starts = self.column("finished_at")[chosen] - seconds
+        edges = np.linspace(*self.span, bins + 1)
+        done = [float((amount * np.clip((t - starts) / seconds, 0, 1)).sum()) for t in edges]
+        return np.maximum(np.diff(done), 0) / (edges[1] - edges[0])
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Each worker's totals, those that failed most first, then the slowest."""
+        worker = self.column("worker")
+        sums = {
+            name: np.bincount(worker, self.column(name), len(self._workers))
+            for name in ("rows", "failed", "seconds")
+        }
+        shards = np.bincount(worker, minlength=len(self._workers))
+        found = [
+            {
+                "number": number,
+                "node": node,
+                "worker": name,
+                "shards": int(shards[number]),
+                "images": int(sums["rows"][number]),
+                "failed": int(sums["failed"][number]),
+                "images_per_s": float(sums["rows"][number] / sums["seconds"][number]),
+            }
+            for (node, name), number in self._workers.items()
+        ]
+        return sorted(found, key=lambda one: (-one["failed"], one["images_per_s"]))
+
+    def of_worker(self, number: int) -> np.ndarray:
+        """Positions of the shards that a worker made."""
+        return np.flatnonzero(self.column("worker") == number)
+
+
+def rows_shown(most: int) -> int:
+    """How many images of one shard are shown where not all can be: of 64 shards at least."""
+    return max(16, most // 64)

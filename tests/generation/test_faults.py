@@ -1,0 +1,272 @@
+"""Processes that die: workers, nodes, drivers, decoders. The data set does not notice."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.cluster_utils import Cluster
+
+from rayjobs import storage
+from rayjobs.cli import main
+from rayjobs.generation import job
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.manifest import Manifest
+from rayjobs.generation.verify import verify
+from rayjobs.generation.worker import GUILTY, ShardWorker
+
+ROOT = Path(__file__).parents[2]
+# Ray Data 2.60 reads its own deprecated switches.
+quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def values(output: str, images: int = 256, workers: int = 1) -> dict[str, Any]:
+    return {
+        "model": {"uri": "starter"},
+        "prompts": {"templates": ["a {colour} star"], "axes": {"colour": ["red", "blue"]}},
+        "seeds": {"count": images // 2},
+        "sampler": {"name": "euler_a", "steps": 2, "guidance_scale": 3.0},
+        "output": {"uri": output, "images_per_shard": 8},
+        "engine": {"batch_size": 4},
+        "workers": {"min": workers},
+    }
+
+
+def hashes(uri: str) -> list[str]:
+    return [entry["sha256"] for entry in Manifest(uri).entries()]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The hashes of a run that nobody disturbed, without Ray, shards in another order."""
+    output = str(tmp_path_factory.mktemp("calm") / "out")
+    config = GenerateConfig.model_validate(values(output))
+    lock = job.prepare(config)
+    shards = list(range(lock.num_shards))
+    list(ShardWorker(config, lock).make(shards[::-1]))
+    return hashes(output)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    made.add_node(num_cpus=2)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def check(output: str, expected: list[str]) -> None:
+    assert hashes(output) == expected
+    found = verify(output)
+    assert (found.num_records, found.faults) == (256, [])
+    assert len(storage.list_files(storage.join(output, "data"))) == len(expected)
+    for folder in ("tmp", "attempts", "replacing"):
+        assert storage.list_files(storage.join(output, folder)) == []
+
+
+def after(output: str, shards: int, act: Callable[[], None]) -> threading.Thread:
+    """A thread that acts once so many shards are finished."""
+
+    def watch() -> None:
+        folder = storage.join(output, "manifest")
+        while len(storage.list_files(folder)) < shards:
+            time.sleep(0.1)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def kill_a_worker(output: str) -> None:
+    entry = next(Manifest(output).entries())
+    os.kill(int(entry["worker"].rsplit("-", 1)[1]), signal.SIGKILL)
+
+
+@quiet
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_and_a_node_die(cluster: Cluster, tmp_path: Path, expected: list[str]) -> None:
+    output = str(tmp_path / "out")
+    node = cluster.add_node(num_cpus=2)
+    killing = after(output, 4, lambda: kill_a_worker(output))
+    removing = after(output, 14, lambda: cluster.remove_node(node, allow_graceful=False))
+    summary = job.run(GenerateConfig.model_validate(values(output, workers=3)))
+    killing.join(10)
+    removing.join(10)
+    assert (summary.num_made, summary.num_failed) == (256, 0)
+    check(output, expected)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_driver_dies_and_is_started_again(tmp_path: Path, expected: list[str]) -> None:
+    output = str(tmp_path / "out")
+    killed(values(output, workers=2), output, signal.SIGKILL, 3)
+    done = run(values(output, workers=2))
+    assert done.returncode == 0, done.stderr
+    check(output, expected)
+
+
+@pytest.mark.ray
+def test_an_interruption_leaves_what_is_finished(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    job_values = values(output, 64)
+    process = killed(job_values, output, signal.SIGTERM, 1)
+    assert process.returncode == 130
+    assert b"continues where this stopped" in (process.stderr.read() if process.stderr else b"")
+    assert verify(output).faults == []
+    assert storage.list_files(storage.join(output, "attempts")) == []
+
+
+def start(job_values: dict[str, Any]) -> subprocess.Popen[bytes]:
+    path = Path(job_values["output"]["uri"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(job_values))
+    command = [sys.executable, "-m", "rayjobs", "generate", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(job_values: dict[str, Any]) -> subprocess.CompletedProcess[bytes]:
+    process = start(job_values)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def killed(
+    job_values: dict[str, Any], output: str, sign: signal.Signals, shards: int
+) -> subprocess.Popen[bytes]:
+    process = start(job_values)
+    after(output, shards, lambda: process.send_signal(sign)).join(120)
+    process.wait(60)
+    return process
+
+
+POISON = """
+import os
+from PIL import Image
+opened = Image.open
+def open(file, *args):
+    head = file.read(6)
+    file.seek(0)
+    if head == b"POISON":
+        os.kill(os.getpid(), 9)
+    return opened(file, *args)
+Image.open = open
+"""
+
+
+def test_a_picture_that_kills_its_decoder(
+    tmp_path: Path, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """31 records are good, one failed; mended, one is made and 31 are copied."""
+    (tmp_path / "sitecustomize.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(32):
+        picture(number).save(pictures / f"{number:02d}.png")
+    (pictures / "07.png").write_bytes(b"POISON")
+    output = str(tmp_path / "out")
+    config = GenerateConfig.model_validate(
+        values(output, 2)
+        | {"prompts": {"inline": ["a red star"]}, "seeds": {"count": 1}}
+        | {"init": {"uri": str(pictures)}, "output": {"uri": output, "images_per_shard": 32}}
+    )
+    lock = job.prepare(config)
+    (entry,) = ShardWorker(config, lock).make([0])
+    assert (entry["rows"], entry["failed"]) == (32, 1)
+    manifest = Manifest(output)
+    before = list(manifest.format.read(manifest.data, 0))
+    assert "it ends the process that decodes it" in before[7]["error"]
+
+    picture(7).save(pictures / "07.png")
+    heard: list[int] = []
+    worker = ShardWorker(config, lock, redo={}, report=lambda images, _: heard.append(images))
+    (entry,) = worker.make([0])
+    assert (entry["generation"], entry["failed"], sum(heard)) == (1, 0, 1)
+    again = list(manifest.format.read(manifest.data, 0))
+    assert again[7]["status"] == "ok"
+    assert [row for row in again if row["record"] != 7] == [r for r in before if r["record"] != 7]
+    assert verify(output).faults == []
+
+
+FRAGILE = """
+import os, sys
+from rayjobs.config import load_config
+from rayjobs.diffusion.engine import Engine
+from rayjobs.generation import job
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.worker import ShardWorker
+add = Engine.add
+def fragile(self, request):
+    if request.seed == 3 and "blue" in request.prompt:
+        os._exit(9)
+    return add(self, request)
+Engine.add = fragile
+config = load_config(GenerateConfig, sys.argv[1])
+list(ShardWorker(config, job.prepare(config)).make(range(2)))
+"""
+
+
+def test_a_record_that_kills_its_worker_is_found_out(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values(output, 16)))
+    command = [sys.executable, "-c", FRAGILE, str(tmp_path / "job.yaml")]
+    codes = []
+    while not codes or codes[-1] == 9:
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        codes.append(done.returncode)
+        assert len(codes) < 10
+    # Three attempts at the shard, two at its record alone.
+    assert codes == [9, 9, 9, 9, 9, 0]
+    manifest = Manifest(output)
+    assert [entry["failed"] for entry in manifest.entries()] == [0, 1]
+    rows = list(manifest.format.read(manifest.data, 1))
+    assert [row["error"] for row in rows if row["status"] != "ok"] == [GUILTY]
+    assert storage.list_files(storage.join(output, "attempts")) == []
+
+
+def test_a_replacement_cut_off_is_finished_or_forgotten(tmp_path: Path) -> None:
+    manifest = Manifest(str(tmp_path / "out"))
+    facts = {"rows": 1, "failed": 1, "seconds": 1.0}
+    name = manifest.format.name(0)
+    old = manifest.commit(0, {name: b"old"}, facts)
+    install, manifest._install = manifest._install, lambda *_: 1 / 0  # type: ignore[assignment]
+    with pytest.raises(ZeroDivisionError):
+        manifest.replace(old, {name: b"new"}, facts)
+    manifest._install = install  # type: ignore[method-assign]
+    manifest.recover()
+    assert manifest.entry(0) == {**old, "generation": 1, "sha256": manifest.sha256(0)}
+
+    overwrite, manifest._overwrite = manifest._overwrite, lambda *_: 1 / 0  # type: ignore
+    with pytest.raises(ZeroDivisionError):
+        manifest.replace(manifest.entry(0) or {}, {name: b"newer"}, facts)
+    manifest._overwrite = overwrite  # type: ignore[method-assign]
+    manifest.recover()
+    assert (manifest.entry(0) or {})["sha256"] == manifest.sha256(0)
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "out")
+    config = GenerateConfig.model_validate(values(output, 16))
+    lock = job.prepare(config)
+    list(ShardWorker(config, lock).make(range(2)))
+    assert main(["verify", output, "--regenerate", "3"]) == 0
+    shard = Path(output) / "data" / "shard-00000001.parquet"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    assert main(["verify", output]) == 3
+    out = capsys.readouterr().out
+    assert "shard 1" in out
+    assert "record" in out
