@@ -170,11 +170,13 @@ def _show(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from rayjobs import storage
     from rayjobs.config import BadInput
-    from rayjobs.generation import report
+    from rayjobs.generation import duplicates, report
     from rayjobs.generation.lock import read_lock
 
     storage.check(options.uri)
     if read_lock(options.uri) is None:
         raise BadInput(f"{options.uri} is no data set: it has no spec.lock.json")
+    found = duplicates.write(options.uri)
+    print(f"{found['members']:,} pictures look like another, in {found['groups']:,} groups")
     print(report.write(options.uri))
     return DONE

@@ -159,16 +159,7 @@ def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
     with _told(uri):
         if not is_remote(uri):
             return local.create(path, data, staging)
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # Ceph's answer to a failed If-None-Match reaches us as a plain OSError.
-            if "PreconditionFailed" in repr(error) + repr(error.__cause__):
-                return False
-            raise
-        return True
+        return _put_if(fs, path, data, IfNoneMatch="*")
 
 
 @_patient
@@ -193,7 +184,7 @@ def replace_bytes(uri: str, data: bytes, mark: str, staging: str | None = None) 
             return local.replace(path, data, mark, staging)
         # AWS and others write ETags in quotes; Ceph compares with the bare one.
         for written in dict.fromkeys((mark, mark.strip('"'))):
-            if _put_if_match(fs, path, data, written):
+            if _put_if(fs, path, data, IfMatch=written):
                 return True
         return False
 
@@ -335,13 +326,18 @@ def _told(uri: str) -> Generator[None]:
         raise
 
 
-def _put_if_match(fs: Any, path: str, data: bytes, mark: str) -> bool:
+def _put_if(fs: Any, path: str, data: bytes, **condition: str) -> bool:
+    """Put an object on a condition, in one part: not all servers take one for the last of many."""
     place, _, key = path.partition("/")
     try:
-        fs.call_s3("put_object", Bucket=place, Key=key, Body=data, IfMatch=mark)
+        fs.call_s3("put_object", Bucket=place, Key=key, Body=data, **condition)
     except OSError as error:
+        # s3fs tells a failed condition by a plain OSError, or by FileExistsError.
         told = repr(error) + repr(error.__cause__)
-        if "PreconditionFailed" in told or "At least one of the pre-conditions" in told:
+        absent = "IfMatch" in condition and isinstance(error, FileNotFoundError)
+        if absent or isinstance(error, FileExistsError) or "PreconditionFailed" in told:
+            return False
+        if "At least one of the pre-conditions" in told or "ConditionalRequestConflict" in told:
             return False
         raise
     return True

@@ -149,3 +149,27 @@ def expect_refusal(uri: str, reason: str) -> None:
     assert reason in said
     assert len(said.splitlines()) == 1
     assert seconds < 15
+
+
+@pytest.mark.ray
+def test_a_job_waits_for_a_server_that_is_away(server: Any, place: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rayjobs", "generate", "configs/demo/generate.yaml"]
+    command += ["output.images_per_shard=4"]
+    uri, calm = f"{place}/out", str(tmp_path / "calm")
+    job = subprocess.Popen([*command, f"output.uri={uri}"], cwd=ROOT)
+    while len(storage.list_files(join(uri, "manifest"))) < 3:
+        time.sleep(0.2)
+        assert job.poll() is None
+    server.stop()
+    time.sleep(10)
+    server.start()
+    assert job.wait(240) == 0
+    assert subprocess.run([*command, f"output.uri={calm}"], cwd=ROOT).returncode == 0
+    names = storage.list_files(join(uri, "data"))
+    assert names == storage.list_files(join(calm, "data"))
+    assert len(names) == 24
+    for name in names:
+        assert (
+            storage.read_bytes(join(uri, "data", name))
+            == (tmp_path / "calm/data" / name).read_bytes()
+        )

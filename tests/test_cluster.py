@@ -34,8 +34,10 @@ COMMANDS = (
     "worker_start_ray_commands",
 )
 RAY = str(Path(sys.executable).parent / "ray")
-DEMO = (sys.executable, "-m", "rayjobs", "generate", "configs/demo/generate.yaml")
-SMALL = ("seeds.count=1", "sampler.steps=2", "prompts.axes.shape=[star]", "workers.num_cpus=2")
+GENERATE = (sys.executable, "-m", "rayjobs", "generate")
+DEMO = ("configs/demo/generate.yaml", "prompts.axes.shape=[star]", "sampler.steps=2")
+# One worker fits on a node of three CPUs, and a CPU is left for Ray Data's own tasks.
+ONE_A_NODE = ("workers.min=2", "workers.num_cpus=2")
 
 
 @pytest.fixture
@@ -217,7 +219,7 @@ class Cluster:
 
     def submit(self, name: str, *settings: str, wait: bool = True) -> tuple[int, str]:
         options = ["--working-dir", ".", "--submission-id", name, *([] if wait else ["--no-wait"])]
-        return self.ray("submit", *options, "--", *DEMO, *SMALL, *settings)
+        return self.ray("submit", *options, "--", *GENERATE, *settings, *ONE_A_NODE)
 
     def close(self) -> None:
         for node in self._nodes:  # ray start --block ends what it started, if slowly
@@ -279,30 +281,39 @@ def copy_repository(target: Path) -> None:
 @pytest.mark.slow
 def test_a_job_uses_every_node(cluster: Cluster, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    code, said = cluster.submit("first", f"output.uri={output}", "output.images_per_shard=2")
+    own = (f"output.uri={output}", "output.images_per_shard=1", "seeds.count=2")
+    code, said = cluster.submit("first", *DEMO, *own)
     assert code == 0, said
-    entries = list(Manifest(str(output)).entries())
-    assert sum(entry["rows"] for entry in entries) == 8
+    assert sum(entry["rows"] for entry in Manifest(str(output)).entries()) == 16
     assert (output / "index.html").is_file()
-    assert len({entry["node"] for entry in entries}) == 2
-    packages = list(cluster.folder.glob("0/session_*/runtime_resources/working_dir_files/*"))
-    [package] = {path.stem: path for path in packages if path.is_dir()}.values()
-    files = [path for path in package.rglob("*") if path.is_file()]
+    assert len(nodes_of(cluster, "first")) == 2
+    [package] = cluster.folder.glob("0/session_*/runtime_resources/working_dir_files/*/rayjobs/..")
+    files = [path for path in package.resolve().rglob("*") if path.is_file()]
     assert not [path for path in files if path.name == "large"]
     assert sum(path.stat().st_size for path in files) < 20e6
+
+
+def nodes_of(cluster: Cluster, name: str) -> set[str]:
+    """The nodes that a job's workers were on."""
+    found = cluster.ask("/api/v0/actors?detail=true&limit=1000")["data"]["result"]["result"]
+    number = cluster.ask(f"/api/jobs/{name}")["job_id"]
+    workers = [actor for actor in found if "ShardWorker" in json.dumps(actor)]
+    return {actor["node_id"] for actor in workers if actor["job_id"] == number}
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nobody_gets_in_without_the_token(cluster: Cluster, tmp_path: Path) -> None:
-    for token in ("wrong", secrets.token_hex(32)):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            cluster.ask("/api/jobs/", token)
-        assert refused.value.code in (401, 403)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        cluster.ask("/api/jobs/", token=secrets.token_hex(32))
+    assert refused.value.code == 403
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+    assert refused.value.code == 401
     command = ("submit", "--working-dir", ".", "--", "touch", str(tmp_path / "was-here"))
     code, said = cluster.ray(*command, environment=cluster.strangers_environment)
     assert code != 0
-    assert "401" in said or "authentication" in said.lower()
+    assert "401" in said
     assert not (tmp_path / "was-here").exists()
 
 
@@ -310,17 +321,20 @@ def test_nobody_gets_in_without_the_token(cluster: Cluster, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    prompts = tmp_path / "prompts.csv"
-    prompts.write_text(f"prompt,init_image\na red star,{tmp_path}/broken.png\na blue ring,\n")
-    own = (f"prompts.uri={prompts}", "prompts.templates={prompt}", "prompts.axes={shape: [x]}")
-    jobs = {
-        "some-failed": (3, f"output.uri={tmp_path}/out", *own),
-        "bad-input": (2, "output.uri=ftp://nowhere"),
+    prompts = f"prompt,init_image\na red star,{tmp_path}/broken.png\na blue ring,\n"
+    (tmp_path / "prompts.csv").write_text(prompts)
+    job = {
+        "model": {"uri": "starter"},
+        "prompts": {"uri": str(tmp_path / "prompts.csv")},
+        "sampler": {"name": "euler", "steps": 2},
+        "output": {"uri": str(tmp_path / "out")},
     }
-    for name, (expected, *settings) in jobs.items():
-        code, said = cluster.submit(name, *settings)
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(job))
+    for name, expected, *settings in (("bad-input", 2, "output.uri=ftp://x"), ("some-failed", 3)):
+        code, said = cluster.submit(name, str(config), *settings)
         assert code != 0, said
-        assert f"exit code {expected}" in said
+        assert f"exit code {expected}" in said, said
         assert cluster.ask(f"/api/jobs/{name}")["driver_exit_code"] == expected
 
 
@@ -328,17 +342,17 @@ def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    settings = (f"output.uri={output}", "output.images_per_shard=4", "seeds.count=24")
-    code, said = cluster.submit("stopped", *settings, wait=False)
+    own = (f"output.uri={output}", "output.images_per_shard=2", "seeds.count=50")
+    code, said = cluster.submit("stopped", *DEMO, *own, wait=False)
     assert code == 0, said
     wait_for(lambda: len(list((output / "manifest").glob("*.json"))) >= 2, 120)
     code, said = cluster.ray("stop", "stopped")
     assert code == 0, said
     assert cluster.ask("/api/jobs/stopped")["status"] == "STOPPED"
     before = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
-    assert 2 <= len(before) < 48
-    code, said = cluster.submit("goes-on", *settings)
+    assert 2 <= len(before) < 200
+    code, said = cluster.submit("goes-on", *DEMO, *own)
     assert code == 0, said
     after = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
-    assert sorted(after) == list(range(48))
+    assert sorted(after) == list(range(200))
     assert {shard: after[shard] for shard in before} == before

@@ -51,6 +51,40 @@ def test_mistakes_are_told_by_name(tmp_path: Path, override: str, told: str) -> 
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seeds: {count: 1, count: 2}", "line 5: the key 'count' is there twice, first in line 5"),
+        ("model: {uri: other}", "line 5: the key 'model' is there twice, first in line 2"),
+        ("sampler:\n  steps: 4\n  steps: 5", "line 7: the key 'steps' is there twice"),
+    ],
+)
+def test_a_key_is_given_once(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        load(tmp_path, text=JOB + text)
+    assert told in str(caught.value)
+    assert "job.yaml" in str(caught.value)
+
+
+def test_merged_keys_may_be_replaced(tmp_path: Path) -> None:
+    text = JOB + "sampler: {<<: {steps: 3, name: ddim}, steps: 4}"
+    config = load(tmp_path, text=text)
+    assert (config.sampler.steps, config.sampler.name) == (4, "ddim")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("seeds.count=2", "sampler.steps=4", "seeds.count=3"), "override seeds.count is given"),
+        (("seeds.count=2", "seeds={start: 3}"), "override seeds would undo seeds.count"),
+        (("seeds={count: 3, count: 4}",), "the key 'count' is there twice"),
+    ],
+)
+def test_an_override_is_given_once(tmp_path: Path, overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        load(tmp_path, *overrides)
+
+
 def test_one_prompt_needs_no_list(tmp_path: Path) -> None:
     assert load(tmp_path, "prompts.inline=a ring").prompts.inline == ("a ring",)
 

@@ -104,10 +104,7 @@ class Kinds:
                 try:
                     known = _joined(known, pa.infer_type([value]))
                 except (pa.ArrowException, OverflowError):
-                    message = (
-                        f"{name} is {value!r:.80}, which does not go with other rows, where it is "
-                        f"{known}; write them all as text, or drop the column"
-                    )
+                    message = _misfit(name, value, known)
                     raise chunk.refusal(row, message) from None
             raise
 
@@ -130,8 +127,13 @@ def _array(name: str, kind: pa.DataType, values: list[Any] | pa.Array, chunk: Ch
         return pa.array(values, kind)
     except (pa.ArrowException, ValueError, OverflowError):
         row = next(row for row, value in enumerate(values) if not _fits(value, kind))
-        message = f"{name} is {values[row]!r:.80}, which cannot be kept as {kind}; write it as text"
+        message = _misfit(name, values[row], kind)
         raise chunk.refusal(row, message) from None
+
+
+def _misfit(name: str, value: Any, kind: pa.DataType) -> str:
+    where = "" if pa.types.is_null(kind) else f", which {kind} of other rows cannot hold"
+    return f"{name} is {value!r:.80}{where}; write it as text in all rows, or drop the column"
 
 
 def _fits(value: Any, kind: pa.DataType) -> bool:

@@ -4,6 +4,7 @@ Owns the checks that need no worker, and what a job's segment in the lock says. 
 Ray, and of a data set only whether it can be written.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from rayjobs.generation.formats import check_schema
 from rayjobs.generation.lock import Segment, job_part, record_schema
 from rayjobs.generation.source import Names, Snapshot, list_pictures, write_names, write_snapshot
 from rayjobs.generation.spec import Spec
+from rayjobs.records import SCORES, canonical_json
 
 T = TypeVar("T")
 
@@ -34,18 +36,20 @@ class Draft:
 
 
 @contextmanager
-def check(config: GenerateConfig) -> Generator[Draft]:
+def check(config: GenerateConfig, confirmed: bool = False) -> Generator[Draft]:
     """Check and resolve a job; the snapshots are gone afterwards.
 
+    `confirmed` jobs may be of any size.
     Raises BadInput or StorageError naming the key that is to be changed.
     """
     storage.check(config.output.uri, write=True)
     loras = [lora.uri for lora in config.model.loras]
-    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras):
+    scorers = [getattr(config.quality, name) for name in SCORES]
+    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers):
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
-    loras_sha256 = _hash_loras(config)
+    loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
         num_prompts = write_snapshot(config.prompts, str(prompts))
@@ -53,7 +57,8 @@ def check(config: GenerateConfig) -> Generator[Draft]:
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
         spec = Spec(config, rows, Names(str(names)) if names.exists() else ())
-        _check_size(config, spec.num_records)
+        if not confirmed:
+            _check_size(config, spec.num_records)
         check_schema(config.output.format, record_schema(config, rows))
         segment = Segment(
             job=job_part(config),
@@ -63,6 +68,7 @@ def check(config: GenerateConfig) -> Generator[Draft]:
             model_name=_model_name(config.model.uri),
             model_sha256=model.sha256,
             loras_sha256=loras_sha256,
+            scorers_sha256=scorers_sha256,
             guided=_is_guided(config, rows),
             num_records=spec.num_records,
             num_shards=spec.num_shards,
@@ -114,6 +120,22 @@ def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
         file = named("model.loras", lambda uri=lora.uri: weight_file(storage.fetch(uri)))
         found.append(f"{weights.sha256_of(Path(file))} x {lora.scale:g}")
     return tuple(found)
+
+
+def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
+    """Hash of each scoring model that is a file or a folder; a hub id stands for itself."""
+    found = {}
+    for name in SCORES:
+        uri = getattr(config.quality, name)
+        if uri is None:
+            continue
+        path = Path(storage.fetch(uri)) if storage.is_remote(uri) else Path(uri)
+        if not path.exists() and (path.is_absolute() or uri.startswith(".")):
+            raise BadInput(f"quality.{name}: {uri} does not exist")
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        hashes = [(p.name, weights.sha256_of(p)) for p in files if p.is_file()]
+        found[name] = hashlib.sha256(canonical_json(hashes or uri)).hexdigest()
+    return found
 
 
 def named(key: str, check: Callable[[], T]) -> T:

@@ -6,20 +6,22 @@ Owns the order of events of one run. What a worker does is in `worker`, what is 
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rayjobs import storage
-from rayjobs.generation import card, determinism, report
+from rayjobs.generation import card, determinism, duplicates, report
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.draft import check
 from rayjobs.generation.lock import Lock, Segment, open_spec, record_schema
 from rayjobs.generation.manifest import GROUP, Manifest
 from rayjobs.generation.segments import enter
 
+FEW = 100_000
+"""Records: of so many the near-duplicates are looked for at the end of each run."""
 Redo = Mapping[int, Mapping[int, int]]
 
 
@@ -67,8 +69,6 @@ def run(
     """
     started = time.monotonic()
     config = anywhere(config)
-    from rayjobs.generation import pool
-
     with ExitStack() as stack:
         lock = _enter(config, extend, stack)
         manifest = Manifest(config.output.uri, lock.format)
@@ -76,7 +76,7 @@ def run(
         manifest.compact()
         work = _again(lock, manifest) if retry_failed else _missing(lock, manifest, limit)
         if work:
-            stack.enter_context(pool.session(config))
+            stack.enter_context(_session(config))
         made = 0
         try:
             for part in work:
@@ -87,6 +87,12 @@ def run(
             storage.remove_folder(storage.join(config.output.uri, "attempts"))
             raise
     return _finish(config, lock, manifest, made, started)
+
+
+def _session(config: GenerateConfig) -> AbstractContextManager[None]:
+    from rayjobs.generation import pool
+
+    return pool.session(config)
 
 
 def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
@@ -106,9 +112,9 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 
 
 def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
-    from rayjobs.generation import pool
-
     with check(config) as draft:
+        from rayjobs.generation import pool  # takes seconds, and bad input is told before
+
         if pool.is_own():
             lock = enter(draft, lambda: determinism.current(config), extend)
             allowed = config.engine.allow_class_change
@@ -170,12 +176,14 @@ def _finish(
     config: GenerateConfig, lock: Lock, manifest: Manifest, made: int, started: float
 ) -> Summary:
     uri = config.output.uri
-    if manifest.committed(lock.num_shards).all():
-        manifest.clean()
     failed = sum(entry["failed"] for entry in manifest.entries())
     spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
     card.write(config, lock, record_schema(config, spec.rows))
+    if lock.num_records <= FEW:  # of a larger one `report` makes it, when asked to
+        duplicates.write(uri)
     report.write(uri)
+    if manifest.committed(lock.num_shards).all():
+        manifest.clean()
     return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)
 
 

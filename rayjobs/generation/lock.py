@@ -20,7 +20,8 @@ from rayjobs.records import ENGINE_VERSION, SCORES, canonical_json, schema
 
 FREE = ("workers",)
 """Parts of a configuration that change how a job runs, but not what it makes."""
-PLACES = ("prompts.uri", "model.uri", "model.config", "init.uri", "model.loras")
+PLACES = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri", "model.loras")
+PLACES += ("quality.clip", "quality.aesthetic", "quality.safety")
 """Where things lie: they may move, since the lock holds hashes of what they are."""
 
 
@@ -37,6 +38,7 @@ class Segment(Config):
     model_name: str
     model_sha256: str
     loras_sha256: tuple[str, ...] = ()
+    scorers_sha256: dict[str, str] = Field(default_factory=dict)
     guided: bool
     """Whether any record may use guidance: it decides the shape of every UNet call."""
     engine_version: int = ENGINE_VERSION
@@ -60,7 +62,7 @@ class Segment(Config):
         parts = self.model_dump(
             mode="json",
             include={"job", "prompts_sha256", "num_prompts", "init_sha256"}
-            | {"model_sha256", "loras_sha256", "guided", "engine_version"},
+            | {"model_sha256", "loras_sha256", "scorers_sha256", "guided", "engine_version"},
         )
         flat = _flat(parts)
         return {k: v for k, v in flat.items() if k.removeprefix("job.") not in PLACES}

@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import re
+import signal
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,7 +124,7 @@ def session(config: GenerateConfig) -> Generator[None]:
             needed = math.ceil((workers.max or workers.min) * workers.num_cpus) + 1
             cpus = max(os.cpu_count() or 1, needed)
             quiet |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        ray.init(**quiet)
+        _init(quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.verbose_progress = False
@@ -133,6 +135,14 @@ def session(config: GenerateConfig) -> Generator[None]:
     finally:
         if own:
             ray.shutdown()
+
+
+def _init(options: dict[str, Any]) -> None:
+    """Start or join Ray; it takes SIGTERM for itself, which here means what the caller says."""
+    on_term = signal.getsignal(signal.SIGTERM)
+    ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)
 
 
 def is_own() -> bool:

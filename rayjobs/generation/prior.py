@@ -216,16 +216,19 @@ def _missing(
 def _make(config: PriorConfig, rows: list[Key]) -> int:
     """Append a segment with these images, or go on with one that was begun."""
     lock = read_lock(config.output.uri)
-    manifest = lock and Manifest(config.output.uri, lock.format)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
-        if lock and manifest and not manifest.committed(lock.num_shards).all():
+        if lock is not None and not _is_complete(config.output.uri, lock):
             rows = _begun(config.output.uri, lock)
         names = ("prompt", "seed")
         columns = {name: [row[n] for row in rows] for n, name in enumerate(names)}
         pq.write_table(pa.table(columns), path)
         made = job.run(_job(config, PromptsConfig(uri=str(path))), extend=True)
     return made.num_made
+
+
+def _is_complete(uri: str, lock: Lock) -> bool:
+    return bool(Manifest(uri, lock.format).committed(lock.num_shards).all())
 
 
 def _begun(uri: str, lock: Lock) -> list[Key]:

@@ -109,7 +109,8 @@ def _lines(file: IO[bytes], uri: str) -> Iterator[str]:
             text = _decoded(line, number, uri)
             yield text.removeprefix("\ufeff") if number == 1 else text
     finally:
-        buffered.detach()  # the file stays its owner's to close
+        if not file.closed:
+            buffered.detach()  # the file stays its owner's to close
 
 
 def _decoded(line: bytes, number: int, uri: str) -> str:

@@ -17,7 +17,6 @@ from rayjobs.config import BadInput
 from rayjobs.generation.columns import Kinds, checked, prompt_column
 from rayjobs.generation.config import PromptsConfig
 from rayjobs.generation.prompt_file import Chunk, read_chunks
-from rayjobs.generation.texts import check_places
 from rayjobs.records import OVERRIDES
 
 ROWS_PER_GROUP = 4096
@@ -121,11 +120,6 @@ def list_pictures(uri: str) -> list[str]:
     if not names:
         raise BadInput(f"init.uri: {uri} holds no picture ({', '.join(PICTURES)})")
     return names
-
-
-def check_templates(config: PromptsConfig) -> None:
-    """Raise BadInput when a template names a place that nothing fills, or an axis is never used."""
-    check_places(config.templates, config.axes, bool(config.inline or config.uri))
 
 
 class _Groups:

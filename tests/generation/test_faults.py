@@ -122,9 +122,9 @@ def test_the_driver_dies_and_is_started_again(tmp_path: Path, expected: list[str
 def test_an_interruption_leaves_what_is_finished(tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     job_values = values(output, 64)
-    process = killed(job_values, output, signal.SIGTERM, 1)
-    assert process.returncode == 130
-    assert b"continues where this stopped" in (process.stderr.read() if process.stderr else b"")
+    done = killed(job_values, output, signal.SIGTERM, 1)
+    assert done.returncode == 130
+    assert b"continues where this stopped" in done.stderr
     assert verify(output).faults == []
     assert storage.list_files(storage.join(output, "attempts")) == []
 
@@ -144,11 +144,11 @@ def run(job_values: dict[str, Any]) -> subprocess.CompletedProcess[bytes]:
 
 def killed(
     job_values: dict[str, Any], output: str, sign: signal.Signals, shards: int
-) -> subprocess.Popen[bytes]:
+) -> subprocess.CompletedProcess[bytes]:
     process = start(job_values)
     after(output, shards, lambda: process.send_signal(sign)).join(120)
-    process.wait(60)
-    return process
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 POISON = """

@@ -59,3 +59,25 @@ def test_a_limit_makes_the_first_records_and_more_later(tmp_path: Path) -> None:
     config = configure(tmp_path / "out", 1)
     assert job.run(config, limit=4).num_made == 6  # whole shards
     assert job.run(config).num_made == 6
+
+
+def test_failed_records_are_told_again_and_made_again(tmp_path: Path, picture: Any) -> None:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,init_image\na red star,good.png\na blue star,bad.png\n")
+    picture(1).save(tmp_path / "good.png")
+    values = configure(tmp_path / "out", 1).model_dump()
+    values |= {"prompts": {"uri": str(prompts)}, "seeds": {"count": 2}}
+    config = GenerateConfig.model_validate(values)
+    assert job.run(config).num_failed == 2
+    again = job.run(config)
+    assert (again.num_made, again.num_failed) == (0, 2)
+    picture(2).save(tmp_path / "bad.png")
+    mended = job.run(config, retry_failed=True)
+    assert (mended.num_made, mended.num_failed) == (2, 0)
+    assert [entry["generation"] for entry in Manifest(str(tmp_path / "out")).entries()] == [1, 1]
+
+
+def test_four_workers_on_two_cpus_do_not_wait_for_ever(tmp_path: Path) -> None:
+    values = configure(tmp_path / "out", 8).model_dump()
+    values["output"]["images_per_shard"] = 1
+    assert job.run(GenerateConfig.model_validate(values)).num_made == 12

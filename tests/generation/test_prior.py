@@ -53,7 +53,10 @@ def test_what_is_missing_is_made_and_what_is_no_use_replaced(tmp_path: Path) -> 
     more = prior.run(configure(output, [star, ring], 10))
     assert more.num_made - sum(more.refused.values()) == 4 + 10
     after = rows(output)
-    assert Counter(row["prompt"] for row in after) == {"a photo of a red star": 10, "a red ring": 10}
+    assert Counter(row["prompt"] for row in after) == {
+        "a photo of a red star": 10,
+        "a red ring": 10,
+    }
     assert before < {row["image_id"] for row in after}
     assert len({row["image_id"] for row in after}) == 20
     assert prior.run(configure(output, [star, ring], 10)).num_made == 0
