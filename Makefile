@@ -23,8 +23,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## the engine against diffusers' own pipeline
+bench: setup ## the engine against diffusers' own pipeline, the job against the engine
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.job
 
 starter: setup ## train the starter model again, from nothing
 	$(BIN)/python -m rayjobs.starter.train --out rayjobs/starter/model

@@ -65,30 +65,34 @@ class Sides:
     def __init__(self, args: argparse.Namespace, folder: str):
         self.args = args
         self.folder = folder
-        self.shards = args.batches + 1
+        self.shards = args.batches + 2
         self._round = 0
         self.steps = self._choose_steps()
 
     def bare(self, steps: int | None = None) -> dict[str, float]:
         """The engine of a worker, given the requests that the worker would give it."""
-        made = self._worker("bare", steps or self.steps)
+        made = self._worker("bare", steps or self.steps, lambda *_: None)
         records = [made.record(number) for number in range(made.segment.num_records)]
         requests = list(made.maker._requests(records, {}))
-        times = list(_marks(made.maker.engine.generate(requests)))
-        return self._rate(times[self.args.batch - 1 :: self.args.batch])
+        marks = [_now() for _ in made.maker.engine.generate(requests)]
+        return self._rate(marks[self.args.batch - 1 :: self.args.batch])
 
     def worker(self) -> dict[str, float]:
-        made = self._worker("worker", self.steps)
-        return self._rate(list(_marks(made.make(range(self.shards)))))
+        marks: list[tuple[float, float]] = []
+        made = self._worker("worker", self.steps, lambda *_: marks.append(_now()))
+        assert len(list(made.make(range(self.shards)))) == self.shards
+        return self._rate(marks[self.args.batch - 1 :: self.args.batch])
 
     def on_ray(self) -> dict[str, float]:
         config = self._config("ray", self.steps)
         job.run(config)
         return self._rate([(e["finished_at"], 0.0) for e in Manifest(config.output.uri).entries()])
 
-    def _worker(self, name: str, steps: int) -> workers.ShardWorker:
+    def _worker(
+        self, name: str, steps: int, report: Callable[[int, int], None]
+    ) -> workers.ShardWorker:
         config = self._config(name, steps)
-        return workers.ShardWorker(config, job.prepare(config))
+        return workers.ShardWorker(config, job.prepare(config), report=report)
 
     def _config(self, name: str, steps: int) -> GenerateConfig:
         self._round += 1
@@ -96,8 +100,11 @@ class Sides:
         return configure(self.args, steps, self.shards, output)
 
     def _rate(self, marks: list[tuple[float, float]]) -> dict[str, float]:
-        """Seconds an image, on the clock and of all threads, from the first mark to the last."""
-        marks.sort()
+        """Seconds an image, on the clock and of all threads, from batch to batch.
+
+        A worker hands a batch on when the next one is there, but not the last, which is left out.
+        """
+        marks = sorted(marks)[:-1]
         images = (len(marks) - 1) * self.args.batch
         wall_s, cpu_s = (marks[-1][n] - marks[0][n] for n in (0, 1))
         return {"wall_s": wall_s / images, "cpu_s": cpu_s / images}
@@ -108,10 +115,9 @@ class Sides:
         return round(20 * self.args.image_s / self.bare(20)["wall_s"])
 
 
-def _marks(finished: Iterable[Any]) -> Iterator[tuple[float, float]]:
-    """When each came: on the clock, and in CPU time of this process."""
-    for _ in finished:
-        yield time.time(), time.process_time()
+def _now() -> tuple[float, float]:
+    """On the clock, and in CPU time of all threads of this process."""
+    return time.time(), time.process_time()
 
 
 def measure_overhead(args: argparse.Namespace, folder: str) -> dict[str, Any]:

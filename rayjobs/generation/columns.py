@@ -98,7 +98,7 @@ class Kinds:
                 message = f"{name} is {values.type}, in rows before {known}; make them one type"
                 raise chunk.refusal(0, message) from None
         try:
-            return _joined(known, pa.infer_type(values))
+            return _joined(known, _inferred(values))
         except (pa.ArrowException, OverflowError):
             for row, value in enumerate(values):
                 try:
@@ -107,6 +107,14 @@ class Kinds:
                     message = _misfit(name, value, known)
                     raise chunk.refusal(row, message) from None
             raise
+
+
+def _inferred(values: list[Any]) -> pa.DataType:
+    """Arrow's own guess, but for truth values among numbers, which it would take for 0 and 1."""
+    types = {type(value) for value in values} - {type(None)}
+    if bool in types and len(types) > 1:
+        raise pa.ArrowTypeError("truth values and others")
+    return pa.infer_type(values)
 
 
 def _joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:

@@ -309,7 +309,6 @@ class GenerateConfig(Config):
     @model_validator(mode="after")
     def _together(self) -> "GenerateConfig":
         if self.init.uri is not None:
-            for steps in self.parameters.steps or (self.sampler.steps,):
-                for strength in self.parameters.strength or (self.init.strength,):
-                    check_strength(strength, steps)
+            steps = self.parameters.steps or (self.sampler.steps,)
+            check_strength(min(self.parameters.strength or (self.init.strength,)), min(steps))
         return self

@@ -235,6 +235,10 @@ TEXTS = {
         b'{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "x"}\n',
         "line 2: n is 'x', which int64 of other rows cannot hold; write it as text",
     ),
+    "truth.jsonl": (
+        b'{"prompt": "a", "n": 0.5}\n{"prompt": "b", "n": true}\n',
+        "line 2: n is True, which double of other rows cannot hold",
+    ),
     "vast.jsonl": (b'{"prompt": "a", "n": 99999999999999999999}', "line 1: n is 9999"),
     "deep.jsonl": (b'{"prompt": ' + b"[" * 100_000, "line 1: cannot be read as jsonl"),
 }
