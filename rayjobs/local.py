@@ -17,8 +17,13 @@ from rayjobs.bucket import StorageError
 
 
 @contextlib.contextmanager
-def beside(path: str, data: bytes, staging: str | None = None) -> Generator[str]:
-    """A finished file that can be moved to `path`, gone afterwards if it was not."""
+def beside(
+    path: str, data: bytes, staging: str | None = None, durable: bool = True
+) -> Generator[str]:
+    """A finished file that can be moved to `path`, gone afterwards if it was not.
+
+    Only a `durable` one is certain to outlive the machine's sudden end.
+    """
     folder = staging or os.path.dirname(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     os.makedirs(folder, exist_ok=True)
@@ -27,15 +32,16 @@ def beside(path: str, data: bytes, staging: str | None = None) -> Generator[str]
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         yield partial
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
 
 
-def write(path: str, data: bytes, staging: str | None) -> None:
-    with beside(path, data, staging) as partial:
+def write(path: str, data: bytes, staging: str | None, durable: bool = True) -> None:
+    with beside(path, data, staging, durable) as partial:
         os.replace(partial, path)
 
 

@@ -135,17 +135,17 @@ def read_bytes(uri: str) -> bytes:
 
 
 @_patient
-def write_bytes(uri: str, data: bytes, staging: str | None = None) -> None:
+def write_bytes(uri: str, data: bytes, staging: str | None = None, durable: bool = True) -> None:
     """Replace whatever is at `uri`; a reader sees the old bytes or the new ones, never a part.
 
-    `staging` is as for `create_bytes`.
+    `staging` is as for `create_bytes`; what is not `durable` need not outlive a power cut.
     """
     fs, path = _open(uri)
     with _told(uri):
         if is_remote(uri):
             fs.pipe_file(path, data)
         else:
-            local.write(path, data, staging)
+            local.write(path, data, staging, durable)
 
 
 @_patient

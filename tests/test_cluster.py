@@ -35,7 +35,7 @@ COMMANDS = (
 )
 RAY = str(Path(sys.executable).parent / "ray")
 GENERATE = (sys.executable, "-m", "rayjobs", "generate")
-DEMO = ("configs/demo/generate.yaml", "prompts.axes.shape=[star]", "sampler.steps=2")
+DEMO = ("configs/demo/generate.yaml", "prompts.axes.shape=[star]", "sampler.steps=4")
 # One worker fits on a node of three CPUs, and a CPU is left for Ray Data's own tasks.
 ONE_A_NODE = ("workers.min=2", "workers.num_cpus=2")
 
@@ -287,7 +287,9 @@ def test_a_job_uses_every_node(cluster: Cluster, tmp_path: Path) -> None:
     assert sum(entry["rows"] for entry in Manifest(str(output)).entries()) == 16
     assert (output / "index.html").is_file()
     assert len(nodes_of(cluster, "first")) == 2
-    [package] = cluster.folder.glob("0/session_latest/runtime_resources/working_dir_files/*/rayjobs/..")
+    [package] = cluster.folder.glob(
+        "0/session_latest/runtime_resources/working_dir_files/*/rayjobs/.."
+    )
     files = [path for path in package.resolve().rglob("*") if path.is_file()]
     assert not [path for path in files if path.name == "large"]
     assert sum(path.stat().st_size for path in files) < 20e6
@@ -342,17 +344,17 @@ def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    own = (f"output.uri={output}", "output.images_per_shard=2", "seeds.count=50")
+    own = (f"output.uri={output}", "output.images_per_shard=4", "seeds.count=12")
     code, said = cluster.submit("stopped", *DEMO, *own, wait=False)
     assert code == 0, said
-    wait_for(lambda: len(list((output / "manifest").glob("*.json"))) >= 2, 120)
+    wait_for(lambda: len(list((output / "manifest").glob("*.json"))) >= 1, 240)
     code, said = cluster.ray("stop", "stopped")
     assert code == 0, said
     assert cluster.ask("/api/jobs/stopped")["status"] == "STOPPED"
     before = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
-    assert 2 <= len(before) < 200
+    assert 1 <= len(before) < 24
     code, said = cluster.submit("goes-on", *DEMO, *own)
     assert code == 0, said
     after = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
-    assert sorted(after) == list(range(200))
+    assert sorted(after) == list(range(24))
     assert {shard: after[shard] for shard in before} == before

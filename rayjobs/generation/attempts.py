@@ -65,4 +65,6 @@ class Attempts:
 
     def _write(self, shard: int, attempt: Attempt) -> None:
         staging = storage.join(self.uri, "tmp")
-        storage.write_bytes(self._marker(shard), json.dumps(asdict(attempt)).encode(), staging)
+        data = json.dumps(asdict(attempt)).encode()
+        # It has to outlive this process, not the machine: the engine should not wait for a disk.
+        storage.write_bytes(self._marker(shard), data, staging, durable=False)

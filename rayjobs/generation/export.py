@@ -1,12 +1,10 @@
 """Export: a finished data set's good records as another data set, chosen, split and converted.
 
-Owns the keys, the conditions, and the way from a source shard to the target's shards. Changes
-nothing in the source, and knows nothing of how records are made.
+Owns the keys, the order of events, the target's lock and card. Changes nothing in the source. What
+becomes of a record is in `transfer`.
 """
 
 import hashlib
-import io
-import itertools
 import json
 import os
 import re
@@ -16,25 +14,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from PIL import Image
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from rayjobs import storage
 from rayjobs.config import BadInput, Config, load_config
-from rayjobs.generation.conditions import Condition, Row, parse
-from rayjobs.generation.formats import FORMATS, check_schema
+from rayjobs.generation.conditions import parse
+from rayjobs.generation.formats import check_schema
 from rayjobs.generation.lock import Lock, read_lock, record_schema, snapshot_uri
 from rayjobs.generation.manifest import Entry, Manifest
-from rayjobs.generation.picture import encode_picture, parameters_text
 from rayjobs.generation.source import Snapshot
-from rayjobs.records import canonical_json, feature
+from rayjobs.generation.transfer import ExportOutput, Transfer
+from rayjobs.records import feature
 
 THREADS = 3
 NEEDED = ("image", "record", "prompt")
@@ -48,19 +45,6 @@ TEXT = """---
 * Load them: `datasets.load_dataset(FOLDER)`, where FOLDER is this one; pictures come as images.
 * `manifest/` holds the SHA-256 of every shard; `export.lock.json` says what was chosen and how.
 """
-
-
-class ExportOutput(Config):
-    uri: str
-    """The new data set's folder, local or s3://."""
-    format: Literal["parquet", "webdataset", "folder"] = "parquet"
-    """The shards' format."""
-    image_format: Literal["png", "webp", "webp-lossless", "jpeg"] | None = None
-    """The pictures' format; without it, and without size, their bytes stay as they are."""
-    quality: int = Field(default=95, ge=1, le=100)
-    """Of jpeg and webp pictures that are encoded again."""
-    size: int | None = Field(default=None, ge=1)
-    """Pixels of the longer side; the other one keeps the picture's shape."""
 
 
 class ExportConfig(Config):
@@ -102,9 +86,8 @@ class ExportConfig(Config):
 
 @dataclass(frozen=True)
 class Summary:
-    """What the target holds now, and how many of the source's shards are not made yet."""
+    """What the target holds now, and how many of the source's shards are not finished."""
 
-    num_source_records: int
     num_records: int
     num_missing: int
     num_bytes: int
@@ -137,138 +120,28 @@ def run(source_uri: str, config: ExportConfig) -> Summary:
     _enter(source_uri, lock, config)
     export.target.recover()
     export.target.compact()
-    done = export.finished(lock.num_shards)
-    entries = list(export.source.entries())
-    missing = (entry for entry in entries if export.is_missing(entry, done))
-    bar = tqdm(total=len(entries), unit="shard", file=sys.stderr, disable=None)
-    with bar:
-        bar.update(sum(not export.is_missing(entry, done) for entry in entries))
-        for _ in _each(export.shard, missing):
+    num_there = int(export.source.committed(lock.num_shards).sum())
+    with tqdm(total=num_there, unit="shard", file=sys.stderr, disable=None) as bar:
+        for _ in _each(export.shard, _missing(export, lock.num_shards, bar)):
             bar.update()
-    return _finish(export, lock, entries, started)
+    return _finish(export, lock, started)
 
 
-@dataclass(frozen=True)
-class _Export:
-    """Everything that a source shard's export needs; used by several threads at once."""
-
-    config: ExportConfig
-    source: Manifest
-    target: Manifest
-    source_schema: pa.Schema
-    schema: pa.Schema
-    conditions: tuple[Condition, ...]
-    dropped: np.ndarray
-    """Numbers of records that repeat another one, sorted."""
-    digits: int
-    """Of a source shard's number; a target shard's has its split's in front."""
-    image_format: str
-    """Of pictures that are encoded again."""
-
-    @property
-    def splits(self) -> dict[str, float]:
-        return self.config.splits or {"train": 1.0}
-
-    def finished(self, num_shards: int) -> np.ndarray:
-        """(splits, source shards): from which generation each was exported, -1 for not at all."""
-        done = np.full((len(self.splits), num_shards), -1, np.int32)
-        for entry in self.target.entries():
-            split, shard = divmod(entry["shard"], 10**self.digits)
-            done[split, shard] = entry["generation"]
-        return done
-
-    def is_missing(self, entry: Entry, done: np.ndarray) -> bool:
-        return bool((done[:, entry["shard"]] != entry["generation"]).any())
-
-    def shard(self, entry: Entry) -> None:
-        """Export one source shard: a target shard for each split."""
-        started = time.monotonic()
-        parts: list[list[Row]] = [[] for _ in self.splits]
-        data, number = self.source.data, entry["shard"]
-        for row in self.source.format.read(data, number, schema=self.source_schema):
-            if self._is_chosen(row):
-                parts[self._split(row["image_id"])].append(self._converted(row))
-        for split, rows in enumerate(parts):
-            facts = {
-                "generation": entry["generation"],  # the source's: tells what was made again
-                "rows": len(rows),
-                "failed": sum(row["status"] != "ok" for row in rows),
-                "seconds": round(time.monotonic() - started, 3),
-                "finished_at": round(time.time(), 3),
-                "worker": f"{os.uname().nodename}-{os.getpid()}",
-                "node": os.uname().nodename,
-                "class": entry.get("class"),
-                "class_changed": entry.get("class_changed"),
-            }
-            self._store(split * 10**self.digits + number, rows, facts)
-
-    def _is_chosen(self, row: Row) -> bool:
-        at = int(np.searchsorted(self.dropped, row["record"]))
-        if at < len(self.dropped) and self.dropped[at] == row["record"]:
-            return False
-        if row["image"] is None and all(c.column != "status" for c in self.conditions):
-            return False
-        return all(condition.holds(row) for condition in self.conditions)
-
-    def _split(self, image_id: str) -> int:
-        digest = hashlib.sha256(f"split|{image_id}".encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        ends = list(itertools.accumulate(self.splits.values()))
-        return next((n for n, end in enumerate(ends) if place < end), len(ends) - 1)
-
-    def _converted(self, row: Row) -> Row:
-        """The row with its picture as the target wants it."""
-        output = self.config.output
-        if row["image"] is None or (output.image_format is None and output.size is None):
-            return row
-        image: Image.Image = Image.open(io.BytesIO(row["image"]["bytes"]))
-        text = parameters_text(row) if self.image_format == "png" else None
-        if output.size is not None:
-            share = output.size / max(image.size)
-            size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-            image = image.resize(size, Image.Resampling.LANCZOS)
-        data = encode_picture(image, self.image_format, output.quality, text)
-        return row | {
-            "image": {"bytes": data, "path": None},
-            "image_sha256": hashlib.sha256(data).hexdigest(),
-            "width": image.width,
-            "height": image.height,
-        }
-
-    def _store(self, number: int, rows: list[Row], facts: dict[str, Any]) -> None:
-        target = self.target
-        old = target.entry(number)
-        if rows:
-            files = target.format.encode(number, rows, self.schema)
-            if old is None:
-                target.commit(number, files, facts)
-            elif old["generation"] != facts["generation"]:
-                target.replace(old, files, facts)
-            return
-        # Nothing of this shard is in this split: its entry says so, there is no file.
-        uri = storage.join(target.data, name := target.format.name(number))
-        if old is not None and old["rows"]:
-            storage.remove_folder(uri)
-        nothing = {"shard": number, "file": f"data/{name}", "sha256": "", "bytes": 0}
-        storage.write_bytes(
-            target.entry_uri(number), canonical_json(nothing | facts), target.staging
-        )
-
-
-def _build(uri: str, lock: Lock, config: ExportConfig) -> _Export:
+def _build(uri: str, lock: Lock, config: ExportConfig) -> Transfer:
     schema = _source_schema(uri, lock)
     conditions = tuple(parse(text).typed(schema) for text in config.where)
     kept = _kept(schema, config.columns)
     check_schema(config.output.format, kept)
     own = lock.segments[-1].job["output"]["image_format"]
-    return _Export(
-        config=config,
+    return Transfer(
+        output=config.output,
         source=Manifest(uri, lock.format),
         target=Manifest(config.output.uri, config.output.format),
         source_schema=schema,
         schema=kept,
         conditions=conditions,
         dropped=_repeated(uri) if config.drop_duplicates else np.empty(0, np.int64),
+        splits=config.splits or {"train": 1.0},
         digits=len(str(max(0, lock.num_shards - 1))),
         image_format=config.output.image_format or own,
     )
@@ -301,7 +174,7 @@ def _repeated(uri: str) -> np.ndarray:
     table = storage.join(uri, "duplicates.parquet")
     if not storage.exists(table):
         raise BadInput(
-            f"drop_duplicates: {table} is missing; `rayjobs report --duplicates {uri}` writes it"
+            f"drop_duplicates: {table} is missing; `rayjobs report {uri}` writes it"
         )
     with storage.open_input(table) as file:
         found = pq.read_table(file, columns=["group", "record"])
@@ -348,6 +221,16 @@ def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, An
     return {"version": 1} | source | output | values
 
 
+def _missing(export: Transfer, num_shards: int, bar: Any) -> Iterator[Entry]:
+    """Entries of source shards that are not exported as they are now."""
+    done = export.finished(num_shards)
+    for entry in export.source.entries():
+        if (done[:, entry["shard"]] != entry["generation"]).any():
+            yield entry
+        else:
+            bar.update()
+
+
 def _each(work: Callable[[Entry], None], items: Iterable[Entry]) -> Iterator[None]:
     """Work through the items on a few threads, of which none is far ahead of the others."""
     pending: deque[Future[None]] = deque()
@@ -360,7 +243,7 @@ def _each(work: Callable[[Entry], None], items: Iterable[Entry]) -> Iterator[Non
             yield future.result()
 
 
-def _finish(export: _Export, lock: Lock, entries: list[Entry], started: float) -> Summary:
+def _finish(export: Transfer, lock: Lock, started: float) -> Summary:
     counts, num_bytes = dict.fromkeys(export.splits, 0), 0
     export.target.compact()
     for entry in export.target.entries():
@@ -369,20 +252,19 @@ def _finish(export: _Export, lock: Lock, entries: list[Entry], started: float) -
     _write_card(export, lock, counts)
     export.target.clean()
     return Summary(
-        num_source_records=sum(entry["rows"] for entry in entries),
         num_records=sum(counts.values()),
-        num_missing=lock.num_shards - len(entries),
+        num_missing=int((~export.source.committed(lock.num_shards)).sum()),
         num_bytes=num_bytes,
         splits=counts,
         seconds=time.monotonic() - started,
-        output_uri=export.config.output.uri,
+        output_uri=export.output.uri,
     )
 
 
-def _write_card(export: _Export, lock: Lock, counts: dict[str, int]) -> None:
+def _write_card(export: Transfer, lock: Lock, counts: dict[str, int]) -> None:
     header = export.target.format.card(export.schema, export.image_format)
     (config,) = header["configs"]
-    if export.config.splits:
+    if set(export.splits) != {"train"}:
         config["data_files"] = [
             {"split": name, "path": _of_split(config["data_files"], split, export.digits)}
             for split, name in enumerate(counts)
@@ -393,7 +275,7 @@ def _write_card(export: _Export, lock: Lock, counts: dict[str, int]) -> None:
     text = TEXT.format(
         header=yaml.safe_dump(header, sort_keys=False), num_records=sum(counts.values())
     )
-    storage.write_bytes(storage.join(export.config.output.uri, "README.md"), text.encode())
+    storage.write_bytes(storage.join(export.output.uri, "README.md"), text.encode())
 
 
 def _of_split(patterns: str | list[str], split: int, digits: int) -> list[str]:

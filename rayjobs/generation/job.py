@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rayjobs import storage
+from rayjobs.config import JobFailed
 from rayjobs.generation import card, determinism, duplicates, report
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.draft import check
@@ -81,7 +82,7 @@ def run(
         try:
             for part in work:
                 made += _make(config, lock, manifest, part)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, JobFailed):
             # These workers did not die of what they were making.
             stack.close()
             storage.remove_folder(storage.join(config.output.uri, "attempts"))

@@ -126,9 +126,12 @@ class Manifest:
         """
         self._store(shard, files)
         entry = self._entry(shard, 0, files, facts)
-        if storage.create_bytes(self.entry_uri(shard), canonical_json(entry), self.staging):
-            return entry
-        return self.entry(shard) or entry
+        mine = storage.create_bytes(self.entry_uri(shard), canonical_json(entry), self.staging)
+        if mine and storage.exists(self.compact_uri(shard // GROUP)):
+            # Others were first, and their entries are gathered already: ours must not overrule.
+            storage.remove(self.entry_uri(shard))
+            mine = False
+        return entry if mine else self.entry(shard) or entry
 
     def replace(self, old: Entry, files: Mapping[str, bytes], facts: Entry) -> Entry:
         """Replace a finished shard by its next generation.

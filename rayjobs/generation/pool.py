@@ -166,7 +166,8 @@ def ask_determinism(config: GenerateConfig) -> dict[str, Any]:
 def _told(error: Exception) -> Exception:
     """What ended a worker, in its own words."""
     for kind in (BadInput, storage.StorageError):
-        found = re.findall(rf"{kind.__module__}\.\w+: (.+?)(?=\n\n|\Z)", str(error), re.DOTALL)
+        words = rf"{kind.__module__}\.\w+: (.+?)(?=\n\n|\nFailed to apply|\Z)"
+        found = re.findall(words, str(error), re.DOTALL)
         if found:
             return BadInput(found[-1]) if kind is BadInput else JobFailed(found[-1])
     lines = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)\b", line)]

@@ -85,7 +85,6 @@ def test_compaction_changes_no_answer(tmp_path: Path) -> None:
     agree(manifest, expected)
 
 
-@pytest.mark.xfail(reason="a late commit makes an entry beside the compact file")
 def test_the_first_commit_counts_after_compaction_too(tmp_path: Path) -> None:
     manifest = place(str(tmp_path), range(GROUP))
     storage.write_bytes(storage.join(manifest.data, manifest.format.name(7)), b"first")
