@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
+    export = reader("export", _export, "copy a data set: filtered, converted, resized, split")
+    export.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
     return parser
 
 
@@ -119,6 +121,15 @@ def _prior(options: argparse.Namespace) -> int:
         f"made {done.num_made:,} in {done.seconds:.0f} s{refused}; {done.num_images:,} class "
         f"images, diversity {done.diversity:.2f}; look at {done.output_uri.rstrip('/')}/index.html"
     )
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rayjobs.generation import export
+
+    done = export.run(options.uri, export.load(options.settings))
+    parts = "".join(f", {count:,} {name}" for name, count in done.splits.items())
+    print(f"{done.num_records:,} records{parts}, in {done.seconds:.0f} s; {done.output_uri}")
     return DONE
 
 

@@ -65,7 +65,9 @@ class Condition:
         if self.test == "contains":
             if types.is_string(kind) or types.is_large_string(kind):
                 return _unquoted(self.value)
-            return _scalar(_unquoted(self.value), kind.value_type)  # else of a list
+            if not (types.is_list(kind) or types.is_large_list(kind)):
+                raise TypeError
+            return _scalar(_unquoted(self.value), kind.value_type)
         if self.test == "in":
             listed = re.sub(r"^[\[(](.*)[\])]$", r"\1", self.value, flags=re.DOTALL)
             (texts,) = csv.reader([listed], skipinitialspace=True)

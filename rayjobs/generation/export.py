@@ -173,9 +173,7 @@ def _repeated(uri: str) -> np.ndarray:
     """The records of every group of near-duplicates but its first, sorted."""
     table = storage.join(uri, "duplicates.parquet")
     if not storage.exists(table):
-        raise BadInput(
-            f"drop_duplicates: {table} is missing; `rayjobs report {uri}` writes it"
-        )
+        raise BadInput(f"drop_duplicates: {table} is missing; `rayjobs report {uri}` writes it")
     with storage.open_input(table) as file:
         found = pq.read_table(file, columns=["group", "record"])
     group, record = found["group"].to_numpy(), found["record"].to_numpy()
@@ -215,8 +213,11 @@ def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, An
     values["splits"] = [[name, share] for name, share in config.splits.items()]
     duplicates = None
     if config.drop_duplicates:
-        table = storage.read_bytes(storage.join(source_uri, "duplicates.parquet"))
-        duplicates = hashlib.sha256(table).hexdigest()
+        digest = hashlib.sha256()
+        with storage.open_input(storage.join(source_uri, "duplicates.parquet")) as table:
+            while block := table.read(1 << 20):
+                digest.update(block)
+        duplicates = digest.hexdigest()
     source = {"source": lock.fingerprint, "duplicates_sha256": duplicates}
     return {"version": 1} | source | output | values
 

@@ -140,12 +140,13 @@ class ImageStep:
         done: dict[int, Row] = {}
         for number, row in self._rows(batch):
             done[number] = row
-            while all(n in done for n in range(start, end := min(start + size, len(batch)))):
-                if start == end:
-                    return
-                part = [done.pop(n) for n in range(start, end)]
-                yield self._joined(batch.slice(start, end - start), part)
-                start = end
+            while start < len(batch):
+                numbers = range(start, min(start + size, len(batch)))
+                if not done.keys() >= set(numbers):
+                    break
+                part = batch.slice(start, len(numbers))
+                yield self._joined(part, [done.pop(n) for n in numbers])
+                start = numbers.stop
 
     def _rows(self, batch: pa.Table) -> Iterator[tuple[int, Row]]:
         """Each row's record columns, in the order in which they are made."""
@@ -169,16 +170,14 @@ class ImageStep:
         if "seed" not in given:
             index = _value("index", row.get("index"), pa.int64()) or 0
             given["seed"] = derived_seed(self.config.job_seed, prompt, index)
-        return Record(
-            number=number,
-            prompt=prompt,
-            init_uri=given.get("init_image"),
-            **{"init_image": None} | self._settings() | given,
-        )
+        asked = self._settings() | given
+        return Record(number=number, prompt=prompt, init_uri=asked["init_image"], **asked)
 
     def _settings(self) -> dict[str, Any]:
+        """What rows ask for that do not say otherwise."""
         sampler, image = self.config.sampler, self.config.image
         return {
+            "init_image": None,
             "negative_prompt": sampler.negative_prompt,
             "sampler": sampler.name,
             "steps": sampler.steps,

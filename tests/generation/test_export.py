@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from rayjobs import storage
+from rayjobs import records, storage
 from rayjobs.config import BadInput
 from rayjobs.generation import duplicates, export, job
 from rayjobs.generation.config import GenerateConfig
@@ -94,15 +95,14 @@ def test_conditions(source: str, tmp_path: Path, where: list[str], expected: Any
         ({"where": ["clip_score > 0.2"]}, "no column 'clip_score'; there are image, image_id"),
         ({"where": ["seed == red"]}, "'seed == red' does not fit .* int64"),
         ({"where": ["blank > true"]}, "blank.*bool"),
-        ({"where": ["seed contains 1"]}, "seed"),
+        ({"where": ["seed contains 1"]}, "'seed', which is int64"),
         ({"where": ["image == x"]}, "image"),
         ({"columns": ["topics"]}, "columns: there is no 'topics'; there are"),
     ],
 )
 def test_what_does_not_fit_is_named(source: str, tmp_path: Path, changes: Any, named: str) -> None:
-    with pytest.raises((BadInput, AttributeError), match=named) as caught:
+    with pytest.raises(BadInput, match=named):
         export.run(source, configure_export(tmp_path / "out", **changes))
-    assert caught.type is BadInput
     assert not (tmp_path / "out").exists() or not storage.list_files(str(tmp_path / "out"))
 
 
@@ -146,11 +146,8 @@ def test_a_part_of_the_columns_without_duplicates(source: str, tmp_path: Path) -
     summary = export.run(source, config)
     found = rows(str(tmp_path / "out"))
     assert list(found[0]) == ["image", "record", "prompt", "seed"]
-    table = datasets.Dataset.from_parquet(
-        storage.join(source, "duplicates.parquet"), cache_dir=str(tmp_path / "cache")
-    )
-    groups = np.array(table["group"]) if table.num_rows else np.array([], int)
-    assert summary.num_records == 12 - (len(groups) - len(set(groups.tolist())))
+    groups = pq.read_table(Path(source) / "duplicates.parquet")["group"].to_pylist()
+    assert summary.num_records == 12 - (len(groups) - len(set(groups)))
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(BadInput, match=r"duplicates.parquet is missing; `rayjobs report"):
@@ -158,9 +155,6 @@ def test_a_part_of_the_columns_without_duplicates(source: str, tmp_path: Path) -
 
 
 def test_only_the_first_of_a_group_is_kept(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     uri = generate(tmp_path)
     members = {"group": [0, 0, 0, 1, 1], "record": [7, 2, 5, 3, 11]}
     rest = {"image_id": [""] * 5, "file": [""] * 5, "distance": [0] * 5}
@@ -187,11 +181,9 @@ def test_it_goes_on_and_follows_shards_that_were_made_again(tmp_path: Path) -> N
     assert (s := export.run(uri, config)).num_missing == 0
     assert s.num_records == 3
     assert [row["topic"] for row in rows(config.output.uri)] == ["sky", "shape", "sky"]
-    # A next generation of a source shard, with other seeds: 1st shard gains a record, 2nd has none.
+    # The next generation of some shards: the conditions hold of all of their records, or of none.
     source = Manifest(uri, "webdataset")
-    schema = export._source_schema(
-        uri, job.prepare(configure(tmp_path, format="webdataset", image_format="jpeg"))
-    )
+    schema = records.schema([pa.field("topic", pa.string())])
     for shard, seed in ((0, 0), (1, 1), (2, 0)):
         old = source.entry(shard)
         assert old is not None
