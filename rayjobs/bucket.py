@@ -4,11 +4,14 @@ Owns the questions to an S3 server and how its answers are told. A plain client 
 says more than the one that carries the data.
 """
 
+import logging
 import os
 import uuid
 from typing import Any
 
 TIMEOUT_S = 6
+NEVER = '"00000000000000000000000000000000"'
+UNMET = ("PreconditionFailed", "412", "NoSuchKey", "404")
 HOW_TO_ALLOW = (
     "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they are allowed to do there"
 )
@@ -29,7 +32,7 @@ class Unavailable(StorageError):
 def check(uri: str, write: bool = False) -> None:
     """Raise StorageError within 15 s unless objects below `uri` can be listed and, if asked, made.
 
-    The probe of writing is an object of its own, gone afterwards where deleting is allowed.
+    Nothing is written for it.
     """
     import botocore.session
     from botocore.config import Config
@@ -44,16 +47,36 @@ def check(uri: str, write: bool = False) -> None:
     _asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
     if write:
         key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
+        _check_writing(uri, client, bucket, key)
+
+
+def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:
+    """Put an object on a condition that cannot hold: nothing is written but a refusal."""
+    import botocore.exceptions as s3_errors
+
+    def put() -> bool:
         try:
-            _asked(uri, lambda: client.put_object(Bucket=bucket, Key=key, Body=b""))
-        except Unavailable:
+            client.put_object(Bucket=bucket, Key=key, Body=b"", IfMatch=NEVER)
+        except s3_errors.ClientError as error:
+            if error.response.get("Error", {}).get("Code", "") in UNMET:
+                return False
             raise
-        except StorageError as error:
-            raise StorageError(f"{error}; it can be read, but not written") from None
-        _asked(uri, lambda: client.delete_object(Bucket=bucket, Key=key), needed=False)
+        return True
+
+    try:
+        ignored = _asked(uri, put)
+    except Unavailable:
+        raise
+    except StorageError as error:
+        raise StorageError(f"{error}; it can be read, but not written") from None
+    if ignored:
+        logging.getLogger("rayjobs").warning(
+            "%s: this server ignores conditions; run one job at a time there", uri
+        )
+        client.delete_object(Bucket=bucket, Key=key)
 
 
-def _asked(uri: str, question: Any, needed: bool = True) -> Any:
+def _asked(uri: str, question: Any) -> Any:
     import botocore.exceptions as s3_errors
 
     try:
@@ -63,8 +86,7 @@ def _asked(uri: str, question: Any, needed: bool = True) -> Any:
             f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from None
     except s3_errors.ClientError as error:
-        if needed:
-            raise _refusal(uri, error.response) from None
+        raise _refusal(uri, error.response) from None
     except (s3_errors.BotoCoreError, s3_errors.HTTPClientError, ValueError) as error:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         raise Unavailable(

@@ -327,17 +327,24 @@ def _told(uri: str) -> Generator[None]:
 
 
 def _put_if(fs: Any, path: str, data: bytes, **condition: str) -> bool:
-    """Put an object on a condition, in one part: not all servers take one for the last of many."""
+    """Put an object on a condition, in one part: not all servers take one for the last of many.
+
+    What is there already and equal counts as put: the answer to an earlier try may have been lost.
+    """
     place, _, key = path.partition("/")
-    try:
-        fs.call_s3("put_object", Bucket=place, Key=key, Body=data, **condition)
-    except OSError as error:
-        # s3fs tells a failed condition by a plain OSError, or by FileExistsError.
-        told = repr(error) + repr(error.__cause__)
-        absent = "IfMatch" in condition and isinstance(error, FileNotFoundError)
-        if absent or isinstance(error, FileExistsError) or "PreconditionFailed" in told:
-            return False
-        if "At least one of the pre-conditions" in told or "ConditionalRequestConflict" in told:
-            return False
-        raise
-    return True
+    for pause_s in (0.2, 1.0, 5.0, None):
+        try:
+            fs.call_s3("put_object", Bucket=place, Key=key, Body=data, **condition)
+            return True
+        except OSError as error:
+            # s3fs tells a failed condition by a plain OSError, or by FileExistsError.
+            told = repr(error) + repr(error.__cause__)
+            if "ConditionalRequestConflict" in told and pause_s is not None:
+                time.sleep(pause_s)  # two at the same moment: nobody may have won
+                continue
+            absent = "IfMatch" in condition and "NoSuchKey" in told
+            unmet = isinstance(error, FileExistsError) or "PreconditionFailed" in told
+            if not (absent or unmet or "At least one of the pre-conditions" in told):
+                raise
+            return "IfMatch" in condition and not absent and fs.cat_file(path) == data
+    return False
