@@ -346,5 +346,12 @@ def _put_if(fs: Any, path: str, data: bytes, **condition: str) -> bool:
             unmet = isinstance(error, FileExistsError) or "PreconditionFailed" in told
             if not (absent or unmet or "At least one of the pre-conditions" in told):
                 raise
-            return "IfMatch" in condition and not absent and fs.cat_file(path) == data
+            return "IfMatch" in condition and _holds(fs, path, data)
     return False
+
+
+def _holds(fs: Any, path: str, data: bytes) -> bool:
+    try:
+        return bool(fs.cat_file(path) == data)
+    except FileNotFoundError:
+        return False
