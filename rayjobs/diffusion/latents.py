@@ -27,6 +27,13 @@ def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.T
 
 
 @torch.no_grad()
+def encode_moments(x_1CHW: torch.Tensor, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance of the autoencoder's posterior, (1, C, h, w) each, not scaled."""
+    posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist
+    return posterior.mean, posterior.logvar
+
+
+@torch.no_grad()
 def encode_image(x_1CHW: torch.Tensor, generator: torch.Generator, model: Model) -> torch.Tensor:
     """Scaled latents (1, C, h, w), sampled from the autoencoder's posterior."""
     posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist

@@ -112,6 +112,15 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     return made
 
 
+def write_moments(config: GenerateConfig) -> int:
+    """Have the pictures' latents and the prompts' embeddings written where workers run."""
+    config = anywhere(config)
+    from rayjobs.generation import moments, pool
+
+    with pool.session(config):
+        return pool.ask(config, moments.write)
+
+
 def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
     with check(config) as draft:
         from rayjobs.generation import pool  # takes seconds, and bad input is told before
@@ -122,7 +131,7 @@ def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
             determinism.check_same(lock.determinism, determinism.current(config), allowed)
             return lock
         stack.enter_context(pool.session(config))
-        return enter(draft, lambda: pool.ask_determinism(config), extend)
+        return enter(draft, lambda: pool.ask(config, determinism.current), extend)
 
 
 def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:

@@ -10,9 +10,9 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -22,13 +22,13 @@ import ray.exceptions
 from rayjobs import storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.diffusion.faults import DeviceLost
-from rayjobs.generation import determinism
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.lock import Lock
 from rayjobs.generation.manifest import Entry
 from rayjobs.generation.progress import Progress
 from rayjobs.generation.worker import Redo, ShardWorker
 
+T = TypeVar("T")
 MOST_IN_BLOCK = 64
 PATIENCE_S = 900.0
 """How long workers wait for a storage server that is away."""
@@ -150,14 +150,12 @@ def is_own() -> bool:
     return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
 
-def ask_determinism(config: GenerateConfig) -> dict[str, Any]:
-    """The class of a worker wherever the cluster would place one."""
+def ask(config: GenerateConfig, question: Callable[[GenerateConfig], T]) -> T:
+    """`question(config)` as a task wherever the cluster would place a worker."""
     workers = config.workers
-    task = ray.remote(determinism.current).options(
-        num_cpus=workers.num_cpus, num_gpus=workers.num_gpus
-    )
+    task = ray.remote(question).options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
     try:
-        found: dict[str, Any] = ray.get(task.remote(config))
+        found: T = ray.get(task.remote(config))
     except ray.exceptions.RayError as error:
         raise _told(error) from None
     return found
