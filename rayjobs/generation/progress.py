@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 POLL_S = 0.5
@@ -34,8 +35,10 @@ class Progress:
 
     def __init__(self, total: int):
         self.total = total
-        # Without CPUs of its own it can always be placed, however many the workers take.
-        self.counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
+        # Without CPUs of its own it can always be placed, and here no other node's end ends it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = ray.remote(Counter).options(num_cpus=0, scheduling_strategy=here)
+        self.counter: Any = actor.remote()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
