@@ -152,9 +152,9 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps(plan.record(config, options.record), indent=2, ensure_ascii=False))
         return DONE
     if options.probe:
-        from rayjobs.generation import probe
+        from rayjobs.generation import job
 
-        rate = probe.rate(config)
+        rate = job.measure_rate(config)
     print(plan.describe(plan.plan(config, rate=rate, price=options.price)))
     return DONE
 

@@ -112,6 +112,17 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     return made
 
 
+def measure_rate(config: GenerateConfig) -> float:
+    """Images per second of one worker, measured where a worker would run."""
+    config = anywhere(config)
+    from rayjobs.generation import pool, probe
+
+    if pool.is_own():
+        return probe.rate(config)
+    with pool.session(config):
+        return pool.ask(config, probe.rate)
+
+
 def write_moments(config: GenerateConfig) -> int:
     """Have the pictures' latents and the prompts' embeddings written where workers run."""
     config = anywhere(config)

@@ -19,7 +19,7 @@ LEAST_S = 2.0
 
 
 def rate(config: GenerateConfig) -> float:
-    """Images per second of one worker on this machine, once it is warm.
+    """Images per second of one worker in this process, once it is warm.
 
     Raises BadInput or StorageError when the job cannot be.
     """
