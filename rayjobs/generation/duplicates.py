@@ -126,7 +126,9 @@ def write(uri: str) -> dict[str, int]:
     work = partial(_members, manifest, signatures.hashes, numbers)
     found = _each(work, zip(shards, firsts, strict=True))
     parts = (part for part in found if part.num_rows)  # of many shards most have no member
-    table = pa.concat_tables([TABLE.empty_table(), *parts]).sort_by([("group", "ascending"), ("record", "ascending")])
+    table = pa.concat_tables([TABLE.empty_table(), *parts]).sort_by(
+        [("group", "ascending"), ("record", "ascending")]
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     target = storage.join(uri, "duplicates.parquet")
