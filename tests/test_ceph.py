@@ -5,35 +5,18 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rayjobs import storage
 from rayjobs.storage import StorageError, join
+from tests.servers import Ceph
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def server(ceph: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The Ceph gateway, named by the standard AWS variables."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", ceph.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ceph.access_key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ceph.secret_key)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    storage.forget_connections()
-    yield ceph
-    storage.forget_connections()
-
-
-@pytest.fixture
-def place(server: Any) -> str:
-    return server.make_bucket(new_name())
 
 
 def new_name() -> str:
@@ -61,32 +44,32 @@ def generate(uri: str) -> tuple[int, str, float]:
     return done.returncode, done.stdout + done.stderr, time.monotonic() - started
 
 
-def test_created_once_only(place: str) -> None:
-    uri = join(place, "data", "x")
+def test_created_once_only(ceph_bucket: str) -> None:
+    uri = join(ceph_bucket, "data", "x")
     assert storage.create_bytes(uri, b"first")
     assert not storage.create_bytes(uri, b"second")
     assert storage.read_bytes(uri) == b"first"
 
 
-def test_one_of_many_creates(place: str) -> None:
+def test_one_of_many_creates(ceph_bucket: str) -> None:
     for turn in range(5):
-        uri = join(place, f"turn-{turn}")
+        uri = join(ceph_bucket, f"turn-{turn}")
         made = all_at_once(lambda number, uri=uri: storage.create_bytes(uri, b"%d" % number))
         assert made.count(True) == 1
         assert storage.read_bytes(uri) == b"%d" % made.index(True)
 
 
-def test_a_large_object_is_created_once_only(place: str) -> None:
+def test_a_large_object_is_created_once_only(ceph_bucket: str) -> None:
     # From 100 MiB on s3fs would write in parts, and Ceph 16 takes no condition on the last of them.
-    uri, size = join(place, "large"), 101 * 2**20
+    uri, size = join(ceph_bucket, "large"), 101 * 2**20
     assert storage.create_bytes(uri, b"1" * size)
     assert not storage.create_bytes(uri, b"2" * size)
     with storage.open_input(uri) as file:
         assert file.read(1) == b"1"
 
 
-def test_replaced_only_as_long_as_unchanged(place: str) -> None:
-    uri = join(place, "entry")
+def test_replaced_only_as_long_as_unchanged(ceph_bucket: str) -> None:
+    uri = join(ceph_bucket, "entry")
     assert storage.etag(uri) is None
     storage.write_bytes(uri, b"one")
     mark = storage.etag(uri)
@@ -94,11 +77,11 @@ def test_replaced_only_as_long_as_unchanged(place: str) -> None:
     assert storage.replace_bytes(uri, b"two", mark)
     assert not storage.replace_bytes(uri, b"three", mark)
     assert storage.read_bytes(uri) == b"two"
-    assert not storage.replace_bytes(join(place, "absent"), b"x", mark)
+    assert not storage.replace_bytes(join(ceph_bucket, "absent"), b"x", mark)
 
 
-def test_one_of_many_replaces(place: str) -> None:
-    uri = join(place, "entry")
+def test_one_of_many_replaces(ceph_bucket: str) -> None:
+    uri = join(ceph_bucket, "entry")
     storage.write_bytes(uri, b"start")
     for _ in range(3):
         mark = storage.etag(uri)
@@ -113,23 +96,23 @@ def test_one_of_many_replaces(place: str) -> None:
         assert storage.read_bytes(uri) == f"{text}-{done.index(True)}".encode()
 
 
-def test_a_gateway_that_comes_back(server: Any, place: str) -> None:
-    uri = join(place, "x")
+def test_a_gateway_that_comes_back(ceph_server: Ceph, ceph_bucket: str) -> None:
+    uri = join(ceph_bucket, "x")
     storage.write_bytes(uri, b"kept")
-    server.stop()
+    ceph_server.stop()
     try:
-        with pytest.raises(StorageError, match=f"cannot reach {server.endpoint}"):
-            storage.check(place)
+        with pytest.raises(StorageError, match=f"cannot reach {ceph_server.endpoint}"):
+            storage.check(ceph_bucket)
     finally:
-        server.start()
+        ceph_server.start()
     assert storage.read_bytes(uri) == b"kept"
 
 
 def test_bad_storage_is_told_before_anything_starts(
-    server: Any, monkeypatch: pytest.MonkeyPatch
+    ceph_server: Ceph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent, read_only = new_name(), server.read_only_bucket(new_name())
-    usable = server.make_bucket(new_name())
+    absent, read_only = new_name(), ceph_server.read_only_bucket(new_name())
+    usable = ceph_server.make_bucket(new_name())
     refused = {
         f"s3://{absent}/out": f"bucket '{absent}' does not exist",
         f"{read_only}/out": "AccessDenied",
@@ -152,17 +135,19 @@ def expect_refusal(uri: str, reason: str) -> None:
 
 
 @pytest.mark.ray
-def test_a_job_waits_for_a_server_that_is_away(server: Any, place: str, tmp_path: Path) -> None:
+def test_a_job_waits_for_a_server_that_is_away(
+    ceph_server: Ceph, ceph_bucket: str, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "rayjobs", "generate", "configs/demo/generate.yaml"]
     command += ["output.images_per_shard=4"]
-    uri, calm = f"{place}/out", str(tmp_path / "calm")
+    uri, calm = f"{ceph_bucket}/out", str(tmp_path / "calm")
     job = subprocess.Popen([*command, f"output.uri={uri}"], cwd=ROOT)
     while len(storage.list_files(join(uri, "manifest"))) < 3:
         time.sleep(0.2)
         assert job.poll() is None
-    server.stop()
+    ceph_server.stop()
     time.sleep(10)
-    server.start()
+    ceph_server.start()
     assert job.wait(240) == 0
     assert subprocess.run([*command, f"output.uri={calm}"], cwd=ROOT).returncode == 0
     names = storage.list_files(join(uri, "data"))

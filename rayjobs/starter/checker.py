@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from rayjobs.starter import world
@@ -30,17 +31,30 @@ class Reading:
 def read(picture: np.ndarray) -> Reading:
     """Read a picture (H, W, 3) uint8 with a single plain figure on a plain ground."""
     x = picture.astype(np.float32)
-    border = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
-    ground = np.median(border, axis=0)
-    distance = np.linalg.norm(_perceptual(x) - _perceptual(ground), axis=-1)
-    threshold = max(20.0, float(np.percentile(distance, 99)) / 2)
-    figure = _largest_piece(distance > threshold)
-    ground_name = _nearest_colour(ground)
-    if figure.sum() < 0.01 * figure.size:
+    seen, ground_name = figure(picture), _nearest_colour(_ground(x))
+    if seen.sum() < 0.01 * seen.size:
         return Reading("", "", ground_name)
-    inside = _eroded(figure)
-    colour = np.median(x[inside if inside.any() else figure], axis=0)
-    return Reading(_nearest_colour(colour), _nearest_shape(figure), ground_name)
+    inside = _eroded(seen)
+    colour = np.median(x[inside if inside.any() else seen], axis=0)
+    return Reading(_nearest_colour(colour), nearest_shape(seen), ground_name)
+
+
+def figure(picture: np.ndarray) -> np.ndarray:
+    """Where (H, W) bool the figure is: the largest piece that differs from the ground."""
+    x = picture.astype(np.float32)
+    away = np.linalg.norm(_perceptual(x) - _perceptual(_ground(x)), axis=-1)
+    threshold = max(20.0, float(np.percentile(away, 99)) / 2)
+    return _largest_piece(away > threshold)
+
+
+def distance(rgb: ArrayLike, other: ArrayLike) -> float:
+    """How far two sRGB colours are apart in CIE L*a*b*."""
+    return float(np.linalg.norm(_perceptual(np.asarray(rgb)) - _perceptual(np.asarray(other))))
+
+
+def _ground(x: np.ndarray) -> np.ndarray:
+    """The colour (3,) of a picture's border."""
+    return np.median(np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]), axis=0)
 
 
 def matches(picture: np.ndarray, caption: str) -> bool:
@@ -73,9 +87,9 @@ def _nearest_colour(rgb: np.ndarray) -> str:
     return names[int(np.linalg.norm(palette - _perceptual(rgb), axis=-1).argmin())]
 
 
-def _nearest_shape(figure: np.ndarray) -> str:
-    """The shape whose rendered reference overlaps best, over a few rotations."""
-    seen = _normalised(figure.astype(np.float32))
+def nearest_shape(mask: np.ndarray) -> str:
+    """The shape whose rendered reference overlaps a figure's mask best, over a few rotations."""
+    seen = _normalised(mask.astype(np.float32))
     names, references = _references()
     overlap = np.minimum(references, seen).sum((1, 2)) / np.maximum(references, seen).sum((1, 2))
     return names[int(overlap.argmax())]

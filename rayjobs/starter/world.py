@@ -100,7 +100,7 @@ def figure_mask(
 
 def draw(scene: Scene, rng: np.random.Generator, side: int = 64) -> np.ndarray:
     """A picture (side, side, 3) uint8 of `scene`; `rng` decides shade, shift, size and turn."""
-    ground = _shaded(scene.ground, rng, side)
+    ground = shaded(scene.ground, rng, side)
     colour = _patterned(scene, rng, side)
     picture = ground
     for centre, radius in _placements(scene, rng):
@@ -179,7 +179,7 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[tuple[floa
     return placements
 
 
-def _shaded(name: str, rng: np.random.Generator, side: int) -> np.ndarray:
+def shaded(name: str, rng: np.random.Generator, side: int) -> np.ndarray:
     """One colour (side, side, 3), a little off its name's value and with a faint slope of light."""
     base = np.array(COLOURS[name], np.float32) + rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, 3)
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, 0.06)
@@ -190,10 +190,10 @@ def _shaded(name: str, rng: np.random.Generator, side: int) -> np.ndarray:
 
 def _patterned(scene: Scene, rng: np.random.Generator, side: int) -> np.ndarray:
     """The paint (side, side, 3): plain, or with white (on white: black) stripes or dots."""
-    paint = _shaded(scene.colour, rng, side)
+    paint = shaded(scene.colour, rng, side)
     if not scene.pattern:
         return paint
-    second = _shaded("black" if scene.colour == "white" else "white", rng, side)
+    second = shaded("black" if scene.colour == "white" else "white", rng, side)
     y, x = np.mgrid[0:side, 0:side] + rng.uniform(0, 10)
     period = side / 8
     if scene.pattern == "striped":

@@ -22,6 +22,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.manifest import Manifest
 from rayjobs.generation.verify import verify
 from rayjobs.generation.worker import GUILTY, ShardWorker
+from tests.servers import Ceph
 
 ROOT = Path(__file__).parents[2]
 # Ray Data 2.60 reads its own deprecated switches.
@@ -55,8 +56,21 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return hashes(output)
 
 
+FOLDER = pytest.param("folder", marks=pytest.mark.slow)
+CEPH = pytest.param("ceph", marks=pytest.mark.slow)
+
+
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of a data set on the storage that the test's parameter names."""
+    places = {"moto": "bucket", "ceph": "ceph_bucket"}
+    if request.param == "folder":
+        return str(tmp_path / "out")
+    return storage.join(request.getfixturevalue(places[request.param]), "out")
+
+
+@pytest.fixture
+def cluster(output: str) -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     made.add_node(num_cpus=2)
     ray.init(address=made.address, log_to_driver=False)
@@ -93,27 +107,42 @@ def kill_a_worker(output: str) -> None:
     os.kill(int(entry["worker"].rsplit("-", 1)[1]), signal.SIGKILL)
 
 
+def take_away(server: Ceph, seconds: float) -> None:
+    server.stop()
+    time.sleep(seconds)
+    server.start()
+
+
 @quiet
 @pytest.mark.ray
-@pytest.mark.slow
-def test_a_worker_and_a_node_die(cluster: Cluster, tmp_path: Path, expected: list[str]) -> None:
-    output = str(tmp_path / "out")
+@pytest.mark.parametrize("output", [FOLDER, CEPH], indirect=True)
+def test_a_worker_and_a_node_die(
+    output: str, cluster: Cluster, expected: list[str], request: pytest.FixtureRequest
+) -> None:
     node = cluster.add_node(num_cpus=2)
-    killing = after(output, 4, lambda: kill_a_worker(output))
-    removing = after(output, 14, lambda: cluster.remove_node(node, allow_graceful=False))
+    faults = [
+        after(output, 4, lambda: kill_a_worker(output)),
+        after(output, 14, lambda: cluster.remove_node(node, allow_graceful=False)),
+    ]
+    if "ceph_server" in request.fixturenames:
+        server = request.getfixturevalue("ceph_server")
+        faults.append(after(output, 20, lambda: take_away(server, 5)))
     summary = job.run(GenerateConfig.model_validate(values(output, workers=3)))
-    killing.join(10)
-    removing.join(10)
+    for fault in faults:
+        fault.join(20)
+        assert not fault.is_alive()
     assert (summary.num_made, summary.num_failed) == (256, 0)
     check(output, expected)
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_the_driver_dies_and_is_started_again(tmp_path: Path, expected: list[str]) -> None:
-    output = str(tmp_path / "out")
-    killed(values(output, workers=2), output, signal.SIGKILL, 3)
-    done = run(values(output, workers=2))
+@pytest.mark.parametrize("output", [FOLDER, "moto", CEPH], indirect=True)
+def test_the_driver_dies_and_is_started_again(
+    output: str, tmp_path: Path, expected: list[str]
+) -> None:
+    command = generate(tmp_path, values(output, workers=2))
+    killed(command, output, signal.SIGKILL, 3)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     check(output, expected)
 
@@ -121,34 +150,29 @@ def test_the_driver_dies_and_is_started_again(tmp_path: Path, expected: list[str
 @pytest.mark.ray
 def test_an_interruption_leaves_what_is_finished(tmp_path: Path) -> None:
     output = str(tmp_path / "out")
-    job_values = values(output, 64)
-    done = killed(job_values, output, signal.SIGTERM, 1)
+    done = killed(generate(tmp_path, values(output, 64)), output, signal.SIGTERM, 1)
     assert done.returncode == 130
     assert b"continues where this stopped" in done.stderr
     assert verify(output).faults == []
     assert storage.list_files(storage.join(output, "attempts")) == []
 
 
-def start(job_values: dict[str, Any]) -> subprocess.Popen[bytes]:
-    path = Path(job_values["output"]["uri"]).with_suffix(".yaml")
+def generate(folder: Path, job_values: dict[str, Any]) -> list[str]:
+    """The command that runs this job."""
+    path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job_values))
-    command = [sys.executable, "-m", "rayjobs", "generate", str(path)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def run(job_values: dict[str, Any]) -> subprocess.CompletedProcess[bytes]:
-    process = start(job_values)
-    out, err = process.communicate(timeout=240)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return [sys.executable, "-m", "rayjobs", "generate", str(path)]
 
 
 def killed(
-    job_values: dict[str, Any], output: str, sign: signal.Signals, shards: int
+    command: list[str], output: str, sign: signal.Signals, shards: int
 ) -> subprocess.CompletedProcess[bytes]:
-    process = start(job_values)
-    after(output, shards, lambda: process.send_signal(sign)).join(120)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """What a command left that was sent a signal once so many shards were finished."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        after(output, shards, lambda: process.send_signal(sign)).join(120)
+        out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 POISON = """
