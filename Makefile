@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format bench starter setup clean
+.PHONY: demo demo-dreambooth test test-all check format bench starter setup clean
 
 demo: setup ## make a data set with the starter model and say where to look
 	$(BIN)/python -m rayjobs generate configs/demo/generate.yaml
+
+demo-dreambooth: setup ## teach the starter model a subject from four pictures
+	$(BIN)/python -m rayjobs dreambooth configs/demo/dreambooth.yaml
 
 test: setup ## everything that runs in a few minutes without a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"

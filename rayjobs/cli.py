@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--extend", action="store_true", help="append a changed job")
     generate.add_argument("--retry-failed", action="store_true", help="make failed records again")
     job("prior", _prior, "make class images for DreamBooth: what is missing, good ones only")
+    job("dreambooth", _dreambooth, "teach a model a subject from a few photographs")
     plan = job("plan", _plan, "count what a job would make; nothing is made")
     plan.add_argument("--record", type=int, metavar="K", help="print record K and nothing else")
     plan.add_argument("--rate", type=float, metavar="R", help="images per second of one worker")
@@ -122,6 +123,29 @@ def _prior(options: argparse.Namespace) -> int:
     print(
         f"made {done.num_made:,} in {done.seconds:.0f} s{refused}; {done.num_images:,} class "
         f"images, diversity {done.diversity:.2f}; look at {done.output_uri.rstrip('/')}/index.html"
+    )
+    return DONE
+
+
+def _dreambooth(options: argparse.Namespace) -> int:
+    from rayjobs.config import load_config
+    from rayjobs.dreambooth.config import DreamBoothConfig
+
+    config = load_config(DreamBoothConfig, options.config, options.overrides)
+    from rayjobs import cluster, priors
+    from rayjobs.dreambooth import job
+
+    config = job.anchored(config)
+    job.check(config)
+    if job.is_finished(config):
+        print(f"nothing to do; the weights are in {job.export_uri(config)}")
+        return DONE
+    with cluster.session(config.workers.most * config.workers.num_cpus):
+        done = job.run(priors.ready(config))
+    rate = done.steps / done.seconds
+    print(
+        f"{done.steps:,} steps in {done.seconds:.0f} s ({rate:.2f}/s); the weights are in "
+        f"{done.export_uri}; look at {done.report_uri.rstrip('/')}/index.html"
     )
     return DONE
 

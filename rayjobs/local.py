@@ -18,11 +18,12 @@ from rayjobs.bucket import StorageError
 
 @contextlib.contextmanager
 def beside(
-    path: str, data: bytes, staging: str | None = None, durable: bool = True
+    path: str, data: bytes | Path, staging: str | None = None, durable: bool = True
 ) -> Generator[str]:
     """A finished file that can be moved to `path`, gone afterwards if it was not.
 
-    Only a `durable` one is certain to outlive the machine's sudden end.
+    Its bytes are given, or those of another file. Only a `durable` one is certain to outlive the
+    machine's sudden end.
     """
     folder = staging or os.path.dirname(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -30,7 +31,11 @@ def beside(
     partial = os.path.join(folder, f"{os.path.basename(path)}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            if isinstance(data, bytes):
+                file.write(data)
+            else:
+                with data.open("rb") as source:
+                    shutil.copyfileobj(source, file)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
@@ -40,7 +45,7 @@ def beside(
             os.remove(partial)
 
 
-def write(path: str, data: bytes, staging: str | None, durable: bool = True) -> None:
+def write(path: str, data: bytes | Path, staging: str | None, durable: bool = True) -> None:
     with beside(path, data, staging, durable) as partial:
         os.replace(partial, path)
 

@@ -214,7 +214,15 @@ def put_file(uri: str, path: str | Path, staging: str | None = None) -> None:
         if is_remote(uri):
             fs.put_file(str(path), target)
         else:
-            local.write(target, Path(path).read_bytes(), staging)
+            local.write(target, Path(path), staging)
+
+
+@_patient
+def get_file(uri: str, path: str | Path) -> None:
+    """Copy `uri` to the local file at `path`, whose folder is there."""
+    fs, source = _open(uri)
+    with _told(uri):
+        fs.get_file(source, str(path))
 
 
 @_patient

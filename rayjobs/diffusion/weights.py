@@ -61,6 +61,15 @@ class Weights:
         return self.scheduler_name.startswith("EDM")
 
     @cached_property
+    def default_side(self) -> int:
+        """Pixels along a side of the pictures that the model was trained on."""
+        if self.path.is_file():
+            return 1024 if self.family == "sdxl" else 512
+        latents = int(_read_json(self.path / "unet" / "config.json").get("sample_size", 128))
+        blocks = _read_json(self.path / "vae" / "config.json").get("block_out_channels", [0] * 4)
+        return latents * 2 ** (len(blocks) - 1)
+
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 over the sorted list of (relative path, SHA-256) of every weight and config."""
         if self.path.is_file():

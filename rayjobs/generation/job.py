@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rayjobs import storage
+from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
 from rayjobs.generation import card, determinism, duplicates, report
 from rayjobs.generation.config import GenerateConfig
@@ -117,7 +117,7 @@ def measure_rate(config: GenerateConfig) -> float:
     config = anywhere(config)
     from rayjobs.generation import pool, probe
 
-    if pool.is_own():
+    if cluster.is_own():
         return probe.rate(config)
     with pool.session(config):
         return pool.ask(config, probe.rate)
@@ -136,7 +136,7 @@ def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
     with check(config) as draft:
         from rayjobs.generation import pool  # takes seconds, and bad input is told before
 
-        if pool.is_own():
+        if cluster.is_own():
             lock = enter(draft, lambda: determinism.current(config), extend)
             allowed = config.engine.allow_class_change
             determinism.check_same(lock.determinism, determinism.current(config), allowed)

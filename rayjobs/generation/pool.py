@@ -1,15 +1,11 @@
 """Workers on Ray: Ray Data carries shard numbers to them and their entries back.
 
-Owns the session, the blocks, the pool and how the end of a worker is told. Knows nothing of how
+Owns the blocks and the pool. Knows nothing of how
 shards are made; no pixel passes through here.
 """
 
 import logging
-import math
 import os
-import re
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,14 +15,13 @@ import ray
 import ray.data
 import ray.exceptions
 
-from rayjobs import storage
-from rayjobs.config import BadInput, JobFailed
+from rayjobs import cluster, storage
 from rayjobs.diffusion.faults import DeviceLost
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.lock import Lock
 from rayjobs.generation.manifest import Entry
-from rayjobs.generation.progress import Progress
 from rayjobs.generation.worker import Redo, ShardWorker
+from rayjobs.progress import Progress
 
 T = TypeVar("T")
 MOST_IN_BLOCK = 64
@@ -75,7 +70,7 @@ def make(
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
     most = min(workers.max or workers.min, len(shards))
-    with Progress(num_images) as progress:
+    with Progress(num_images, "images") as progress:
         rows = blocks(shards, most).map_batches(
             RayShardWorker,
             fn_constructor_args=(
@@ -93,7 +88,7 @@ def make(
         try:
             yield from rows.iter_rows()
         except ray.exceptions.RayError as error:
-            raise _told(error) from None
+            raise cluster.told(error) from None
 
 
 def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
@@ -112,42 +107,15 @@ def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
 
 @contextmanager
 def session(config: GenerateConfig) -> Generator[None]:
-    """The cluster that RAY_ADDRESS or a surrounding job names, else one of our own, ended after."""
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    own = is_own()
-    if not ray.is_initialized():
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if own:
-            # Room for all workers: what this machine has too little of, they share.
-            workers = config.workers
-            needed = math.ceil((workers.max or workers.min) * workers.num_cpus) + 1
-            cpus = max(os.cpu_count() or 1, needed)
-            quiet |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        _init(quiet)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = -1
-    context.max_consecutive_actor_init_deaths = MOST_DEATHS_AT_START
-    try:
+    """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
+    workers = config.workers
+    with cluster.session((workers.max or workers.min) * workers.num_cpus):
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.verbose_progress = False
+        context.execution_no_progress_timeout_s = -1
+        context.max_consecutive_actor_init_deaths = MOST_DEATHS_AT_START
         yield
-    finally:
-        if own:
-            ray.shutdown()
-
-
-def _init(options: dict[str, Any]) -> None:
-    """Start or join Ray; it takes SIGTERM for itself, which here means what the caller says."""
-    on_term = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_term)
-
-
-def is_own() -> bool:
-    """Whether the session will be, or is, one that only this job uses, on this machine."""
-    return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
 
 def ask(config: GenerateConfig, question: Callable[[GenerateConfig], T]) -> T:
@@ -157,17 +125,5 @@ def ask(config: GenerateConfig, question: Callable[[GenerateConfig], T]) -> T:
     try:
         found: T = ray.get(task.remote(config))
     except ray.exceptions.RayError as error:
-        raise _told(error) from None
+        raise cluster.told(error) from None
     return found
-
-
-def _told(error: Exception) -> Exception:
-    """What ended a worker, in its own words."""
-    for kind in (BadInput, storage.StorageError):
-        words = rf"{kind.__module__}\.\w+: (.+?)(?=\n\n|\nFailed to apply|\Z)"
-        found = re.findall(words, str(error), re.DOTALL)
-        if found:
-            return BadInput(found[-1]) if kind is BadInput else JobFailed(found[-1])
-    lines = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)\b", line)]
-    reason = lines[-1] if lines else str(error).strip().splitlines()[-1]
-    return JobFailed(reason.removeprefix("rayjobs.diffusion.faults."))

@@ -1,0 +1,293 @@
+"""The keys of a DreamBooth run.
+
+Owns their names, types, defaults and the checks that need nothing but the file. Imports neither
+torch nor ray.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rayjobs.config import Config
+
+SIDE_MULTIPLE = 64
+"""Buckets have sides of this many pixels, times a whole number, where the model's scale allows."""
+
+
+class ModelConfig(Config):
+    uri: str
+    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
+    config: str | None = None
+    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
+    """torch's scaled-dot-product kernel."""
+
+
+class InstanceConfig(Config):
+    uri: str
+    """The folder of the subject's photographs, local or s3://. A caption may lie beside each:
+    `dog.txt` for `dog.jpg`, or a `metadata.jsonl` with file_name and text."""
+    prompt: str
+    """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
+
+
+class PriorConfig(Config):
+    mode: Literal["images", "teacher", "none"] = "images"
+    """What keeps the class as it was: class images, the untrained model's prediction on them, or
+    nothing."""
+    prompt: str | None = None
+    """The class, as in "a photo of dog"."""
+    num_images: int = Field(default=100, ge=1)
+    """Class images; what is missing is made before training."""
+    weight: float = Field(default=1.0, ge=0)
+    """Of the prior's loss, relative to the subject's."""
+    uri: str | None = None
+    """Where class images are: a data set of the prior job, or a folder of photographs. Without it
+    they are made below output.uri."""
+    steps: int = Field(default=30, ge=1, le=1000)
+    """Denoising steps of a class image that is made."""
+    guidance_scale: float | None = Field(default=None, ge=0)
+    """Of class images; without it the model's usual one."""
+
+
+class TrainConfig(Config):
+    method: Literal["lora", "full"] = "lora"
+    steps: int = Field(default=500, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(default=4, ge=1)
+    """Photographs of an optimizer step, over all workers; each brings one class image."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Photographs that a worker takes at once; without it all of its share. Less memory, the same
+    result."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    text_encoders: bool = False
+    """Train the text encoders too."""
+    text_encoder_learning_rate: float | None = Field(default=None, gt=0)
+    """Without it a tenth of learning_rate."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    """adamw8bit needs bitsandbytes, prodigy needs prodigyopt (learning_rate 1)."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Of the learning rate, as in diffusers."""
+    warmup_steps: int = Field(default=0, ge=0)
+    resolution: int | None = Field(default=None, ge=8)
+    """Side of a square with as many pixels as a training picture; without it the model's own."""
+    buckets: bool = True
+    """Keep each photograph's shape, to the nearest of a few; else every one is cropped square."""
+    crops: int = Field(default=4, ge=1)
+    """Different crops of a photograph, where its shape leaves something to choose."""
+    flip: bool = False
+    """Mirror every other picture. Not for subjects with writing or a left and a right."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of pictures trained without their text."""
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """Weigh low-noise steps down (arXiv 2303.09556; 5 is usual). Not for EDM models."""
+    edm_sigmas: Literal["karras", "lognormal"] = "karras"
+    """For EDM models: how noise levels are drawn."""
+    noise_offset: float = Field(default=0.0, ge=0)
+    """Share of noise that is the same over a whole channel."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: fp32 on a CPU, bf16 on a GPU. What is trained is kept in fp32."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Export an exponential moving average of the weights."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """fsdp shards weights and moments over the workers; auto: for full fine-tuning of SDXL on more
+    than one GPU."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides noise, timesteps, crops, flips, order and dropout, each by its own key."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainConfig":
+        if self.resolution is not None and self.resolution % 8:
+            near = max(8, round(self.resolution / 8) * 8)
+            raise ValueError(
+                f"train.resolution is {self.resolution}; it must be a multiple of 8, such as {near}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"train.warmup_steps is {self.warmup_steps}, but there are {self.steps} train.steps"
+            )
+        return self
+
+
+class LoraConfig(Config):
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    """The adapter acts with alpha / rank; without it alpha is rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["attention", "transformer"] = "attention"
+    """Attention projections, or these and the feed-forward layers."""
+
+
+class InversionConfig(Config):
+    num_vectors: int = Field(default=0, ge=0)
+    """Learn the identifier as this many new tokens (textual inversion); 0: not at all."""
+    token: str | None = None
+    """The identifier's word in the prompts that stands for the new tokens, as in sks."""
+    initial: str | None = None
+    """A word whose embedding they start from; without it the class word's."""
+    learning_rate: float = Field(default=5e-3, gt=0)
+    alone: bool = False
+    """Train nothing but the tokens."""
+
+
+class WorkersConfig(Config):
+    min: int = Field(default=1, ge=1)
+    """Workers to start with; with a larger max as few as the run goes on with."""
+    max: int | None = Field(default=None, ge=1)
+    """As many as are used when the cluster has them; without it min."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of each worker."""
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs of each worker; on a CPU also its threads."""
+    max_failures: int = Field(default=8, ge=-1)
+    """Deaths of workers until the run gives up; -1: never."""
+    resize_interval_s: float = Field(default=60, gt=0)
+    """How often an elastic run looks whether the cluster has grown."""
+
+    @property
+    def most(self) -> int:
+        return self.max or self.min
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkersConfig":
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"workers.max is {self.max}, less than workers.min, {self.min}")
+        return self
+
+
+class CheckpointConfig(Config):
+    every_n_steps: int = Field(default=100, ge=1)
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints that stay: the best one, where there is validation, and the latest."""
+
+
+class EncodersConfig(Config):
+    subject: str | None = None
+    """For likeness, preservation and diversity: a vision transformer such as facebook/dino-vits16,
+    or `starter` for the starter model's world."""
+    prompt: str | None = None
+    """For prompt likeness: a CLIP such as openai/clip-vit-large-patch14, or `starter`."""
+
+
+class ValidationConfig(Config):
+    every_n_steps: int = Field(default=0, ge=0)
+    """Draw and measure pictures so often, beside training; 0: never. A multiple of
+    checkpoint.every_n_steps."""
+    prompts: tuple[str, ...] = ()
+    """Prompts with the identifier; without them instance.prompt."""
+    num_images: int = Field(default=4, ge=1)
+    """Pictures of each prompt, with seeds 0, 1, ..."""
+    steps: int = Field(default=30, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0)
+    encoders: EncodersConfig = EncodersConfig()
+    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: float = Field(default=1, gt=0)
+
+
+class RunConfig(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """The same name and output.uri continue a run; a finished one does nothing."""
+
+
+class OutputConfig(Config):
+    uri: str
+    """The run's folder, local or s3://: checkpoints/, export/, logs/, index.html."""
+    cache: bool = True
+    """Encode pictures and prompts once, and keep that below output.uri."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of an exported model; a LoRA file is always float32."""
+    fused: bool = False
+    """Also export a whole model with the adapter fused into it."""
+    kohya: bool = False
+    """Also export the adapter in kohya's layout, for ComfyUI and A1111."""
+
+
+class TrackersConfig(Config):
+    wandb: dict[str, Any] | None = None
+    """Keyword arguments of Lightning's WandbLogger; needs wandb."""
+    mlflow: dict[str, Any] | None = None
+    """Keyword arguments of Lightning's MLFlowLogger; needs mlflow."""
+
+
+class DreamBoothConfig(Config):
+    model: ModelConfig
+    instance: InstanceConfig
+    prior: PriorConfig = PriorConfig()
+    train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
+    inversion: InversionConfig = InversionConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    trackers: TrackersConfig = TrackersConfig()
+    run: RunConfig
+    output: OutputConfig
+
+    @field_validator("validation")
+    @classmethod
+    def _identifiable(cls, validation: ValidationConfig) -> ValidationConfig:
+        for prompt in validation.prompts:
+            if not prompt.strip():
+                raise ValueError("validation.prompts has an empty prompt; remove it")
+        return validation
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "DreamBoothConfig":
+        self._check_prompts()
+        for name, count in (("min", self.workers.min), ("max", self.workers.most)):
+            if self.train.global_batch_size % count:
+                raise ValueError(
+                    f"train.global_batch_size is {self.train.global_batch_size}, which "
+                    f"workers.{name}={count} workers cannot share evenly; give a multiple of it"
+                )
+        every = self.validation.every_n_steps
+        if every and every % self.checkpoint.every_n_steps:
+            raise ValueError(
+                f"validation.every_n_steps is {every}; it must be a multiple of "
+                f"checkpoint.every_n_steps, {self.checkpoint.every_n_steps}"
+            )
+        if self.train.strategy == "fsdp" and self.train.precision == "fp16":
+            raise ValueError("train.precision fp16 has no loss scaling under fsdp; use bf16")
+        if self.train.strategy == "fsdp" and self.train.method != "full":
+            raise ValueError("train.strategy fsdp is for train.method full; a LoRA is small")
+        return self
+
+    def _check_prompts(self) -> None:
+        words = self.instance.prompt.split()
+        if not words:
+            raise ValueError("instance.prompt is empty; write what names the subject")
+        if self.prior.mode == "none":
+            return
+        if not (self.prior.prompt or "").strip():
+            raise ValueError(
+                "prior.prompt is missing: the class, as in 'a photo of dog' for an instance.prompt "
+                "of 'a photo of sks dog'; or set prior.mode=none"
+            )
+        class_words = str(self.prior.prompt).split()
+        if class_words[-1] not in words:
+            raise ValueError(
+                f"instance.prompt {self.instance.prompt!r} lacks the class word "
+                f"{class_words[-1]!r} of prior.prompt {self.prior.prompt!r}"
+            )
+        if not identifier(self.instance.prompt, str(self.prior.prompt)):
+            raise ValueError(
+                f"instance.prompt {self.instance.prompt!r} has no word that prior.prompt lacks; "
+                "put an identifier such as sks before the class word"
+            )
+
+
+def identifier(instance_prompt: str, prior_prompt: str) -> str:
+    """The words that the class's prompt lacks, which are to mean the subject."""
+    known = prior_prompt.split()
+    articles = {"a", "an", "the", "my"}
+    return " ".join(w for w in instance_prompt.split() if w not in known and w not in articles)

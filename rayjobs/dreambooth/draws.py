@@ -1,0 +1,58 @@
+"""Randomness by counting: every random number of a run is a function of what it is for.
+
+`(run seed, step, position in the global batch, purpose)` names a stream of its own, so that noise,
+timesteps, crops and dropout are the same on any number of workers, after any interruption. Owns
+the keys and the streams; uses no global generator.
+"""
+
+import hashlib
+
+import torch
+
+MASK_63 = (1 << 63) - 1
+
+
+def key(*names: int | str) -> int:
+    """63 bits that these names, in this order, always give."""
+    text = "\0".join(str(name) for name in names)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & MASK_63
+
+
+def generator(*names: int | str) -> torch.Generator:
+    """A stream on the CPU, where a seed means the same on every machine."""
+    return torch.Generator().manual_seed(key(*names))
+
+
+def uniform(*names: int | str) -> float:
+    """One number in [0, 1)."""
+    return key(*names) / (MASK_63 + 1)
+
+
+def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
+    """Standard normal numbers, float32 on the CPU."""
+    return torch.randn(shape, generator=generator(*names))
+
+
+def permutation(size: int, *names: int | str) -> list[int]:
+    """The numbers below `size`, shuffled."""
+    return torch.randperm(size, generator=generator(*names)).tolist()
+
+
+def keep_mask(keys_B: torch.Tensor, num: int, drop: float) -> torch.Tensor:
+    """(B, num) bool, True with probability 1 - drop: a hash of each key and place, on any device.
+
+    The 32-bit finalizer of MurmurHash3 over counters, in int64 so that all devices agree.
+    """
+    places_N = torch.arange(num, device=keys_B.device, dtype=torch.int64)
+    low_B1 = (keys_B & 0xFFFFFFFF)[:, None]
+    high_B1 = ((keys_B >> 32) & 0xFFFFFFFF)[:, None]
+    hashed_BN = _mix(_mix(places_N[None, :] ^ low_B1) ^ high_B1)
+    return hashed_BN >= int(drop * 2**32)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = x ^ (x >> 16)
+    x = (x * 0x85EBCA6B) & 0xFFFFFFFF
+    x = x ^ (x >> 13)
+    x = (x * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)

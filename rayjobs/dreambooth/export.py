@@ -1,0 +1,155 @@
+"""From a checkpoint to weights that load everywhere: LoRA files, diffusers folders.
+
+Owns file names, key names and the note beside them. What is in a checkpoint is `saving`'s.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from safetensors.torch import load_file, save_file
+
+from rayjobs import exported, storage
+from rayjobs.diffusion.model import DTYPES, Model
+from rayjobs.diffusion.weights import sha256_of
+from rayjobs.dreambooth import adapters, saving
+from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
+from rayjobs.dreambooth.config import DreamBoothConfig, identifier
+from rayjobs.dreambooth.networks import Networks
+from rayjobs.dreambooth.photos import find_photos
+from rayjobs.dreambooth.worker import load
+from rayjobs.exported import LORA_FILE, Exported
+
+
+def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, float]) -> None:
+    """Export the checkpoint of a step to the folder `uri`, replacing what is there."""
+    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
+    (checkpoint,) = [each for each in checkpoints.list() if each.step == step]
+    folder = Path(tempfile.mkdtemp(prefix="export-"))
+    try:
+        networks = rebuild(config, checkpoints, checkpoint)
+        save(config, networks, folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        note = _note(config, networks.model, step, metrics)
+        hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+        storage.remove(storage.join(uri, exported.FILE))
+        for path in files:
+            storage.put_file(storage.join(uri, path.relative_to(folder).as_posix()), path)
+        exported.write(uri, dataclasses.replace(note, files=hashes))
+    finally:
+        shutil.rmtree(folder)
+
+
+def rebuild(config: DreamBoothConfig, checkpoints: Checkpoints, checkpoint: Checkpoint) -> Networks:
+    """The tuned networks of a checkpoint, on the CPU in float32; the average, where one is kept."""
+    networks = Networks(load(config, "cpu", torch.float32), config, torch.float32)
+    held = saving.read_state(checkpoints, checkpoint)
+    saving.load_trained(networks.trainable(), held["average"] or held["trained"])
+    return networks.eval()
+
+
+def save(config: DreamBoothConfig, networks: Networks, folder: Path) -> None:
+    """Write what plain diffusers loads, and what else was asked for."""
+    if networks.method == "full":
+        pipeline(networks.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
+    else:
+        _save_lora(networks, folder)
+        if config.output.kohya:
+            layers = load_file(folder / LORA_FILE)
+            alpha = config.lora.alpha or config.lora.rank
+            save_file(_to_kohya(layers, alpha), folder / "kohya_lora.safetensors")
+        if config.output.fused:
+            for _, network in networks.parts():
+                _fuse(network)
+            whole = pipeline(networks.model).to(DTYPES[config.output.dtype])
+            whole.save_pretrained(folder / "fused")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files as 0600
+
+
+def pipeline(model: Model) -> Any:
+    """The model as diffusers' own pipeline."""
+    parts: dict[str, Any] = {
+        "vae": model.vae,
+        "unet": model.unet,
+        "scheduler": model.scheduler,
+        "text_encoder": model.text_encoders[0],
+        "tokenizer": model.tokenizers[0],
+    }
+    if model.family == "sdxl":
+        return StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=model.text_encoders[1],
+            tokenizer_2=model.tokenizers[1],
+            force_zeros_for_empty_prompt=model.force_zeros,
+            add_watermarker=False,
+        )
+    plain: Any = StableDiffusionPipeline
+    unsafe = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return plain(**parts, **unsafe)
+
+
+def _save_lora(networks: Networks, folder: Path) -> None:
+    kind: Any = (
+        StableDiffusionXLPipeline if networks.model.family == "sdxl" else StableDiffusionPipeline
+    )
+    layers, tuned = {}, {}
+    for part, network in networks.parts():
+        found = convert_state_dict_to_diffusers(adapters.state(network))
+        layers[f"{part}_lora_layers"] = {
+            _classic(part, name): tensor.float().cpu().contiguous()
+            for name, tensor in found.items()
+        }
+        tuned[part] = network
+    # Without its metadata diffusers takes alpha for the rank, and the adapter acts with 1.
+    kind.save_lora_weights(folder, **layers, **_collate_lora_metadata(tuned))
+
+
+def _classic(part: str, name: str) -> str:
+    """transformers 5.6 dropped `text_model.` from the first encoder; every reader expects it."""
+    if part.startswith("text") and not name.startswith("text_model."):
+        return f"text_model.{name}"
+    return name
+
+
+def _to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = convert_state_dict_to_kohya(layers)
+    for name in [name for name in found if name.endswith("lora_down.weight")]:
+        found[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
+    return found
+
+
+def _fuse(network: Any) -> None:
+    """Add the adapter's product to the weights and take the adapter out."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, layer.get_base_layer())
+    network._hf_peft_config_loaded = False
+    network.__dict__.pop("peft_config", None)
+
+
+def _note(config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, float]) -> Exported:
+    photos = find_photos(config.instance.uri, config.instance.prompt)
+    return Exported(
+        kind=config.train.method,
+        base_uri=config.model.uri,
+        base_sha256=model.sha256,
+        family=model.family,
+        instance_prompt=config.instance.prompt,
+        identifier=identifier(config.instance.prompt, config.prior.prompt or ""),
+        step=step,
+        seed=config.train.seed,
+        files={},
+        photos={photo.name: photo.sha256 for photo in photos},
+        metrics=metrics,
+    )

@@ -1,0 +1,164 @@
+"""A DreamBooth run: check, train on Ray Train's workers, export.
+
+Owns the order of things and how workers are asked for. A run has no memory but its folder:
+run.lock.json, checkpoints/ and export/.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from rayjobs import cluster, exported, storage
+from rayjobs.config import BadInput, JobFailed
+from rayjobs.diffusion.weights import Weights, locate
+from rayjobs.dreambooth import export, lock, worker
+from rayjobs.dreambooth.checkpoints import Checkpoints
+from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
+from rayjobs.dreambooth.photos import check_sizes, find_photos
+from rayjobs.progress import Progress
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did; `steps` is 0 when there was nothing left to do."""
+
+    steps: int
+    seconds: float
+    export_uri: str
+    report_uri: str
+
+
+def check(config: DreamBoothConfig) -> None:
+    """Raise BadInput or StorageError for what can be known to be wrong before any work."""
+    storage.check(config.output.uri, write=True)
+    weights = _locate(config)
+    photos = find_photos(config.instance.uri, config.instance.prompt)
+    _warn(_check_identifier(config, weights))
+    _warn(check_sizes(photos, config.train.resolution or weights.default_side))
+    if weights.is_edm and config.train.min_snr_gamma is not None:
+        raise BadInput(
+            "train.min_snr_gamma is not defined for an EDM model; leave it out: "
+            "the EDM loss has its own weights"
+        )
+
+
+def anchored(config: DreamBoothConfig) -> DreamBoothConfig:
+    """The same run, whatever the working directory of those who read it."""
+
+    def anchor(part: Any) -> Any:
+        uri = part.uri
+        is_path = uri is not None and (part is not config.model or Path(uri).exists())
+        return part.model_copy(update={"uri": storage.absolute(uri)}) if is_path else part
+
+    names = ("model", "instance", "prior", "output")
+    return config.model_copy(update={name: anchor(getattr(config, name)) for name in names})
+
+
+def is_finished(config: DreamBoothConfig) -> bool:
+    return exported.read(export_uri(config)) is not None
+
+
+def run(config: DreamBoothConfig) -> Summary:
+    """Train, or go on training, until the last step; then export. Priors are there already.
+
+    Raises BadInput when the folder holds another run, JobFailed when workers cannot go on.
+    """
+    started = time.monotonic()
+    _enter(config)
+    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
+    first = max((each.step for each in checkpoints.list()), default=0)
+    left = config.train.steps - first
+    if not is_finished(config):
+        with cluster.session(_num_cpus(config)):
+            if left:
+                _train(config, first)
+            task = ray.remote(export.write).options(num_cpus=config.workers.num_cpus)
+            arguments = (config, config.train.steps, export_uri(config), {})
+            try:
+                ray.get(task.remote(*arguments))
+            except ray.exceptions.RayError as error:
+                raise cluster.told(error) from None
+    seconds = time.monotonic() - started
+    return Summary(left, seconds, export_uri(config), config.output.uri)
+
+
+def export_uri(config: DreamBoothConfig) -> str:
+    return storage.join(config.output.uri, "export")
+
+
+def _enter(config: DreamBoothConfig) -> None:
+    photos = find_photos(config.instance.uri, config.instance.prompt)
+    priors = []
+    if config.prior.mode != "none":
+        priors = find_photos(str(config.prior.uri), str(config.prior.prompt))
+    lock.enter(config.output.uri, lock.describe(config, _locate(config).sha256, photos, priors))
+
+
+def _train(config: DreamBoothConfig, first: int) -> None:
+    with (
+        Progress(config.train.steps, "steps", first) as progress,
+        tempfile.TemporaryDirectory(prefix="rayjobs-train-") as books,
+    ):
+        settings = {"config": config.model_dump(mode="json"), "counter": progress.counter}
+        trainer = TorchTrainer(
+            worker.train,
+            train_loop_config=settings,
+            scaling_config=_scaling(config.workers),
+            # Ray's own books only: checkpoints go where the run is, by our own hand.
+            run_config=RunConfig(
+                name=config.run.name,
+                storage_path=books,
+                failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            raise cluster.told(error) from None
+        notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
+        if worker.FATAL in notes:
+            raise JobFailed(notes[worker.FATAL])
+
+
+def _scaling(workers: WorkersConfig) -> ScalingConfig:
+    resources = {"CPU": workers.num_cpus}
+    if workers.num_gpus:
+        resources["GPU"] = workers.num_gpus
+    settings: dict[str, Any] = {
+        "num_workers": workers.min,
+        "use_gpu": workers.num_gpus > 0,
+        "resources_per_worker": resources,
+    }
+    if workers.most > workers.min:
+        settings["num_workers"] = (workers.min, workers.most)
+        settings["elastic_resize_monitor_interval_s"] = workers.resize_interval_s
+    return ScalingConfig(**settings)
+
+
+def _num_cpus(config: DreamBoothConfig) -> float:
+    return config.workers.most * config.workers.num_cpus
+
+
+def _locate(config: DreamBoothConfig) -> Weights:
+    try:
+        return locate(worker.local_model(config.model.uri))
+    except ValueError as error:
+        raise BadInput(f"model.uri: {error}") from None
+
+
+def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
+    return []
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

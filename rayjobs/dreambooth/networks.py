@@ -1,0 +1,160 @@
+"""The networks of a model while it is tuned: which parts train, how each predicts.
+
+Owns what is trainable and its names in a checkpoint, the text conditioning and the UNet call.
+Knows nothing of data, of optimizers or of workers. Legend: B rows, L tokens, D P widths.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from rayjobs.diffusion.model import Model
+from rayjobs.dreambooth import adapters
+from rayjobs.dreambooth.config import DreamBoothConfig
+
+
+class Text(NamedTuple):
+    """What the UNet is told of B captions: states (B, L, D) and, for SDXL, pooled (B, P)."""
+
+    states_BLD: torch.Tensor
+    pooled_BP: torch.Tensor | None
+
+
+class Networks(torch.nn.Module):
+    """The UNet, and the text encoders where they train; everything else of the model stays out."""
+
+    def __init__(self, model: Model, config: DreamBoothConfig, compute: torch.dtype):
+        super().__init__()
+        self.method = config.train.method
+        self.trains_text = config.train.text_encoders
+        self.compute = compute
+        self.unet = model.unet
+        self.text_encoders = torch.nn.ModuleList(model.text_encoders if self.trains_text else [])
+        # Held in lists these are no submodules: neither trained, nor sent around, nor saved.
+        self._model = [model]
+        full_teacher = self.method == "full" and config.prior.mode == "teacher"
+        self._teacher = [_frozen_copy(model, self.trains_text)] if full_teacher else []
+        for part, network in self.parts():
+            if self.method == "lora":
+                adapters.add(network, part, config.lora, config.train.seed)
+            else:
+                network.requires_grad_(True)
+        if config.train.gradient_checkpointing:
+            self._save_memory()
+
+    @property
+    def model(self) -> Model:
+        return self._model[0]
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """What is tuned, by its folder's name in a pipeline."""
+        yield "unet", self.unet
+        for number, encoder in enumerate(self.text_encoders):
+            yield ("text_encoder" if number == 0 else f"text_encoder_{number + 1}"), encoder
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Every trained parameter by its name in checkpoints."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def encode(self, captions: Sequence[str | None]) -> Text:
+        with self._computing():
+            return encode(self.model, captions)
+
+    def predict(
+        self, x_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: Text, time_ids_B6: torch.Tensor
+    ) -> torch.Tensor:
+        with self._computing():
+            return predict(self.model, x_BCHW, timesteps_B, text, time_ids_B6)
+
+    @torch.no_grad()
+    def teach(
+        self,
+        x_BCHW: torch.Tensor,
+        timesteps_B: torch.Tensor,
+        captions: Sequence[str | None],
+        text: Text,
+        time_ids_B6: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the untrained model predicts of the same latents; `text` is used where frozen."""
+        teacher = self._teacher[0] if self._teacher else self.model
+        with ExitStack() as stack:
+            stack.enter_context(self._computing())
+            if not self._teacher:
+                for _, network in self.parts():
+                    stack.enter_context(adapters.disabled(network))
+            known = encode(teacher, captions) if self.trains_text else text
+            return predict(teacher, x_BCHW, timesteps_B, known, time_ids_B6)
+
+    def _computing(self) -> Any:
+        """Mixed precision for the forward pass."""
+        if self.compute == torch.float32:
+            return nullcontext()
+        return torch.autocast(torch.device(self.model.device).type, self.compute)
+
+    def _save_memory(self) -> None:
+        self.unet.enable_gradient_checkpointing()
+        encoders: Any = self.text_encoders
+        for encoder in encoders:
+            encoder.gradient_checkpointing_enable()
+            encoder.enable_input_require_grads()
+
+
+def encode(model: Model, captions: Sequence[str | None]) -> Text:
+    """Text conditioning of captions; None is no text, as the model's makers mean it.
+
+    SDXL: the last hidden states but one of both encoders, side by side, and the second's pooled
+    vector, zeros for no text; Stable Diffusion: the last states, normed.
+    """
+    sdxl, states, pooled_BP = model.family == "sdxl", [], None
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        tokens_BL = tokenizer(
+            [caption or "" for caption in captions],
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        output = encoder(tokens_BL.to(model.device), output_hidden_states=True)
+        states.append(output.hidden_states[-2] if sdxl else output[0])
+        pooled_BP = output[0] if sdxl and output[0].ndim == 2 else pooled_BP
+    states_BLD = torch.cat(states, dim=-1)
+    if model.force_zeros:
+        said_B = torch.tensor([caption is not None for caption in captions]).to(model.device)
+        states_BLD = states_BLD * said_B[:, None, None]
+        pooled_BP = None if pooled_BP is None else pooled_BP * said_B[:, None]
+    return Text(states_BLD, pooled_BP)
+
+
+def predict(
+    model: Model,
+    x_BCHW: torch.Tensor,
+    timesteps_B: torch.Tensor,
+    text: Text,
+    time_ids_B6: torch.Tensor,
+) -> torch.Tensor:
+    """The UNet's output (B, C, H, W), float32.
+
+    The size conditioning stays float32 until it is sinusoids: bf16 cannot hold 1023.
+    """
+    dtype = model.unet.dtype
+    added: dict[str, Any] | None = None
+    if model.family == "sdxl" and text.pooled_BP is not None:
+        added = {"text_embeds": text.pooled_BP.to(dtype), "time_ids": time_ids_B6}
+    output: torch.Tensor = model.unet(
+        x_BCHW.to(dtype),
+        timesteps_B,
+        encoder_hidden_states=text.states_BLD.to(dtype),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+    return output.float()
+
+
+def _frozen_copy(model: Model, with_text: bool) -> Model:
+    """The model as it is now, for full fine-tuning, which changes the original."""
+    encoders = copy.deepcopy(model.text_encoders) if with_text else model.text_encoders
+    return dataclasses.replace(model, unet=copy.deepcopy(model.unet), text_encoders=encoders)

@@ -1,0 +1,176 @@
+"""What the UNet is to predict, and how far off it is: epsilon, v and EDM objectives.
+
+Owns noise levels, targets, weights and the prior-preserving loss. All of it is float32, whatever
+the UNet runs in. Knows nothing of data, workers or optimizers. Legend: B rows, C H W latents.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+
+
+class Objective(Protocol):
+    """What one row is trained on. A level is a timestep, or for EDM a noise deviation sigma."""
+
+    def draw(self, chance: float) -> float:
+        """The level of a number in [0, 1)."""
+        ...
+
+    def inputs(
+        self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the UNet sees: noisy latents and its timesteps (B,)."""
+        ...
+
+    def target(
+        self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
+    ) -> torch.Tensor:
+        """What the UNet is to answer."""
+        ...
+
+    def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
+        """Of each row's squared error, (B,)."""
+        ...
+
+
+class Diffusion:
+    """Discrete steps, with epsilon or v prediction (arXiv 2006.11239; arXiv 2202.00512)."""
+
+    def __init__(
+        self, alphas_cumprod: torch.Tensor, prediction_type: str, min_snr_gamma: float | None = None
+    ):
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type {prediction_type!r} is not supported for training")
+        if prediction_type == "epsilon" and float(alphas_cumprod.min()) <= 0:
+            raise ValueError(
+                "a schedule that ends in pure noise needs a model with v prediction, not epsilon"
+            )
+        self.alphas_cumprod = alphas_cumprod.float().cpu()
+        self.prediction_type = prediction_type
+        self.gamma = min_snr_gamma
+
+    def draw(self, chance: float) -> float:
+        return float(int(chance * len(self.alphas_cumprod)))
+
+    def inputs(
+        self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        signal, spread = self._scales(levels_B)
+        return signal * z_BCHW + spread * noise_BCHW, levels_B.long()
+
+    def target(
+        self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
+    ) -> torch.Tensor:
+        if self.prediction_type == "epsilon":
+            return noise_BCHW
+        signal, spread = self._scales(levels_B)
+        return signal * noise_BCHW - spread * z_BCHW
+
+    def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
+        """Ones, or min-SNR (arXiv 2303.09556): min(SNR, gamma) / SNR, for v over SNR + 1."""
+        if self.gamma is None:
+            return torch.ones_like(levels_B, dtype=torch.float32)
+        alpha_B = self.alphas_cumprod.to(levels_B.device)[levels_B.long()]
+        snr_B = alpha_B / (1 - alpha_B)
+        over_B = snr_B if self.prediction_type == "epsilon" else snr_B + 1
+        return snr_B.clamp(max=self.gamma) / over_B
+
+    def _scales(self, levels_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha_B111 = self.alphas_cumprod.to(levels_B.device)[levels_B.long()][:, None, None, None]
+        return alpha_B111.sqrt(), (1 - alpha_B111).sqrt()
+
+
+class EDM:
+    """Preconditioned noise levels (arXiv 2206.00364), the loss taken on the UNet's own output.
+
+    The paper's loss lambda(sigma) ||D - z||^2 with lambda c_out^2 = 1 is the plain error of F
+    against F* = (z - c_skip x) / c_out, whose closed form needs no division by a small sigma.
+    """
+
+    def __init__(
+        self,
+        sigma_data: float,
+        sigma_min: float,
+        sigma_max: float,
+        rho: float,
+        prediction_type: str,
+        sigmas: str,
+    ):
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type {prediction_type!r} is not supported for training")
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
+        self.rho, self.sigmas = rho, sigmas
+        self.sign = 1.0 if prediction_type == "epsilon" else -1.0
+
+    def draw(self, chance: float) -> float:
+        """Uniform over the sampler's own (Karras) schedule, or log-normal N(-1.2, 1.2^2)."""
+        if self.sigmas == "lognormal":
+            quantile = torch.special.ndtri(torch.tensor(max(chance, 1e-9), dtype=torch.float64))
+            return math.exp(-1.2 + 1.2 * float(quantile))
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return float((high + chance * (low - high)) ** self.rho)
+
+    def inputs(
+        self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sigma = levels_B[:, None, None, None]
+        scale_in = 1 / (sigma**2 + self.sigma_data**2).sqrt()
+        return scale_in * (z_BCHW + sigma * noise_BCHW), levels_B.log() / 4
+
+    def target(
+        self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
+    ) -> torch.Tensor:
+        sigma, data = levels_B[:, None, None, None], self.sigma_data
+        wanted = (sigma * z_BCHW / data - data * noise_BCHW) / (sigma**2 + data**2).sqrt()
+        return self.sign * wanted
+
+    def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(levels_B, dtype=torch.float32)
+
+
+def build_objective(
+    scheduler: Any, min_snr_gamma: float | None = None, edm_sigmas: str = "karras"
+) -> Objective:
+    """The objective of the model whose sampler (a diffusers scheduler) this is.
+
+    Raises ValueError when min-SNR is asked of an EDM model, for which it is not defined.
+    """
+    config = scheduler.config
+    if type(scheduler).__name__.startswith("EDM"):
+        if min_snr_gamma is not None:
+            raise ValueError(
+                "train.min_snr_gamma is not defined for an EDM model; leave it out: "
+                "the EDM loss has its own weights"
+            )
+        return EDM(
+            config.sigma_data,
+            config.sigma_min,
+            config.sigma_max,
+            config.rho,
+            config.prediction_type,
+            edm_sigmas,
+        )
+    return Diffusion(scheduler.alphas_cumprod, config.prediction_type, min_snr_gamma)
+
+
+def errors(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
+    """Each row's mean squared error, (B,) float32."""
+    return (prediction_BCHW.float() - target_BCHW.float()).pow(2).mean(dim=(1, 2, 3))
+
+
+def loss(
+    errors_B: torch.Tensor,
+    weight_B: torch.Tensor,
+    is_prior_B: torch.Tensor,
+    prior_weight: float,
+    num_instance: int,
+    num_prior: int,
+) -> torch.Tensor:
+    """mean_i(w_i e_i) + prior_weight mean_c(w_c e_c) (arXiv 2208.12242, eq. 2), or a part of it.
+
+    The rows may be any part of a global batch of `num_instance` photographs and `num_prior` class
+    images: the parts' losses add up to that of the whole.
+    """
+    share_B = torch.where(is_prior_B, prior_weight / max(1, num_prior), 1.0 / num_instance)
+    return (share_B * weight_B * errors_B).sum()

@@ -1,0 +1,210 @@
+"""Training pictures: which files count, how each is opened, and what its caption is.
+
+Owns the conversions (upright, sRGB, opaque, 8 bits) and how a bad file is told. Knows no torch.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
+FOREIGN = {".heic", ".heif", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".pdf"}
+MOST_PIXELS = 400_000_000
+MOST_ENLARGED = 4.0
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One training picture: where its bytes are, its caption and its upright size in pixels."""
+
+    name: str
+    path: Path
+    """A picture, or a parquet shard of records."""
+    row: int | None
+    caption: str
+    sha256: str
+    width: int
+    height: int
+
+    def read(self) -> bytes:
+        if self.row is None:
+            return self.path.read_bytes()
+        groups, starts = _groups(self.path)
+        group = int(np.searchsorted(starts, self.row, side="right")) - 1
+        rows = groups.read_row_group(group, columns=["image"]).column("image")
+        data: bytes = rows[self.row - int(starts[group])]["bytes"].as_py()
+        return data
+
+    def open(self) -> Image.Image:
+        """The picture: RGB, upright. Raises BadInput naming the file."""
+        return open_picture(self.read(), self.name)
+
+
+def find_photos(uri: str, caption: str) -> list[Photo]:
+    """Every picture below `uri` (a folder, or a data set of the generation job), by name.
+
+    Raises BadInput naming a file that is no usable picture, or when there is none.
+    """
+    if storage.exists(storage.join(uri, "spec.lock.json")):
+        return _of_data_set(uri)
+    if not storage.is_folder(uri):
+        raise BadInput(f"{uri}: no such folder of pictures")
+    folder = storage.fetch(uri)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    captions = _captions(folder, files)
+    photos = []
+    for path in files:
+        if path.suffix.lower() in FOREIGN:
+            raise BadInput(f"{path.name}: {path.suffix} pictures cannot be read; save it as png")
+        if path.suffix.lower() in SUFFIXES:
+            photos.append(_photo(path, path.relative_to(folder).as_posix(), captions, caption))
+    if not photos:
+        known = " ".join(sorted(SUFFIXES))
+        raise BadInput(f"{uri}: no pictures in it (looked for {known})")
+    return photos
+
+
+def open_picture(data: bytes, name: str) -> Image.Image:
+    """An RGB picture of 8 bits, upright, in sRGB, on white where it was transparent."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        num_frames = getattr(image, "n_frames", 1)
+        if num_frames > 1 and image.format != "MPO":
+            raise BadInput(
+                f"{name}: {num_frames} frames; a training picture has one: save the best one"
+            )
+        if image.width * image.height > MOST_PIXELS:
+            raise BadInput(f"{name}: {image.width} x {image.height} pixels are too many")
+        image.load()
+    except UnidentifiedImageError:
+        raise BadInput(f"{name}: not a picture that can be read; save it as png or jpg") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{name}: damaged or cut off ({error}); replace it") from None
+    return _to_rgb(ImageOps.exif_transpose(image), name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image, name)
+    image = _to_srgb(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Greys of 16 bits as 8; Pillow's own conversion would cut them at 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise BadInput(f"{name}: its grey values are no 8 or 16 bits; save it as an ordinary png")
+    return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8), "L")
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError):
+        return image  # a broken profile is worth less than the picture
+
+
+def _photo(path: Path, name: str, captions: dict[str, str], caption: str) -> Photo:
+    data = path.read_bytes()
+    image = open_picture(data, name)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Photo(name, path, None, captions.get(name, caption), sha256, image.width, image.height)
+
+
+def _captions(folder: Path, files: list[Path]) -> dict[str, str]:
+    """Captions by the picture's name: of `name.txt` beside it, or of metadata.jsonl."""
+    found: dict[str, str] = {}
+    for path in files:
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() == ".txt":
+            text = " ".join(_text(path, name).split())
+            beside = [p for p in files if p.suffix.lower() in SUFFIXES and p.stem == path.stem]
+            names = [p.relative_to(folder).as_posix() for p in beside if p.parent == path.parent]
+            found |= dict.fromkeys(names, text)
+        elif path.name == "metadata.jsonl":
+            found |= _metadata(path, name)
+    return found
+
+
+def _metadata(path: Path, name: str) -> dict[str, str]:
+    parent = "" if path.name == name else name.removesuffix(path.name)
+    found = {}
+    for number, line in enumerate(_text(path, name).splitlines(), 1):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            text = row.get("text", row.get("caption", row.get("prompt")))
+            if text is not None:
+                found[parent + str(row["file_name"])] = str(text)
+        except (ValueError, KeyError, AttributeError):
+            raise BadInput(f"{name}, line {number}: not JSON with file_name and text") from None
+    return found
+
+
+def _text(path: Path, name: str) -> str:
+    try:
+        text = path.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        raise BadInput(f"{name}: not UTF-8 text; save it as UTF-8") from None
+    if not text:
+        raise BadInput(f"{name}: empty; write the picture's caption, or remove the file")
+    return text
+
+
+def _of_data_set(uri: str) -> list[Photo]:
+    """The good records of a data set, in the records' order."""
+    folder = storage.fetch(storage.join(uri, "data"))
+    shards = sorted(folder.glob("*.parquet"))
+    if not shards:
+        raise BadInput(
+            f"{uri}: no parquet shards; give a data set in parquet, or `rayjobs export` it"
+        )
+    columns = ["record", "prompt", "status", "image_sha256", "width", "height"]
+    photos = []
+    for path in shards:
+        for number, row in enumerate(pq.read_table(path, columns=columns).to_pylist()):
+            if row["status"] == "ok":
+                name = f"{path.name}, record {row['record']}"
+                size = (row["width"], row["height"])
+                photos.append(Photo(name, path, number, row["prompt"], row["image_sha256"], *size))
+    return photos
+
+
+@lru_cache(maxsize=64)
+def _groups(path: Path) -> tuple[pq.ParquetFile, np.ndarray]:
+    file = pq.ParquetFile(path)
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return file, np.cumsum([0, *counts[:-1]])
+
+
+def check_sizes(photos: list[Photo], side: int) -> list[str]:
+    """Warnings for pictures to be enlarged; raises BadInput for one that is far too small."""
+    warnings = []
+    for photo in photos:
+        factor = side / (photo.width * photo.height) ** 0.5
+        size = f"{photo.name}: {photo.width} x {photo.height} pixels"
+        if factor > MOST_ENLARGED:
+            raise BadInput(f"{size} are far too few to train at {side}; give a larger picture")
+        if factor > 1:
+            warnings.append(f"{size}; enlarged by {factor:.2g} for training at {side}")
+    return warnings

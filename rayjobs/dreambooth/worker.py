@@ -1,0 +1,201 @@
+"""What each Ray Train worker does: load, resume, train.
+
+Owns how the parts are put together in one process. What a step is lies in `module`; where workers
+run lies in `job`.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.dreambooth.batches import Batch, Batches
+from rayjobs.dreambooth.cache import Cache
+from rayjobs.dreambooth.checkpoints import Checkpoints
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.curriculum import Curriculum
+from rayjobs.dreambooth.module import DreamBooth
+from rayjobs.dreambooth.networks import Networks
+from rayjobs.dreambooth.objective import build_objective
+from rayjobs.dreambooth.photos import find_photos
+from rayjobs.dreambooth.saving import Saving
+
+PATIENCE_S = 900.0
+"""How long workers wait for a storage server that is away."""
+FATAL = "fatal"
+HOPELESS = (ValueError, TypeError, KeyError, FloatingPointError, torch.OutOfMemoryError)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Train this worker's share. Runs in every worker, again after each change of their number.
+
+    What would happen again is told to the driver, and the run started no further; what may be the
+    fate of one machine is left to Ray, which starts all workers anew.
+    """
+    counter = settings["counter"]
+    if FATAL in ray.get(counter.read.remote())[1]:
+        return
+    try:
+        _train(DreamBoothConfig.model_validate(settings["config"]), counter)
+    except HOPELESS as error:
+        kind = "" if isinstance(error, (BadInput, FloatingPointError)) else type(error).__name__
+        words = str(error).strip().split("\n")[0]
+        ray.get(counter.set.remote(0, **{FATAL: f"{kind}: {words}" if kind else words}))
+        raise
+
+
+def _train(config: DreamBoothConfig, counter: Any) -> None:
+    storage.be_patient(PATIENCE_S)
+    _quiet()
+    _pin(config)
+    device = ray.train.torch.get_device()
+    rank, num_workers = _place()
+    compute = choose_precision(config.train.precision, device.type)
+    model = load(config, str(device), compute)
+    batches, module = build(config, model, compute)
+    saver = Saving(
+        config.output.uri,
+        config.checkpoint.every_n_steps,
+        config.checkpoint.keep,
+        config.validation.every_n_steps,
+    )
+    first = _agree_on_start(saver.checkpoints, rank)
+    saver.resume(first)
+    batches.fill_cache(rank, num_workers)
+    _wait_for_all()
+    steps = _Steps(batches, config, first, rank, num_workers)
+    trainer = pl.Trainer(
+        accelerator=device.type if device.type == "cpu" else "gpu",
+        devices="auto",
+        strategy=RayDDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True),
+        plugins=[RayLightningEnvironment()],
+        callbacks=[saver, _Reporting(counter)],
+        logger=[],
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer = prepare_trainer(trainer)
+    trainer.fit(module, train_dataloaders=steps)
+
+
+def build(
+    config: DreamBoothConfig, model: Model, compute: torch.dtype
+) -> tuple[Batches, DreamBooth]:
+    """What makes the batches, and what trains on them."""
+    photos = find_photos(config.instance.uri, config.instance.prompt)
+    priors = []
+    if config.prior.mode != "none":
+        priors = find_photos(str(config.prior.uri), str(config.prior.prompt))
+    side = config.train.resolution or model.default_side
+    curriculum = Curriculum(config.train, photos, priors, side, model.vae_scale)
+    aim = build_objective(model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas)
+    networks = Networks(model, config, compute)
+    cache = None
+    if config.output.cache:
+        cache = Cache(storage.join(config.output.uri, "cache"), model.sha256)
+    batches = Batches(curriculum, networks, aim, cache, config.train.noise_offset)
+    module = DreamBooth(config, networks, aim, curriculum.num_instance, curriculum.num_prior)
+    return batches, module
+
+
+def load(config: DreamBoothConfig, device: str, compute: torch.dtype) -> Model:
+    """The model to tune: in float32 where all of it is trained, else in the math's dtype."""
+    is_full = config.train.method == "full"
+    options = ModelOptions(
+        dtype="float32" if is_full else str(compute).removeprefix("torch."),  # type: ignore
+        vae_dtype="float32",
+        device=device,
+        attention=config.model.attention,
+        onednn=False,
+    )
+    parts = None if config.model.config is None else local_model(config.model.config)
+    return load_model(local_model(config.model.uri), options, config=parts)
+
+
+def local_model(uri: str) -> str:
+    """What `load_model` takes: storage URIs as local paths, names and hub ids as they are."""
+    return str(storage.fetch(uri)) if storage.is_remote(uri) else uri
+
+
+def choose_precision(name: str, device: str) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if name == "fp16" and device == "cpu":
+        raise BadInput("train.precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
+    return PRECISIONS[name]
+
+
+class _Steps:
+    """The steps that are left, as Lightning wants its data."""
+
+    def __init__(
+        self, batches: Batches, config: DreamBoothConfig, first: int, rank: int, num_workers: int
+    ):
+        self._make = batches.steps
+        self._range = (first, config.train.steps)
+        self._share = (rank, num_workers, config.train.micro_batch_size)
+
+    def __len__(self) -> int:
+        return self._range[1] - self._range[0]
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self._make(*self._range, *self._share)
+
+
+class _Reporting(pl.Callback):
+    """Tells the driver's bar how far the run is."""
+
+    def __init__(self, counter: Any):
+        self._counter = counter
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and self._counter is not None:
+            loss = f"{pl_module.metrics['loss']:.4f}"
+            self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
+
+
+def _place() -> tuple[int, int]:
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size()
+
+
+def _agree_on_start(checkpoints: Checkpoints, rank: int) -> int:
+    """The step to go on from, as the first worker sees it: a late writer may add another."""
+    found = [0]
+    if rank == 0:
+        latest = checkpoints.latest()
+        found = [latest.step if latest is not None else 0]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _pin(config: DreamBoothConfig) -> None:
+    torch.set_num_threads(max(1, int(config.workers.num_cpus)))
+    torch.backends.cudnn.benchmark = False
+
+
+def _quiet() -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -1,0 +1,96 @@
+"""Progress while a job runs: what all workers have done, the rate and the time left.
+
+Owns the counter that workers report to and the bar that the driver shows.
+"""
+
+import sys
+import threading
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from tqdm import tqdm
+
+POLL_S = 0.5
+LOG_EVERY_S = 10.0
+
+
+class Counter:
+    """What is done so far. An actor, so that workers anywhere can report to it."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.notes: dict[str, Any] = {}
+
+    def add(self, done: int, failed: int = 0) -> None:
+        self.done += done
+        if failed:
+            self.notes["failed"] = self.notes.get("failed", 0) + failed
+
+    def set(self, done: int, **notes: Any) -> None:
+        """For work that may go back to an earlier point."""
+        self.done = done
+        self.notes |= notes
+
+    def read(self) -> tuple[int, dict[str, Any]]:
+        return self.done, self.notes
+
+
+class Progress:
+    """A context in which a bar follows `counter`; it shows the rate and an estimate of the rest."""
+
+    def __init__(self, total: int, unit: str, initial: int = 0):
+        self.total, self.unit, self.initial = total, unit, initial
+        # Without CPUs of its own it can always be placed, and here no other node's end ends it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = ray.remote(Counter).options(num_cpus=0, scheduling_strategy=here)
+        self.counter: Any = actor.remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        left = self.total - self.initial
+        print(f"{left:,} {self.unit} to make; starting workers", file=sys.stderr, flush=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _follow(self) -> None:
+        # Counted from the first one, so that the workers' start is not taken for slowness.
+        while not self._read()[0] and not self._stop.wait(POLL_S):
+            pass
+        # A terminal has a bar that moves; a log gets a line now and then.
+        every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
+        with tqdm(
+            total=self.total,
+            initial=self.initial,
+            unit=f" {self.unit}",
+            file=sys.stderr,
+            smoothing=0.1,
+            mininterval=every_s,
+        ) as bar:
+            while not self._stop.wait(POLL_S):
+                self._show(bar)
+            self._show(bar)
+
+    def _show(self, bar: tqdm) -> None:
+        done, notes = self._read()
+        if notes:
+            bar.set_postfix(notes, refresh=False)
+        new = min(done, self.total) - int(bar.n)
+        if new > 0:
+            bar.update(new)
+        elif done and new < 0:
+            bar.n = done
+
+    def _read(self) -> tuple[int, dict[str, Any]]:
+        try:
+            found: tuple[int, dict[str, Any]] = ray.get(
+                self.counter.read.remote(), timeout=4 * POLL_S
+            )
+        except Exception:  # the bar is no reason for a job to fail
+            return 0, {}
+        return found
