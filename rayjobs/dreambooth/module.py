@@ -65,7 +65,7 @@ class DreamBooth(pl.LightningModule):
         sums = torch.zeros(2, device=self.device)
         for number, batch in enumerate(batches):
             is_last = number + 1 == len(batches)
-            with nullcontext() if is_last else self._strategy().block_backward_sync():
+            with nullcontext() if is_last else self._unsynchronised():
                 parts_2 = self.losses(batch.to(str(self.device)))
                 # Workers' gradients are averaged; the parts of a loss add up.
                 self._backward(parts_2.sum() * self.trainer.world_size)
@@ -104,6 +104,11 @@ class DreamBooth(pl.LightningModule):
 
     def _strategy(self) -> Any:
         return self.trainer.strategy
+
+    def _unsynchronised(self) -> Any:
+        """Gradients stay on this worker until the step's last backward pass."""
+        blocked = getattr(self._strategy(), "block_backward_sync", nullcontext)
+        return blocked()
 
     def _backward(self, loss: torch.Tensor) -> None:
         self.manual_backward(loss if self.scaler is None else self.scaler.scale(loss))
