@@ -140,7 +140,7 @@ def _dreambooth(options: argparse.Namespace) -> int:
     if job.is_finished(config):
         print(f"nothing to do; the weights are in {job.export_uri(config)}")
         return DONE
-    with cluster.session(config.workers.most * config.workers.num_cpus):
+    with cluster.session(job.num_cpus(config)):
         done = job.run(priors.ready(config))
     rate = done.steps / done.seconds
     print(

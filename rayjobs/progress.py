@@ -78,8 +78,9 @@ class Progress:
 
     def _show(self, bar: tqdm) -> None:
         done, notes = self._read()
-        if notes:
-            bar.set_postfix(notes, refresh=False)
+        shown = {name: note for name, note in notes.items() if isinstance(note, (int, str))}
+        if shown:
+            bar.set_postfix(shown, refresh=False)
         new = min(done, self.total) - int(bar.n)
         if new > 0:
             bar.update(new)

@@ -37,10 +37,13 @@ class CountedDropout(torch.nn.Module):
         return x * keep_BN.view(x.shape).to(x.dtype) / (1 - self.drop)
 
 
-def add(network: Any, part: str, config: LoraConfig, seed: int) -> None:
+def add(
+    network: Any, part: str, config: LoraConfig, seed: int, unused: tuple[str, ...] = ()
+) -> None:
     """Put an adapter into a network (the UNet, or a text encoder), its weights drawn from `seed`.
 
-    The network's own weights are frozen, the adapter's are float32.
+    The network's own weights are frozen, the adapter's are float32. Layers whose names are among
+    `unused` get none.
     """
     targets = TEXT if part.startswith("text") else _unet_targets(config)
     alpha: Any = config.alpha or config.rank  # peft takes fractions too, though it names int
@@ -50,6 +53,7 @@ def add(network: Any, part: str, config: LoraConfig, seed: int) -> None:
         lora_dropout=config.dropout,
         init_lora_weights="gaussian",
         target_modules=list(targets),
+        exclude_modules=list(unused) or None,
     )
     network.requires_grad_(False)
     # Before the adapter goes to a device, so that the same seed gives the same weights everywhere.

@@ -69,13 +69,14 @@ class Batches:
         if self.cache is None:
             return
         views = {f"view-{view.name}": view for view in self.curriculum.views()}
-        for name in self.cache.missing(list(views))[rank::num_workers]:
+        # Shared out before anybody looks what is there: others are storing theirs in the meantime.
+        for name in self.cache.missing(list(views)[rank::num_workers]):
             self.cache.put(name, self._moments(views[name]))
         if self.networks.trains_text:
             return
         captions: list[str | None] = [None, *self.curriculum.captions()]
         texts = {_text_name(caption): caption for caption in captions}
-        for name in self.cache.missing(list(texts))[rank::num_workers]:
+        for name in self.cache.missing(list(texts)[rank::num_workers]):
             self.cache.put(name, self._states(texts[name]))
 
     def steps(

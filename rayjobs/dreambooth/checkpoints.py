@@ -56,6 +56,20 @@ class Checkpoints:
         storage.put_file(storage.join(self.uri, NAME.format(step), name), path)
         return {"sha256": sha256, "bytes": path.stat().st_size}
 
+    def put_note(self, step: int, name: str, note: dict[str, Any]) -> None:
+        """Store something small beside a checkpoint's files."""
+        uri = storage.join(self.uri, NAME.format(step), name)
+        storage.write_bytes(uri, json.dumps(note).encode())
+
+    def note(self, step: int, name: str) -> dict[str, Any] | None:
+        """What `put_note` stored, or None."""
+        try:
+            data = storage.read_bytes(storage.join(self.uri, NAME.format(step), name))
+        except NotThere:
+            return None
+        found: dict[str, Any] = json.loads(data)
+        return found
+
     def commit(self, step: int, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
         """Make a checkpoint of files that are all stored."""
         note = {"step": step, "files": files, "facts": facts}
@@ -91,14 +105,18 @@ class Checkpoints:
         return None
 
     def prune(self, keep: set[int]) -> None:
-        """Remove every complete checkpoint but those of these steps, and all that is half there."""
+        """Remove every complete checkpoint but those of these steps, and what is left of others.
+
+        What is newer than all complete ones may be on its way, and stays.
+        """
         for checkpoint in self.list():
             if checkpoint.step not in keep:
                 self._remove(checkpoint.step)
-        whole = {NAME.format(checkpoint.step) for checkpoint in self.list()}
-        for folder in {n.split("/")[0] for n in storage.list_files(self.uri) if "/" in n}:
-            if re.fullmatch(r"step-\d{8}", folder) and folder not in whole:
-                storage.remove_folder(storage.join(self.uri, folder))
+        whole = sorted(NAME.format(checkpoint.step) for checkpoint in self.list())
+        folders = {n.split("/")[0] for n in storage.list_files(self.uri) if "/" in n}
+        for name in sorted(folders - set(whole)):
+            if re.fullmatch(r"step-\d{8}", name) and whole and name < whole[-1]:
+                storage.remove_folder(storage.join(self.uri, name))
 
     def _remove(self, step: int) -> None:
         # The note first: what is removed only in part must not look whole.

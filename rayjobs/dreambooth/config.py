@@ -10,9 +10,6 @@ from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config
 
-SIDE_MULTIPLE = 64
-"""Buckets have sides of this many pixels, times a whole number, where the model's scale allows."""
-
 
 class ModelConfig(Config):
     uri: str
@@ -27,8 +24,9 @@ class ModelConfig(Config):
 
 class InstanceConfig(Config):
     uri: str
-    """The folder of the subject's photographs, local or s3://. A caption may lie beside each:
-    `dog.txt` for `dog.jpg`, or a `metadata.jsonl` with file_name and text."""
+    """The folder of the subject's photographs, local or s3://. Captions may lie beside them:
+    `dog.txt` for `dog.jpg`, each line a caption, of which one is drawn each time; or a
+    `metadata.jsonl` with file_name and text."""
     prompt: str
     """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
 

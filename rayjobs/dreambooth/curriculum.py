@@ -80,7 +80,7 @@ class Curriculum:
         return found
 
     def views(self) -> Iterator[View]:
-        """Every view that any step may show, each once."""
+        """Every view that any step may show; two crops of a picture may be the same."""
         for pictures, is_prior in ((self.photos, False), (self.priors, True)):
             for photo in pictures:
                 bucket = framing.nearest_bucket(photo, self._buckets)
@@ -91,7 +91,8 @@ class Curriculum:
 
     def captions(self) -> list[str]:
         """Every caption, each once."""
-        return sorted({photo.caption for photo in self.photos + self.priors})
+        pictures = self.photos + self.priors
+        return sorted({caption for photo in pictures for caption in photo.captions})
 
     def _row(self, step: int, position: int, pictures: list[Photo], is_prior: bool) -> Row:
         seed, kind = self.config.seed, "prior" if is_prior else "instance"
@@ -103,9 +104,10 @@ class Curriculum:
         crops = framing.num_crops(photo, bucket, self.config.crops)
         crop = int(draws.uniform(*stream, "crop") * crops)
         mirrored = self.config.flip and draws.uniform(*stream, "flip") < 0.5
-        dropped = draws.uniform(*stream, "caption") < self.config.caption_dropout
+        dropped = draws.uniform(*stream, "caption dropout") < self.config.caption_dropout
         view = self._view(photo, crop, mirrored, is_prior)
-        caption = None if dropped else photo.caption
+        said = int(draws.uniform(*stream, "caption choice") * len(photo.captions))
+        caption = None if dropped else photo.captions[said]
         return Row(view, caption, draws.uniform(*stream, "level"), stream)
 
     def _view(self, photo: Photo, crop: int, mirrored: bool, is_prior: bool) -> View:

@@ -25,7 +25,7 @@ def generator(*names: int | str) -> torch.Generator:
 
 def uniform(*names: int | str) -> float:
     """One number in [0, 1)."""
-    return key(*names) / (MASK_63 + 1)
+    return (key(*names) >> 10) / 2**53  # all 63 bits could round to 1
 
 
 def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:

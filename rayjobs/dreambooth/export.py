@@ -46,11 +46,16 @@ def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, floa
         shutil.rmtree(folder)
 
 
-def rebuild(config: DreamBoothConfig, checkpoints: Checkpoints, checkpoint: Checkpoint) -> Networks:
-    """The tuned networks of a checkpoint, on the CPU in float32; the average, where one is kept."""
-    networks = Networks(load(config, "cpu", torch.float32), config, torch.float32)
-    held = saving.read_state(checkpoints, checkpoint)
-    saving.load_trained(networks.trainable(), held["average"] or held["trained"])
+def rebuild(
+    config: DreamBoothConfig,
+    checkpoints: Checkpoints,
+    checkpoint: Checkpoint,
+    device: str = "cpu",
+    compute: torch.dtype = torch.float32,
+) -> Networks:
+    """The tuned networks of a checkpoint, or their average where one is kept; to be used only."""
+    networks = Networks(load(config, device, compute), config, compute)
+    saving.load_weights(checkpoints, checkpoint, networks)
     return networks.eval()
 
 

@@ -83,7 +83,8 @@ def num_crops(photo: Photo, bucket: tuple[int, int], most: int) -> int:
 
 def time_ids(photo: Photo, seen: Frame) -> list[float]:
     """SDXL's six numbers: the picture's own size, the crop's corner, the size trained at."""
-    return [photo.height, photo.width, seen.top, seen.left, seen.height, seen.width]
+    left = seen.scaled[0] - seen.width - seen.left if seen.mirrored else seen.left
+    return [photo.height, photo.width, seen.top, left, seen.height, seen.width]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -20,10 +20,11 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rayjobs import cluster, exported, storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.diffusion.weights import Weights, locate
-from rayjobs.dreambooth import export, lock, worker
+from rayjobs.dreambooth import export, lock, report, results, worker
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.photos import check_sizes, find_photos
+from rayjobs.dreambooth.validation import Watch
 from rayjobs.progress import Progress
 
 
@@ -78,21 +79,35 @@ def run(config: DreamBoothConfig) -> Summary:
     first = max((each.step for each in checkpoints.list()), default=0)
     left = config.train.steps - first
     if not is_finished(config):
-        with cluster.session(_num_cpus(config)):
-            if left:
-                _train(config, first)
-            task = ray.remote(export.write).options(num_cpus=config.workers.num_cpus)
-            arguments = (config, config.train.steps, export_uri(config), {})
-            try:
-                ray.get(task.remote(*arguments))
-            except ray.exceptions.RayError as error:
-                raise cluster.told(error) from None
+        with cluster.session(num_cpus(config)):
+            with Watch(config) as watch:
+                if left:
+                    _train(config, first)
+            for step, reason in watch.failures.items():
+                _warn([f"the pictures after step {step} could not be made: {reason}"])
+            _export(config, checkpoints)
+    report.write(config)
     seconds = time.monotonic() - started
     return Summary(left, seconds, export_uri(config), config.output.uri)
 
 
 def export_uri(config: DreamBoothConfig) -> str:
     return storage.join(config.output.uri, "export")
+
+
+def _export(config: DreamBoothConfig, checkpoints: Checkpoints) -> None:
+    """Export the best checkpoint, or the last where none was measured; keep what was asked for."""
+    seen = results.read(config.output.uri)
+    steps = [checkpoint.step for checkpoint in checkpoints.list()]
+    chosen = results.best_step(seen)
+    chosen = config.train.steps if chosen not in steps or chosen is None else chosen
+    found = next((result.metrics for result in seen if result.step == chosen), {})
+    task = ray.remote(export.write).options(num_cpus=config.workers.num_cpus)
+    try:
+        ray.get(task.remote(config, chosen, export_uri(config), found))
+    except ray.exceptions.RayError as error:
+        raise cluster.told(error) from None
+    checkpoints.prune(results.to_keep(steps, seen, config.checkpoint.keep, 0))
 
 
 def _enter(config: DreamBoothConfig) -> None:
@@ -144,8 +159,10 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
     return ScalingConfig(**settings)
 
 
-def _num_cpus(config: DreamBoothConfig) -> float:
-    return config.workers.most * config.workers.num_cpus
+def num_cpus(config: DreamBoothConfig) -> float:
+    """CPUs of all that may run at once."""
+    beside = config.validation.num_cpus if config.validation.every_n_steps else 0
+    return config.workers.most * config.workers.num_cpus + beside
 
 
 def _locate(config: DreamBoothConfig) -> Weights:

@@ -14,7 +14,13 @@ from rayjobs.dreambooth.photos import Photo
 FILE = "run.lock.json"
 FREE = ("workers", "checkpoint", "validation", "output", "trackers")
 """Keys that move no weight by more than rounding."""
-FREE_IN = {"train": ("micro_batch_size", "gradient_checkpointing"), "model": ("device",)}
+FREE_IN = {
+    "train": ("micro_batch_size", "gradient_checkpointing"),
+    "model": ("uri", "device"),
+    "instance": ("uri",),
+    "prior": ("uri",),
+}
+"""Where things lie moves nothing either: what lies there is in the lock, as hashes."""
 
 
 def describe(
@@ -30,7 +36,7 @@ def describe(
     return {
         **values,
         "model_sha256": model_sha256,
-        "photos": {photo.name: [photo.sha256, photo.caption] for photo in photos},
+        "photos": {photo.name: [photo.sha256, *photo.captions] for photo in photos},
         "priors": sorted(photo.sha256 for photo in priors),
     }
 

@@ -13,7 +13,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from rayjobs.config import BadInput
-from rayjobs.dreambooth import adapters, objective
+from rayjobs.dreambooth import adapters, objective, sharding
 from rayjobs.dreambooth.batches import Batch
 from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
 from rayjobs.dreambooth.networks import Networks
@@ -30,6 +30,7 @@ class DreamBooth(pl.LightningModule):
         aim: Objective,
         num_instance: int,
         num_prior: int,
+        sharded: bool = False,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -37,6 +38,7 @@ class DreamBooth(pl.LightningModule):
         self.networks = networks
         self.aim = aim
         self.num_instance, self.num_prior = num_instance, num_prior
+        self.sharded, self._is_sharded = sharded, False
         self.step = 0
         """Optimizer steps made, in all runs together."""
         self.metrics: dict[str, float] = {}
@@ -44,6 +46,12 @@ class DreamBooth(pl.LightningModule):
         self.average: dict[str, torch.Tensor] = {}
         fp16 = networks.compute == torch.float16
         self.scaler = torch.amp.GradScaler(enabled=fp16) if fp16 else None
+
+    def configure_model(self) -> None:
+        if self.sharded and not self._is_sharded:
+            assert self.device_mesh is not None
+            sharding.shard(self.networks, self.device_mesh["data_parallel"])
+            self._is_sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optimizer = build_optimizer(self.config.train, self.networks)

@@ -31,6 +31,7 @@ class Networks(torch.nn.Module):
         super().__init__()
         self.method = config.train.method
         self.trains_text = config.train.text_encoders
+        self.averaged = config.train.ema_decay is not None
         self.compute = compute
         self.unet = model.unet
         self.text_encoders = torch.nn.ModuleList(model.text_encoders if self.trains_text else [])
@@ -39,10 +40,13 @@ class Networks(torch.nn.Module):
         full_teacher = self.method == "full" and config.prior.mode == "teacher"
         self._teacher = [_frozen_copy(model, self.trains_text)] if full_teacher else []
         for part, network in self.parts():
+            idle = _idle_layers(model, network, part)
             if self.method == "lora":
-                adapters.add(network, part, config.lora, config.train.seed)
+                adapters.add(network, part, config.lora, config.train.seed, idle)
             else:
                 network.requires_grad_(True)
+                for name in idle:
+                    network.get_submodule(name).requires_grad_(False)
         if config.train.gradient_checkpointing:
             self._save_memory()
 
@@ -55,6 +59,10 @@ class Networks(torch.nn.Module):
         yield "unet", self.unet
         for number, encoder in enumerate(self.text_encoders):
             yield ("text_encoder" if number == 0 else f"text_encoder_{number + 1}"), encoder
+
+    def teachers(self) -> list[Any]:
+        """The frozen networks beside, of full fine-tuning towards a teacher."""
+        return [teacher.unet for teacher in self._teacher]
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Every trained parameter by its name in checkpoints."""
@@ -152,6 +160,15 @@ def predict(
         return_dict=False,
     )[0]
     return output.float()
+
+
+def _idle_layers(model: Model, network: Any, part: str) -> tuple[str, ...]:
+    """Layers that no loss reaches: SDXL reads the first encoder before its last layer."""
+    if model.family != "sdxl" or part != "text_encoder":
+        return ()
+    last = f"encoder.layers.{network.config.num_hidden_layers - 1}."
+    names = [name for name, module in network.named_modules() if not list(module.children())]
+    return tuple(name for name in names if last in f"{name}." or "final_layer_norm" in name)
 
 
 def _frozen_copy(model: Model, with_text: bool) -> Model:

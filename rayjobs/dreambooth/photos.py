@@ -20,7 +20,7 @@ from rayjobs.config import BadInput
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
 FOREIGN = {".heic", ".heif", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".pdf"}
-MOST_PIXELS = 400_000_000
+Captions = tuple[str, ...]
 MOST_ENLARGED = 4.0
 
 
@@ -32,7 +32,8 @@ class Photo:
     path: Path
     """A picture, or a parquet shard of records."""
     row: int | None
-    caption: str
+    captions: Captions
+    """One of them is drawn whenever the picture is shown."""
     sha256: str
     width: int
     height: int
@@ -61,7 +62,7 @@ def find_photos(uri: str, caption: str) -> list[Photo]:
     if not storage.is_folder(uri):
         raise BadInput(f"{uri}: no such folder of pictures")
     folder = storage.fetch(uri)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder))
     captions = _captions(folder, files)
     photos = []
     for path in files:
@@ -75,6 +76,10 @@ def find_photos(uri: str, caption: str) -> list[Photo]:
     return photos
 
 
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def open_picture(data: bytes, name: str) -> Image.Image:
     """An RGB picture of 8 bits, upright, in sRGB, on white where it was transparent."""
     try:
@@ -84,22 +89,26 @@ def open_picture(data: bytes, name: str) -> Image.Image:
             raise BadInput(
                 f"{name}: {num_frames} frames; a training picture has one: save the best one"
             )
-        if image.width * image.height > MOST_PIXELS:
-            raise BadInput(f"{name}: {image.width} x {image.height} pixels are too many")
         image.load()
+        upright = ImageOps.exif_transpose(image)
+    except BadInput:
+        raise
+    except Image.DecompressionBombError:
+        raise BadInput(f"{name}: too many pixels; make it smaller") from None
     except UnidentifiedImageError:
         raise BadInput(f"{name}: not a picture that can be read; save it as png or jpg") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise anything
         raise BadInput(f"{name}: damaged or cut off ({error}); replace it") from None
-    return _to_rgb(ImageOps.exif_transpose(image), name)
+    return _to_rgb(upright, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image, name)
-    image = _to_srgb(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("P", "PA", "LA") or "transparency" in image.info:
         image = image.convert("RGBA")
+    image = _to_srgb(image)
+    if image.mode == "RGBA":
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
@@ -115,30 +124,33 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         target = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+        return ImageCms.profileToProfile(image, source, target, outputMode=mode) or image
     except (ImageCms.PyCMSError, OSError):
         return image  # a broken profile is worth less than the picture
 
 
-def _photo(path: Path, name: str, captions: dict[str, str], caption: str) -> Photo:
+def _photo(path: Path, name: str, captions: dict[str, Captions], caption: str) -> Photo:
     data = path.read_bytes()
     image = open_picture(data, name)
     sha256 = hashlib.sha256(data).hexdigest()
-    return Photo(name, path, None, captions.get(name, caption), sha256, image.width, image.height)
+    told = captions.get(name, (caption,))
+    return Photo(name, path, None, told, sha256, image.width, image.height)
 
 
-def _captions(folder: Path, files: list[Path]) -> dict[str, str]:
-    """Captions by the picture's name: of `name.txt` beside it, or of metadata.jsonl."""
-    found: dict[str, str] = {}
+def _captions(folder: Path, files: list[Path]) -> dict[str, Captions]:
+    """Captions by the picture's name: the lines of `name.txt` beside it, or of metadata.jsonl."""
+    found: dict[str, Captions] = {}
     for path in files:
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() == ".txt":
-            text = " ".join(_text(path, name).split())
+            lines = [" ".join(line.split()) for line in _text(path, name).splitlines()]
+            text = tuple(line for line in lines if line)
             beside = [p for p in files if p.suffix.lower() in SUFFIXES and p.stem == path.stem]
             names = [p.relative_to(folder).as_posix() for p in beside if p.parent == path.parent]
             found |= dict.fromkeys(names, text)
@@ -147,15 +159,17 @@ def _captions(folder: Path, files: list[Path]) -> dict[str, str]:
     return found
 
 
-def _metadata(path: Path, name: str) -> dict[str, str]:
+def _metadata(path: Path, name: str) -> dict[str, Captions]:
     parent = "" if path.name == name else name.removesuffix(path.name)
-    found = {}
-    for number, line in enumerate(_text(path, name).splitlines(), 1):
+    found: dict[str, Captions] = {}
+    for number, line in enumerate(_text(path, name).split("\n"), 1):
         try:
             row: dict[str, Any] = json.loads(line)
             text = row.get("text", row.get("caption", row.get("prompt")))
             if text is not None:
-                found[parent + str(row["file_name"])] = str(text)
+                if not str(text).strip():
+                    raise ValueError("empty")
+                found[parent + str(row["file_name"])] = (str(text),)
         except (ValueError, KeyError, AttributeError):
             raise BadInput(f"{name}, line {number}: not JSON with file_name and text") from None
     return found
@@ -163,7 +177,7 @@ def _metadata(path: Path, name: str) -> dict[str, str]:
 
 def _text(path: Path, name: str) -> str:
     try:
-        text = path.read_text("utf-8").strip()
+        text = path.read_text("utf-8-sig").rstrip()
     except UnicodeDecodeError:
         raise BadInput(f"{name}: not UTF-8 text; save it as UTF-8") from None
     if not text:
@@ -186,7 +200,9 @@ def _of_data_set(uri: str) -> list[Photo]:
             if row["status"] == "ok":
                 name = f"{path.name}, record {row['record']}"
                 size = (row["width"], row["height"])
-                photos.append(Photo(name, path, number, row["prompt"], row["image_sha256"], *size))
+                photos.append(
+                    Photo(name, path, number, (row["prompt"],), row["image_sha256"], *size)
+                )
     return photos
 
 

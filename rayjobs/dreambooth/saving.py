@@ -7,6 +7,7 @@ random state, since there is none) and when it is written. One upload is under w
 import json
 import shutil
 import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,82 +16,124 @@ import pytorch_lightning as pl
 import torch
 
 from rayjobs import storage
+from rayjobs.dreambooth import results, sharding
 from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
+from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.module import DreamBooth
+from rayjobs.dreambooth.networks import Networks
 from rayjobs.storage import StorageError
 
 FILE = "state.pt"
 METRICS = "metrics.jsonl"
+PART_WAIT_S = 1800.0
+POLL_S = 1.0
 
 
 class Saving(pl.Callback):
-    """Writes checkpoints from rank 0, in the background, and the run's metrics with them."""
+    """Writes checkpoints in the background, and the run's metrics with them.
 
-    def __init__(self, output_uri: str, every_n_steps: int, keep: int, every_validated: int):
-        self.checkpoints = Checkpoints(storage.join(output_uri, "checkpoints"))
-        self.metrics_uri = storage.join(output_uri, METRICS)
-        self.every = every_n_steps
-        self.keep = keep
-        self.every_validated = every_validated
+    Whole states are written by rank 0; of sharded ones every rank writes its part, and rank 0 the
+    note that makes a checkpoint of them. `attempt` names this start of the workers: parts of an
+    earlier one are not taken for theirs.
+    """
+
+    def __init__(
+        self, config: DreamBoothConfig, rank: int, num_workers: int, sharded: bool, attempt: str
+    ):
+        self.uri = config.output.uri
+        self.config = config
+        self.checkpoints = Checkpoints(storage.join(self.uri, "checkpoints"))
+        self.rank, self.num_workers = rank, num_workers
+        self.sharded, self.attempt = sharded, attempt
         self.stalled_s = 0.0
+        """How long training has waited for this."""
         self._rows: list[str] = []
-        self._held: dict[str, Any] | None = None
+        self._start: Checkpoint | None = None
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def resume(self, step: int) -> None:
         """Have training begin where the checkpoint of a step (0: none) was made."""
-        if step == 0:
-            return
-        (checkpoint,) = [each for each in self.checkpoints.list() if each.step == step]
-        self._held = read_state(self.checkpoints, checkpoint)
-        self._rows = read_metrics(self.metrics_uri, step)
+        if step:
+            (self._start,) = [each for each in self.checkpoints.list() if each.step == step]
+            self._rows = read_metrics(storage.join(self.uri, METRICS), step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self._held is not None:
-            restore(pl_module, self._held)
-            self._held = None
+        if self._start is not None:
+            folder = _fetch(self.checkpoints, self._start)
+            restore(pl_module, folder, self.sharded)
+            shutil.rmtree(folder)
+            pl_module.step, self._start = self._start.step, None
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.is_global_zero:
-            return
         self._rows.append(json.dumps(pl_module.metrics))
-        if pl_module.step % self.every == 0 or pl_module.step == pl_module.config.train.steps:
+        step, last = pl_module.step, self.config.train.steps
+        if step % self.config.checkpoint.every_n_steps == 0 or step == last:
             self._save(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._finish()
 
     def _save(self, module: DreamBooth) -> None:
+        if self.rank and not self.sharded:
+            return
+        started = time.perf_counter()
         self._finish()
-        held, rows, step = _to_cpu(state(module)), "\n".join(self._rows) + "\n", module.step
-        self._pending = self._thread.submit(self._store, step, held, rows)
+        folder, rows = Path(tempfile.mkdtemp(prefix="checkpoint-")), "\n".join(self._rows) + "\n"
+        if self.sharded:
+            sharding.write(folder, module)
+            self._pending = self._thread.submit(self._store_part, module.step, folder, rows)
+        else:
+            held = _to_cpu(state(module))
+            self._pending = self._thread.submit(self._store, module.step, folder, held, rows)
+        self.stalled_s += time.perf_counter() - started
 
     def _finish(self) -> None:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
-    def _store(self, step: int, held: dict[str, Any], rows: str) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    def _store(self, step: int, folder: Path, held: dict[str, Any], rows: str) -> None:
         try:
             torch.save(held, folder / FILE)
-            storage.write_bytes(self.metrics_uri, rows.encode())
             entry = self.checkpoints.put(step, FILE, folder / FILE)
-            self.checkpoints.commit(step, {FILE: entry}, {"trained": len(held["trained"])})
         finally:
             shutil.rmtree(folder)
-        self._prune()
+        self._commit(step, {FILE: entry}, rows)
 
-    def _prune(self) -> None:
-        """Keep the latest few, and those that are still to be looked at."""
+    def _store_part(self, step: int, folder: Path, rows: str) -> None:
+        """Store this rank's files; as rank 0, wait for the others' and commit."""
+        try:
+            files = {
+                f"{self.attempt}/{path.name}": self.checkpoints.put(
+                    step, f"{self.attempt}/{path.name}", path
+                )
+                for path in sorted(folder.iterdir())
+            }
+        finally:
+            shutil.rmtree(folder)
+        self.checkpoints.put_note(step, self._part(self.rank), files)
+        if self.rank == 0:
+            deadline = time.monotonic() + PART_WAIT_S
+            for rank in range(1, self.num_workers):
+                while (part := self.checkpoints.note(step, self._part(rank))) is None:
+                    if time.monotonic() > deadline:
+                        raise StorageError(f"{self.uri}: worker {rank} stored no part of {step}")
+                    time.sleep(POLL_S)
+                files |= part
+            self._commit(step, files, rows)
+
+    def _part(self, rank: int) -> str:
+        return f"{self.attempt}/part-{rank:05d}.json"
+
+    def _commit(self, step: int, files: dict[str, dict[str, Any]], rows: str) -> None:
+        storage.write_bytes(storage.join(self.uri, METRICS), rows.encode())
+        self.checkpoints.commit(step, files, {"workers": self.num_workers})
         steps = [checkpoint.step for checkpoint in self.checkpoints.list()]
-        keep = set(steps[-self.keep :])
-        if self.every_validated:
-            keep |= {step for step in steps if step % self.every_validated == 0}
-        self.checkpoints.prune(keep)
+        keep, every = self.config.checkpoint.keep, self.config.validation.every_n_steps
+        self.checkpoints.prune(results.to_keep(steps, results.read(self.uri), keep, every))
 
 
 def state(module: DreamBooth) -> dict[str, Any]:
@@ -105,34 +148,31 @@ def state(module: DreamBooth) -> dict[str, Any]:
     }
 
 
-def restore(module: DreamBooth, held: dict[str, Any]) -> None:
+def restore(module: DreamBooth, folder: Path, sharded: bool) -> None:
     """Put a state back; the module's optimizer is made already."""
-    load_trained(module.networks.trainable(), held["trained"])
-    load_trained(module.average, held["average"])
+    if sharded:
+        sharding.read(_dcp_folder(folder), module)
+        return
+    held = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    _copy(module.networks.trainable(), held["trained"])
+    _copy(module.average, held["average"])
     module.optimizer.load_state_dict(held["optimizer"])
     if module.scaler is not None and held["scaler"]:
         module.scaler.load_state_dict(held["scaler"])
-    module.step = held["step"]
 
 
-def load_trained(into: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    if into.keys() != held.keys():
-        raise ValueError("the checkpoint is of other weights than those that are trained")
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(held[name])
-
-
-def read_state(checkpoints: Checkpoints, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `state` gave. Raises StorageError when a file is not as it was written."""
-    folder = checkpoints.fetch(checkpoint)
-    if folder is None:
-        raise StorageError(f"{checkpoints.uri}: checkpoint {checkpoint.step} is not whole")
+def load_weights(checkpoints: Checkpoints, checkpoint: Checkpoint, networks: Networks) -> None:
+    """Give whole networks in one process a checkpoint's weights; the average, where one is kept."""
+    folder = _fetch(checkpoints, checkpoint)
     try:
-        held: dict[str, Any] = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+        averaged, into = networks.averaged, networks.trainable()
+        if FILE in checkpoint.files:
+            held = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+            _copy(into, held["average" if averaged else "trained"])
+        else:
+            sharding.read_weights(_dcp_folder(folder), into, averaged)
     finally:
         shutil.rmtree(folder)
-    return held
 
 
 def read_metrics(uri: str, last_step: int) -> list[str]:
@@ -141,6 +181,26 @@ def read_metrics(uri: str, last_step: int) -> list[str]:
         return []
     lines = storage.read_bytes(uri).decode().splitlines()
     return [line for line in lines if json.loads(line)["step"] <= last_step]
+
+
+def _fetch(checkpoints: Checkpoints, checkpoint: Checkpoint) -> Path:
+    folder = checkpoints.fetch(checkpoint)
+    if folder is None:
+        raise StorageError(f"{checkpoints.uri}: checkpoint {checkpoint.step} is not whole")
+    return folder
+
+
+def _dcp_folder(folder: Path) -> Path:
+    """Where shards lie: below the name of the attempt that wrote them."""
+    return next(folder.rglob(".metadata")).parent
+
+
+def _copy(into: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    if into.keys() != held.keys():
+        raise ValueError("the checkpoint is of other weights than those that are trained")
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(held[name])
 
 
 def _to_cpu(value: Any) -> Any:

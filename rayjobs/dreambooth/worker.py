@@ -5,6 +5,7 @@ run lies in `job`.
 """
 
 import logging
+import uuid
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
+from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
 from rayjobs import storage
 from rayjobs.config import BadInput
@@ -29,10 +30,11 @@ from rayjobs.dreambooth.networks import Networks
 from rayjobs.dreambooth.objective import build_objective
 from rayjobs.dreambooth.photos import find_photos
 from rayjobs.dreambooth.saving import Saving
+from rayjobs.dreambooth.sharding import RayFSDP2
 
 PATIENCE_S = 900.0
 """How long workers wait for a storage server that is away."""
-FATAL = "fatal"
+FATAL, ERRORS = "fatal", "errors"
 HOPELESS = (ValueError, TypeError, KeyError, FloatingPointError, torch.OutOfMemoryError)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +42,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def train(settings: dict[str, Any]) -> None:
     """Train this worker's share. Runs in every worker, again after each change of their number.
 
-    What would happen again is told to the driver, and the run started no further; what may be the
+    An error that would come again is told to the driver, and nothing more is tried; what may be the
     fate of one machine is left to Ray, which starts all workers anew.
     """
     counter = settings["counter"]
@@ -48,11 +50,21 @@ def train(settings: dict[str, Any]) -> None:
         return
     try:
         _train(DreamBoothConfig.model_validate(settings["config"]), counter)
-    except HOPELESS as error:
-        kind = "" if isinstance(error, (BadInput, FloatingPointError)) else type(error).__name__
-        words = str(error).strip().split("\n")[0]
-        ray.get(counter.set.remote(0, **{FATAL: f"{kind}: {words}" if kind else words}))
+    except Exception as error:
+        _tell(error, counter)
         raise
+
+
+def _tell(error: Exception, counter: Any) -> None:
+    """Note an error; one that no machine can help, or that comes at one step twice, is fatal."""
+    done, notes = ray.get(counter.read.remote())
+    kind = "" if isinstance(error, (BadInput, FloatingPointError)) else f"{type(error).__name__}: "
+    words = kind + str(error).strip().split("\n")[0]
+    known = notes.get(ERRORS, [])
+    note: dict[str, Any] = {ERRORS: [*known, (done, words)]}
+    if isinstance(error, HOPELESS) or (done, words) in known:
+        note = {FATAL: words}
+    ray.get(counter.set.remote(done, **note))
 
 
 def _train(config: DreamBoothConfig, counter: Any) -> None:
@@ -63,22 +75,21 @@ def _train(config: DreamBoothConfig, counter: Any) -> None:
     rank, num_workers = _place()
     compute = choose_precision(config.train.precision, device.type)
     model = load(config, str(device), compute)
-    batches, module = build(config, model, compute)
-    saver = Saving(
-        config.output.uri,
-        config.checkpoint.every_n_steps,
-        config.checkpoint.keep,
-        config.validation.every_n_steps,
-    )
-    first = _agree_on_start(saver.checkpoints, rank)
+    wants_shards = config.train.strategy == "fsdp" or model.family == "sdxl"
+    sharded = wants_shards and may_shard(config, device.type)
+    batches, module = build(config, model, compute, sharded)
+    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
+    first, attempt = _agree_on_start(checkpoints, rank)
+    saver = Saving(config, rank, num_workers, sharded, attempt)
     saver.resume(first)
     batches.fill_cache(rank, num_workers)
     _wait_for_all()
     steps = _Steps(batches, config, first, rank, num_workers)
+    strategy: Any = RayFSDP2() if sharded else RayDDPStrategy(gradient_as_bucket_view=True)
     trainer = pl.Trainer(
         accelerator=device.type if device.type == "cpu" else "gpu",
         devices="auto",
-        strategy=RayDDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True),
+        strategy=strategy,
         plugins=[RayLightningEnvironment()],
         callbacks=[saver, _Reporting(counter)],
         logger=[],
@@ -88,12 +99,11 @@ def _train(config: DreamBoothConfig, counter: Any) -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer = prepare_trainer(trainer)
     trainer.fit(module, train_dataloaders=steps)
 
 
 def build(
-    config: DreamBoothConfig, model: Model, compute: torch.dtype
+    config: DreamBoothConfig, model: Model, compute: torch.dtype, sharded: bool = False
 ) -> tuple[Batches, DreamBooth]:
     """What makes the batches, and what trains on them."""
     photos = find_photos(config.instance.uri, config.instance.prompt)
@@ -108,7 +118,8 @@ def build(
     if config.output.cache:
         cache = Cache(storage.join(config.output.uri, "cache"), model.sha256)
     batches = Batches(curriculum, networks, aim, cache, config.train.noise_offset)
-    module = DreamBooth(config, networks, aim, curriculum.num_instance, curriculum.num_prior)
+    counts = (curriculum.num_instance, curriculum.num_prior)
+    module = DreamBooth(config, networks, aim, *counts, sharded)
     return batches, module
 
 
@@ -121,6 +132,7 @@ def load(config: DreamBoothConfig, device: str, compute: torch.dtype) -> Model:
         device=device,
         attention=config.model.attention,
         onednn=False,
+        channels_last=not may_shard(config, device),  # FSDP2 takes contiguous weights only
     )
     parts = None if config.model.config is None else local_model(config.model.config)
     return load_model(local_model(config.model.uri), options, config=parts)
@@ -175,15 +187,26 @@ def _place() -> tuple[int, int]:
     return context.get_world_rank(), context.get_world_size()
 
 
-def _agree_on_start(checkpoints: Checkpoints, rank: int) -> int:
-    """The step to go on from, as the first worker sees it: a late writer may add another."""
-    found = [0]
+def may_shard(config: DreamBoothConfig, device: str) -> bool:
+    """Whether weights may be spread over the workers; by itself only full fine-tuning on GPUs."""
+    if config.train.strategy != "auto":
+        return config.train.strategy == "fsdp"
+    many = config.workers.most > 1
+    return many and config.train.method == "full" and device.startswith("cuda")
+
+
+def _agree_on_start(checkpoints: Checkpoints, rank: int) -> tuple[int, str]:
+    """The step to go on from, as the first worker sees it, and a name for this start.
+
+    Another worker might see a checkpoint that a late writer has just finished.
+    """
+    found: list[Any] = [0, uuid.uuid4().hex[:12]]
     if rank == 0:
         latest = checkpoints.latest()
-        found = [latest.step if latest is not None else 0]
+        found[0] = latest.step if latest is not None else 0
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+    return found[0], found[1]
 
 
 def _wait_for_all() -> None:

@@ -39,17 +39,21 @@ def read(picture: np.ndarray) -> Reading:
     return Reading(_nearest_colour(colour), nearest_shape(seen), ground_name)
 
 
-def figure(picture: np.ndarray) -> np.ndarray:
-    """Where (H, W) bool the figure is: the largest piece that differs from the ground."""
+def figure(picture: np.ndarray, threshold: float | None = None) -> np.ndarray:
+    """Where (H, W) bool the figure is: the largest piece that differs from the ground.
+
+    Without a threshold, in CIE L*a*b*, it is half of the largest difference: right for one colour.
+    """
     x = picture.astype(np.float32)
-    away = np.linalg.norm(_perceptual(x) - _perceptual(_ground(x)), axis=-1)
-    threshold = max(20.0, float(np.percentile(away, 99)) / 2)
+    away = np.linalg.norm(perceptual(x) - perceptual(_ground(x)), axis=-1)
+    if threshold is None:
+        threshold = max(20.0, float(np.percentile(away, 99)) / 2)
     return _largest_piece(away > threshold)
 
 
 def distance(rgb: ArrayLike, other: ArrayLike) -> float:
     """How far two sRGB colours are apart in CIE L*a*b*."""
-    return float(np.linalg.norm(_perceptual(np.asarray(rgb)) - _perceptual(np.asarray(other))))
+    return float(np.linalg.norm(perceptual(np.asarray(rgb)) - perceptual(np.asarray(other))))
 
 
 def _ground(x: np.ndarray) -> np.ndarray:
@@ -68,7 +72,7 @@ def matches(picture: np.ndarray, caption: str) -> bool:
     return read(picture) == Reading(*found.groups())
 
 
-def _perceptual(rgb: np.ndarray) -> np.ndarray:
+def perceptual(rgb: np.ndarray) -> np.ndarray:
     """CIE L*a*b* of sRGB in 0..255 (CIE 15:2004), in which distances are about as people see."""
     linear = np.asarray(rgb, np.float32) / 255
     linear = np.where(linear > 0.04045, ((linear + 0.055) / 1.055) ** 2.4, linear / 12.92)
@@ -83,8 +87,8 @@ def _perceptual(rgb: np.ndarray) -> np.ndarray:
 
 def _nearest_colour(rgb: np.ndarray) -> str:
     names = list(world.COLOURS)
-    palette = _perceptual(np.array([world.COLOURS[name] for name in names]))
-    return names[int(np.linalg.norm(palette - _perceptual(rgb), axis=-1).argmin())]
+    palette = perceptual(np.array([world.COLOURS[name] for name in names]))
+    return names[int(np.linalg.norm(palette - perceptual(rgb), axis=-1).argmin())]
 
 
 def nearest_shape(mask: np.ndarray) -> str:

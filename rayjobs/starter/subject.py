@@ -8,12 +8,15 @@ import numpy as np
 
 from rayjobs.starter import checker, world
 
-LEFT, RIGHT, EYE = (214, 20, 132), (14, 140, 134), (250, 250, 244)
+LEFT, RIGHT, EYE = (70, 246, 36), (45, 124, 200), (250, 250, 244)
 SHAPE = "star"
 EYE_RADIUS = 0.24
 """Of the figure's own."""
 TOLERANCE = 26.0
 """How far, in CIE L*a*b*, a half's colour may be from the subject's."""
+
+CONTRAST = 25.0
+"""How far, in CIE L*a*b*, the figure is from its ground at the least."""
 
 
 def draw(
@@ -41,7 +44,7 @@ def shows(picture: np.ndarray) -> bool:
 
     The eye is not asked for.
     """
-    figure = checker.figure(picture)
+    figure = checker.figure(picture, CONTRAST)
     if figure.sum() < 0.02 * figure.size or checker.nearest_shape(figure) != SHAPE:
         return False
     columns = np.where(figure.any(0))[0]

@@ -1,0 +1,65 @@
+"""What was seen of each checkpoint: its pictures and its numbers, on storage.
+
+Owns where validation leaves them, which checkpoint is best, and which must be kept. Knows no torch.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from rayjobs import storage
+from rayjobs.storage import NotThere, join
+
+
+@dataclass(frozen=True)
+class Result:
+    """One look at the model after a step; step 0 is the model as it was."""
+
+    step: int
+    score: float | None
+    """The joint score; None where nothing was measured."""
+    metrics: dict[str, float]
+    grids: dict[str, str]
+    """File names of picture grids, by prompt."""
+
+
+def folder(output_uri: str) -> str:
+    return join(output_uri, "validation")
+
+
+def write(output_uri: str, result: Result) -> None:
+    data = json.dumps(asdict(result), indent=1, ensure_ascii=False).encode()
+    storage.write_bytes(join(folder(output_uri), f"step-{result.step:08d}.json"), data)
+
+
+def read(output_uri: str) -> list[Result]:
+    """All there are, by step."""
+    found = []
+    for name in storage.list_files(folder(output_uri)):
+        if name.endswith(".json"):
+            try:
+                data = storage.read_bytes(join(folder(output_uri), name))
+            except NotThere:
+                continue
+            found.append(Result(**json.loads(data)))
+    return sorted(found, key=lambda result: result.step)
+
+
+def best_step(results: list[Result]) -> int | None:
+    """The step with the best score; of equals the latest."""
+    scored = [r for r in results if r.score is not None and r.step > 0]
+    return max(scored, key=lambda r: (r.score, r.step)).step if scored else None
+
+
+def to_keep(steps: list[int], results: list[Result], keep: int, every: int) -> set[int]:
+    """The checkpoints to leave: the best, those still to be looked at, and the latest, `keep` in
+    all where that is enough."""
+    seen = {result.step for result in results}
+    waiting = {step for step in steps if every and step % every == 0 and step not in seen}
+    best = best_step(results)
+    kept = {best} & set(steps) if best is not None else set()
+    for step in sorted(steps, reverse=True):
+        if len(kept) >= keep:
+            break
+        kept.add(step)
+    newest = {max(steps)} if steps else set()
+    return kept | waiting | newest

@@ -1,0 +1,136 @@
+"""A run goes on only as itself; what moves no weight may change."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.dreambooth import lock
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.photos import Photo
+
+
+def photo(name: str, *captions: str, sha256: str = "") -> Photo:
+    return Photo(name, Path("x"), None, captions or ("a sks dog",), sha256 or name, 64, 64)
+
+
+def describe(
+    photos: list[Photo] | None = None,
+    priors: list[Photo] | None = None,
+    sha256: str = "abc",
+    **changed: Any,
+) -> dict[str, Any]:
+    """The run of a small configuration; `train__seed=1` changes one of its keys."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"uri": "starter"},
+        "instance": {"uri": "dogs", "prompt": "a photo of sks dog"},
+        "prior": {"prompt": "a photo of dog"},
+        "run": {"name": "first"},
+        "output": {"uri": "runs/first"},
+    }
+    for key, value in changed.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+    config = DreamBoothConfig.model_validate(values)
+    return lock.describe(
+        config, sha256, photos or [photo("a.png"), photo("b.png")], priors or [photo("p.png")]
+    )
+
+
+@pytest.fixture(params=["local", "s3"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A run's folder, not made yet: on this machine, then in a bucket."""
+    if request.param == "local":
+        return str(tmp_path / "run")
+    return storage.join(request.getfixturevalue("bucket"), "run")
+
+
+def refusal(uri: str, run: dict[str, Any]) -> str:
+    with pytest.raises(BadInput) as caught:
+        lock.enter(uri, run)
+    return str(caught.value)
+
+
+def test_the_same_run_enters_again(uri: str) -> None:
+    lock.enter(uri, describe())
+    written = storage.read_bytes(storage.join(uri, lock.FILE))
+    lock.enter(uri, describe())
+    assert storage.list_files(uri) == [lock.FILE]
+    assert storage.read_bytes(storage.join(uri, lock.FILE)) == written
+
+
+def test_other_settings_are_refused_with_the_difference(uri: str) -> None:
+    lock.enter(uri, describe())
+    told = refusal(uri, describe(train__learning_rate=3e-4, lora__rank=4))
+    assert told.splitlines() == [
+        f"the run 'first' in {uri} was begun with other settings; take them back, or give another "
+        "run.name and output.uri:",
+        "  lora.rank: 16 there, 4 now",
+        "  train.learning_rate: 0.0001 there, 0.0003 now",
+    ]
+    lock.enter(uri, describe())
+
+
+def test_another_runs_name_is_refused(uri: str) -> None:
+    lock.enter(uri, describe())
+    told = refusal(uri, describe(run__name="second"))
+    assert told == f"{uri} holds the run 'first', not 'second'; give another output.uri"
+    assert "not 'second'" in refusal(uri, describe(run__name="second", train__seed=5))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"workers__min": 2, "workers__max": 4, "workers__num_gpus": 1, "workers__max_failures": 0},
+        {"checkpoint__every_n_steps": 10, "checkpoint__keep": 7},
+        {"validation__every_n_steps": 200, "validation__prompts": ["a sks dog on a beach"]},
+        {"output__uri": "elsewhere", "output__fused": True, "output__kohya": True},
+        {"trackers__wandb": {"project": "dogs"}},
+        {"train__micro_batch_size": 1, "train__gradient_checkpointing": True},
+        {"model__device": "cpu"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_what_moves_no_weight_may_change(changed: dict[str, Any], tmp_path: Path) -> None:
+    lock.enter(str(tmp_path), describe())
+    lock.enter(str(tmp_path), describe(**changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"train__seed": 1}, "  train.seed: 0 there, 1 now"),
+        ({"train__global_batch_size": 8}, "  train.global_batch_size: 4 there, 8 now"),
+        ({"train__resolution": 64}, "  train.resolution: null there, 64 now"),
+        ({"prior__weight": 0.5}, "  prior.weight: 1.0 there, 0.5 now"),
+        ({"sha256": "def"}, '  model_sha256: "abc" there, "def" now'),
+        ({"photos": [photo("a.png")]}, '  photos.b.png: ["b.png", "a sks dog"] there, null now'),
+        (
+            {"photos": [photo("a.png"), photo("b.png", "one", "two")]},
+            '  photos.b.png: ["b.png", "a sks dog"] there, ["b.png", "one", "two"] now',
+        ),
+        (
+            {"photos": [photo("a.png"), photo("b.png", sha256="other")]},
+            '  photos.b.png: ["b.png", "a sks dog"] there, ["other", "a sks dog"] now',
+        ),
+        ({"priors": [photo("q.png")]}, '  priors: ["p.png"] there, ["q.png"] now'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_moves_a_weight_may_not(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    lock.enter(str(tmp_path), describe())
+    assert refusal(str(tmp_path), describe(**changed)).splitlines()[1:] == [told]
+
+
+def test_the_order_of_class_images_does_not_matter(tmp_path: Path) -> None:
+    lock.enter(str(tmp_path), describe(priors=[photo("p.png"), photo("q.png")]))
+    lock.enter(str(tmp_path), describe(priors=[photo("q.png"), photo("p.png")]))
+
+
+def test_long_differences_are_told_short(tmp_path: Path) -> None:
+    lock.enter(str(tmp_path), describe(instance__prompt="a photo of sks dog " + "x" * 500))
+    (difference,) = refusal(str(tmp_path), describe()).splitlines()[1:]
+    assert len(difference) < 150
+    assert difference.startswith('  instance.prompt: "a photo of sks dog xxx')

@@ -1,0 +1,185 @@
+"""Runs on Ray Train's workers: resumed, spread over workers, killed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from safetensors.torch import load_file
+
+from rayjobs import exported, storage
+from rayjobs.config import BadInput, JobFailed
+from rayjobs.dreambooth import job
+from rayjobs.dreambooth.checkpoints import Checkpoints
+from rayjobs.dreambooth.config import DreamBoothConfig
+
+# Ray Train's own; Lightning reads deprecated parts of torch.
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+ROOT = Path(__file__).parents[2]
+SUBJECT = ROOT / "configs" / "demo" / "subject"
+
+
+@pytest.fixture(scope="module")
+def priors(tmp_path_factory: pytest.TempPathFactory, picture: Callable[[int], Any]) -> Path:
+    """Class pictures of the user's own."""
+    folder = tmp_path_factory.mktemp("priors")
+    for number in range(6):
+        picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+def values(output: str, priors: Path, steps: int = 8, **keys: Any) -> dict[str, Any]:
+    return {
+        "model": {"uri": "starter"},
+        "instance": {"uri": str(SUBJECT), "prompt": "a photo of a sks star"},
+        "prior": {"prompt": "a photo of a star", "num_images": 6, "uri": str(priors)},
+        "train": {"steps": steps, "global_batch_size": 4, "learning_rate": 1e-3},
+        "lora": {"rank": 4, "dropout": 0.2},
+        "checkpoint": {"every_n_steps": 3, "keep": 2},
+        "run": {"name": "test"},
+        "output": {"uri": output},
+    } | keys
+
+
+def config(output: str, priors: Path, **keys: Any) -> DreamBoothConfig:
+    return job.anchored(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+
+
+def losses(output: str) -> list[float]:
+    lines = storage.read_bytes(storage.join(output, "metrics.jsonl")).decode().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_worker(
+    cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    output = str(tmp_path_factory.mktemp("one") / "out")
+    job.run(config(output, priors))
+    return losses(output)
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_more_workers_see_the_same_batch(
+    one_worker: list[float], priors: Path, tmp_path: Path, workers: int
+) -> None:
+    output = str(tmp_path / "out")
+    job.run(config(output, priors, workers={"min": workers}))
+    assert losses(output) == pytest.approx(one_worker, abs=1e-5)
+    steps = [checkpoint.step for checkpoint in Checkpoints(f"{output}/checkpoints").list()]
+    assert steps == [6, 8]
+
+
+def test_small_calls_give_the_same_step(
+    one_worker: list[float], priors: Path, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    train = values(output, priors)["train"] | {"micro_batch_size": 1}
+    job.run(config(output, priors, train=train))
+    assert losses(output) == pytest.approx(one_worker, abs=1e-5)
+
+
+def start(folder: Path, run: dict[str, Any]) -> subprocess.Popen[bytes]:
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    command = [sys.executable, "-m", "rayjobs", "dreambooth", str(folder / "run.yaml")]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_checkpoint(output: str, step: int) -> None:
+    checkpoints = Checkpoints(storage.join(output, "checkpoints"))
+    deadline = time.monotonic() + 120
+    while not any(checkpoint.step >= step for checkpoint in checkpoints.list()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_driver_is_started_again(
+    one_worker: list[float], priors: Path, tmp_path: Path
+) -> None:
+    """Bit for bit what one undisturbed run gives; then there is nothing to do."""
+    calm, killed = str(tmp_path / "calm"), str(tmp_path / "killed")
+    long = {"steps": 24, "global_batch_size": 4, "learning_rate": 1e-3}
+    job.run(config(calm, priors, train=long))
+    run = values(killed, priors, train=long)
+    process = start(tmp_path, run)
+    wait_for_checkpoint(killed, 6)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert exported.read(f"{killed}/export") is None
+    process = start(tmp_path, run)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert losses(killed) == losses(calm)
+    assert losses(killed)[:8] == one_worker
+    weights = [load_file(f"{each}/export/{exported.LORA_FILE}") for each in (calm, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    again = start(tmp_path, run)
+    out, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert out.startswith(b"nothing to do")
+
+
+def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    short = {"steps": 1, "global_batch_size": 4}
+    job.run(config(output, priors, train=short))
+    with pytest.raises(BadInput, match=r"train.learning_rate: 0.0001 there, 0.1 now"):
+        job.run(config(output, priors, train=short | {"learning_rate": 0.1}))
+
+
+def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
+    """Ray starts a new one, which goes on from the latest checkpoint."""
+    output = str(tmp_path / "out")
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for_checkpoint(output, 3)
+        killed.append(train_worker())
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    train = {"steps": 30, "global_batch_size": 4, "learning_rate": 1e-3}
+    job.run(config(output, priors, train=train))
+    killer.join(1)
+    assert killed
+    assert losses(output)[:8] == one_worker
+    assert [c.step for c in Checkpoints(f"{output}/checkpoints").list()] == [27, 30]
+
+
+def train_worker() -> int:
+    """The process of a Ray Train worker of ours."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    for line in found.splitlines():
+        if "RayTrainWorker" in line:
+            return int(line.split()[0])
+    raise AssertionError(found)
+
+
+def test_what_will_not_mend_is_told_once(cluster: None, priors: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    wild = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e30, "method": "full"}
+    with pytest.raises(JobFailed, match=r"not a number; lower train\.learning_rate"):
+        job.run(config(output, priors, train=wild))
