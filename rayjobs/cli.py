@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--retry-failed", action="store_true", help="make failed records again")
     job("prior", _prior, "make class images for DreamBooth: what is missing, good ones only")
     job("dreambooth", _dreambooth, "teach a model a subject from a few photographs")
+    job("evaluate", _evaluate, "measure a tuned model: likeness, preservation, diversity")
     plan = job("plan", _plan, "count what a job would make; nothing is made")
     plan.add_argument("--record", type=int, metavar="K", help="print record K and nothing else")
     plan.add_argument("--rate", type=float, metavar="R", help="images per second of one worker")
@@ -147,6 +148,20 @@ def _dreambooth(options: argparse.Namespace) -> int:
         f"{done.steps:,} steps in {done.seconds:.0f} s ({rate:.2f}/s); the weights are in "
         f"{done.export_uri}; look at {done.report_uri.rstrip('/')}/index.html"
     )
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from rayjobs.config import load_config
+    from rayjobs.dreambooth.evaluate_config import EvaluateConfig
+
+    config = load_config(EvaluateConfig, options.config, options.overrides)
+    from rayjobs import evaluation
+
+    done = evaluation.run(config)
+    for name, value in {**done.metrics, "joint_score": done.score}.items():
+        print(f"{name.replace('_', ' '):18} {value:.3f}")
+    print(f"of {done.num_pictures:,} pictures; they are in {done.output_uri}")
     return DONE
 
 

@@ -21,7 +21,8 @@ class Exported:
     """Weights that a run left, in the folder of this note."""
 
     kind: str
-    """`lora`: pytorch_lora_weights.safetensors, for `base_uri`; `full`: a diffusers folder."""
+    """`lora`: pytorch_lora_weights.safetensors, for `base_uri`; `full`: a diffusers folder;
+    `words`: learned_embeds.safetensors alone."""
     base_uri: str
     base_sha256: str
     family: str

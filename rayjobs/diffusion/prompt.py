@@ -13,6 +13,7 @@ import torch
 
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.words import spoken
 
 WEIGHTED_WORDS = re.compile(r"\([^()]+:\s*\d+(\.\d+)?\)")
 
@@ -80,7 +81,8 @@ class PromptEncoder:
             for tokenizer, encoder in zip(
                 self.model.tokenizers, self.model.text_encoders, strict=True
             ):
-                tokens, whole = _tokenize(tokenizer, [text.text or "" for text in padded])
+                said = [spoken(text.text or "", self.model.words) for text in padded]
+                tokens, whole = _tokenize(tokenizer, said)
                 output = encoder(tokens.to(self.model.device), output_hidden_states=True)
                 states.append(self._pick_state(encoder, output, texts[0].clip_skip))
                 pooled_BD = output[0] if output[0].ndim == 2 else pooled_BD

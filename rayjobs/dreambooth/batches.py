@@ -72,7 +72,7 @@ class Batches:
         # Shared out before anybody looks what is there: others are storing theirs in the meantime.
         for name in self.cache.missing(list(views)[rank::num_workers]):
             self.cache.put(name, self._moments(views[name]))
-        if self.networks.trains_text:
+        if self.networks.runs_text:
             return
         captions: list[str | None] = [None, *self.curriculum.captions()]
         texts = {_text_name(caption): caption for caption in captions}
@@ -109,7 +109,7 @@ class Batches:
             is_prior_B=torch.tensor([row.view.is_prior for row in rows]),
             dropout_keys_B=torch.tensor([row.dropout_key for row in rows]),
             captions=[row.caption for row in rows],
-            text=None if self.networks.trains_text else self._text(rows),
+            text=None if self.networks.runs_text else self._text(rows),
         )
 
     def _latents(self, row: Row) -> torch.Tensor:

@@ -242,6 +242,7 @@ class DreamBoothConfig(Config):
     @model_validator(mode="after")
     def _go_together(self) -> "DreamBoothConfig":
         self._check_prompts()
+        self._check_inversion()
         for name, count in (("min", self.workers.min), ("max", self.workers.most)):
             if self.train.global_batch_size % count:
                 raise ValueError(
@@ -259,6 +260,31 @@ class DreamBoothConfig(Config):
         if self.train.strategy == "fsdp" and self.train.method != "full":
             raise ValueError("train.strategy fsdp is for train.method full; a LoRA is small")
         return self
+
+    @property
+    def word(self) -> str:
+        """The word that means the subject: the identifier, or what textual inversion learns."""
+        if self.inversion.token:
+            return self.inversion.token
+        return identifier(self.instance.prompt, self.prior.prompt or "")
+
+    def _check_inversion(self) -> None:
+        asked = self.inversion
+        if asked.alone and not asked.num_vectors:
+            raise ValueError(
+                "inversion.alone trains learned words only; give inversion.num_vectors"
+            )
+        if not asked.num_vectors:
+            return
+        if self.word not in self.instance.prompt.split():
+            raise ValueError(
+                f"instance.prompt {self.instance.prompt!r} lacks the word to learn, {self.word!r}; "
+                "give one as inversion.token, such as <sks>, and put it into the prompt"
+            )
+        if not asked.initial and not self.prior.prompt:
+            raise ValueError("inversion.initial is missing: a word to start from, such as dog")
+        if self.train.strategy == "fsdp":
+            raise ValueError("inversion.num_vectors is not for train.strategy fsdp; use ddp")
 
     def _check_prompts(self) -> None:
         words = self.instance.prompt.split()

@@ -4,6 +4,7 @@ Owns file names, key names and the note beside them. What is in a checkpoint is 
 """
 
 import dataclasses
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,15 +17,18 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from safetensors.torch import load_file, save_file
 
 from rayjobs import exported, storage
+from rayjobs.diffusion import words
 from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.weights import sha256_of
 from rayjobs.dreambooth import adapters, saving
 from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
-from rayjobs.dreambooth.config import DreamBoothConfig, identifier
+from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.networks import Networks
 from rayjobs.dreambooth.photos import find_photos
 from rayjobs.dreambooth.worker import load
-from rayjobs.exported import LORA_FILE, Exported
+from rayjobs.exported import EMBEDDINGS_FILE, LORA_FILE, Exported
+
+FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
 
 def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, float]) -> None:
@@ -61,7 +65,12 @@ def rebuild(
 
 def save(config: DreamBoothConfig, networks: Networks, folder: Path) -> None:
     """Write what plain diffusers loads, and what else was asked for."""
-    if networks.method == "full":
+    if networks.learned:
+        tensors = words.to_tensors(networks.model, config.word, list(networks.learned))
+        save_file(tensors, folder / EMBEDDINGS_FILE)
+    if networks.alone:
+        pass
+    elif networks.method == "full":
         pipeline(networks.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
     else:
         _save_lora(networks, folder)
@@ -124,10 +133,16 @@ def _classic(part: str, name: str) -> str:
 
 
 def _to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = convert_state_dict_to_kohya(layers)
+    # diffusers' converter reads peft's names, and passes its own file's through half changed.
+    by_peft = {FACTOR.sub(_peft_factor, name): tensor for name, tensor in layers.items()}
+    found: dict[str, torch.Tensor] = convert_state_dict_to_kohya(by_peft)
     for name in [name for name in found if name.endswith("lora_down.weight")]:
         found[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
     return found
+
+
+def _peft_factor(match: re.Match[str]) -> str:
+    return ".lora_A.weight" if match["half"] == "down" else ".lora_B.weight"
 
 
 def _fuse(network: Any) -> None:
@@ -146,12 +161,13 @@ def _fuse(network: Any) -> None:
 def _note(config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, float]) -> Exported:
     photos = find_photos(config.instance.uri, config.instance.prompt)
     return Exported(
-        kind=config.train.method,
+        kind="words" if config.inversion.alone else config.train.method,
+        tokens=(config.word,) if config.inversion.num_vectors else (),
         base_uri=config.model.uri,
         base_sha256=model.sha256,
         family=model.family,
         instance_prompt=config.instance.prompt,
-        identifier=identifier(config.instance.prompt, config.prior.prompt or ""),
+        identifier=config.word,
         step=step,
         seed=config.train.seed,
         files={},

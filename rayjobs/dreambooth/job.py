@@ -16,16 +16,20 @@ import ray.exceptions
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from transformers import AutoTokenizer
 
 from rayjobs import cluster, exported, storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.diffusion.weights import Weights, locate
-from rayjobs.dreambooth import export, lock, report, results, worker
+from rayjobs.dreambooth import export, lock, report, results, trackers, worker
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.photos import check_sizes, find_photos
 from rayjobs.dreambooth.validation import Watch
 from rayjobs.progress import Progress
+
+MOST_TOKENS = 4
+COMMON = 0.8
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ def check(config: DreamBoothConfig) -> None:
     storage.check(config.output.uri, write=True)
     weights = _locate(config)
     photos = find_photos(config.instance.uri, config.instance.prompt)
+    trackers.check(config)
     _warn(_check_identifier(config, weights))
     _warn(check_sizes(photos, config.train.resolution or weights.default_side))
     if weights.is_edm and config.train.min_snr_gamma is not None:
@@ -173,6 +178,17 @@ def _locate(config: DreamBoothConfig) -> Weights:
 
 
 def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
+    """Warnings for an identifier that means something already, or is many tokens."""
+    word, folder = config.word, weights.path / "tokenizer"
+    if config.inversion.num_vectors or not word or not folder.is_dir():
+        return []
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) > MOST_TOKENS:
+        return [f"the identifier {word!r} is {len(ids)} tokens; a rare one of up to 3 binds better"]
+    # CLIP's byte pairs were learned in the order of how common they are.
+    if len(ids) == 1 and ids[0] < COMMON * len(tokenizer):
+        return [f"the identifier {word!r} is a common word, whose meaning would be overwritten"]
     return []
 
 

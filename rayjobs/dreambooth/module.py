@@ -54,7 +54,9 @@ class DreamBooth(pl.LightningModule):
             self._is_sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.optimizer = build_optimizer(self.config.train, self.networks)
+        self.optimizer = build_optimizer(
+            self.config.train, self.networks, self.config.inversion.learning_rate
+        )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._factor = _rate_factor(self.config.train, self.optimizer)
         if self.config.train.ema_decay is not None:
@@ -166,15 +168,21 @@ class DreamBooth(pl.LightningModule):
             logger.log_metrics(shown, step=self.step)
 
 
-def build_optimizer(train: TrainConfig, networks: Networks) -> torch.optim.Optimizer:
-    """One group for the UNet and one for the text encoders, with rates of their own."""
-    unet, text = [], []
+def build_optimizer(
+    train: TrainConfig, networks: Networks, words_rate: float = 0.0
+) -> torch.optim.Optimizer:
+    """Groups for the UNet, the text encoders and learned words, with rates of their own."""
+    unet, text, learned = [], [], []
     for name, parameter in networks.trainable().items():
-        (unet if name.startswith("unet.") else text).append(parameter)
+        kind = name.split(".")[0]
+        {"unet": unet, "text_encoders": text, "learned": learned}[kind].append(parameter)
     text_rate = train.text_encoder_learning_rate or train.learning_rate / 10
-    groups = [{"params": unet, "lr": train.learning_rate}]
-    if text:
-        groups.append({"params": text, "lr": text_rate})
+    groups: list[dict[str, Any]] = [
+        {"params": unet, "lr": train.learning_rate},
+        {"params": text, "lr": text_rate},
+        {"params": learned, "lr": words_rate, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if train.optimizer == "prodigy":
         prodigy: Any = _import("prodigyopt", "train.optimizer prodigy", "prodigyopt")
         return prodigy.Prodigy(

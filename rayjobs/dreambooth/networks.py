@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rayjobs.diffusion import words
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.words import spoken
 from rayjobs.dreambooth import adapters
 from rayjobs.dreambooth.config import DreamBoothConfig
 
@@ -30,15 +32,21 @@ class Networks(torch.nn.Module):
     def __init__(self, model: Model, config: DreamBoothConfig, compute: torch.dtype):
         super().__init__()
         self.method = config.train.method
-        self.trains_text = config.train.text_encoders
+        self.alone = config.inversion.alone
+        asked = config.inversion
+        self.runs_text = config.train.text_encoders or asked.num_vectors > 0
+        """Whether text must be encoded anew at every step."""
         self.averaged = config.train.ema_decay is not None
         self.compute = compute
         self.unet = model.unet
-        self.text_encoders = torch.nn.ModuleList(model.text_encoders if self.trains_text else [])
+        self.learned = torch.nn.ParameterList(_learn_word(model, config))
+        tuned = model.text_encoders if config.train.text_encoders else []
+        self.text_encoders = torch.nn.ModuleList(tuned)
         # Held in lists these are no submodules: neither trained, nor sent around, nor saved.
         self._model = [model]
         full_teacher = self.method == "full" and config.prior.mode == "teacher"
-        self._teacher = [_frozen_copy(model, self.trains_text)] if full_teacher else []
+        copied = full_teacher and not self.alone
+        self._teacher = [_frozen_copy(model, config.train.text_encoders)] if copied else []
         for part, network in self.parts():
             idle = _idle_layers(model, network, part)
             if self.method == "lora":
@@ -47,6 +55,7 @@ class Networks(torch.nn.Module):
                 network.requires_grad_(True)
                 for name in idle:
                     network.get_submodule(name).requires_grad_(False)
+        self.learned.requires_grad_(True)
         if config.train.gradient_checkpointing:
             self._save_memory()
 
@@ -56,6 +65,8 @@ class Networks(torch.nn.Module):
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """What is tuned, by its folder's name in a pipeline."""
+        if self.alone:
+            return
         yield "unet", self.unet
         for number, encoder in enumerate(self.text_encoders):
             yield ("text_encoder" if number == 0 else f"text_encoder_{number + 1}"), encoder
@@ -94,7 +105,7 @@ class Networks(torch.nn.Module):
             if not self._teacher:
                 for _, network in self.parts():
                     stack.enter_context(adapters.disabled(network))
-            known = encode(teacher, captions) if self.trains_text else text
+            known = encode(teacher, captions) if self.runs_text else text
             return predict(teacher, x_BCHW, timesteps_B, known, time_ids_B6)
 
     def _computing(self) -> Any:
@@ -120,7 +131,7 @@ def encode(model: Model, captions: Sequence[str | None]) -> Text:
     sdxl, states, pooled_BP = model.family == "sdxl", [], None
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
         tokens_BL = tokenizer(
-            [caption or "" for caption in captions],
+            [spoken(caption or "", model.words) for caption in captions],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
@@ -160,6 +171,16 @@ def predict(
         return_dict=False,
     )[0]
     return output.float()
+
+
+def _learn_word(model: Model, config: DreamBoothConfig) -> list[torch.nn.Parameter]:
+    """The embeddings of the identifier, where it is learned as a word of its own."""
+    asked = config.inversion
+    if not asked.num_vectors:
+        return []
+    like = asked.initial or str(config.prior.prompt).split()[-1]
+    vectors = words.initial_vectors(model, like, asked.num_vectors)
+    return words.add_word(model, config.word, vectors)
 
 
 def _idle_layers(model: Model, network: Any, part: str) -> tuple[str, ...]:

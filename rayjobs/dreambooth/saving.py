@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from rayjobs import storage
-from rayjobs.dreambooth import results, sharding
+from rayjobs.dreambooth import results, sharding, trackers
 from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.module import DreamBooth
@@ -45,6 +45,8 @@ class Saving(pl.Callback):
         self.checkpoints = Checkpoints(storage.join(self.uri, "checkpoints"))
         self.rank, self.num_workers = rank, num_workers
         self.sharded, self.attempt = sharded, attempt
+        self.logs = Path(tempfile.mkdtemp(prefix="logs-"))
+        """Where trackers write; its files are stored with every checkpoint."""
         self.stalled_s = 0.0
         """How long training has waited for this."""
         self._rows: list[str] = []
@@ -75,6 +77,7 @@ class Saving(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._finish()
+        shutil.rmtree(self.logs, ignore_errors=True)
 
     def _save(self, module: DreamBooth) -> None:
         if self.rank and not self.sharded:
@@ -130,6 +133,7 @@ class Saving(pl.Callback):
 
     def _commit(self, step: int, files: dict[str, dict[str, Any]], rows: str) -> None:
         storage.write_bytes(storage.join(self.uri, METRICS), rows.encode())
+        trackers.store(self.uri, self.logs)
         self.checkpoints.commit(step, files, {"workers": self.num_workers})
         steps = [checkpoint.step for checkpoint in self.checkpoints.list()]
         keep, every = self.config.checkpoint.keep, self.config.validation.every_n_steps

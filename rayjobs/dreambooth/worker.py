@@ -20,6 +20,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.dreambooth import trackers
 from rayjobs.dreambooth.batches import Batch, Batches
 from rayjobs.dreambooth.cache import Cache
 from rayjobs.dreambooth.checkpoints import Checkpoints
@@ -92,7 +93,7 @@ def _train(config: DreamBoothConfig, counter: Any) -> None:
         strategy=strategy,
         plugins=[RayLightningEnvironment()],
         callbacks=[saver, _Reporting(counter)],
-        logger=[],
+        logger=trackers.build(config, saver.logs) if rank == 0 else False,
         max_epochs=1,
         enable_checkpointing=False,
         enable_progress_bar=False,

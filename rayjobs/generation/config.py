@@ -20,6 +20,13 @@ class LoraConfig(Config):
     """How strongly it acts; 1 is as trained."""
 
 
+class WordConfig(Config):
+    uri: str
+    """A safetensors file of learned embeddings (textual inversion) or its folder."""
+    word: str
+    """The word in prompts that they stand for."""
+
+
 class ModelConfig(Config):
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
@@ -43,6 +50,8 @@ class ModelConfig(Config):
     """Decode in tiles, for less memory at large sizes."""
     loras: tuple[LoraConfig, ...] = ()
     """Adapters applied to every image."""
+    words: tuple[WordConfig, ...] = ()
+    """Words that the text encoders are taught."""
 
 
 class PromptsConfig(Config):

@@ -15,6 +15,7 @@ from typing import TypeVar
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion import weights
+from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.formats import check_schema
 from rayjobs.generation.lock import Segment, job_part, record_schema
@@ -43,6 +44,7 @@ def check(config: GenerateConfig, confirmed: bool = False) -> Generator[Draft]:
     Raises BadInput or StorageError naming the key that is to be changed.
     """
     storage.check(config.output.uri, write=True)
+    config = exports.resolve(config)
     loras = [lora.uri for lora in config.model.loras]
     scorers = [getattr(config.quality, name) for name in SCORES]
     for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers):
@@ -66,7 +68,7 @@ def check(config: GenerateConfig, confirmed: bool = False) -> Generator[Draft]:
             num_prompts=num_prompts,
             init_sha256=weights.sha256_of(names) if names.exists() else None,
             model_name=_model_name(config.model.uri),
-            model_sha256=model.sha256,
+            model_sha256=named("model.words", lambda: exports.identity(model.sha256, config.model)),
             loras_sha256=loras_sha256,
             scorers_sha256=scorers_sha256,
             guided=_is_guided(config, rows),

@@ -14,7 +14,7 @@ import numpy as np
 
 from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
-from rayjobs.generation import card, determinism, duplicates, report
+from rayjobs.generation import card, determinism, duplicates, exports, report
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.draft import check
 from rayjobs.generation.lock import Lock, Segment, open_spec, record_schema
@@ -210,9 +210,9 @@ def _finish(
 
 def anywhere(config: GenerateConfig) -> GenerateConfig:
     """The job as a worker in any working directory can read it: with absolute local paths."""
-    values = config.model_dump()
+    values = exports.resolve(config).model_dump()
     places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
-    places += [(lora, "uri") for lora in values["model"]["loras"]]
+    places += [(part, "uri") for key in ("loras", "words") for part in values["model"][key]]
     if Path(config.model.uri).exists():
         places.append((values["model"], "uri"))
     for part, key in places:

@@ -20,8 +20,8 @@ from rayjobs.records import ENGINE_VERSION, SCORES, canonical_json, schema
 
 FREE = ("workers",)
 """Parts of a configuration that change how a job runs, but not what it makes."""
-PLACES = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri", "model.loras")
-PLACES += ("quality.clip", "quality.aesthetic", "quality.safety")
+PLACES = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
+PLACES += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
 """Where things lie: they may move, since the lock holds hashes of what they are."""
 
 

@@ -19,7 +19,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import EDM, resolve
-from rayjobs.generation import quality
+from rayjobs.generation import exports, quality
 from rayjobs.generation.config import GenerateConfig, ModelConfig, QualityConfig
 from rayjobs.generation.decoder import Decoder
 from rayjobs.generation.picture import encode_picture, parameters_text
@@ -232,7 +232,7 @@ def load(config: ModelConfig) -> Model:
         vae_tiling=config.vae_tiling,
     )
     parts = None if config.config is None else local_model(config.config)
-    return load_model(local_model(config.uri), options, config=parts)
+    return exports.teach(load_model(local_model(config.uri), options, config=parts), config)
 
 
 def load_scorer(config: QualityConfig, model: Model) -> Any:
