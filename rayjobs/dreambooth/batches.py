@@ -20,6 +20,9 @@ from rayjobs.dreambooth.networks import Networks, Text
 from rayjobs.dreambooth.objective import Objective
 
 
+MOST_TEXTS = 64
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows that share a forward pass. float32 on the CPU until `to`."""
@@ -63,6 +66,8 @@ class Batches:
         self.objective = objective
         self.cache = cache
         self.noise_offset = noise_offset
+        self._said: dict[str | None, Tensors] = {}
+        """Texts encoded without a cache."""
 
     def fill_cache(self, rank: int, num_workers: int) -> None:
         """Encode this worker's share of what no cache has yet."""
@@ -82,12 +87,18 @@ class Batches:
     def steps(
         self, first: int, last: int, rank: int, num_workers: int, most: int | None
     ) -> Iterator[list[Batch]]:
-        """The batches of steps first .. last - 1, each made while the one before is trained on."""
+        """The batches of steps first .. last - 1, each made while the one before is trained on.
+
+        Not so on a CPU: two pools of OpenMP threads on the same cores cost more than that hides.
+        """
 
         def make(step: int) -> list[Batch]:
             rows = self.curriculum.rows(step, rank, num_workers)
             return [self.batch(part) for part in micro_batches(rows, most)]
 
+        if self.networks.model.device == "cpu":
+            yield from map(make, range(first, last))
+            return
         with ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(make, first)
             for step in range(first, last):
@@ -143,13 +154,17 @@ class Batches:
             found["pooled"] = text.pooled_BP[0]
         return {name: tensor.float().cpu() for name, tensor in found.items()}
 
+    def _known_states(self, caption: str | None) -> Tensors:
+        if self.cache is not None:
+            return self.cache.get(_text_name(caption))
+        if caption not in self._said:
+            if len(self._said) == MOST_TEXTS:
+                self._said.clear()
+            self._said[caption] = self._states(caption)
+        return self._said[caption]
+
     def _text(self, rows: list[Row]) -> Text:
-        found = [
-            self._states(row.caption)
-            if self.cache is None
-            else self.cache.get(_text_name(row.caption))
-            for row in rows
-        ]
+        found = [self._known_states(row.caption) for row in rows]
         pooled = [each["pooled"] for each in found if "pooled" in each]
         states_BLD = torch.stack([each["states"] for each in found])
         return Text(states_BLD, torch.stack(pooled) if pooled else None)

@@ -59,9 +59,9 @@ class DreamBooth(pl.LightningModule):
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._factor = _rate_factor(self.config.train, self.optimizer)
+        self._trained = self.networks.trainable()
         if self.config.train.ema_decay is not None:
-            trained = self.networks.trainable()
-            self.average = {name: p.detach().clone() for name, p in trained.items()}
+            self.average = {name: p.detach().clone() for name, p in self._trained.items()}
         return self.optimizer
 
     def on_train_start(self) -> None:
@@ -85,8 +85,9 @@ class DreamBooth(pl.LightningModule):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """The rows' part of the subject's loss and of the prior's, weighted, (2,) float32."""
-        for _, network in self.networks.parts():
-            adapters.count_dropout(network, batch.dropout_keys_B)
+        if self.config.lora.dropout:
+            for _, network in self.networks.parts():
+                adapters.count_dropout(network, batch.dropout_keys_B)
         text = batch.text or self.networks.encode(batch.captions)
         x_BCHW, timesteps_B = self.aim.inputs(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
         target_BCHW = self.aim.target(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
@@ -129,7 +130,7 @@ class DreamBooth(pl.LightningModule):
         factor = self._factor(self.step)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        trained = self.networks.trainable()
+        trained = self._trained
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), train.max_grad_norm)

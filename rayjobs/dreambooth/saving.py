@@ -76,7 +76,9 @@ class Saving(pl.Callback):
             self._save(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        started = time.perf_counter()
         self._finish()
+        self.stalled_s += time.perf_counter() - started
         shutil.rmtree(self.logs, ignore_errors=True)
 
     def _save(self, module: DreamBooth) -> None:

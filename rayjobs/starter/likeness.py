@@ -28,11 +28,12 @@ def prompt_likeness(picture: np.ndarray, prompt: str) -> float:
     Words that this world does not know, such as an identifier, say nothing; with one the figure's
     colour is the subject's own affair. A prompt that says nothing is right.
     """
-    seen = checker.read(picture)
+    seen, mask = checker.read(picture), checker.figure(picture, CONTRAST)
+    shape = checker.nearest_shape(mask) if mask.any() else ""
     figure, _, ground = prompt.partition(" on ")
     words = re.findall(r"\w+", figure)
     known = set(world.COLOURS) | set(world.SHAPES)
-    checks = [seen.shape == word for word in words if word in world.SHAPES]
+    checks = [shape == word for word in words if word in world.SHAPES]
     checks += [seen.colour == word for word in words if word in world.COLOURS]
     checks += [seen.ground == word for word in re.findall(r"\w+", ground) if word in known]
     return sum(checks) / len(checks) if checks else 1.0

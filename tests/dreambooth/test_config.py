@@ -1,0 +1,103 @@
+"""Mistakes in a run's settings: each told by its key, with the way out, before any work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rayjobs.cli import main
+from rayjobs.config import BadInput, load_config
+from rayjobs.dreambooth import job
+from rayjobs.dreambooth.config import DreamBoothConfig, identifier
+
+CONFIG = "configs/demo/dreambooth.yaml"
+
+MISTAKES = [
+    (["train.global_batch_size=3"], "workers.min=2 workers cannot share evenly"),
+    (["workers.min=1", "workers.max=3"], "workers.max=3 workers cannot share evenly"),
+    (["workers.max=1"], "workers.max is 1, less than workers.min, 2"),
+    (["train.steps=0"], "train.steps is 0"),
+    (["train.learning_rate=-1"], "train.learning_rate is -1"),
+    (["train.resolution=100"], "multiple of 8, such as 96"),
+    (["train.method=dora"], "train.method is 'dora'"),
+    (["train.warmup_steps=900"], "train.warmup_steps is 900, but there are"),
+    (["train.typo=1"], "train.typo: unknown key"),
+    (["lora.rank=0"], "lora.rank is 0"),
+    (["lora.dropout=1"], "lora.dropout is 1"),
+    (["prior.prompt="], "prior.prompt is missing: the class"),
+    (["prior.prompt=a photo of a dog"], "lacks the class word 'dog'"),
+    (["instance.prompt=a photo of a star"], "no word that prior.prompt lacks"),
+    (["instance.prompt="], "instance.prompt"),
+    (["validation.every_n_steps=150"], "a multiple of checkpoint.every_n_steps, 100"),
+    (["validation.prompts=['']"], "has an empty prompt"),
+    (["checkpoint.keep=0"], "checkpoint.keep is 0"),
+    (["run.name=a/b"], "run.name is 'a/b'"),
+    (["train.strategy=fsdp", "train.method=lora"], "train.strategy fsdp is for train.method full"),
+    (["train.strategy=fsdp", "train.precision=fp16"], "fp16 has no loss scaling under fsdp"),
+    (["inversion.alone=true"], "give inversion.num_vectors"),
+    (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "told"), MISTAKES)
+def test_a_mistake_in_the_settings(
+    overrides: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert main(["dreambooth", CONFIG, f"output.uri={output}", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+    assert not output.exists()
+
+
+def config(folder: Path, *overrides: str) -> DreamBoothConfig:
+    return job.anchored(
+        load_config(DreamBoothConfig, CONFIG, [f"output.uri={folder}/out", *overrides])
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.uri=absent"], "model.uri: model 'absent'"),
+        (["instance.uri=absent"], "absent: no such folder of pictures"),
+        (["trackers.wandb={}"], "trackers.wandb needs the package wandb"),
+        (["model.uri={edm}", "train.min_snr_gamma=5"], "not defined for an EDM model"),
+    ],
+)
+def test_a_mistake_seen_only_by_looking(
+    overrides: list[str], told: str, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    filled = [text.replace("{edm}", str(folders["playground"])) for text in overrides]
+    with pytest.raises(BadInput, match=told):
+        job.check(config(tmp_path, *filled))
+
+
+def test_a_picture_that_is_far_too_small(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (12, 12)).save(tmp_path / "photos" / "tiny.png")
+    with pytest.raises(BadInput, match=r"tiny\.png: 12 x 12 pixels are far too few"):
+        job.check(config(tmp_path, f"instance.uri={tmp_path}/photos"))
+
+
+def test_an_identifier_that_means_something(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.check(config(tmp_path, "instance.prompt=a photo of a sks star"))
+    assert capsys.readouterr().err == ""
+    job.check(config(tmp_path, "instance.prompt=a photo of a incomprehensible star"))
+    assert "'incomprehensible' is 13 tokens" in capsys.readouterr().err
+
+
+def test_the_identifier_is_what_the_class_lacks() -> None:
+    assert identifier("a photo of sks dog", "a photo of a dog") == "sks"
+    assert identifier("a photo of a dog", "a photo of dog") == ""
+    assert identifier("my olis backpack", "a backpack") == "olis"
+
+
+def test_every_default_is_shown(tmp_path: Path) -> None:
+    values: dict[str, Any] = config(tmp_path).model_dump()
+    assert values["train"]["adam_beta2"] == 0.999
+    assert DreamBoothConfig.model_validate(values) == config(tmp_path)
