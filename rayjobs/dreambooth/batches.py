@@ -19,7 +19,6 @@ from rayjobs.dreambooth.curriculum import Curriculum, Row, View, micro_batches
 from rayjobs.dreambooth.networks import Networks, Text
 from rayjobs.dreambooth.objective import Objective
 
-
 MOST_TEXTS = 64
 
 

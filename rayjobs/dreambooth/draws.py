@@ -6,6 +6,7 @@ the keys and the streams; uses no global generator.
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 
@@ -33,9 +34,10 @@ def normal(shape: tuple[int, ...], *names: int | str) -> torch.Tensor:
     return torch.randn(shape, generator=generator(*names))
 
 
-def permutation(size: int, *names: int | str) -> list[int]:
+@lru_cache(maxsize=8)
+def permutation(size: int, *names: int | str) -> tuple[int, ...]:
     """The numbers below `size`, shuffled."""
-    return torch.randperm(size, generator=generator(*names)).tolist()
+    return tuple(torch.randperm(size, generator=generator(*names)).tolist())
 
 
 def keep_mask(keys_B: torch.Tensor, num: int, drop: float) -> torch.Tensor:

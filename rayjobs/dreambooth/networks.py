@@ -159,7 +159,7 @@ def predict(
 
     The size conditioning stays float32 until it is sinusoids: bf16 cannot hold 1023.
     """
-    dtype = model.unet.dtype
+    dtype = model.dtype  # not the UNet's property, which walks over all its modules
     added: dict[str, Any] | None = None
     if model.family == "sdxl" and text.pooled_BP is not None:
         added = {"text_embeds": text.pooled_BP.to(dtype), "time_ids": time_ids_B6}

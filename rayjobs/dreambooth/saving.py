@@ -86,6 +86,7 @@ class Saving(pl.Callback):
             return
         started = time.perf_counter()
         self._finish()
+        trackers.flush(module.loggers)
         folder, rows = Path(tempfile.mkdtemp(prefix="checkpoint-")), "\n".join(self._rows) + "\n"
         if self.sharded:
             sharding.write(folder, module)

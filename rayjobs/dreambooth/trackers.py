@@ -37,6 +37,13 @@ def build(config: DreamBoothConfig, folder: Path) -> list[Any]:
     return found
 
 
+def flush(found: list[Any]) -> None:
+    """Have what was logged written to files, where a tracker has files."""
+    for logger in found:
+        if isinstance(logger, loggers.TensorBoardLogger):
+            logger.experiment.flush()
+
+
 def store(output_uri: str, folder: Path) -> None:
     """Copy the events written so far to the run's folder."""
     for path in sorted(folder.rglob("events.out.*")):

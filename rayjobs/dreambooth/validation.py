@@ -4,6 +4,7 @@ Owns what is drawn, and the watch that has each checkpoint looked at once. The p
 the engine, in a task of their own.
 """
 
+import contextlib
 import io
 import threading
 from typing import Any
@@ -54,9 +55,10 @@ class Watch:
 
     def _follow(self) -> None:
         while not self._stop.wait(POLL_S):
-            step = self._due()
-            if step is not None:
-                self._validate(step)
+            with contextlib.suppress(storage.StorageError):  # a server that is away comes back
+                step = self._due()
+                if step is not None:
+                    self._validate(step)
 
     def _due(self) -> int | None:
         """The next step to look at: before training, then every due checkpoint."""

@@ -210,7 +210,8 @@ def _finish(
 
 def anywhere(config: GenerateConfig) -> GenerateConfig:
     """The job as a worker in any working directory can read it: with absolute local paths."""
-    values = exports.resolve(config).model_dump()
+    config = exports.resolve(config)
+    values = config.model_dump()
     places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
     places += [(part, "uri") for key in ("loras", "words") for part in values["model"][key]]
     if Path(config.model.uri).exists():

@@ -8,7 +8,7 @@ import numpy as np
 
 from rayjobs.starter import checker, world
 
-LEFT, RIGHT, EYE = (70, 246, 36), (122, 122, 128), (250, 250, 244)
+LEFT, RIGHT, EYE = (70, 246, 36), (45, 124, 200), (250, 250, 244)
 SHAPE = "star"
 EYE_RADIUS = 0.24
 """Of the figure's own."""

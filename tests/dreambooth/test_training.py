@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from rayjobs import exported, storage
 from rayjobs.config import BadInput, JobFailed
-from rayjobs.dreambooth import job
+from rayjobs.dreambooth import job, results
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 
@@ -183,3 +184,38 @@ def test_what_will_not_mend_is_told_once(cluster: None, priors: Path, tmp_path: 
     wild = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e30, "method": "full"}
     with pytest.raises(JobFailed, match=r"not a number; lower train\.learning_rate"):
         job.run(config(output, priors, train=wild))
+
+
+def test_pictures_metrics_and_the_page(cluster: None, priors: Path, tmp_path: Path) -> None:
+    """Checkpoints are looked at beside training; the best one is exported, and all is shown."""
+    output = str(tmp_path / "out")
+    look = {
+        "every_n_steps": 2,
+        "prompts": ["a sks star on a red background"],
+        "num_images": 2,
+        "steps": 2,
+        "encoders": {"subject": "starter", "prompt": "starter"},
+    }
+    run = config(
+        output,
+        priors,
+        train={"steps": 6, "global_batch_size": 2, "learning_rate": 1e-3},
+        checkpoint={"every_n_steps": 2, "keep": 1},
+        validation=look,
+    )
+    job.run(run)
+    seen = results.read(output)
+    assert [result.step for result in seen] == [0, 2, 4, 6]
+    note = exported.read(f"{output}/export")
+    assert note is not None
+    assert note.step == results.best_step(seen)
+    assert note.metrics == next(r.metrics for r in seen if r.step == note.step)
+    kept = [checkpoint.step for checkpoint in Checkpoints(f"{output}/checkpoints").list()]
+    assert kept == sorted({note.step, 6})
+    page = Path(output, "index.html").read_text()
+    shown = re.findall(r'src="(validation/[^"]+)"', page)
+    assert len(shown) == 8
+    assert all(Path(output, name).stat().st_size > 1000 for name in shown)
+    assert "a sks star on a red background" in page
+    (events,) = Path(output, "logs").iterdir()
+    assert b"train/loss" in events.read_bytes()
