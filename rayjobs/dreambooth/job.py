@@ -81,7 +81,7 @@ def run(config: DreamBoothConfig) -> Summary:
     started = time.monotonic()
     _enter(config)
     checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
-    first = max((each.step for each in checkpoints.list()), default=0)
+    first = config.train.steps if is_finished(config) else _steps_made(config, checkpoints)
     left = config.train.steps - first
     if not is_finished(config):
         with cluster.session(num_cpus(config)):
@@ -94,6 +94,15 @@ def run(config: DreamBoothConfig) -> Summary:
     report.write(config)
     seconds = time.monotonic() - started
     return Summary(left, seconds, export_uri(config), config.output.uri)
+
+
+def _steps_made(config: DreamBoothConfig, checkpoints: Checkpoints) -> int:
+    """How far training is. The last checkpoint, which no worker reads, must be whole to count."""
+    latest = max((each.step for each in checkpoints.list()), default=0)
+    if latest < config.train.steps:
+        return latest
+    whole = checkpoints.latest()
+    return whole.step if whole is not None else 0
 
 
 def export_uri(config: DreamBoothConfig) -> str:
