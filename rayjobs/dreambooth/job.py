@@ -6,6 +6,7 @@ run.lock.json, checkpoints/ and export/.
 
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,12 +151,31 @@ def _train(config: DreamBoothConfig, first: int) -> None:
             ),
         )
         try:
-            trainer.fit()
+            _fit(trainer)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             raise cluster.told(error) from None
         notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
         if worker.FATAL in notes:
             raise JobFailed(notes[worker.FATAL])
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    """`trainer.fit()` in a thread: in the main one Ray takes Ctrl-C for itself and exits with 0."""
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def _scaling(workers: WorkersConfig) -> ScalingConfig:

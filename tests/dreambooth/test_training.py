@@ -142,6 +142,19 @@ def test_a_killed_driver_is_started_again(
     assert out.startswith(b"nothing to do")
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption(priors: Path, tmp_path: Path, sign: signal.Signals) -> None:
+    output = str(tmp_path / "out")
+    long = {"steps": 500, "global_batch_size": 4}
+    process = start(tmp_path, values(output, priors, train=long))
+    wait_for_checkpoint(output, 3)
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert b"continues where this stopped" in said
+    assert b"Traceback" not in said
+
+
 def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     short = {"steps": 1, "global_batch_size": 4}
