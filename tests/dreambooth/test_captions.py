@@ -1,0 +1,169 @@
+"""Folders and data sets of photographs: which files count, and what their captions are."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.dreambooth.photos import find_photos
+
+SKS = "a photo of sks dog"
+STORED_AS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    6: Image.Transpose.ROTATE_90,
+    8: Image.Transpose.ROTATE_270,
+}
+"""How the pixels of an upright picture lie in a file of each orientation."""
+
+
+def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def wide(picture: Callable[[int], Image.Image], number: int = 0) -> Image.Image:
+    return picture(number).crop((0, 0, 60, 40))
+
+
+def test_a_photo_knows_its_bytes(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
+    data = encode(wide(picture))
+    (tmp_path / "b.png").write_bytes(data)
+    picture(1).save(tmp_path / "a.png")
+    first, second = find_photos(str(tmp_path), SKS)
+    assert (first.name, second.name) == ("a.png", "b.png")
+    assert second.sha256 == hashlib.sha256(data).hexdigest()
+    assert second.read() == data
+    assert second.open().tobytes() == wide(picture).tobytes()
+
+
+def test_captions_lie_beside_pictures(
+    picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("cat.png", "dog.jpg", "owl.png", "inner/dog.png"):
+        picture(0).save(tmp_path / name)
+    (tmp_path / "dog.txt").write_text("a sks dog\n  on a   beach\n\n")
+    (tmp_path / "owl.txt").write_bytes("\ufeffun été\r\n".encode())
+    photos = find_photos(str(tmp_path), SKS)
+    assert {photo.name: photo.captions for photo in photos} == {
+        "cat.png": (SKS,),
+        "dog.jpg": ("a sks dog", "on a beach"),
+        "owl.png": ("un été",),
+        "inner/dog.png": (SKS,),
+    }
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "prompt"])
+def test_captions_of_metadata(
+    key: str, picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    (tmp_path / "inner").mkdir()
+    for name in ("a.png", "b.png", "inner/a.png", "inner/c.png"):
+        picture(0).save(tmp_path / name)
+    rows = [{"file_name": "a.png", key: "one\u2028line"}, {"file_name": "inner/c.png", key: "c"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(["\ufeff" + lines[0], lines[1]]).encode())
+    inner = json.dumps({"file_name": "a.png", key: "inner a"})
+    (tmp_path / "inner" / "metadata.jsonl").write_text(inner + "\n")
+    photos = find_photos(str(tmp_path), SKS)
+    assert {photo.name: photo.captions for photo in photos} == {
+        "a.png": ("one\u2028line",),
+        "b.png": (SKS,),
+        "inner/a.png": ("inner a",),
+        "inner/c.png": ("c",),
+    }
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '"a"', '{"text": "x"}', '{"file_name": "a.png", "text": " "}']
+)
+def test_a_bad_line_of_metadata_is_told_by_number(
+    line: str, picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    picture(0).save(tmp_path / "a.png")
+    good = '{"file_name": "a.png", "text": "x"}'
+    (tmp_path / "metadata.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(BadInput, match=r"^metadata\.jsonl, line 2: not JSON with"):
+        find_photos(str(tmp_path), SKS)
+
+
+@pytest.mark.parametrize(("data", "told"), [(b" \n", "empty"), (b"\xe9t\xe9", "not UTF-8")])
+def test_an_unusable_caption_is_refused(
+    data: bytes, told: str, picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    picture(0).save(tmp_path / "dog.png")
+    (tmp_path / "dog.txt").write_bytes(data)
+    with pytest.raises(BadInput, match=rf"^dog\.txt: {told}"):
+        find_photos(str(tmp_path), SKS)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("none here")
+    with pytest.raises(BadInput, match="no pictures in it"):
+        find_photos(str(tmp_path), SKS)
+    with pytest.raises(BadInput, match="no such folder of pictures"):
+        find_photos(str(tmp_path / "none"), SKS)
+
+
+def test_the_good_records_of_a_data_set_are_pictures(
+    picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    images = [encode(picture(number)) for number in range(6)]
+    rows = [
+        {
+            "record": 10 + number,
+            "prompt": f"dog {number}",
+            "status": "failed" if number == 1 else "ok",
+            "image": {"bytes": data, "path": None},
+            "image_sha256": hashlib.sha256(data).hexdigest(),
+            "width": 64,
+            "height": 64,
+        }
+        for number, data in enumerate(images)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "spec.lock.json").write_text("{}")
+    with pytest.raises(BadInput, match="no parquet shards"):
+        find_photos(str(tmp_path), SKS)
+    shard = tmp_path / "data" / "shard-00000000.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), shard, row_group_size=2)
+    photos = find_photos(str(tmp_path), SKS)
+    assert [photo.captions for photo in photos] == [(f"dog {n}",) for n in (0, 2, 3, 4, 5)]
+    assert photos[-1].name == "shard-00000000.parquet, record 15"
+    for photo in photos:
+        assert hashlib.sha256(photo.read()).hexdigest() == photo.sha256
+    assert photos[2].open().tobytes() == picture(3).tobytes()
+
+
+def test_pictures_of_a_bucket(
+    bucket: str,
+    picture: Callable[[int], Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAYJOBS_CACHE", str(tmp_path / "cache"))
+    uri = f"{bucket}/dogs"
+    with pytest.raises(BadInput, match="no such folder of pictures"):
+        find_photos(uri, SKS)
+    data = encode(wide(picture))
+    storage.write_bytes(f"{uri}/a.png", data)
+    storage.write_bytes(f"{uri}/inner/b.png", encode(picture(1)))
+    storage.write_bytes(f"{uri}/inner/b.txt", b"a sks dog, asleep")
+    storage.write_bytes(f"{uri}/.DS_Store", b"stray")
+    first, second = find_photos(uri, SKS)
+    assert (first.name, first.captions) == ("a.png", (SKS,))
+    assert (second.name, second.captions) == ("inner/b.png", ("a sks dog, asleep",))
+    assert first.sha256 == hashlib.sha256(data).hexdigest()
+    assert second.open().tobytes() == picture(1).tobytes()
