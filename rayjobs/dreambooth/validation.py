@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 from PIL import Image
 
