@@ -111,7 +111,9 @@ class LoraBank:
             if match is None:
                 raise ValueError(f"LoRA {file.name} has {key!r}, which is no plain LoRA factor")
             half = "down" if match["factor"] in ("A", "down") else "up"
-            halves.setdefault((match["part"], match["module"]), {})[half] = tensor
+            place = (match["part"], _plain(match["part"], match["module"]))
+            halves.setdefault(place, {})[half] = tensor
+        alphas = {_of_alpha(key): alpha for key, alpha in (alphas or {}).items()}
         if not halves or any(len(pair) != 2 for pair in halves.values()):
             raise ValueError(f"{file} is not a LoRA: it has no pairs of down and up factors")
         return {
@@ -177,16 +179,33 @@ def _grouped_conv(x: torch.Tensor, down: torch.Tensor, module: torch.nn.Conv2d) 
     return h.view(places, rank, *h.shape[2:])
 
 
+def _plain(part: str, name: str) -> str:
+    """A layer's name in the model, for one as diffusers' attention processors once had it."""
+    name = name.replace(".processor.", ".")
+    if not part.startswith("text"):
+        return f"{name}.0" if name.endswith(".to_out") else name
+    return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
+
+
+def _of_alpha(key: str) -> str:
+    """The layer, with its part, that an alpha of diffusers' converter is for."""
+    whole = key.removesuffix(".alpha")
+    match = FACTOR.fullmatch(whole)
+    if match is None:
+        return whole
+    return f"{match['part']}.{_plain(match['part'], match['module'])}"
+
+
 def _strength(
     part: str,
     name: str,
     pair: dict[str, torch.Tensor],
-    alphas: dict[str, Any] | None,
+    alphas: dict[str, Any],
     metadata: dict[str, Any] | None,
 ) -> float:
     """alpha / rank: from the layer's own alpha, else the file's metadata, else 1."""
     rank = pair["down"].shape[0]
-    alpha = (alphas or {}).get(f"{part}.{name}.alpha")
+    alpha = alphas.get(f"{part}.{name}")
     if alpha is None:
         patterns = (metadata or {}).get(f"{part}.alpha_pattern") or {}
         found = [value for key, value in patterns.items() if name.endswith(key)]

@@ -223,6 +223,7 @@ def test_an_exported_adapter(
         pipeline = opened(base)
         pipeline.load_lora_weights(tmp_path, weight_name=name)
         assert differ(draw(pipeline), trained) <= 1e-4, name
+        assert differ(draw_ours(base, tmp_path / name), trained) <= 1e-4, name
     assert differ(draw_ours(base, tmp_path), trained) <= 1e-4
     assert differ(draw(opened(tmp_path / "fused")), trained) <= 1e-4
     assert differ(draw_ours(tmp_path / "fused"), trained) <= 1e-4

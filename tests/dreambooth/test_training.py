@@ -170,7 +170,7 @@ def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: 
 
     def kill() -> None:
         wait_for_checkpoint(output, 3)
-        killed.append(train_worker())
+        killed.append(train_worker(os.getpid()))
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -183,13 +183,17 @@ def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: 
     assert [c.step for c in Checkpoints(f"{output}/checkpoints").list()] == [27, 30]
 
 
-def train_worker() -> int:
-    """The process of a Ray Train worker of ours."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
-    for line in found.splitlines():
-        if "RayTrainWorker" in line:
-            return int(line.split()[0])
-    raise AssertionError(found)
+def train_worker(root: int) -> int:
+    """A Ray Train worker among the processes that `root` started, and those that they started."""
+    asked = ["ps", "-eo", "pid=,ppid=,args="]
+    lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [
+        (int(pid), int(parent), args) for pid, parent, args in (x.split(None, 2) for x in lines)
+    ]
+    family = {root}
+    while more := {pid for pid, parent, _ in rows if parent in family} - family:
+        family |= more
+    return next(pid for pid, _, args in rows if pid in family and "RayTrainWorker" in args)
 
 
 def test_what_will_not_mend_is_told_once(cluster: None, priors: Path, tmp_path: Path) -> None:
