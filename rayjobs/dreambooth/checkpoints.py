@@ -94,12 +94,17 @@ class Checkpoints:
                 return None
         return folder
 
+    def is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Whether all of its files are as they were written."""
+        folder = self.fetch(checkpoint)
+        if folder is not None:
+            shutil.rmtree(folder)
+        return folder is not None
+
     def latest(self) -> Checkpoint | None:
         """The latest one whose files are all as they were written."""
         for checkpoint in reversed(self.list()):
-            folder = self.fetch(checkpoint)
-            if folder is not None:
-                shutil.rmtree(folder)
+            if self.is_whole(checkpoint):
                 return checkpoint
             logging.getLogger("rayjobs").warning("checkpoint %d is not whole", checkpoint.step)
         return None

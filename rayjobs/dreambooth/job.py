@@ -26,6 +26,7 @@ from rayjobs.dreambooth import export, lock, report, results, trackers, worker
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.photos import check_sizes, find_photos
+from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.validation import Watch
 from rayjobs.progress import Progress
 
@@ -113,16 +114,26 @@ def export_uri(config: DreamBoothConfig) -> str:
 def _export(config: DreamBoothConfig, checkpoints: Checkpoints) -> None:
     """Export the best checkpoint, or the last where none was measured; keep what was asked for."""
     seen = results.read(config.output.uri)
-    steps = [checkpoint.step for checkpoint in checkpoints.list()]
-    chosen = results.best_step(seen)
-    chosen = config.train.steps if chosen not in steps or chosen is None else chosen
+    chosen = _choose(config, checkpoints, seen)
     found = next((result.metrics for result in seen if result.step == chosen), {})
     task = ray.remote(export.write).options(num_cpus=config.workers.num_cpus)
     try:
         ray.get(task.remote(config, chosen, export_uri(config), found))
     except ray.exceptions.RayError as error:
         raise cluster.told(error) from None
+    steps = [checkpoint.step for checkpoint in checkpoints.list()]
     checkpoints.prune(results.to_keep(steps, seen, config.checkpoint.keep, 0))
+
+
+def _choose(config: DreamBoothConfig, checkpoints: Checkpoints, seen: list[Result]) -> int:
+    """The step with the best score whose checkpoint is whole, else the last step."""
+    there = {checkpoint.step: checkpoint for checkpoint in checkpoints.list()}
+    left = [result for result in seen if result.step in there]
+    while (best := results.best_step(left)) is not None:
+        if checkpoints.is_whole(there[best]):
+            return best
+        left = [result for result in left if result.step != best]
+    return config.train.steps
 
 
 def _enter(config: DreamBoothConfig) -> None:
