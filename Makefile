@@ -1,6 +1,8 @@
 # `make demo` and `make test` are all that a newcomer needs; each sets the environment up first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait for work sleep: tests run beside each other's processes on few cores.
+test test-all: export OMP_WAIT_POLICY = passive
 
 .PHONY: demo demo-dreambooth test test-all check format bench starter setup clean
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Config(BaseModel):
@@ -18,6 +18,34 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+
+class Workers(Config):
+    """How many workers a job has, and what each of them gets."""
+
+    min: int = Field(default=1, ge=1)
+    """Workers to start with."""
+    max: int | None = Field(default=None, ge=1)
+    """Workers to grow to; without it as many as min."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of a worker; a fraction puts several workers on one."""
+    num_cpus: float = Field(default=1.0, gt=0)
+    """CPUs of a worker; on a CPU also its threads."""
+
+    @property
+    def most(self) -> int:
+        return self.max or self.min
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the workers of another job would be given."""
+        return {name: getattr(self, name) for name in Workers.model_fields}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Workers":
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"workers.max is {self.max}, below workers.min, {self.min}")
+        return self
 
 
 class BadInput(ValueError):

@@ -55,19 +55,14 @@ def _draw(
     config: EvaluateConfig, prompts: list[str], count: int, name: str
 ) -> dict[str, list[Image.Image]]:
     """Pictures by prompt, made by the generation job in a folder of their own."""
-    uri, workers = storage.join(config.output.uri, name), config.workers
+    uri = storage.join(config.output.uri, name)
     values = {
         "model": config.model.model_dump(),
         "prompts": {"inline": prompts},
         "seeds": {"count": count},
         "sampler": {"steps": config.steps, "guidance_scale": config.guidance_scale},
         "output": {"uri": uri, "images_per_shard": 16},
-        "workers": {
-            "min": workers.min,
-            "max": workers.max,
-            "num_cpus": workers.num_cpus,
-            "num_gpus": workers.num_gpus,
-        },
+        "workers": config.workers.shared,
     }
     job.run(GenerateConfig.model_validate(values))
     found: dict[str, list[Image.Image]] = {}

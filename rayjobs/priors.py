@@ -12,7 +12,6 @@ from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.photos import find_photos
 from rayjobs.generation import prior
 from rayjobs.generation.lock import read_lock
-from rayjobs.generation.maker import local_model
 from rayjobs.generation.prior import PriorConfig
 
 
@@ -38,7 +37,7 @@ def ready(config: DreamBoothConfig) -> DreamBoothConfig:
 
 
 def _prior_job(config: DreamBoothConfig, uri: str) -> PriorConfig:
-    asked, workers = config.prior, config.workers
+    asked = config.prior
     side = config.train.resolution
     return PriorConfig.model_validate(
         {
@@ -54,12 +53,7 @@ def _prior_job(config: DreamBoothConfig, uri: str) -> PriorConfig:
             "sampler": {"steps": asked.steps, "guidance_scale": asked.guidance_scale},
             "image": {"width": side, "height": side},
             "output": {"uri": uri, "images_per_shard": 16},
-            "workers": {
-                "min": workers.min,
-                "max": workers.max,
-                "num_cpus": workers.num_cpus,
-                "num_gpus": workers.num_gpus,
-            },
+            "workers": config.workers.shared,
         }
     )
 
@@ -79,7 +73,7 @@ def _check_own(config: DreamBoothConfig, uri: str) -> None:
 
 def _warn_of_other_model(config: DreamBoothConfig, uri: str) -> None:
     made_by = read_lock(uri)
-    sha256 = locate(local_model(config.model.uri)).sha256
+    sha256 = locate(storage.to_local(config.model.uri)).sha256
     if made_by is not None and made_by.segments[0].model_sha256 != sha256:
         print(
             f"warning: the class images in {uri} were made by another model than {config.model.uri}"

@@ -69,6 +69,11 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def to_local(uri: str) -> str:
+    """What a library can load: what is on S3 as a local path, fetched first; all else as it is."""
+    return str(fetch(uri)) if is_remote(uri) else uri
+
+
 def absolute(uri: str) -> str:
     """The same place from any working directory: local paths made absolute, others as they are."""
     return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))

@@ -75,7 +75,7 @@ class Batches:
         views = {f"view-{view.name}": view for view in self.curriculum.views()}
         # Shared out before anybody looks what is there: others are storing theirs in the meantime.
         for name in self.cache.missing(list(views)[rank::num_workers]):
-            self.cache.put(name, self._moments(views[name]))
+            self.cache.put(name, self._moments([views[name]])[0])
         if self.networks.runs_text:
             return
         captions: list[str | None] = [None, *self.curriculum.captions()]
@@ -108,7 +108,7 @@ class Batches:
 
     def batch(self, rows: list[Row]) -> Batch:
         """Tensors of rows whose views have one size."""
-        latents = [self._latents(row) for row in rows]
+        latents = self._latents(rows)
         shape = tuple(latents[0].shape)
         frames = [framing.time_ids(row.view.photo, row.view.frame) for row in rows]
         return Batch(
@@ -122,15 +122,20 @@ class Batches:
             text=None if self.networks.runs_text else self._text(rows),
         )
 
-    def _latents(self, row: Row) -> torch.Tensor:
-        """A row's latents (C, H, W), drawn from the autoencoder's posterior and scaled."""
-        name = f"view-{row.view.name}"
-        moments = self._moments(row.view) if self.cache is None else self.cache.get(name)
-        std = (0.5 * moments["logvar"].clamp(-30, 20)).exp()
-        z_CHW = moments["mean"] + std * row.noise(tuple(std.shape), "posterior")
+    def _latents(self, rows: list[Row]) -> list[torch.Tensor]:
+        """Each row's latents (C, H, W), drawn from the autoencoder's posterior and scaled."""
+        if self.cache is None:
+            found = self._moments([row.view for row in rows])
+        else:
+            found = [self.cache.get(f"view-{row.view.name}") for row in rows]
         model = self.networks.model
         mean, scale = (t[0].float().cpu() for t in model.latents_mean_std)
-        return (z_CHW - mean) * model.vae.config.scaling_factor / scale
+        latents = []
+        for row, moments in zip(rows, found, strict=True):
+            std = (0.5 * moments["logvar"].clamp(-30, 20)).exp()
+            z_CHW = moments["mean"] + std * row.noise(tuple(std.shape), "posterior")
+            latents.append((z_CHW - mean) * model.vae.config.scaling_factor / scale)
+        return latents
 
     def _noise(self, row: Row, shape: tuple[int, ...]) -> torch.Tensor:
         noise_CHW = row.noise(shape, "noise")
@@ -138,12 +143,17 @@ class Batches:
             noise_CHW = noise_CHW + self.noise_offset * row.noise((shape[0], 1, 1), "offset")
         return noise_CHW
 
-    def _moments(self, view: View) -> Tensors:
-        pixels_CHW = framing.to_pixels(view.frame.cut(view.photo.open()))
-        mean, logvar = encode_moments(pixels_CHW[None], self.networks.model)
-        if not bool(mean.isfinite().all() and logvar.isfinite().all()):
-            raise BadInput(f"{view.photo.name}: the autoencoder gives NaN for it in this precision")
-        return {"mean": mean[0].float().cpu(), "logvar": logvar[0].float().cpu()}
+    def _moments(self, views: list[View]) -> list[Tensors]:
+        """What the autoencoder makes of views of one size, all in one call."""
+        pixels = [framing.to_pixels(view.frame.cut(view.photo.open())) for view in views]
+        encoded = encode_moments(torch.stack(pixels), self.networks.model)
+        means, logvars = (each.float().cpu() for each in encoded)
+        for view, mean, logvar in zip(views, means, logvars, strict=True):
+            if not bool(mean.isfinite().all() and logvar.isfinite().all()):
+                name = view.photo.name
+                raise BadInput(f"{name}: the autoencoder gives NaN for it in this precision")
+        pairs = zip(means, logvars, strict=True)
+        return [{"mean": mean, "logvar": logvar} for mean, logvar in pairs]
 
     @torch.no_grad()
     def _states(self, caption: str | None) -> Tensors:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config
+from rayjobs.config import Config, Workers
 
 
 class ModelConfig(Config):
@@ -138,29 +138,13 @@ class InversionConfig(Config):
     """Train nothing but the tokens."""
 
 
-class WorkersConfig(Config):
-    min: int = Field(default=1, ge=1)
-    """Workers to start with; with a larger max as few as the run goes on with."""
-    max: int | None = Field(default=None, ge=1)
-    """As many as are used when the cluster has them; without it min."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs of each worker."""
-    num_cpus: float = Field(default=1, gt=0)
-    """CPUs of each worker; on a CPU also its threads."""
+class WorkersConfig(Workers):
+    """With max above min a run is elastic: it goes on with as few as min."""
+
     max_failures: int = Field(default=8, ge=-1)
     """Deaths of workers until the run gives up; -1: never."""
     resize_interval_s: float = Field(default=60, gt=0)
     """How often an elastic run looks whether the cluster has grown."""
-
-    @property
-    def most(self) -> int:
-        return self.max or self.min
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "WorkersConfig":
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"workers.max is {self.max}, less than workers.min, {self.min}")
-        return self
 
 
 class CheckpointConfig(Config):

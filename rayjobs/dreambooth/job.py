@@ -212,7 +212,7 @@ def num_cpus(config: DreamBoothConfig) -> float:
 
 def _locate(config: DreamBoothConfig) -> Weights:
     try:
-        return locate(worker.local_model(config.model.uri))
+        return locate(storage.to_local(config.model.uri))
     except ValueError as error:
         raise BadInput(f"model.uri: {error}") from None
 

@@ -63,15 +63,25 @@ def measure(
     return found
 
 
-def joint_score(metrics: dict[str, float]) -> float:
+def joint_score(metrics: dict[str, float], before: dict[str, float] | None = None) -> float:
     """One number to choose a checkpoint by, 0..1: the geometric mean of what is wanted.
 
     Subject likeness alone grows as a model overfits; then prompt likeness falls and preservation
-    (the class's likeness to the subject) rises, so that the product falls.
+    (the class's likeness to the subject) rises, so that the product falls. With the numbers of the
+    model `before` training: the share of the way to the subject that is gone, and the shares of the
+    rest that are kept. Without that, a class that looks like the subject from the start would make
+    every step of learning look like a loss.
     """
-    parts = [metrics[name] for name in ("subject_likeness", "prompt_likeness") if name in metrics]
+    start = before or {}
+    parts = []
+    if "subject_likeness" in metrics:
+        at_first = min(start.get("subject_likeness", 0.0), 0.99)
+        parts.append((metrics["subject_likeness"] - at_first) / (1 - at_first))
+    if "prompt_likeness" in metrics:
+        parts.append(metrics["prompt_likeness"] / max(start.get("prompt_likeness", 1.0), 0.01))
     if "preservation" in metrics:
-        parts.append(1 - metrics["preservation"])
+        room = max(1 - start.get("preservation", 0.0), 0.01)
+        parts.append((1 - metrics["preservation"]) / room)
     return float(np.prod(np.clip(parts, 0, 1)) ** (1 / len(parts))) if parts else 0.0
 
 
@@ -160,7 +170,7 @@ def _load_prompt(uri: str, device: str) -> PromptEncoder:
 
 
 def _loaded(name: str, uri: str, kind: Any) -> Any:
-    local = str(storage.fetch(uri)) if storage.is_remote(uri) else uri
+    local = storage.to_local(uri)
     weights = {"use_safetensors": True} if hasattr(kind, "forward") else {}
     try:
         return kind.from_pretrained(local, **weights)

@@ -93,7 +93,8 @@ def validate(config: DreamBoothConfig, step: int) -> None:
         storage.write_bytes(storage.join(results.folder(config.output.uri), name), grid(pictures))
         grids[prompt] = name
     found = measure(config, made, of_class, model.device)
-    score = metrics.joint_score(found) if found else None
+    before = next((r.metrics for r in results.read(config.output.uri) if r.step == 0), None)
+    score = metrics.joint_score(found, before or found) if found else None
     results.write(config.output.uri, Result(step, score, found, grids))
 
 

@@ -135,13 +135,8 @@ def load(config: DreamBoothConfig, device: str, compute: torch.dtype) -> Model:
         onednn=False,
         channels_last=not may_shard(config, device),  # FSDP2 takes contiguous weights only
     )
-    parts = None if config.model.config is None else local_model(config.model.config)
-    return load_model(local_model(config.model.uri), options, config=parts)
-
-
-def local_model(uri: str) -> str:
-    """What `load_model` takes: storage URIs as local paths, names and hub ids as they are."""
-    return str(storage.fetch(uri)) if storage.is_remote(uri) else uri
+    parts = None if config.model.config is None else storage.to_local(config.model.config)
+    return load_model(storage.to_local(config.model.uri), options, config=parts)
 
 
 def choose_precision(name: str, device: str) -> torch.dtype:

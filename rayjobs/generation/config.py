@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config
+from rayjobs.config import Config, Workers
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.generation.texts import Texts, check_places
 
@@ -266,23 +266,9 @@ class EngineConfig(Config):
     """Let workers of another determinism class go on with a data set; their shards are marked."""
 
 
-class WorkersConfig(Config):
-    min: int = Field(default=1, ge=1)
-    """Workers to start with."""
-    max: int | None = Field(default=None, ge=1)
-    """Workers to grow to; without it as many as min."""
-    num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of a worker; a fraction puts several workers on one."""
-    num_cpus: float = Field(default=1.0, gt=0)
-    """CPUs of a worker, and its number of threads."""
+class WorkersConfig(Workers):
     attempts: int = Field(default=3, ge=1, le=100)
     """Deaths of a worker at a shard before its rows are made one by one to find the guilty one."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "WorkersConfig":
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"workers.max is {self.max}, below workers.min, {self.min}")
-        return self
 
 
 class QualityConfig(Config):

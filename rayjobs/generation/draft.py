@@ -102,7 +102,7 @@ def _model_name(uri: str) -> str:
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
     uri = config.model.uri
-    local = named("model.uri", lambda: str(storage.fetch(uri)) if storage.is_remote(uri) else uri)
+    local = named("model.uri", lambda: storage.to_local(uri))
     model = named("model.uri", lambda: weights.locate(local))
     from rayjobs.diffusion.sampler import resolve
 
@@ -131,7 +131,7 @@ def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
         uri = getattr(config.quality, name)
         if uri is None:
             continue
-        path = Path(storage.fetch(uri)) if storage.is_remote(uri) else Path(uri)
+        path = Path(storage.to_local(uri))
         if not path.exists() and (path.is_absolute() or uri.startswith(".")):
             raise BadInput(f"quality.{name}: {uri} does not exist")
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -231,8 +231,8 @@ def load(config: ModelConfig) -> Model:
         vae_slicing=config.vae_slicing,
         vae_tiling=config.vae_tiling,
     )
-    parts = None if config.config is None else local_model(config.config)
-    return exports.teach(load_model(local_model(config.uri), options, config=parts), config)
+    parts = None if config.config is None else storage.to_local(config.config)
+    return exports.teach(load_model(storage.to_local(config.uri), options, config=parts), config)
 
 
 def load_scorer(config: QualityConfig, model: Model) -> Any:
@@ -242,10 +242,5 @@ def load_scorer(config: QualityConfig, model: Model) -> Any:
         return None
     from rayjobs.generation.scores import Scorer
 
-    local = {name: None if uri is None else local_model(uri) for name, uri in uris.items()}
+    local = {name: None if uri is None else storage.to_local(uri) for name, uri in uris.items()}
     return Scorer(**local, device=str(model.device), dtype=model.dtype)
-
-
-def local_model(uri: str) -> str:
-    """What `load_model` takes: storage URIs as local paths, names and hub ids as they are."""
-    return str(storage.fetch(uri)) if storage.is_remote(uri) else uri

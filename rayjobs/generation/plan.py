@@ -137,7 +137,7 @@ def _opened(config: GenerateConfig) -> Generator[Spec]:
 def _plan(spec: Spec, rate: float | None, price: float | None) -> Plan:
     config = spec.config
     pixels, assumptions = _pixels(spec)
-    workers = min(config.workers.max or config.workers.min, spec.num_shards)
+    workers = min(config.workers.most, spec.num_shards)
     device_hours = wall_hours = None
     if rate is not None:
         device_hours = spec.num_records / rate / HOUR_S * (config.workers.num_gpus or 1)

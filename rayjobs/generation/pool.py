@@ -69,7 +69,7 @@ def make(
 ) -> Iterator[Entry]:
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
-    most = min(workers.max or workers.min, len(shards))
+    most = min(workers.most, len(shards))
     with Progress(num_images, "images") as progress:
         rows = blocks(shards, most).map_batches(
             RayShardWorker,
@@ -109,7 +109,7 @@ def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
 def session(config: GenerateConfig) -> Generator[None]:
     """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
     workers = config.workers
-    with cluster.session((workers.max or workers.min) * workers.num_cpus):
+    with cluster.session(workers.most * workers.num_cpus):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.verbose_progress = False

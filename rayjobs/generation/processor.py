@@ -93,9 +93,7 @@ def build_processor(
         dataset = dataset.map_batches(
             ImageStep,
             fn_constructor_args=(config.model_dump(mode="json"),),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=workers.min, max_size=workers.max or workers.min
-            ),
+            compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.most),
             batch_size=config.rows_per_batch,
             batch_format="pyarrow",
             num_cpus=workers.num_cpus,

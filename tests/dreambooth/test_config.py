@@ -16,7 +16,7 @@ CONFIG = "configs/demo/dreambooth.yaml"
 MISTAKES = [
     (["train.global_batch_size=3"], "workers.min=2 workers cannot share evenly"),
     (["workers.min=1", "workers.max=3"], "workers.max=3 workers cannot share evenly"),
-    (["workers.max=1"], "workers.max is 1, less than workers.min, 2"),
+    (["workers.max=1"], "workers.max is 1, below workers.min, 2"),
     (["train.steps=0"], "train.steps is 0"),
     (["train.learning_rate=-1"], "train.learning_rate is -1"),
     (["train.resolution=100"], "multiple of 8, such as 96"),

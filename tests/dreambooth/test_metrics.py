@@ -52,6 +52,16 @@ def test_an_overfitted_model_scores_less() -> None:
     assert metrics.joint_score(good) > metrics.joint_score(overfitted)
 
 
+def test_learning_counts_from_where_the_model_was() -> None:
+    before = {"subject_likeness": 0.67, "prompt_likeness": 0.94, "preservation": 0.65}
+    half_learned = {"subject_likeness": 0.75, "prompt_likeness": 0.95, "preservation": 0.67}
+    learned = {"subject_likeness": 0.9, "prompt_likeness": 0.94, "preservation": 0.74}
+    forgotten = {"subject_likeness": 0.95, "prompt_likeness": 0.6, "preservation": 0.95}
+    assert metrics.joint_score(before, before) == 0
+    scores = [metrics.joint_score(found, before) for found in (learned, half_learned, forgotten)]
+    assert scores == sorted(scores, reverse=True)
+
+
 def test_a_vision_transformer_by_uri(tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = ViTConfig(
