@@ -33,14 +33,15 @@ GROUNDS = ("green", "purple", "orange", "pink", "cyan", "red")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, help="else the demo's")
+    parser.add_argument("overrides", nargs="*", help="of the demo's keys, as in train.steps=500")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--pairs", type=int, default=400, help="class pictures before and after")
     parser.add_argument("--subjects", type=int, default=50, help="pictures of the subject")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = {"before": look("starter", args.pairs, args.subjects)}
-        for mode in MODES:
-            rows[mode] = look(train(mode, folder, args.steps), args.pairs, args.subjects)
+        for mode in args.modes:
+            rows[mode] = look(train(mode, folder, args.overrides), args.pairs, args.subjects)
     print(f"{'prior':10}" + "".join(f"{name:>20}" for name in rows["before"]))
     for name, row in rows.items():
         print(f"{name:10}" + "".join(f"{value:20.3f}" for value in row.values()))
@@ -48,12 +49,11 @@ def main() -> None:
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def train(mode: str, folder: str, steps: int | None) -> str:
+def train(mode: str, folder: str, changes: list[str]) -> str:
     """Train with one kind of prior preservation; return the exported model's folder."""
     overrides = [f"output.uri={folder}/{mode}", f"prior.mode={mode}", f"run.name={mode}"]
     overrides += [f"prior.uri={folder}/prior", "validation.every_n_steps=0"]
-    overrides += [f"train.steps={steps}"] if steps else []
-    config = job.anchored(load_config(DreamBoothConfig, CONFIG, overrides))
+    config = job.anchored(load_config(DreamBoothConfig, CONFIG, overrides + changes))
     job.check(config)
     with cluster.session(job.num_cpus(config)):
         return job.run(priors.ready(config)).export_uri

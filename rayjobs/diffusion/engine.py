@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
 import torch
+from PIL.Image import Image
 
 from rayjobs.diffusion.batcher import Batcher
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.places import Places
+from rayjobs.diffusion.preview import Previewer
 from rayjobs.diffusion.prompt import PromptEncoder
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
@@ -26,7 +28,8 @@ class Engine:
     With `fixed_shape` every UNet call has `places` rows (by default two for each request, for
     guidance), every text-encoder call `max_rows` and every autoencoder call one: short calls are
     padded and a request's bits do not depend on its neighbours. Without it calls are as large as
-    needed, which saves the padding and promises a tolerance only.
+    needed, which saves the padding and promises a tolerance only. A `batcher` of one's own decides
+    who goes into the next call.
     """
 
     def __init__(
@@ -37,16 +40,20 @@ class Engine:
         places: int | None = None,
         fixed_shape: bool = True,
         prompt_cache: int = 512,
+        batcher: Batcher[Row] | None = None,
     ):
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model = model
         self.loras = LoraBank(model)
-        self.prompts = PromptEncoder(model, self.loras, max_rows, prompt_cache)
+        self.prompts = PromptEncoder(
+            model, self.loras, max_rows, prompt_cache, fixed_shape=fixed_shape
+        )
         self.rows: dict[int, Row] = {}
-        self._batcher: Batcher[Row] = Batcher(max_rows)
+        self._batcher = batcher or Batcher(max_rows)
         self._places = Places(model, self.loras, places or 2 * max_rows, fixed_shape)
         self._side = Side(model)
+        self._previewer = Previewer(model)
         self._failed: list[Result] = []
         self._ids = count()
         self.keep_pixels = False
@@ -83,6 +90,17 @@ class Engine:
         if row is not None:
             self._batcher.discard(row)
         return row is not None
+
+    def progress(self, row_id: int) -> tuple[int, int]:
+        """UNet calls made for a request and those it takes in all; KeyError when it is not here."""
+        sampler = self.rows[row_id].sampler
+        return sampler.position, len(sampler.timesteps)
+
+    @torch.no_grad()
+    def preview(self, row_id: int) -> Image | None:
+        """What a request's picture looks like by now, one pixel for each latent; None before its
+        first step. KeyError when it is not here."""
+        return self._previewer.draw(self.rows[row_id])
 
     @torch.no_grad()
     def step(self) -> list[Result]:

@@ -36,12 +36,24 @@ class Embedding:
 
 
 class PromptEncoder:
-    """Encodes texts in batches of one fixed shape, and remembers the last `cache_size` of them."""
+    """Encodes texts in batches of at most `batch`, and remembers the last `cache_size` of them.
 
-    def __init__(self, model: Model, loras: LoraBank, batch: int, cache_size: int = 1024):
+    With `fixed_shape` smaller batches are padded.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loras: LoraBank,
+        batch: int,
+        cache_size: int = 1024,
+        *,
+        fixed_shape: bool = True,
+    ):
         self.model = model
         self.loras = loras
         self.batch = batch
+        self.fixed_shape = fixed_shape
         self.cache_size = cache_size
         self._cache: OrderedDict[Text, Embedding] = OrderedDict()
 
@@ -75,7 +87,8 @@ class PromptEncoder:
                 yield group[first : first + self.batch]
 
     def _encode(self, texts: list[Text]) -> list[Embedding]:
-        padded = texts + [texts[-1]] * (self.batch - len(texts))
+        padding = self.batch - len(texts) if self.fixed_shape else 0
+        padded = texts + [texts[-1]] * padding
         states, pooled_BD, kept = [], None, []
         with self.loras.applied([text.loras for text in padded]):
             for tokenizer, encoder in zip(

@@ -39,7 +39,10 @@ class Request:
     `guidance_scale` above 1 costs a second place in every UNet call; without one the family's usual
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
-    image-to-image; `strength` in (0, 1] says how much of the schedule it goes through.
+    image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a `mask`
+    (of the same kinds; white is made anew, black stays) each step's latents are blended with the init
+    image's, noised alike, as diffusers' inpainting pipelines do for UNets of four channels;
+    `keep_unmasked` then puts the init image's own pixels back where the mask is black.
     `negative_prompt` None and "" differ for SDXL models, as in diffusers.
     """
 
@@ -56,6 +59,8 @@ class Request:
     height: int | None = None
     init_image: Image | bytes | str | None = None
     strength: float = 0.5
+    mask: Image | bytes | str | None = None
+    keep_unmasked: bool = False
     loras: tuple[Lora, ...] = ()
 
     def check(self) -> None:
@@ -76,6 +81,8 @@ class Request:
                 raise ValueError(f"{name} is {value}; it must be a number of at least 0")
         if self.clip_skip is not None and self.clip_skip < 0:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
+        if self.mask is not None and self.init_image is None:
+            raise ValueError("a mask needs an init_image, of which it says what is made anew")
         if self.init_image is not None:
             check_strength(self.strength, self.steps)
 

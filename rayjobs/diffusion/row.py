@@ -4,18 +4,27 @@ Owns the request's texts, sampler, generator and latents. Knows nothing of the o
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 
 from rayjobs.diffusion.init_image import open_image
+from rayjobs.diffusion.inpainting import Inpainting
 from rayjobs.diffusion.latents import draw_noise, encode_image, fitted
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.prompt import Embedding, Text
 from rayjobs.diffusion.request import Request, Result, check_side
 from rayjobs.diffusion.sampler import Sampler
+
+
+class Seen(NamedTuple):
+    """A step: what the UNet saw (1, C, H, W), the guided prediction for it, and the timestep."""
+
+    input_1CHW: torch.Tensor
+    noise_1CHW: torch.Tensor
+    timestep: torch.Tensor
 
 
 @dataclass(eq=False)
@@ -35,8 +44,11 @@ class Row:
     loras: LoraUse
     size_ids: list[float]
     init_1CHW: torch.Tensor | None = None
+    inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
     embeddings: list[Embedding] | None = field(default=None)
+    seen: Seen | None = None
+    """The last step, for a preview."""
 
     @property
     def is_ready(self) -> bool:
@@ -54,20 +66,33 @@ class Row:
     def scaled_latents(self) -> torch.Tensor:
         """What the UNet sees of this row at this step."""
         assert self.latents is not None
-        return self.sampler.scale_input(self.latents)
+        self._shown = self.sampler.scale_input(self.latents)
+        return self._shown
 
     def encode_init(self, model: Model) -> None:
         """First latents from the init image, drawing from the generator as diffusers does."""
         assert self.init_1CHW is not None
         init_1CHW = encode_image(self.init_1CHW, self.generator, model)
         noise_1CHW = draw_noise(self.generator, self.shape, model)
-        self.latents = self.sampler.start_from(init_1CHW, noise_1CHW)
         self.init_1CHW = None
+        if self.inpainting is None:
+            self.latents = self.sampler.noised(init_1CHW, noise_1CHW)
+            return
+        self.inpainting.known_1CHW, self.inpainting.noise_1CHW = init_1CHW, noise_1CHW
+        if self.request.strength == 1:
+            self.latents = self.sampler.start(noise_1CHW)
+        else:
+            self.latents = self.sampler.noised(init_1CHW, noise_1CHW)
+        # diffusers encodes the masked image too, which UNets of four channels do not read.
+        draw_noise(self.generator, self.shape, model)
 
     def advance(self, noise_1CHW: torch.Tensor) -> None:
         """One step of this row's own sampler."""
         assert self.latents is not None
+        self.seen = Seen(self._shown, noise_1CHW, self.sampler.timestep)
         self.latents = self.sampler.advance(noise_1CHW, self.latents)
+        if self.inpainting is not None:
+            self.latents = self.inpainting.blend(self.latents, self.sampler)
 
     def result(self, **outcome: Any) -> Result:
         found = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
@@ -109,6 +134,9 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         row.latents = sampler.start(draw_noise(generator, row.shape, model))
     else:
         row.init_1CHW = fitted(image, width, height, model)
+        if request.mask is not None:
+            mask = open_image(request.mask)
+            row.inpainting = Inpainting(mask, row.init_1CHW, request.keep_unmasked, model)
     return row
 
 

@@ -150,9 +150,12 @@ class Sampler:
         """First latents of a text-to-image row."""
         return noise_1CHW * self.scheduler.init_noise_sigma
 
-    def start_from(self, init_1CHW: torch.Tensor, noise_1CHW: torch.Tensor) -> torch.Tensor:
-        """First latents of an image-to-image row: the image's, noised to the first timestep."""
-        return self.scheduler.add_noise(init_1CHW, noise_1CHW, self.timesteps[:1])
+    def noised(self, init_1CHW: torch.Tensor, noise_1CHW: torch.Tensor) -> torch.Tensor:
+        """An image's latents with as much noise as those of a row have that comes to this step."""
+        if self.is_done:
+            return init_1CHW
+        now = self.timesteps[self.position : self.position + 1]
+        return self.scheduler.add_noise(init_1CHW, noise_1CHW, now)
 
     def scale_input(self, x_1CHW: torch.Tensor) -> torch.Tensor:
         """What the UNet sees of the latents at this step."""

@@ -120,4 +120,6 @@ def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
     pixels_CHW = decode_latents(row.latents, model)[0]
     if not torch.isfinite(pixels_CHW).all():
         raise ValueError("the decoded picture is not finite (NaN or infinity)")
+    if row.inpainting is not None:
+        pixels_CHW = row.inpainting.finish(pixels_CHW)
     return pixels_CHW, to_image(pixels_CHW)
