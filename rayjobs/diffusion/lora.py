@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ FACTOR = re.compile(
 )
 
 
+Factors = dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]
+"""A (R, I...) and B (O, R) by part and layer."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file that has been read."""
+
+    path: str
+    file: Path
+    sha256: str
+    factors: Factors
+
+
 class LoraBank:
     """The adapters loaded beside one model; each is held once, however many rows use it."""
 
@@ -34,6 +49,7 @@ class LoraBank:
         self.model = model
         self._paths: dict[str, str] = {}
         self._numbers: dict[str, int] = {"": 0}  # adapter 0 is all zeros: a row without one
+        self._free: list[int] = []
         self._layers: dict[str, _LoraLayer] = {}
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -42,24 +58,44 @@ class LoraBank:
 
         Raises ValueError when the file is missing, is no LoRA, or does not fit the model.
         """
-        if path in self._paths:
-            return self._paths[path]
+        return self._paths[path] if path in self._paths else self.admit(self.read(path))
+
+    def read(self, path: str) -> "Adapter":
+        """The adapter at `path`, not usable yet: touches no layer, so that any thread may do it.
+
+        Raises ValueError when the file is missing or is no LoRA.
+        """
         file = weight_file(Path(path))
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        if sha256 not in self._numbers:
+        return Adapter(path, file, sha256, self._read(file))
+
+    def admit(self, adapter: "Adapter") -> str:
+        """Make an adapter usable, between two steps; return its SHA-256.
+
+        Raises ValueError when it does not fit the model.
+        """
+        if adapter.sha256 not in self._numbers:
             placed = [
-                (self._layer(part, name, file), *factors)
-                for (part, name), factors in self._read(file).items()
+                (self._layer(part, name, adapter.file), *factors)
+                for (part, name), factors in adapter.factors.items()
             ]
             for layer, down, up in placed:  # all of it fits, or nothing of it is kept
-                layer.check(down, up, file)
-            number = len(self._numbers)
+                layer.check(down, up, adapter.file)
+            number = self._free.pop() if self._free else len(self._numbers)
             for layer, down, up in placed:
                 layer.put(number, down, up)
-            self._numbers[sha256] = number
-        self._paths[path] = sha256
-        return sha256
+            self._numbers[adapter.sha256] = number
+        self._paths[adapter.path] = adapter.sha256
+        return adapter.sha256
+
+    def forget(self, sha256: str) -> None:
+        """Give an adapter's place to the next one; no row may be using it."""
+        number = self._numbers.pop(sha256)
+        for layer in self._layers.values():
+            layer.clear(number)
+        self._free.append(number)
+        self._paths = {path: known for path, known in self._paths.items() if known != sha256}
 
     @contextlib.contextmanager
     def applied(self, uses: Sequence[LoraUse]) -> Generator[None]:
@@ -92,7 +128,7 @@ class LoraBank:
             )
         return self._layers[key]
 
-    def _read(self, file: Path) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
+    def _read(self, file: Path) -> Factors:
         """Factors A (R, I) and B (O, R) by layer, B with the file's own alpha / rank folded in."""
         mixin: Any = (
             StableDiffusionXLLoraLoaderMixin
@@ -151,6 +187,10 @@ class _LoraLayer:
         downs[number, : down.shape[0]] = down.to(downs)
         ups[number, :, : up.shape[1]] = up.to(ups)
         self.down, self.up = downs, ups
+
+    def clear(self, number: int) -> None:
+        if number < len(self.down):
+            self.down[number], self.up[number] = 0, 0
 
     def add(
         self, x: torch.Tensor, y: torch.Tensor, numbers_PK: torch.Tensor, scales_PK: torch.Tensor

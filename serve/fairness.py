@@ -1,0 +1,156 @@
+"""Whose turn it is: models and shapes by time used, then callers, then the nearest to its due time.
+
+Owns the order in which waiting rows are stepped. Knows nothing of tensors, of HTTP or of Ray. Steps
+are so short that order costs nothing: whoever is not chosen waits with its latents where it is.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+STRETCH = 4.0
+"""How many times its own work a row may wait before rows that came later go after it."""
+AGEING_S = 10.0
+"""A flow whose oldest row has waited so long gets twice its share of the time."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Turns(Generic[K]):
+    """Deficit round robin in continuous form: the one who has had least time goes next.
+
+    Whoever comes back after a pause starts where the others are: idle time is not saved up.
+    """
+
+    def __init__(self) -> None:
+        self._used: dict[K, float] = {}
+        self._now = 0.0
+
+    def order(self, keys: Iterable[K]) -> list[K]:
+        """Those that want a turn, the first to have one first; the others are forgotten."""
+        wanting = list(keys)
+        used = {key: max(self._used.get(key, self._now), self._now) for key in wanting}
+        used |= {key: self._used[key] for key in wanting if key in self._used}
+        self._used = used
+        if used:
+            self._now = max(self._now, min(used.values()))
+        return sorted(wanting, key=used.__getitem__)
+
+    def charge(self, key: K, seconds: float, weight: float = 1.0) -> None:
+        self._used[key] = self._used.get(key, self._now) + seconds / weight
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What is known of a row besides its tensors."""
+
+    caller: str
+    arrived_s: float
+    """On the monotonic clock."""
+    work_s: float
+    """Its whole work, if it were alone in full batches."""
+
+    @property
+    def due_s(self) -> float:
+        """Short work is due soon; long work is, too, once it has waited long enough."""
+        return self.arrived_s + STRETCH * self.work_s
+
+
+class TicketRow(Protocol):
+    """What of an engine's row is read here."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_places(self) -> int: ...
+    @property
+    def request(self) -> Hashable: ...
+
+
+R = TypeVar("R", bound=TicketRow)
+Shape = tuple[int, ...]
+
+
+class FairBatcher(Generic[R]):
+    """A batcher for the engine: shapes share the time, callers a shape's places, short rows first.
+
+    `bound(shape)` is how many places a call of that shape may have. `tickets` are put in by
+    whoever adds a request, before it does.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        bound: Callable[[Shape], int],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.max_rows = max_rows
+        self.tickets: dict[Hashable, Ticket] = {}
+        self._bound = bound
+        self._clock = clock
+        self._rows: dict[Shape, dict[int, R]] = {}
+        self._shapes: Turns[Shape] = Turns()
+        self._callers: defaultdict[Shape, Turns[str]] = defaultdict(Turns)
+        self.chosen: list[R] = []
+        """The rows of the last call."""
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self._rows.values())
+
+    def add(self, row: R) -> None:
+        self._rows.setdefault(row.shape, {})[row.id] = row
+
+    def discard(self, row: R) -> None:
+        rows = self._rows.get(row.shape, {})
+        rows.pop(row.id, None)
+        if not rows:
+            self._rows.pop(row.shape, None)
+            self._callers.pop(row.shape, None)
+
+    def choose(self) -> list[R]:
+        """The rows of the next call; none when nothing is here."""
+        self.chosen = []
+        if self._rows:
+            shape = self._shapes.order(self._rows)[0]
+            self.chosen = self._deal(shape)
+        return self.chosen
+
+    def charge(self, seconds: float) -> None:
+        """Account for the last call: to its shape by time, to its callers by their places."""
+        if not self.chosen:
+            return
+        shape = self.chosen[0].shape
+        oldest_s = min(self._ticket(row).arrived_s for row in self.chosen)
+        self._shapes.charge(shape, seconds, 1 + (self._clock() - oldest_s) / AGEING_S)
+        places = sum(row.num_places for row in self.chosen)
+        for row in self.chosen:
+            share = seconds * row.num_places / places
+            self._callers[shape].charge(self._ticket(row).caller, share)
+
+    def _deal(self, shape: Shape) -> list[R]:
+        """One row of each caller by turns, its most due first, until the call is full."""
+        waiting: dict[str, list[R]] = defaultdict(list)
+        for row in self._rows[shape].values():
+            waiting[self._ticket(row).caller].append(row)
+        for rows in waiting.values():
+            rows.sort(key=lambda row: (self._ticket(row).due_s, row.id), reverse=True)
+        room, dealt = self._bound(shape), []
+        callers = self._callers[shape].order(waiting)
+        while callers and len(dealt) < self.max_rows:
+            for caller in list(callers):
+                row = waiting[caller][-1]
+                if (row.num_places > room and dealt) or len(dealt) == self.max_rows:
+                    return dealt
+                dealt.append(waiting[caller].pop())
+                room -= row.num_places
+                if not waiting[caller]:
+                    callers.remove(caller)
+        return dealt
+
+    def _ticket(self, row: R) -> Ticket:
+        return self.tickets[row.request]
+

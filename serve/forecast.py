@@ -1,0 +1,117 @@
+"""How long steps take and how much memory they need, learned from those that were made.
+
+Owns the model of a step's time (a constant and so much for each place, by shape), of its memory, and
+what follows: how large a call may be, and how long work will take. Knows nothing of rows.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+MEMORY_FRACTION = 0.9
+"""Of the free memory that a call may be expected to need."""
+FORGET = 0.97
+"""What an observation still counts for after the next one."""
+FIRST_GUESS_S = 2e-6
+"""A place's seconds for each latent pixel, before anything was seen."""
+
+Key = tuple[Hashable, tuple[int, ...]]
+"""A model's weights and a latent shape (C, H, W)."""
+
+
+@dataclass
+class _Line:
+    """A line through points (x, y), older ones counting less and less; it never falls."""
+
+    n: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        for name, value in (("n", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
+            setattr(self, name, FORGET * getattr(self, name) + value)
+
+    def at(self, x: float) -> float:
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        spread = self.xx / self.n - mean_x**2
+        slope = (self.xy / self.n - mean_x * mean_y) / spread if spread > 1e-9 else 0.0
+        # With one size seen, or noise that slopes down: time in proportion to the places.
+        if slope <= 0 or mean_y - slope * mean_x < 0:
+            return mean_y * x / mean_x
+        return mean_y + slope * (x - mean_x)
+
+
+@dataclass
+class _Known:
+    """What was seen of one shape."""
+
+    steps: _Line = field(default_factory=_Line)
+    decode_s: float | None = None
+    place_bytes: float = 0.0
+    most_places: int | None = None
+    """Since a larger call ran out of memory."""
+
+
+class Forecast:
+    """What steps of every shape cost on this device; `most_places` bounds every call."""
+
+    def __init__(self, most_places: int, most_step_s: float):
+        self.most_places = most_places
+        self.most_step_s = most_step_s
+        self.free_bytes: float | None = None
+        """What a call may use at most; None where memory is not the bound."""
+        self._known: dict[Key, _Known] = {}
+
+    def saw_step(self, key: Key, places: int, seconds: float, num_bytes: float = 0.0) -> None:
+        known = self._of(key)
+        known.steps.add(places, seconds)
+        known.place_bytes = max(known.place_bytes, num_bytes / places)
+
+    def saw_decode(self, key: Key, seconds: float) -> None:
+        known = self._of(key)
+        past = known.decode_s
+        known.decode_s = seconds if past is None else 0.8 * past + 0.2 * seconds
+
+    def ran_out(self, key: Key, places: int) -> None:
+        """A call of so many places did not fit: none so large is tried again."""
+        self._of(key).most_places = max(1, places // 2)
+
+    def bound(self, key: Key) -> int:
+        """Places of a call: as many as fit the memory and the longest step."""
+        known, most = self._known.get(key), self.most_places
+        if known is None:
+            return most
+        most = min(most, known.most_places or most)
+        if self.free_bytes is not None and known.place_bytes:
+            most = min(most, int(MEMORY_FRACTION * self.free_bytes / known.place_bytes))
+        while most > 2 and known.steps.n and known.steps.at(most) > self.most_step_s:
+            most -= 1
+        return max(2, most)
+
+    def step_s(self, key: Key, places: int) -> float:
+        known = self._known.get(key)
+        if known is not None and known.steps.n:
+            return known.steps.at(places)
+        area = key[1][-1] * key[1][-2]
+        near = [k for k, seen in self._known.items() if seen.steps.n]
+        near = [k for k in near if k[0] == key[0]] or near
+        if not near:
+            return FIRST_GUESS_S * area * places
+        nearest = min(near, key=lambda k: abs(k[1][-1] * k[1][-2] - area))
+        scale = area / (nearest[1][-1] * nearest[1][-2])
+        return scale * self._known[nearest].steps.at(places)
+
+    def place_s(self, key: Key) -> float:
+        """Seconds of one place for one step, in full calls."""
+        most = self.bound(key)
+        return self.step_s(key, most) / most
+
+    def work_s(self, key: Key, place_steps: int, images: int) -> float:
+        """Seconds of work: so many places' steps in full calls, and so many images decoded."""
+        known = self._known.get(key)
+        decode_s = (known.decode_s or 0.0) if known is not None else 0.0
+        return place_steps * self.place_s(key) + images * decode_s
+
+    def _of(self, key: Key) -> _Known:
+        return self._known.setdefault(key, _Known())

@@ -1,0 +1,44 @@
+// Words for the page's elements. Text is only ever set as text, never parsed as HTML.
+
+export const $ = (id) => document.getElementById(id);
+
+export function node(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== undefined && value !== null && value !== false) made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** One of the drawings at the top of index.html. */
+export function icon(name) {
+  const space = "http://www.w3.org/2000/svg";
+  const made = document.createElementNS(space, "svg");
+  made.setAttribute("aria-hidden", "true");
+  made.setAttribute("class", "icon");
+  made.append(document.createElementNS(space, "use"));
+  made.firstChild.setAttribute("href", `#i-${name}`);
+  return made;
+}
+
+/** Tells those who listen to the page instead of looking at it. */
+export function say(text) {
+  $("live").textContent = text;
+}
+
+export const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+
+/** 0.4 s, 12 s, 2 min 5 s. */
+export function inWords(seconds) {
+  if (!Number.isFinite(seconds)) return "";
+  if (seconds < 9.95) return `${Math.max(seconds, 0.1).toFixed(1)} s`;
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  const minutes = Math.floor(seconds / 60);
+  const rest = Math.round(seconds - 60 * minutes);
+  return rest ? `${minutes} min ${rest} s` : `${minutes} min`;
+}
+
+export const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;

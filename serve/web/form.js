@@ -1,0 +1,227 @@
+// The settings: filled from what the server says it can do, read into the API's fields and back.
+import { $, node } from "./dom.js";
+import { recall, remember } from "./memory.js";
+
+const PLAIN = ["prompt", "negative_prompt", "model", "sampler", "seed"];
+const NUMBERS = ["num_inference_steps", "guidance_scale"];
+const MARKED = [...PLAIN, ...NUMBERS, "size", "n", "loras", "strength", "image"];
+const PARAMS = { mask: "image", steps: "num_inference_steps", width: "size", height: "size" };
+let models = [];
+let hasInput = false;
+
+export const chosenModel = () => models.find(({ id }) => id === $("model").value) ?? {};
+export const limitsOf = (model) => model.limits ?? {};
+
+/** Puts the server's models into the list, keeping what is chosen where it is still there. */
+export function fillModels(list) {
+  models = list;
+  const kept = $("model").value;
+  const bases = list.filter(({ kind }) => kind !== "lora");
+  const options = bases.map(({ id, loaded }) => node("option", { value: id }, loaded === false ? `${id} (not loaded)` : id));
+  $("model").replaceChildren(...options);
+  if (bases.some(({ id }) => id === kept)) $("model").value = kept;
+  fitModel();
+}
+
+/** Makes every other field fit the chosen model. */
+function fitModel() {
+  const model = chosenModel();
+  const { max_steps: steps = 100, max_n: most = 4 } = limitsOf(model);
+  fillLoras(model);
+  fillSizes(model);
+  for (const name of ["num_inference_steps"]) for (const input of pairOf(name)) input.max = steps;
+  for (const radio of $("n").querySelectorAll("input")) radio.disabled = Number(radio.value) > most;
+  const samplers = (model.samplers ?? []).map((name) => node("option", { value: name }, name));
+  refill($("sampler"), [node("option", { value: "" }, "Model's own"), ...samplers]);
+  for (const name of [...NUMBERS, "strength"]) setDefault(name, model.defaults?.[name]);
+  showHint();
+}
+
+/** New options, and the old choice where it is among them. */
+function refill(select, options) {
+  const kept = select.value;
+  select.replaceChildren(...options);
+  if (options.some(({ value }) => value === kept)) select.value = kept;
+}
+
+/** A field that nobody has touched follows the model. */
+function setDefault(name, value) {
+  const field = $(name);
+  const untouched = field.value === "" || field.value === field.dataset.default;
+  field.dataset.default = value ?? "";
+  if (untouched) field.value = value ?? "";
+  follow(name);
+}
+
+function fillSizes({ default_size: own, sizes = [] }) {
+  const pretty = (size) => size.replace("x", " × ");
+  const auto = hasInput ? "As the picture" : `Auto${own ? `: ${pretty(own)}` : ""}`;
+  const options = (sizes ?? []).map((size) => node("option", { value: size }, pretty(size)));
+  const custom = node("option", { value: "custom" }, "Other…");
+  refill($("size"), [node("option", { value: "auto" }, auto), ...options, custom]);
+  fitSize();
+}
+
+function fitSize() {
+  const { size_multiple: step = 8, min_side: min = 64, max_side: max = 4096 } = limitsOf(chosenModel());
+  const [width, height] = (chosenModel().default_size ?? "1024x1024").split("x");
+  for (const [name, own] of [["width", width], ["height", height]]) {
+    Object.assign($(name), { step, min, max });
+    if (!$(name).value) $(name).value = own;
+  }
+  $("custom").hidden = $("size").value !== "custom";
+}
+
+function fillLoras({ id }) {
+  const scales = new Map(readLoras().map(({ name, scale }) => [name, scale]));
+  const fitting = models.filter(({ kind, base }) => kind === "lora" && (!base || base === id));
+  $("loras-box").hidden = !fitting.length;
+  $("loras").replaceChildren(...fitting.map((lora) => loraRow(lora.id, scales.get(lora.id))));
+}
+
+function loraRow(name, scale) {
+  const on = scale !== undefined;
+  const number = node("input", { type: "number", value: scale ?? 1, min: -2, max: 2, step: 0.05, inputmode: "decimal", "aria-label": `Scale of ${name}`, disabled: !on });
+  const range = node("input", { type: "range", value: scale ?? 1, min: 0, max: 1.5, step: 0.05, "aria-label": `Scale of ${name}`, disabled: !on });
+  const check = node("input", { type: "checkbox", value: name, checked: on });
+  range.addEventListener("input", () => (number.value = range.value));
+  number.addEventListener("input", () => (range.value = number.value));
+  check.addEventListener("change", () => {
+    number.disabled = range.disabled = !check.checked;
+    showHint();
+  });
+  return node("div", { class: "lora" }, node("label", {}, check, node("span", {}, name)), range, number);
+}
+
+function readLoras() {
+  return [...$("loras").children].flatMap((row) => {
+    const check = row.querySelector("[type=checkbox]");
+    const scale = Number(row.querySelector("[type=number]").value);
+    return check.checked ? [{ name: check.value, scale }] : [];
+  });
+}
+
+/** Words that call up what a model or LoRA was tuned for. */
+export function hints() {
+  const names = [chosenModel().id, ...readLoras().map(({ name }) => name)];
+  return [...new Set(models.filter(({ id }) => names.includes(id)).flatMap(({ prompt_hint: hint }) => hint ?? []))];
+}
+
+function showHint() {
+  const [hint] = hints();
+  $("prompt").placeholder = hint ? `For example: ${hint}` : "What should the picture show?";
+}
+
+const pairOf = (name) => [$(name), ...document.querySelectorAll(`[data-for=${name}]`)];
+
+function follow(name) {
+  for (const range of document.querySelectorAll(`[data-for=${name}]`)) {
+    range.value = $(name).value;
+    paintTrack(range);
+  }
+}
+
+/** How far a slider is filled, for the style sheet. */
+function paintTrack(range) {
+  const share = (range.value - range.min) / (range.max - range.min);
+  range.style.setProperty("--share", `${share * 100}%`);
+}
+
+/** Whether there is a picture to start from: it has a strength, and a size of its own. */
+export function setHasInput(has) {
+  hasInput = has;
+  $("strength-box").hidden = !has;
+  fillSizes(chosenModel());
+}
+
+function readSize() {
+  return $("size").value === "custom" ? `${$("width").value}x${$("height").value}` : $("size").value || "auto";
+}
+
+/** The API's fields. What is left empty is left to the server. */
+export function readFields() {
+  const fields = {};
+  for (const name of PLAIN) if ($(name).value.trim()) fields[name] = $(name).value.trim();
+  if (fields.seed) fields.seed = Number(fields.seed);
+  fields.n = Number($("n").querySelector(":checked").value);
+  fields.size = readSize();
+  const numbers = hasInput ? [...NUMBERS, "strength"] : NUMBERS;
+  for (const name of numbers) if ($(name).value !== "") fields[name] = Number($(name).value);
+  const loras = readLoras();
+  if (loras.length) fields.loras = loras;
+  return fields;
+}
+
+/** What the server could not know is meant otherwise: [field, words], or null. */
+export function objection() {
+  if (!$("prompt").value.trim()) return ["prompt", "Say what the picture should show."];
+  const seed = $("seed").value.trim();
+  if (seed && !(/^\d+$/.test(seed) && Number.isSafeInteger(Number(seed)))) {
+    return ["seed", "A seed is a whole number of up to 15 digits, or nothing for a random one."];
+  }
+  return null;
+}
+
+export function writeFields(fields) {
+  const known = new Set([...$("model").options].map(({ value }) => value));
+  for (const name of PLAIN) {
+    if (name !== "model" || known.has(fields.model)) $(name).value = fields[name] ?? "";
+  }
+  for (const name of [...NUMBERS, "strength"]) $(name).value = fields[name] ?? $(name).dataset.default ?? "";
+  const radio = $("n").querySelector(`[value="${fields.n ?? 1}"]`);
+  if (radio) radio.checked = true;
+  fitModel();
+  $("loras").replaceChildren();
+  writeSize(fields.size ?? "auto");
+  fillLoras(chosenModel());
+  for (const row of $("loras").children) writeLora(row, fields.loras ?? []);
+}
+
+function writeLora(row, loras) {
+  const check = row.querySelector("[type=checkbox]");
+  const used = loras.find(({ name }) => name === check.value);
+  if (used) row.replaceWith(loraRow(used.name, used.scale));
+}
+
+function writeSize(size) {
+  const listed = [...$("size").options].some(({ value }) => value === size);
+  $("size").value = listed ? size : "custom";
+  if (!listed) [$("width").value, $("height").value] = size.split("x");
+  fitSize();
+}
+
+/** Marks the field that something is wrong with; false where the page has no such field. */
+export function pointAt(param, message) {
+  const name = PARAMS[param] ?? param;
+  if (!MARKED.includes(name) || !$(`${name}-wrong`)) return false;
+  $(`${name}-wrong`).textContent = message;
+  const field = name === "image" ? $("file") : name === "n" ? $("n").querySelector(":checked") : $(name);
+  field.setAttribute("aria-invalid", "true");
+  field.focus();
+  return true;
+}
+
+export function clearMarks() {
+  for (const place of document.querySelectorAll(".wrong")) place.textContent = "";
+  for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+}
+
+export function keepForm() {
+  remember("fields", JSON.stringify(readFields()));
+}
+
+/** What was in the form before the page was loaded anew. */
+export function recallForm() {
+  const kept = recall("fields");
+  if (kept) writeFields(JSON.parse(kept));
+}
+
+export function readyForm() {
+  $("model").addEventListener("change", fitModel);
+  $("size").addEventListener("change", fitSize);
+  for (const range of document.querySelectorAll("[data-for]")) {
+    const field = $(range.dataset.for);
+    range.addEventListener("input", () => ((field.value = range.value), paintTrack(range)));
+    field.addEventListener("input", () => follow(field.id));
+  }
+}
