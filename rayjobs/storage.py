@@ -116,6 +116,29 @@ def list_files(uri: str) -> list[str]:
 
 
 @_patient
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`, sorted; none when there is no such folder."""
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+    return sorted(
+        os.path.basename(e["name"].rstrip("/")) for e in found if e["type"] == "directory"
+    )
+
+
+def link(uri: str, seconds: int) -> str:
+    """A URL by which anybody can read an object on S3 for so long."""
+    fs, path = _open(uri)
+    with _told(uri):
+        signed: str = fs.sign(path, expiration=seconds)
+        return signed
+
+
+@_patient
 def open_input(uri: str) -> IO[bytes]:
     """A seekable binary file for reading."""
     fs, path = _open(uri)

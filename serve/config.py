@@ -161,9 +161,8 @@ class ScalingConfig(Config):
 class SafetyConfig(Config):
     uri: str | None = None
     """An image classifier (folder, s3:// or hub id) that every picture is shown to."""
-    unsafe_label: str = "nsfw"
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    """A picture whose probability of that label is above is not handed out."""
+    """A picture that is unsafe with a higher probability is not handed out."""
 
 
 class ResultsConfig(Config):

@@ -1,7 +1,7 @@
 """How long steps take and how much memory they need, learned from those that were made.
 
-Owns the model of a step's time (a constant and so much for each place, by shape), of its memory, and
-what follows: how large a call may be, and how long work will take. Knows nothing of rows.
+Owns the model of a step's time (a constant and so much for each place, by shape), of its memory,
+and what follows: how large a call may be, and how long work will take. Knows nothing of rows.
 """
 
 from collections.abc import Hashable

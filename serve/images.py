@@ -10,9 +10,10 @@ make the picture: texts, comments, previews and whatever is appended are never p
 import io
 import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from PIL import Image, ImageCms, ImageOps
@@ -24,28 +25,22 @@ MOST_CHUNKS = 50_000
 MOST_SCANS = 100
 """Of a JPEG. Encoders write about ten, and a scan of two bytes costs a pass over all pixels."""
 MOST_PROFILE_BYTES = 4 * 2**20
-MIN_444_QUALITY = 90
 
+ANIMATED = "is animated; save one of its frames"
 CUT_OFF = "is cut off; send the whole file"
 TOO_MANY_PARTS = "is made of too many parts; open it and save it again"
 DAMAGED = "cannot be decoded, it is damaged or of an unusual kind; open it and save it again"
-TOO_LARGE = "needs more memory than there is; make it smaller"
 
-PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"}
+JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 JPEG_SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 JPEG_PICTURE = JPEG_SIZES | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
-JPEG_END, JPEG_SCAN, JPEG_EXIF, JPEG_PROFILE = 0xD9, 0xDA, 0xE1, 0xE2
+JPEG_END, JPEG_SCAN = 0xD9, 0xDA
 
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(TURNS.split(), 2)}
+"""By EXIF's orientation."""
+EXIF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
 PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
 
@@ -57,10 +52,6 @@ class BadImage(ValueError):
         self.param = param
 
 
-class _Unfit(ValueError):
-    """What is wrong, as it goes on after `The image ...`."""
-
-
 @dataclass(frozen=True)
 class _File:
     """A picture's file, without what its decoder need not see."""
@@ -70,7 +61,6 @@ class _File:
     height: int
     data: bytes
     exif: bytes = b""
-    profile: bytes = b""
     depth: int = 8
 
 
@@ -80,35 +70,27 @@ def read_image(data: bytes, param: str, most_bytes: int, most_pixels: int) -> Pi
     `most_pixels` must be below Image.MAX_IMAGE_PIXELS, where Pillow's own limit begins.
     """
     with _told_of(param):
-        image, file = _opened(data, most_bytes, most_pixels)
-        colours, alpha = _split(image, file.depth)
-        del image
-        colours = _to_srgb(colours, file.profile)
+        colours, alpha, profile = _decoded(_file(data, most_bytes, most_pixels))
+        colours = _to_srgb(colours, profile)
         if alpha is not None:
-            white = Image.new("RGB", colours.size, "white")
-            colours = Image.composite(colours, white, alpha)
+            colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
         return to_pixels(colours)
 
 
 def read_mask(data: bytes, size: tuple[int, int], most_bytes: int, most_pixels: int) -> Pixels:
     """An upload as a mask (L) for an upright image of `size`: 255 is changed. Raises BadImage.
 
-    Transparent is changed where it has an alpha channel (OpenAI's rule), else white is (diffusers').
+    With an alpha channel what is transparent is changed (OpenAI's rule), else what is white.
     """
     with _told_of("mask"):
-        image, file = _opened(data, most_bytes, most_pixels)
-        if image.size != size:
-            sizes = f"{image.width}x{image.height} and the image {size[0]}x{size[1]}"
-            raise _Unfit(f"is {sizes} pixels; make it as large as the image")
-        colours, alpha = _split(image, file.depth)
-        if alpha is not None:
-            mask = alpha.point(range(255, -1, -1))
-            lacks = "transparent pixel; make it transparent"
-        else:
-            mask = colours.convert("RGB").convert("L")
-            lacks = "white pixel; paint it white"
+        colours, alpha, _ = _decoded(_file(data, most_bytes, most_pixels))
+        if colours.size != size:
+            sizes = f"{colours.width}x{colours.height} and the image {size[0]}x{size[1]}"
+            raise BadImage(f"is {sizes} pixels; make it as large as the image")
+        mask = alpha.point(range(255, -1, -1)) if alpha else colours.convert("RGB").convert("L")
         if mask.getextrema() == (0, 0):
-            raise _Unfit(f"has no {lacks} where the image is to change")
+            kind = "transparent" if alpha else "white"
+            raise BadImage(f"has no {kind} pixel; make it {kind} where the image is to change")
         return to_pixels(mask)
 
 
@@ -116,31 +98,29 @@ def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
     """Scaled to cover width x height, and cropped in the middle."""
     if (pixels.width, pixels.height) == (width, height):
         return pixels
-    size = (width, height)
-    return to_pixels(ImageOps.fit(to_image(pixels), size, Image.Resampling.LANCZOS))
+    return to_pixels(ImageOps.fit(to_image(pixels), (width, height), Image.Resampling.LANCZOS))
 
 
 def encode(pixels: Pixels, format: Literal["png", "jpeg", "webp"], compression: int) -> bytes:
     """A file's bytes, the same each time. `compression` (0-100) is jpeg's and webp's quality."""
-    image, quality = to_image(pixels), min(max(compression, 1), 100)
+    quality = min(max(compression, 1), 100)
+    options: dict[str, dict[str, int]] = {
+        # Photos of 1024x1024: run lengths 53 ms, 1080 KiB; level 1 60, 1190; level 6 200, 1040.
+        "png": {"compress_type": zlib.Z_RLE},
+        # Colours at full size (0) where quality is asked for, else at half (2).
+        "jpeg": {"quality": quality, "subsampling": 0 if quality >= 90 else 2},
+        "webp": {"quality": quality},
+    }
     file = io.BytesIO()
-    if format == "png":
-        # Photos of 1024x1024, one thread: run lengths 53 ms, 1080 KiB. Level 1: 60 ms, 1190 KiB.
-        # Level 6, Pillow's own: 200 ms, 1040 KiB.
-        image.save(file, "PNG", compress_type=zlib.Z_RLE)
-    elif format == "jpeg":
-        subsampling = "4:4:4" if quality >= MIN_444_QUALITY else "4:2:0"
-        image.save(file, "JPEG", quality=quality, subsampling=subsampling)
-    else:
-        image.save(file, "WEBP", quality=quality)
+    to_image(pixels).save(file, format, **options[format])
     return file.getvalue()
 
 
 def to_pixels(image: Image.Image) -> Pixels:
     """A picture's bytes: L if it is L, else RGB."""
-    if image.mode == "L":
-        return Pixels(image.width, image.height, image.tobytes(), "L")
-    return Pixels(image.width, image.height, image.convert("RGB").tobytes())
+    mode: Literal["L", "RGB"] = "L" if image.mode == "L" else "RGB"
+    same = image if image.mode == mode else image.convert(mode)
+    return Pixels(image.width, image.height, same.tobytes(), mode)
 
 
 def to_image(pixels: Pixels) -> Image.Image:
@@ -150,86 +130,75 @@ def to_image(pixels: Pixels) -> Image.Image:
 
 
 @contextmanager
-def _told_of(param: str) -> Iterator[None]:
-    """Whatever is raised inside becomes a BadImage that quotes no decoder."""
+def _told_of(param: str) -> Generator[None]:
+    """Whatever is raised inside becomes a BadImage on `param` that quotes no decoder.
+
+    A BadImage of this module has what goes on after `The image ...`.
+    """
     try:
         yield
-    except _Unfit as unfit:
-        raise BadImage(f"The {param} {unfit}.", param) from None
-    except MemoryError:
-        raise BadImage(f"The {param} {TOO_LARGE}.", param) from None
-    except Exception:  # decoders raise anything
-        raise BadImage(f"The {param} {DAMAGED}.", param) from None
+    except BadImage as bad:
+        raise BadImage(f"The {param} {bad}.", param) from None
+    except Exception as error:  # decoders raise anything
+        large = "needs more memory than there is; make it smaller"
+        reason = large if isinstance(error, MemoryError) else DAMAGED
+        raise BadImage(f"The {param} {reason}.", param) from None
 
 
-def _opened(data: bytes, most_bytes: int, most_pixels: int) -> tuple[Image.Image, _File]:
-    """The picture, decoded and upright, and the file that it is in."""
-    if not data:
-        raise _Unfit("is empty; send the bytes of a PNG, JPEG or WebP file")
-    if len(data) > most_bytes:
-        raise _Unfit(f"is {len(data)} bytes; make it smaller, at most {most_bytes} are taken")
-    file = _file(data)
-    if file.width * file.height > most_pixels:
-        size = f"{file.width}x{file.height}"
-        raise _Unfit(f"is {size} pixels; make it smaller, at most {most_pixels} in all are taken")
+def _decoded(file: _File) -> tuple[Image.Image, Image.Image | None, bytes]:
+    """A picture's colours (RGB, L or CMYK) and alpha channel, both upright, and its profile."""
     image = Image.open(io.BytesIO(file.data), formats=(file.format,))
     if image.size != (file.width, file.height):
-        raise _Unfit(DAMAGED)
+        raise BadImage(DAMAGED)
     if getattr(image, "n_frames", 1) > 1:
-        raise _Unfit("is animated; save one of its frames")
+        raise BadImage(ANIMATED)
+    # Fed in parts, a decoder that waits for more has all that it was given copied each time.
+    image.decodermaxblock = len(file.data)
     image.load()
-    if file.format == "WEBP":
-        exif, profile = (image.info.get(name) or b"" for name in ("exif", "icc_profile"))
-        file = _File("WEBP", file.width, file.height, b"", exif, profile)
-    turn = UPRIGHT.get(_orientation(file.exif))
-    return image if turn is None else image.transpose(turn), file
+    turn = UPRIGHT.get(_orientation(file.exif or image.info.get("exif", b"")))
+    colours, alpha = _split(image if turn is None else image.transpose(turn), file.depth)
+    return colours, alpha, image.info.get("icc_profile") or b""
 
 
-def _file(data: bytes) -> _File:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png(data)
-    if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg(data)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _webp(data)
-    raise _Unfit("is no PNG, JPEG or WebP by its bytes, whatever its name; save it as one of these")
+def _file(data: bytes, most_bytes: int, most_pixels: int) -> _File:
+    """What is in these bytes, if it is neither large nor of another format."""
+    if not data:
+        raise BadImage("is empty; send the bytes of a PNG, JPEG or WebP file")
+    if len(data) > most_bytes:
+        raise BadImage(f"is {len(data)} bytes; make it {most_bytes} bytes or less")
+    read = next((READERS[start] for start in READERS if re.match(start, data)), None)
+    if read is None:
+        raise BadImage("is no PNG, JPEG or WebP file, whatever its name; save it as one of these")
+    file = read(data)
+    if file.width * file.height > most_pixels:
+        size = f"{file.width}x{file.height}"
+        raise BadImage(f"is {size} pixels; make it {most_pixels} pixels or less in all")
+    return file
 
 
 def _png(data: bytes) -> _File:
     view, at = memoryview(data), 8
-    kept, exif, profile = [view[:8]], b"", b""
+    kept, exif = [view[:8]], b""
     for _ in range(MOST_CHUNKS):
         start, name = at, data[at + 4 : at + 8]
         at += 12 + int.from_bytes(data[at : at + 4])
         if at > len(data):
-            raise _Unfit(CUT_OFF)
+            raise BadImage(CUT_OFF)
         if name in PNG_PICTURE:
             kept.append(view[start:at])
         elif name == b"acTL" and int.from_bytes(data[start + 8 : start + 12]) > 1:
-            raise _Unfit("is animated; save one of its frames")
+            raise BadImage(ANIMATED)
         elif name == b"eXIf":
             exif = data[start + 8 : at - 4]
-        elif name == b"iCCP":
-            profile = _inflated(data[start + 8 : at - 4])
         if name == b"IEND":
             width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
-            return _File("PNG", width, height, b"".join(kept), exif, profile, data[24])
-    raise _Unfit(TOO_MANY_PARTS)
-
-
-def _inflated(chunk: bytes) -> bytes:
-    """The profile in an iCCP chunk; none if it is damaged or large."""
-    inflate = zlib.decompressobj()
-    try:
-        profile = inflate.decompress(chunk.partition(b"\0")[2][1:], MOST_PROFILE_BYTES)
-    except zlib.error:
-        return b""
-    return profile if inflate.eof else b""
+            return _File("PNG", width, height, b"".join(kept), exif, data[24])
+    raise BadImage(TOO_MANY_PARTS)
 
 
 def _jpeg(data: bytes) -> _File:
     view, width, height = memoryview(data), 0, 0
-    kept, exif, profile, scans = [view[:2]], b"", [], []
+    kept, exif, scans = [view[:2]], b"", list[int]()
     for marker, start, end in _segments(data):
         body = view[start + 4 : end]
         if marker == JPEG_SCAN:
@@ -238,18 +207,15 @@ def _jpeg(data: bytes) -> _File:
             kept.append(view[scans[0] : end])
         elif scans:
             continue
-        elif marker in JPEG_PICTURE:
+        elif marker in JPEG_PICTURE or body[:12] == b"ICC_PROFILE\0":
             kept.append(view[start:end])
-        elif marker == JPEG_EXIF and body[:6] == b"Exif\0\0":
+        elif body[:6] == b"Exif\0\0":
             exif = exif or bytes(body)
-        elif marker == JPEG_PROFILE and body[:12] == b"ICC_PROFILE\0":
-            profile.append(bytes(body[12:]))
         if marker in JPEG_SIZES:
             height, width = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
     if len(scans) > MOST_SCANS:
-        raise _Unfit(TOO_MANY_PARTS)
-    icc = b"".join(part[2:] for part in sorted(profile))
-    return _File("JPEG", width, height, b"".join(kept), exif, icc)
+        raise BadImage(TOO_MANY_PARTS)
+    return _File("JPEG", width, height, b"".join(kept), exif)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -258,46 +224,41 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     for _ in range(MOST_CHUNKS):
         found = JPEG_MARKER.search(data, at)
         if found is None:
-            raise _Unfit(CUT_OFF)
+            raise BadImage(CUT_OFF)
         start, at = found.span()
         marker = data[start + 1]
-        if marker in (0x01, 0xD8):  # they have no segment
-            continue
         if marker == JPEG_END:
             yield marker, start, at
             return
         at += max(2, int.from_bytes(data[at : at + 2]))
         if at > len(data):
-            raise _Unfit(CUT_OFF)
+            raise BadImage(CUT_OFF)
         yield marker, start, at
-    raise _Unfit(TOO_MANY_PARTS)
+    raise BadImage(TOO_MANY_PARTS)
 
 
 def _webp(data: bytes) -> _File:
     """Its size alone: libwebp's memory for it is taken when it is opened."""
-    width = height = 0
-    if data[12:16] == b"VP8X":
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-    elif data[12:16] == b"VP8L":
-        sizes = int.from_bytes(data[21:25], "little")
-        width, height = (sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1
-    elif data[12:16] == b"VP8 ":
-        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    if len(data) < 30 or not width or not height:
-        raise _Unfit(DAMAGED)
+    first, number = data[12:16], partial(int.from_bytes, byteorder="little")
+    if first == b"VP8X":
+        width, height = number(data[24:27]) + 1, number(data[27:30]) + 1
+    elif first == b"VP8L":
+        width, height = (number(data[21:23]) & 0x3FFF) + 1, (number(data[22:25]) >> 6 & 0x3FFF) + 1
+    else:
+        width, height = number(data[26:28]) & 0x3FFF, number(data[28:30]) & 0x3FFF
     return _File("WEBP", width, height, data)
 
 
 def _orientation(exif: bytes) -> int:
     """What EXIF's first directory says, 1 if it says nothing. What lies outside it is 0."""
     exif = exif.removeprefix(b"Exif\0\0")
-    order: Literal["little", "big"] = "little" if exif[:2] == b"II" else "big"
+    order = EXIF_ORDERS.get(exif[:4])
+    if order is None:
+        return 1
 
     def number(at: int, length: int = 2) -> int:
         return int.from_bytes(exif[at : at + length], order)
 
-    if exif[:2] not in (b"II", b"MM") or number(2) != 42:
-        return 1
     directory = number(4, 4)
     for entry in range(directory + 2, directory + 2 + 12 * number(directory), 12):
         if number(entry) == 0x0112:
@@ -306,7 +267,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _split(image: Image.Image, depth: int) -> tuple[Image.Image, Image.Image | None]:
-    """Its colours in RGB, L or CMYK of 8 bits, and its alpha channel if it has one."""
+    """Its colours and its alpha channel in 8 bits; `depth` is how many the file has."""
     key = image.info.get("transparency")
     if image.mode == "P":
         image = image.convert("RGB" if key is None else "RGBA")
@@ -315,31 +276,26 @@ def _split(image: Image.Image, depth: int) -> tuple[Image.Image, Image.Image | N
     elif image.mode == "1":
         image = image.convert("L")
     if key is not None and image.mode in ("L", "RGB"):
-        image.info["transparency"] = _in_8_bits(key, depth)
-        image = image.convert("RGBA")
+        # A PNG's transparent colour, which Pillow leaves in the file's depth.
+        parts, top = key if isinstance(key, tuple) else (key,), 2 ** min(depth, 8) - 1
+        parts = tuple((part >> max(depth - 8, 0) & top) * 255 // top for part in parts)
+        image.info["transparency"] = parts if len(parts) == 3 else parts[0]
+        image = image.convert(image.mode + "A")
     if image.mode in ("LA", "RGBA"):
         return image.convert(image.mode[:-1]), image.getchannel("A")
     return image, None
 
 
-def _in_8_bits(key: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
-    """A PNG's transparent colour, which Pillow gives in the file's depth, but for 1 bit."""
-    if isinstance(key, tuple):
-        return tuple(value >> 8 if depth == 16 else value & 255 for value in key)
-    if depth == 16:
-        return key >> 8
-    return (key & 2**depth - 1) * 255 // (2**depth - 1) if depth in (2, 4) else key & 255
-
-
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """In RGB; a profile that is broken, large or of other colours is worth less than the picture."""
-    if not profile or len(profile) > MOST_PROFILE_BYTES:
-        return image.convert("RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != PROFILE_SPACES[image.mode]:
-            return image.convert("RGB")
-        target = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
-    except (ImageCms.PyCMSError, OSError, TypeError):
-        return image.convert("RGB")
+    """In RGB. A profile that is broken, large or of other colours is not heeded."""
+    if profile and len(profile) <= MOST_PROFILE_BYTES:
+        with suppress(ImageCms.PyCMSError, OSError):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space.strip() == PROFILE_SPACES[image.mode]:
+                target = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+READERS = {rb"\x89PNG\r\n\x1a\n": _png, rb"\xff\xd8\xff": _jpeg, rb"(?s)RIFF....WEBP": _webp}
+"""By how a file starts."""

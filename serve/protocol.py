@@ -18,7 +18,7 @@ class Pixels:
     mode: Literal["RGB", "L"] = "RGB"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Ask:
     """One call of the API: `len(seeds)` images that differ in their seeds only.
 

@@ -5,7 +5,9 @@ shape and the dtype, and nothing else. Knows nothing of where requests come from
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
+from time import perf_counter
 
 import torch
 from PIL.Image import Image
@@ -20,6 +22,15 @@ from rayjobs.diffusion.prompt import PromptEncoder
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.side import Side
+
+
+@dataclass
+class Spent:
+    """Seconds since the engine was made, as its own thread saw them."""
+
+    side: float = 0.0
+    """Encoding and decoding pictures; on a GPU that is done beside, and not seen here."""
+    steps: float = 0.0
 
 
 class Engine:
@@ -50,13 +61,14 @@ class Engine:
             model, self.loras, max_rows, prompt_cache, fixed_shape=fixed_shape
         )
         self.rows: dict[int, Row] = {}
-        self._batcher = batcher or Batcher(max_rows)
+        self._batcher = Batcher(max_rows) if batcher is None else batcher
         self._places = Places(model, self.loras, places or 2 * max_rows, fixed_shape)
         self._side = Side(model)
         self._previewer = Previewer(model)
         self._failed: list[Result] = []
         self._ids = count()
         self.keep_pixels = False
+        self.spent = Spent()
 
     @property
     def num_places(self) -> int:
@@ -105,8 +117,10 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Result]:
         """One UNet call for the rows whose turn it is; returns the requests that are finished."""
+        started_s = perf_counter()
         self._side.proceed(to_an_end=not len(self._batcher))
         self._join_encoded()
+        self.spent.side += perf_counter() - started_s
         rows = self._batcher.choose()
         if rows:
             noise = self._predict_noise(rows)
@@ -129,7 +143,10 @@ class Engine:
     def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
         try:
             self._encode_prompts(rows)
-            return self._places.predict_noise(rows)
+            started_s = perf_counter()
+            noise = self._places.predict_noise(rows)
+            self.spent.steps += perf_counter() - started_s
+            return noise
         except (RuntimeError, MemoryError) as error:
             check(error)
             raise

@@ -26,9 +26,7 @@ class Inpainting:
     noise_1CHW: torch.Tensor
     """The noise that the row began with."""
 
-    def __init__(
-        self, mask: Image.Image, init_1CHW: torch.Tensor, keep_pixels: bool, model: Model
-    ):
+    def __init__(self, mask: Image.Image, init_1CHW: torch.Tensor, keep_pixels: bool, model: Model):
         height, width = init_1CHW.shape[-2:]
         processor = VaeImageProcessor(
             vae_scale_factor=model.vae_scale, do_normalize=False, do_convert_grayscale=True

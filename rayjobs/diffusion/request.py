@@ -39,10 +39,10 @@ class Request:
     `guidance_scale` above 1 costs a second place in every UNet call; without one the family's usual
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
-    image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a `mask`
-    (of the same kinds; white is made anew, black stays) each step's latents are blended with the init
-    image's, noised alike, as diffusers' inpainting pipelines do for UNets of four channels;
-    `keep_unmasked` then puts the init image's own pixels back where the mask is black.
+    image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a
+    `mask` (of the same kinds; white is made anew, black stays) each step's latents are blended with
+    the init image's, noised alike, as diffusers' inpainting pipelines do for UNets of four
+    channels; `keep_unmasked` then puts the init image's own pixels back where the mask is black.
     `negative_prompt` None and "" differ for SDXL models, as in diffusers.
     """
 
@@ -65,10 +65,8 @@ class Request:
 
     def check(self) -> None:
         """Raise ValueError naming the first value that no model could serve."""
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if name == "prompt" or text is not None:
-                check_text(name, text)
+        check_text("prompt", self.prompt)
+        check_text("negative_prompt", self.negative_prompt or "")
         if not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
         if not 0 <= self.seed < 2**63:
@@ -81,10 +79,10 @@ class Request:
                 raise ValueError(f"{name} is {value}; it must be a number of at least 0")
         if self.clip_skip is not None and self.clip_skip < 0:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
-        if self.mask is not None and self.init_image is None:
-            raise ValueError("a mask needs an init_image, of which it says what is made anew")
         if self.init_image is not None:
             check_strength(self.strength, self.steps)
+        elif self.mask is not None:
+            raise ValueError("a mask needs an init_image, of which it says what is made anew")
 
 
 def check_text(name: str, text: object) -> None:

@@ -12,43 +12,9 @@ from typing import Any
 import diffusers
 import torch
 
-EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+from rayjobs.diffusion.sampler_names import EDM, LIBRARY, SAMPLERS, check_name
 
-# Short name: diffusers' class and the options that make it what the name says elsewhere.
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddim_parallel": ("DDIMParallelScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "ddpm_parallel": ("DDPMParallelScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpmpp_2m_sde_karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
-    "dpmpp_sde_karras": ("DPMSolverSDEScheduler", {"use_karras_sigmas": True}),
-    "edm_dpmpp_2m": ("EDMDPMSolverMultistepScheduler", {}),
-    "edm_euler": ("EDMEulerScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "ipndm": ("IPNDMScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "sa_solver": ("SASolverScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-CLASSES = frozenset(name for name, _ in SAMPLERS.values())
-LIBRARY = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
+__all__ = ["EDM", "SAMPLERS", "Sampler", "resolve"]
 
 
 def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[Any, dict[str, Any]]:
@@ -58,16 +24,7 @@ def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[Any
         ValueError: the name or an option is unknown, or the sampler is not for such a model.
         ImportError: the library that this sampler needs is not installed.
     """
-    class_name, preset = SAMPLERS.get(name, (name, {}))
-    if class_name not in CLASSES:
-        raise ValueError(
-            f"unknown sampler {name!r}; known are {', '.join(sorted(SAMPLERS))} "
-            "and their diffusers class names"
-        )
-    if (class_name in EDM) != edm_model:
-        fitting = sorted(n for n, (c, _) in SAMPLERS.items() if (c in EDM) == edm_model)
-        kind = "an EDM model" if edm_model else "a model that is not EDM"
-        raise ValueError(f"sampler {name!r} does not fit {kind}; use one of {', '.join(fitting)}")
+    class_name, preset = check_name(name, edm_model)
     _require_library(name, class_name)
     sampler_class = getattr(diffusers, class_name)
     known = _parameters(sampler_class.__init__) - {"self"} | {"eta"}

@@ -4,7 +4,6 @@ Owns what each score means and which models it takes. Knows nothing of records, 
 models are local folders (or names on the hub).
 """
 
-import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
     AutoTokenizer,
     CLIPModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import PICKLES, first_line, refuse_pickles
+from rayjobs.diffusion.safety import Safety, load_classifier, pixels_for, pretrained
+from rayjobs.diffusion.weights import PICKLES, first_line
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-
-UNSAFE = frozenset(
-    ("nsfw", "unsafe", "explicit", "sexual", "sexy", "porn", "hentai", "nude", "nudity")
-)
-SAFE = frozenset(("sfw", "safe", "normal", "neutral", "drawing", "drawings"))
 
 
 class Scorer:
@@ -49,7 +42,7 @@ class Scorer:
         if aesthetic is not None and clip is None:
             raise BadInput("quality.aesthetic needs quality.clip, whose embedding it reads")
         self.clip = None if clip is None else Clip(clip, device, dtype)
-        self.safety = None if safety is None else Safety(safety, device, dtype)
+        self.safety = None if safety is None else _load_safety(safety, device, dtype)
         self.aesthetic = None
         if self.clip is not None and aesthetic is not None:
             width = self.clip.model.config.projection_dim
@@ -86,7 +79,7 @@ class Clip:
         self.model.to(device)
 
     def embed_image(self, image: Image.Image) -> torch.Tensor:
-        pixels = _pixels(self.processor, image, self.model)
+        pixels = pixels_for(self.processor, image, self.model)
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def embed_text(self, text: str) -> torch.Tensor:
@@ -99,39 +92,6 @@ class Clip:
         ).to(self.model.device)
         features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
         return _unit(features.pooler_output)
-
-
-class Safety:
-    """An image classifier of which some labels mean that a picture is not safe.
-
-    Labels are compared in lower case, letters and digits only. The score adds up the probabilities
-    of the labels in UNSAFE; of a model that has none of these, but some in SAFE, it is what the
-    latter leave of 1. Drawings are safe, `sexy` is not: a threshold can make up for caution, not
-    for what was never counted.
-    """
-
-    def __init__(self, uri: str, device: str, dtype: torch.dtype):
-        kind = AutoModelForImageClassification
-        self.model, self.processor = _load("quality.safety", uri, kind, dtype)
-        self.model.to(device)
-        config = self.model.config
-        labels = [re.sub("[^a-z0-9]", "", config.id2label[n].lower()) for n in config.id2label]
-        self.counted = [n for n, label in enumerate(labels) if label in UNSAFE]
-        self.inverted = not self.counted
-        if self.inverted:
-            self.counted = [n for n, label in enumerate(labels) if label in SAFE]
-        several = config.problem_type in (None, "single_label_classification")
-        if not self.counted or not several or len(labels) < 2:
-            raise BadInput(
-                f"quality.safety: {uri} does not tell safe from unsafe; its labels are "
-                f"{', '.join(config.id2label.values())}, and one of several must be one of "
-                f"{', '.join(sorted(UNSAFE | SAFE))}"
-            )
-
-    def score(self, image: Image.Image) -> float:
-        logits = self.model(pixel_values=_pixels(self.processor, image, self.model)).logits
-        share = float(logits[0].float().softmax(dim=-1)[self.counted].sum())
-        return min(1.0, max(0.0, 1 - share if self.inverted else share))
 
 
 def load_predictor(path: str, width: int) -> nn.Sequential:
@@ -194,23 +154,24 @@ def _not_a_predictor(path: str, reason: str) -> BadInput:
 
 def _load(key: str, uri: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model with all of its weights, in evaluation mode, and its image processor."""
-    refuse_pickles([Path(uri)])
-    model, info = _told(key, uri, kind, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise BadInput(
-            f"{key}: {uri} lacks {len(missing)} weights of a {type(model).__name__}, such as "
-            f"{missing[0]}; name a model that was trained as one"
-        )
-    # Pillow's arithmetic, whether torchvision is installed or not: the score must not depend on it.
-    return model.eval(), _told(key, uri, AutoImageProcessor, backend="pil")
-
-
-def _told(key: str, uri: str, kind: Any, **options: Any) -> Any:
-    """`from_pretrained`, with an error that names the key, the model and the reason."""
     try:
-        return kind.from_pretrained(uri, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises nearly anything for a damaged folder
-        raise BadInput(f"{key}: {uri} cannot be loaded: {first_line(error)}") from error
+        return load_classifier(uri, kind, dtype)
+    except ValueError as error:
+        raise BadInput(f"{key}: {error}") from error
+
+
+def _told(key: str, uri: str, kind: Any) -> Any:
+    try:
+        return pretrained(uri, kind)
+    except ValueError as error:
+        raise BadInput(f"{key}: {error}") from error
+
+
+def _load_safety(uri: str, device: str, dtype: torch.dtype) -> Safety:
+    try:
+        return Safety(uri, device, dtype)
+    except ValueError as error:
+        raise BadInput(f"quality.safety: {error}") from error
 
 
 def _check_kind(key: str, uri: str, wanted: str) -> None:
@@ -218,11 +179,6 @@ def _check_kind(key: str, uri: str, wanted: str) -> None:
     found = _told(key, uri, AutoConfig).model_type
     if found != wanted:
         raise BadInput(f"{key}: {uri} is a model of type {found}; expected is type {wanted}")
-
-
-def _pixels(processor: Any, image: Image.Image, model: Any) -> torch.Tensor:
-    values = processor(images=image, return_tensors="pt").pixel_values
-    return values.to(model.device, model.dtype)
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 // The settings: filled from what the server says it can do, read into the API's fields and back.
 import { $, node } from "./dom.js";
+import { fillLoras, readLoras, writeLoras } from "./loras.js";
 import { recall, remember } from "./memory.js";
 
 const PLAIN = ["prompt", "negative_prompt", "model", "sampler", "seed"];
@@ -27,7 +28,8 @@ export function fillModels(list) {
 function fitModel() {
   const model = chosenModel();
   const { max_steps: steps = 100, max_n: most = 4 } = limitsOf(model);
-  fillLoras(model);
+  const fits = ({ kind, base }) => kind === "lora" && (!base || base === model.id);
+  fillLoras(models.filter(fits).map(({ id }) => id));
   fillSizes(model);
   for (const name of ["num_inference_steps"]) for (const input of pairOf(name)) input.max = steps;
   for (const radio of $("n").querySelectorAll("input")) radio.disabled = Number(radio.value) > most;
@@ -70,35 +72,6 @@ function fitSize() {
     if (!$(name).value) $(name).value = own;
   }
   $("custom").hidden = $("size").value !== "custom";
-}
-
-function fillLoras({ id }) {
-  const scales = new Map(readLoras().map(({ name, scale }) => [name, scale]));
-  const fitting = models.filter(({ kind, base }) => kind === "lora" && (!base || base === id));
-  $("loras-box").hidden = !fitting.length;
-  $("loras").replaceChildren(...fitting.map((lora) => loraRow(lora.id, scales.get(lora.id))));
-}
-
-function loraRow(name, scale) {
-  const on = scale !== undefined;
-  const number = node("input", { type: "number", value: scale ?? 1, min: -2, max: 2, step: 0.05, inputmode: "decimal", "aria-label": `Scale of ${name}`, disabled: !on });
-  const range = node("input", { type: "range", value: scale ?? 1, min: 0, max: 1.5, step: 0.05, "aria-label": `Scale of ${name}`, disabled: !on });
-  const check = node("input", { type: "checkbox", value: name, checked: on });
-  range.addEventListener("input", () => (number.value = range.value));
-  number.addEventListener("input", () => (range.value = number.value));
-  check.addEventListener("change", () => {
-    number.disabled = range.disabled = !check.checked;
-    showHint();
-  });
-  return node("div", { class: "lora" }, node("label", {}, check, node("span", {}, name)), range, number);
-}
-
-function readLoras() {
-  return [...$("loras").children].flatMap((row) => {
-    const check = row.querySelector("[type=checkbox]");
-    const scale = Number(row.querySelector("[type=number]").value);
-    return check.checked ? [{ name: check.value, scale }] : [];
-  });
 }
 
 /** Words that call up what a model or LoRA was tuned for. */
@@ -171,16 +144,9 @@ export function writeFields(fields) {
   const radio = $("n").querySelector(`[value="${fields.n ?? 1}"]`);
   if (radio) radio.checked = true;
   fitModel();
-  $("loras").replaceChildren();
   writeSize(fields.size ?? "auto");
-  fillLoras(chosenModel());
-  for (const row of $("loras").children) writeLora(row, fields.loras ?? []);
-}
-
-function writeLora(row, loras) {
-  const check = row.querySelector("[type=checkbox]");
-  const used = loras.find(({ name }) => name === check.value);
-  if (used) row.replaceWith(loraRow(used.name, used.scale));
+  writeLoras(fields.loras ?? []);
+  showHint();
 }
 
 function writeSize(size) {
@@ -218,6 +184,7 @@ export function recallForm() {
 
 export function readyForm() {
   $("model").addEventListener("change", fitModel);
+  $("loras").addEventListener("change", showHint);
   $("size").addEventListener("change", fitSize);
   for (const range of document.querySelectorAll("[data-for]")) {
     const field = $(range.dataset.for);

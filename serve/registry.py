@@ -1,0 +1,213 @@
+"""Models and adapters by name: those of the configuration, and every export below a folder.
+
+Owns what a name stands for. Knows neither torch nor Ray: names are looked up in a table, so that no
+name can mean a place outside the folder.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rayjobs import exported, storage
+from rayjobs.config import BadInput
+from rayjobs.diffusion.weights import STARTER
+from rayjobs.exported import Exported
+from rayjobs.storage import StorageError
+from serve.config import NAME, HowToLoad, LoraConfig, ModelConfig, ServeConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a replica has to load."""
+
+    uri: str
+    config: str | None = None
+    how: HowToLoad = field(default_factory=HowToLoad)
+    words: tuple[tuple[str, str], ...] = ()
+    """Files of learned embeddings, and the word of each."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be told of a model from its configuration files."""
+
+    family: str | None = None
+    side: int | None = None
+    """Pixels of the pictures that it was trained on."""
+    multiple: int = 8
+    """Sides must be multiples of it."""
+    is_edm: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that callers can say."""
+
+    name: str
+    kind: Literal["model", "lora"]
+    weights: Weights | None
+    """None for an adapter that fits any model."""
+    lora: str | None = None
+    """The adapter's file; a `model` that is one loads it at strength 1."""
+    base: str | None = None
+    """The name of the model that an adapter is for."""
+    facts: Facts = Facts()
+    hint: str | None = None
+    """A prompt that the model was taught."""
+    created: int = 0
+
+
+class Registry:
+    """The names that can be served now; `refresh` looks for new exports."""
+
+    def __init__(self, config: ServeConfig):
+        self.config = config
+        self.problems: dict[str, str] = {}
+        """Why an export that is there is not served, by its name."""
+        self._fixed = {entry.name: entry for entry in self._configured()}
+        self._found: dict[str, tuple[str, Entry]] = {}
+        self._looked_s = float("-inf")
+
+    def entries(self) -> list[Entry]:
+        found = {name: entry for name, (_, entry) in self._found.items()}
+        return list({**found, **self._fixed}.values())
+
+    def find(self, name: str) -> Entry | None:
+        """What a name means; a name that is not known yet is looked for first."""
+        known = self._fixed.get(name) or self._of_folder(name)
+        if known is None and NAME.fullmatch(name) and self.config.registry.uri is not None:
+            self.refresh(at_once=True)
+            known = self._of_folder(name)
+        return known
+
+    def default(self) -> Entry | None:
+        name = self.config.default_model
+        if name is not None:
+            return self.find(name)
+        return next((entry for entry in self.entries() if entry.kind == "model"), None)
+
+    def refresh(self, at_once: bool = False) -> None:
+        """Look for new, changed and removed exports, not more often than the configuration says.
+
+        A storage server that is away changes nothing.
+        """
+        uri, every_s = self.config.registry.uri, self.config.registry.refresh_s
+        since_s = time.monotonic() - self._looked_s
+        if uri is None or since_s < (min(1.0, every_s) if at_once else every_s):
+            return
+        self._looked_s = time.monotonic()
+        try:
+            names = [name for name in storage.list_folders(uri) if NAME.fullmatch(name)]
+            found = {name: self._read(uri, name) for name in names}
+        except StorageError as error:
+            self.problems["registry"] = str(error)
+            return
+        self.problems.pop("registry", None)
+        self._found = {name: each for name, each in found.items() if each is not None}
+
+    def _of_folder(self, name: str) -> Entry | None:
+        found = self._found.get(name)
+        return None if found is None else found[1]
+
+    def _read(self, uri: str, name: str) -> tuple[str, Entry] | None:
+        """The export of one folder, with a mark that changes with it; as it was, if it has not."""
+        for place in (storage.join(uri, name, "export"), storage.join(uri, name)):
+            mark = storage.etag(storage.join(place, exported.FILE))
+            if mark is None:
+                continue
+            known = self._found.get(name)
+            if known is not None and known[0] == mark:
+                return known
+            try:
+                note = exported.read(place)
+                entry = None if note is None else self._entry(name, place, note)
+            except (BadInput, ValueError) as error:
+                self.problems[name] = str(error)
+                return None
+            self.problems.pop(name, None)
+            return None if entry is None else (mark, entry)
+        return None
+
+    def _entry(self, name: str, place: str, note: Exported, how: HowToLoad | None = None) -> Entry:
+        """What an export means: a model of its own, or an adapter or words for its base."""
+        base = next((m for m in self.config.models if m.uri == note.base_uri), None)
+        if note.kind == "full":
+            weights = Weights(place, None, how or HowToLoad())
+        else:
+            uri = note.base_uri
+            if uri.startswith("/") and not Path(uri).exists():
+                raise BadInput(f"it is for the model {uri}, which is not here")
+            like = how or (_how(base) if base else HowToLoad())
+            weights = Weights(uri, base.config if base else None, like)
+        learned = storage.join(place, exported.EMBEDDINGS_FILE)
+        weights = replace(weights, words=tuple((learned, word) for word in note.tokens))
+        is_lora = note.kind == "lora"
+        return Entry(
+            name=name,
+            kind="lora" if is_lora else "model",
+            weights=weights,
+            lora=storage.join(place, exported.LORA_FILE) if is_lora else None,
+            base=base.name if base else None,
+            facts=read_facts(weights.uri),
+            hint=note.instance_prompt,
+            created=int(time.time()),
+        )
+
+    def _configured(self) -> Iterator[Entry]:
+        for model in self.config.models:
+            note = exported.read(model.uri) if _is_folder(model.uri) else None
+            if note is not None:
+                yield replace(self._entry(model.name, model.uri, note, _how(model)), kind="model")
+                continue
+            weights = Weights(model.uri, model.config, _how(model))
+            yield Entry(model.name, "model", weights, facts=read_facts(model.uri))
+        for lora in self.config.loras:
+            yield self._lora(lora)
+
+    def _lora(self, lora: LoraConfig) -> Entry:
+        note = exported.read(lora.uri) if _is_folder(lora.uri) else None
+        if note is not None and note.kind != "lora":
+            raise BadInput(f"loras: {lora.uri} is an export of kind {note.kind}; list it in models")
+        base = next((m for m in self.config.models if m.name == lora.base), None)
+        if lora.base is not None and base is None:
+            known = ", ".join(model.name for model in self.config.models)
+            raise BadInput(f"loras: base {lora.base!r} is no model; there are {known}")
+        weights = None if base is None else Weights(base.uri, base.config, _how(base))
+        hint = None if note is None else note.instance_prompt
+        facts = Facts() if base is None else read_facts(base.uri)
+        return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
+
+
+def read_facts(uri: str) -> Facts:
+    """Of a diffusers folder, local or s3://, from its configuration files alone; else none."""
+    folder = str(STARTER) if uri == "starter" else uri
+    if not _is_folder(folder):
+        return Facts()
+    try:
+        index = _json(folder, "model_index.json")
+        blocks = _json(folder, "vae", "config.json").get("block_out_channels", [0] * 4)
+        scale = 2 ** (len(blocks) - 1)
+        latents = int(_json(folder, "unet", "config.json").get("sample_size", 128))
+        sampler = str(_json(folder, "scheduler", "scheduler_config.json").get("_class_name"))
+    except (StorageError, ValueError):
+        return Facts()
+    family = "sdxl" if "XL" in str(index.get("_class_name")) else "sd"
+    return Facts(family, latents * scale, max(8, scale), sampler.startswith("EDM"))
+
+
+def _json(folder: str, *parts: str) -> dict[str, Any]:
+    values = json.loads(storage.read_bytes(storage.join(folder, *parts)))
+    if not isinstance(values, dict):
+        raise ValueError(f"{'/'.join(parts)} is no JSON object")
+    return values
+
+
+def _is_folder(uri: str) -> bool:
+    return storage.is_remote(uri) or Path(uri).is_dir()
+
+
+def _how(model: ModelConfig) -> HowToLoad:
+    return HowToLoad(**{name: getattr(model, name) for name in HowToLoad.model_fields})

@@ -1,0 +1,199 @@
+// The middle of the page: the picture as it forms, how far it is, and what went wrong.
+import { $, count, inWords, node, say } from "./dom.js";
+import { drawGrain } from "./grain.js";
+import { explain } from "./trouble.js";
+
+let run = null; // {many, ratio, cells, done: [steps of each], total, started, ...}
+let clock = null;
+let empty = false;
+
+export const isEmpty = () => empty;
+const isRunning = () => document.body.classList.contains("running");
+
+/** Puts frames of one shape onto the mat. */
+function arrange(cells, ratio) {
+  const columns = cells.length > 1 ? 2 : 1;
+  const frames = $("frames");
+  frames.style.setProperty("--ratio", ratio);
+  frames.style.setProperty("--columns", columns);
+  frames.style.setProperty("--rows", Math.ceil(cells.length / columns));
+  frames.replaceChildren(...cells);
+  frames.hidden = empty = false;
+  $("painter").hidden = $("paint-tools").hidden = true;
+  const old = isRunning() ? ["hint", "caption", "trouble"] : ["hint", "caption", "trouble", "status"];
+  for (const name of old) $(name).replaceChildren();
+}
+
+function grainCell(tag, attributes) {
+  const grain = node("canvas", { class: "grain", "aria-hidden": "true" });
+  drawGrain(grain);
+  return node(tag, { class: "cell", ...attributes }, grain);
+}
+
+/** Nothing yet: pictures begin as noise, and this is the noise. */
+export function showEmpty(ratio, hints, use) {
+  arrange([grainCell("div", {})], ratio);
+  const chips = hints.map((hint) => {
+    return node("button", { type: "button", class: "chip", onclick: () => use(hint) }, hint);
+  });
+  const words = "Every picture starts as noise. Say what this one should become.";
+  $("hint").replaceChildren(node("span", {}, words), ...chips);
+  empty = true;
+}
+
+/** Frames for a run; `backdrop` is the picture it starts from. */
+export function begin(many, ratio, backdrop) {
+  const cells = Array.from({ length: many }, (_, at) => {
+    const label = `Picture ${at + 1} of ${many}`;
+    const button = { type: "button", disabled: true, "aria-label": label };
+    const cell = many > 1 ? grainCell("button", button) : grainCell("div", {});
+    if (backdrop) cell.append(node("img", { src: backdrop, alt: "", class: "backdrop" }));
+    return cell;
+  });
+  arrange(cells, ratio);
+  document.body.classList.add("running");
+  run = { many, ratio, cells, done: Array(many).fill(0), total: 0, started: Date.now() };
+  clock = setInterval(tell, 250);
+  tell();
+  say("Sent");
+}
+
+/** Back from a finished picture to the one being made. */
+const watch = () => arrange(run.cells, run.ratio);
+
+export function waiting({ position, seconds }) {
+  if (run.waiting?.position !== position) say(position ? `${count(position, "request")} ahead of you` : "You are next");
+  run.waiting = { position, until: Date.now() + seconds * 1000 };
+  tell();
+}
+
+export function step({ image, step: done, steps, seconds_left: left }) {
+  if (!run.total) say(`Started, ${count(steps, "step")}`);
+  run.done[image] = done;
+  Object.assign(run, { total: steps, image, left: Date.now() + left * 1000 });
+  tell();
+}
+
+/** Lays a newer picture over the older one. */
+export function put(image, blob) {
+  layOver(run.cells[image], URL.createObjectURL(blob), "The picture as it forms", true);
+}
+
+function layOver(cell, url, alt, passing) {
+  const picture = node("img", { src: url, alt, class: "forming", "data-passing": passing });
+  cell.newest = picture;
+  picture.addEventListener("load", () => {
+    if (cell.newest !== picture) return drop(picture);
+    const older = [...cell.querySelectorAll("img")];
+    cell.append(picture);
+    setTimeout(() => older.forEach(drop), 450); // once it has faded in
+  });
+}
+
+function drop(picture) {
+  picture.remove();
+  if ("passing" in picture.dataset) URL.revokeObjectURL(picture.src);
+}
+
+/** A picture of the run is finished; with several, its frame opens it. */
+export function finish(image, shot, open) {
+  const cell = run.cells[image];
+  layOver(cell, shot.url, shot.fields.prompt, false);
+  run.done[image] = run.total;
+  cell.classList.add("done");
+  if (run.many === 1) return;
+  cell.disabled = false;
+  cell.addEventListener("click", open);
+  cell.setAttribute("aria-label", `Picture ${image + 1} of ${run.many}: show it large`);
+}
+
+/** How long the run took, and how far it came. */
+export function end() {
+  clearInterval(clock);
+  document.body.classList.remove("running");
+  document.title = "rayjobs";
+  $("status").replaceChildren();
+  $("ruler").hidden = true;
+  if (run.many > 1) watch();
+  const seconds = (Date.now() - run.started) / 1000;
+  return { seconds, at: run.total ? `step ${Math.max(...run.done)} of ${run.total}` : "the wait" };
+}
+
+/** One line of how far the run is, the ruler, and the tab's title. */
+function tell() {
+  const waited = inWords((Date.now() - run.started) / 1000);
+  const left = run.left && (run.left - Date.now()) / 1000;
+  if (run.total) {
+    const which = run.many > 1 ? `Picture ${run.image + 1} of ${run.many}, step` : "Step";
+    const rest = left > 0.3 ? `about ${inWords(left)} left` : "almost there";
+    status(`${which} ${run.done[run.image]} of ${run.total}`, rest);
+    document.title = `${run.done[run.image]}/${run.total} rayjobs`;
+  } else if (run.waiting) {
+    const ahead = run.waiting.position ? `${count(run.waiting.position, "request")} ahead of you` : "You are next";
+    const until = (run.waiting.until - Date.now()) / 1000;
+    status(ahead, until > 0.5 ? `starts in about ${inWords(until)}` : `waiting for ${waited}`);
+  } else {
+    status("Sent", `waiting for ${waited}`);
+  }
+  drawRuler();
+}
+
+function status(now, then = "") {
+  if (!$("status").children.length) $("status").append(node("b"), node("span"));
+  $("status").firstChild.textContent = now;
+  $("status").lastChild.textContent = then;
+}
+
+/** A tick for each step, filled as they are made. */
+function drawRuler() {
+  const ruler = $("ruler");
+  const done = run.done.reduce((sum, steps) => sum + steps, 0);
+  const share = run.total ? done / (run.total * run.many) : 0;
+  ruler.hidden = false;
+  ruler.classList.toggle("waits", !run.total);
+  ruler.style.setProperty("--steps", Math.min(run.total * run.many, 120) || 1);
+  ruler.style.setProperty("--share", `${share * 100}%`);
+  ruler.setAttribute("aria-valuenow", Math.round(share * 100));
+}
+
+/** One finished picture, large, with what is known about it below. */
+export function showShot({ url, width, height, fields }, ...caption) {
+  const img = node("img", { src: url, alt: fields.prompt });
+  arrange([node("div", { class: "cell done" }, img)], width / height);
+  const back = node("button", { type: "button", class: "link", onclick: watch }, "Back to the picture being made");
+  $("caption").replaceChildren(...caption, isRunning() ? back : "");
+}
+
+export function showPainter(words) {
+  arrange([], 1);
+  $("frames").hidden = true;
+  $("painter").hidden = $("paint-tools").hidden = false;
+  $("caption").replaceChildren(node("p", { class: "quiet" }, words));
+}
+
+/** How the run ended, where there is no picture to tell of. */
+export function note(now, then = "") {
+  status(now, then);
+  say(`${now}. ${then}`);
+}
+
+/** Says kindly what went wrong; `again` tries the same anew, counting down the server's wait. */
+export function showTrouble(trouble, again, words = "Try again") {
+  const { title, advice, again: helps } = explain(trouble);
+  const buttons = node("div", { class: "row" });
+  const detail = trouble.kind === "unreachable" || trouble.kind === "lost" ? null : trouble.message;
+  if (helps) buttons.append(againButton(trouble.wait_s, again, words));
+  $("trouble").replaceChildren(node("div", { class: "card" }, node("h2", {}, title), detail && node("p", {}, detail), node("p", { class: "quiet" }, advice), buttons));
+}
+
+function againButton(wait_s, again, words) {
+  const until = Date.now() + (wait_s ?? 0) * 1000;
+  const button = node("button", { type: "button", class: "strong", onclick: () => again() });
+  const tell = () => {
+    const left = Math.ceil((until - Date.now()) / 1000);
+    button.textContent = left > 0 ? `${words} in ${left} s` : words;
+    if (left > 0 && (button.isConnected || left === Math.ceil(wait_s))) setTimeout(tell, 250);
+  };
+  tell();
+  return button;
+}
