@@ -121,8 +121,11 @@ def build_random(folder: Path, shape: Shape) -> str:
     return str(folder / "model")
 
 
-def prepare(folder: Path, name: str) -> Task:
+def prepare(folder: Path, name: str, side: int) -> Task:
     """A model by its name here, and pictures for it, below `folder`."""
-    uri, side = ("starter", 64) if name == "starter" else (build_random(folder, SHAPES[name]), 128)
+    if name == "starter":
+        uri, side = "starter", 64
+    else:
+        uri = build_random(folder, SHAPES[name])
     draw_pictures(folder / "pictures", side)
     return Task(name, uri, side, folder / "pictures", str(folder / "runs"))

@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="that are timed in a round")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--models", nargs="*", default=["starter", "narrow"])
+    parser.add_argument("--side", type=int, default=256, help="pixels; the starter's are 64")
     parser.add_argument("--stall-model", default="narrow", help="one of --models")
     parser.add_argument("--stall-steps", type=int, default=120, help="0: not measured")
     parser.add_argument("--threads", type=int, default=2)
@@ -263,7 +264,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:
-        tasks = {model: prepare(Path(name) / model, model) for model in args.models}
+        tasks = {model: prepare(Path(name) / model, model, args.side) for model in args.models}
         facts = {**vars(args), "torch": torch.__version__, "device": DEVICE}
         facts["OMP_WAIT_POLICY"] = os.environ["OMP_WAIT_POLICY"]
         found: dict[str, Any] = {"settings": facts | {"rank": RANK}}

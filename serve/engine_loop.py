@@ -22,7 +22,8 @@ from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.fairness import Ticket, Turns
 from serve.forecast import Forecast
-from serve.job import Job, estimate, to_pixels
+from serve.images import to_pixels
+from serve.job import Job, estimate
 from serve.metrics import EngineMetrics
 from serve.models import Loaded, Models, NoRoom
 from serve.protocol import Ask, Event, Failed, Finished, Partial, Step, Waiting
@@ -99,6 +100,16 @@ class EngineLoop:
     def pending_s(self) -> float:
         """Seconds until all that is here now is done."""
         return sum(self._left_s(job) for job in list(self._jobs)) + sum(self._coming.values())
+
+    def names(self) -> list[str]:
+        """Names of models and adapters that are in memory."""
+        held = self.models.loaded
+        adapters = {uri for loaded in held.values() for uri in loaded.uris}
+        return [
+            entry.name
+            for entry in self.registry.entries()
+            if (entry.weights in held if entry.lora is None else entry.lora in adapters)
+        ]
 
     def position_of(self, job: Job) -> int:
         return sum(other.arrived_s < job.arrived_s for other in list(self._jobs))

@@ -153,4 +153,3 @@ class FairBatcher(Generic[R]):
 
     def _ticket(self, row: R) -> Ticket:
         return self.tickets[row.request]
-

@@ -30,7 +30,6 @@ ANIMATED = "is animated; save one of its frames"
 CUT_OFF = "is cut off; send the whole file"
 TOO_MANY_PARTS = "is made of too many parts; open it and save it again"
 DAMAGED = "cannot be decoded, it is damaged or of an unusual kind; open it and save it again"
-
 PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND"}
 JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 JPEG_SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -41,7 +40,6 @@ TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVE
 UPRIGHT = {number: Image.Transpose[name] for number, name in enumerate(TURNS.split(), 2)}
 """By EXIF's orientation."""
 EXIF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
-PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
 
 class BadImage(ValueError):
@@ -87,9 +85,9 @@ def read_mask(data: bytes, size: tuple[int, int], most_bytes: int, most_pixels: 
         if colours.size != size:
             sizes = f"{colours.width}x{colours.height} and the image {size[0]}x{size[1]}"
             raise BadImage(f"is {sizes} pixels; make it as large as the image")
-        mask = alpha.point(range(255, -1, -1)) if alpha else colours.convert("RGB").convert("L")
+        grey = colours.convert("RGB").convert("L")
+        mask, kind = (grey, "white") if alpha is None else (ImageOps.invert(alpha), "transparent")
         if mask.getextrema() == (0, 0):
-            kind = "transparent" if alpha else "white"
             raise BadImage(f"has no {kind} pixel; make it {kind} where the image is to change")
         return to_pixels(mask)
 
@@ -125,8 +123,7 @@ def to_pixels(image: Image.Image) -> Pixels:
 
 def to_image(pixels: Pixels) -> Image.Image:
     """A picture of these bytes: read-only, and without a copy if they are L."""
-    size = (pixels.width, pixels.height)
-    return Image.frombuffer(pixels.mode, size, pixels.data, "raw", pixels.mode, 0, 1)
+    return Image.frombuffer(pixels.mode, (pixels.width, pixels.height), pixels.data)
 
 
 @contextmanager
@@ -290,10 +287,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """In RGB. A profile that is broken, large or of other colours is not heeded."""
     if profile and len(profile) <= MOST_PROFILE_BYTES:
         with suppress(ImageCms.PyCMSError, OSError):
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if source.profile.xcolor_space.strip() == PROFILE_SPACES[image.mode]:
-                target = ImageCms.createProfile("sRGB")
-                return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
+            source, target = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, target, outputMode="RGB") or image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -7,13 +7,15 @@ threads or of other asks.
 import asyncio
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
 from rayjobs.diffusion.request import Lora, Request
+from serve.images import to_image, to_pixels
 from serve.models import Loaded
-from serve.protocol import Ask, Event, Failed, Finished, Pixels
+from serve.protocol import Ask, Event, Failed, Finished
 
 
 @dataclass(eq=False)
@@ -83,7 +85,14 @@ class Job:
         number = self.images[row_id]
         self.leave(row_id)
         self.over = not self.images
-        return Finished(number, self.ask.seeds[number], to_pixels(image), warnings)
+        seed, pixels = self.ask.seeds[number], to_pixels(image)
+        return Finished(number, seed, pixels, warnings, self._text_tokens)
+
+    @cached_property
+    def _text_tokens(self) -> int:
+        tokenizer = self.loaded.engine.model.tokenizers[0]
+        said = [self.ask.prompt, self.ask.negative_prompt or ""]
+        return sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in said)
 
     def leave(self, row_id: int) -> None:
         for known in (self.images, self.left, self.owed):
@@ -102,11 +111,3 @@ def estimate(ask: Ask, default_side: int, channels: int, scale: int) -> tuple[tu
     places = 1 if ask.guidance_scale is not None and ask.guidance_scale <= 1 else 2
     shape = (channels, height // scale, width // scale)
     return shape, steps * places * len(ask.seeds)
-
-
-def to_pixels(image: Image.Image) -> Pixels:
-    return Pixels(image.width, image.height, image.convert("RGB").tobytes())
-
-
-def to_image(pixels: Pixels) -> Image.Image:
-    return Image.frombytes(pixels.mode, (pixels.width, pixels.height), pixels.data)

@@ -7,6 +7,9 @@ of how requests are served.
 from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from serve.protocol import Ask
 
@@ -14,6 +17,30 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0
 STEP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 PREFIX = "rayjobs_serve"
+
+
+def merge(texts: dict[str, str]) -> str:
+    """The metrics of several replicas as one text, each with its replica's name as a label."""
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            merged = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                labels = {**sample.labels, "replica": replica}
+                merged.add_sample(sample.name, labels, sample.value)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(list(families.values())))
+    return generate_latest(registry).decode()
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Metric]):
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
 
 
 class EngineMetrics:
@@ -78,9 +105,7 @@ class EngineMetrics:
     def _gauge(self, name: str, told: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", told, registry=self.registry)
 
-    def _histogram(
-        self, name: str, told: str, buckets: Iterable[float], *labels: str
-    ) -> Histogram:
+    def _histogram(self, name: str, told: str, buckets: Iterable[float], *labels: str) -> Histogram:
         return Histogram(
             f"{PREFIX}_{name}", told, labels, buckets=tuple(buckets), registry=self.registry
         )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +18,7 @@ import torch
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.lora import Adapter
+from rayjobs.diffusion.lora import Adapter, weight_file
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.weights import locate
 from rayjobs.diffusion.words import load_word
@@ -43,6 +44,8 @@ class Loaded:
     used_s: float = field(default_factory=time.monotonic)
     adapters: dict[str, tuple[str, float]] = field(default_factory=dict)
     """SHA-256 and time of last use of each adapter, by its path."""
+    uris: dict[str, str] = field(default_factory=dict)
+    """Paths of the adapters, by where they came from."""
 
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape
@@ -89,10 +92,9 @@ class Models:
         """An adapter to be admitted between two steps, or the path of one that is there already."""
 
         def read() -> Adapter | str:
-            path = storage.to_local(uri)
-            if path in loaded.adapters:
-                return path
-            return loaded.engine.loras.read(path)
+            path = str(weight_file(Path(storage.to_local(uri))))
+            loaded.uris[uri] = path
+            return path if path in loaded.adapters else loaded.engine.loras.read(path)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._reader, read)
@@ -110,6 +112,7 @@ class Models:
         if len(loaded.adapters) >= self.config.max_loras and idle:
             oldest = min(idle, key=lambda path: loaded.adapters[path][1])
             sha256, _ = loaded.adapters.pop(oldest)
+            loaded.uris = {uri: path for uri, path in loaded.uris.items() if path != oldest}
             if all(sha256 != other for other, _ in loaded.adapters.values()):
                 loaded.engine.loras.forget(sha256)
         sha256 = loaded.engine.loras.admit(adapter)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pixels:
     """A picture as bytes, row by row: RGB, or L with one byte for each pixel."""
 
@@ -90,6 +90,8 @@ class Finished:
     seed: int
     pixels: Pixels
     warnings: tuple[str, ...] = ()
+    text_tokens: int = 0
+    """Of the prompts, as the model's first tokenizer counts them."""
 
 
 @dataclass(frozen=True)

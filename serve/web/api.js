@@ -53,17 +53,21 @@ export async function* make(fields, input, signal) {
     }
     const kind = event.type ?? "";
     if (kind === "rayjobs.waiting") yield { what: "waiting", ...event };
-    else if (kind === "rayjobs.step") yield { what: "step", image: event.image_index ?? image, ...event };
+    else if (kind === "rayjobs.step")
+      yield { what: "step", image: event.image_index ?? image, ...event };
     else if (kind.endsWith(".partial_image")) yield { what: "partial", image, blob: toBlob(event) };
-    else if (kind.endsWith(".completed")) yield { what: "done", image: image++, ...event, blob: toBlob(event) };
+    else if (kind.endsWith(".completed"))
+      yield { what: "done", image: image++, ...event, blob: toBlob(event) };
   }
-  if (image < (fields.n ?? 1)) throw new Trouble("The answer ended before its last picture.", { kind: "lost" });
+  if (image < (fields.n ?? 1))
+    throw new Trouble("The answer ended before its last picture.", { kind: "lost" });
 }
 
 /** The events of an answer, also of one that did not care to stream. */
 async function* told(response) {
   if ((response.headers.get("content-type") ?? "").includes("json")) {
-    for (const picture of (await response.json()).data ?? []) yield { type: ".completed", ...picture };
+    for (const picture of (await response.json()).data ?? [])
+      yield { type: ".completed", ...picture };
     return;
   }
   try {

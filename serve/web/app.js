@@ -6,7 +6,7 @@ import * as form from "./form.js";
 import { readyInput } from "./input.js";
 import { askForKey, readyKey } from "./key.js";
 import { readyPainter } from "./painter.js";
-import { cancel, generate, isRunning, ratioOf } from "./run.js";
+import { cancel, generate, isRunning, shapeOf } from "./run.js";
 import * as stage from "./stage.js";
 
 /** Fills the page with what the server has. */
@@ -22,7 +22,7 @@ async function open() {
 }
 
 function emptyStage() {
-  stage.showEmpty(ratioOf(form.readFields().size), form.hints(), (hint) => {
+  stage.showEmpty(shapeOf(form.readFields().size), form.hints(), (hint) => {
     $("prompt").value = hint;
     $("prompt").focus();
   });
@@ -34,10 +34,15 @@ function onChoice() {
   if (stage.isEmpty()) emptyStage();
 }
 
+function submit(event) {
+  event.preventDefault();
+  form.keepForm();
+  generate(verbs);
+}
+
 function onKey(event) {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-    event.preventDefault();
-    generate(verbs);
+    if (!$("key-dialog").open) submit(event);
   } else if (event.key === "Escape" && isRunning() && !$("key-dialog").open) {
     cancel();
   }
@@ -62,7 +67,7 @@ function ready() {
     showTheme(next);
   });
   $("keys").textContent = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘ ↵" : "Ctrl ↵";
-  $("form").addEventListener("submit", (event) => (event.preventDefault(), generate(verbs)));
+  $("form").addEventListener("submit", submit);
   $("form").addEventListener("change", onChoice);
   $("cancel").addEventListener("click", cancel);
   addEventListener("keydown", onKey);

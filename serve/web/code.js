@@ -2,12 +2,14 @@
 
 const shell = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 const OPENAI = new Set(["model", "prompt", "n", "size"]); // the rest goes into extra_body
+const SAVE =
+  'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))';
 const base = () => new URL("v1", document.baseURI).href;
 
 /** `withKey`: the server asks for one. The key itself is never written down. */
 export function asCurl({ fields, input }, withKey) {
   const key = withKey ? ` \\\n  -H "Authorization: Bearer $RAYJOBS_API_KEY"` : "";
-  const save = " \\\n  | jq -r '.data[0].b64_json' | base64 --decode > picture.png";
+  const save = ` \\\n  | python3 -c '${SAVE}' > picture.png`;
   if (!input) {
     const body = shell(JSON.stringify(fields, null, 2));
     return `curl -sS ${base()}/images/generations${key} \\\n  -H 'Content-Type: application/json' \\\n  -d ${body}${save}\n`;
@@ -29,9 +31,12 @@ export function asPython({ fields, input }, withKey) {
   if (input) lines.unshift(`    image=open("input.png", "rb"),`);
   if (input?.mask.share() > 0) lines.splice(1, 0, `    mask=open("mask.png", "rb"),`);
   // A form has no lists: there they travel as their JSON.
-  const plain = (value) => JSON.stringify(input && typeof value === "object" ? JSON.stringify(value) : value);
+  const plain = (value) =>
+    JSON.stringify(input && typeof value === "object" ? JSON.stringify(value) : value);
   if (extra.length) {
-    const inside = extra.map(([name, value]) => `        ${JSON.stringify(name)}: ${plain(value)},`);
+    const inside = extra.map(
+      ([name, value]) => `        ${JSON.stringify(name)}: ${plain(value)},`,
+    );
     lines.push("    extra_body={", ...inside, "    },");
   }
   return [

@@ -7,7 +7,16 @@ import { openInput } from "./input.js";
 import { recall } from "./memory.js";
 import { showShot } from "./stage.js";
 
-export const verbs = { show, download, useAsInput, reuse, useSeed, copyCurl, copyPython, saveInput };
+export const verbs = {
+  show,
+  download,
+  useAsInput,
+  reuse,
+  useSeed,
+  copyCurl,
+  copyPython,
+  saveInput,
+};
 
 function show(shot) {
   showShot(shot, ...caption(shot, verbs));
@@ -20,9 +29,16 @@ function save(url, name) {
 }
 
 function download({ url, blob, fields }) {
-  const words = fields.prompt.toLowerCase().replaceAll(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
+  const words = fields.prompt
+    .toLowerCase()
+    .replaceAll(/[^\p{L}\p{N}]+/gu, "-")
+    .slice(0, 60);
   const kind = blob.type.replace("image/", "");
-  save(url, [words.replaceAll(/^-|-$/g, ""), fields.seed].filter((part) => part !== undefined).join("-") + `.${kind}`);
+  save(
+    url,
+    [words.replaceAll(/^-|-$/g, ""), fields.seed].filter((part) => part !== undefined).join("-") +
+      `.${kind}`,
+  );
 }
 
 /** The files that the copied command reads. */

@@ -7,7 +7,8 @@ export function node(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (value === true) made.setAttribute(name, "");
-    else if (value !== undefined && value !== null && value !== false) made.setAttribute(name, value);
+    else if (value !== undefined && value !== null && value !== false)
+      made.setAttribute(name, value);
   }
   made.append(...children.filter((child) => child !== null && child !== undefined));
   return made;
@@ -29,7 +30,11 @@ export function say(text) {
   $("live").textContent = text;
 }
 
-export const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+/** How far a slider is filled, for the style sheet. */
+export function fillTrack(range) {
+  const share = (range.value - range.min) / (range.max - range.min);
+  range.style.setProperty("--share", `${share * 100}%`);
+}
 
 /** 0.4 s, 12 s, 2 min 5 s. */
 export function inWords(seconds) {

@@ -1,5 +1,5 @@
 // The settings: filled from what the server says it can do, read into the API's fields and back.
-import { $, node } from "./dom.js";
+import { $, fillTrack, node } from "./dom.js";
 import { fillLoras, readLoras, writeLoras } from "./loras.js";
 import { recall, remember } from "./memory.js";
 
@@ -18,7 +18,9 @@ export function fillModels(list) {
   models = list;
   const kept = $("model").value;
   const bases = list.filter(({ kind }) => kind !== "lora");
-  const options = bases.map(({ id, loaded }) => node("option", { value: id }, loaded === false ? `${id} (not loaded)` : id));
+  const options = bases.map(({ id, loaded }) =>
+    node("option", { value: id }, loaded === false ? `${id} (not loaded)` : id),
+  );
   $("model").replaceChildren(...options);
   if (bases.some(({ id }) => id === kept)) $("model").value = kept;
   fitModel();
@@ -56,8 +58,8 @@ function setDefault(name, value) {
 }
 
 function fillSizes({ default_size: own, sizes = [] }) {
-  const pretty = (size) => size.replace("x", " × ");
-  const auto = hasInput ? "As the picture" : `Auto${own ? `: ${pretty(own)}` : ""}`;
+  const pretty = (size) => size.replace("x", "×");
+  const auto = hasInput ? "As the picture" : own ? `Auto, ${pretty(own)}` : "Auto";
   const options = (sizes ?? []).map((size) => node("option", { value: size }, pretty(size)));
   const custom = node("option", { value: "custom" }, "Other…");
   refill($("size"), [node("option", { value: "auto" }, auto), ...options, custom]);
@@ -65,9 +67,16 @@ function fillSizes({ default_size: own, sizes = [] }) {
 }
 
 function fitSize() {
-  const { size_multiple: step = 8, min_side: min = 64, max_side: max = 4096 } = limitsOf(chosenModel());
+  const {
+    size_multiple: step = 8,
+    min_side: min = 64,
+    max_side: max = 4096,
+  } = limitsOf(chosenModel());
   const [width, height] = (chosenModel().default_size ?? "1024x1024").split("x");
-  for (const [name, own] of [["width", width], ["height", height]]) {
+  for (const [name, own] of [
+    ["width", width],
+    ["height", height],
+  ]) {
     Object.assign($(name), { step, min, max });
     if (!$(name).value) $(name).value = own;
   }
@@ -77,7 +86,11 @@ function fitSize() {
 /** Words that call up what a model or LoRA was tuned for. */
 export function hints() {
   const names = [chosenModel().id, ...readLoras().map(({ name }) => name)];
-  return [...new Set(models.filter(({ id }) => names.includes(id)).flatMap(({ prompt_hint: hint }) => hint ?? []))];
+  return [
+    ...new Set(
+      models.filter(({ id }) => names.includes(id)).flatMap(({ prompt_hint: hint }) => hint ?? []),
+    ),
+  ];
 }
 
 function showHint() {
@@ -90,14 +103,9 @@ const pairOf = (name) => [$(name), ...document.querySelectorAll(`[data-for=${nam
 function follow(name) {
   for (const range of document.querySelectorAll(`[data-for=${name}]`)) {
     range.value = $(name).value;
-    paintTrack(range);
+    range.classList.toggle("unset", $(name).value === "");
+    fillTrack(range);
   }
-}
-
-/** How far a slider is filled, for the style sheet. */
-function paintTrack(range) {
-  const share = (range.value - range.min) / (range.max - range.min);
-  range.style.setProperty("--share", `${share * 100}%`);
 }
 
 /** Whether there is a picture to start from: it has a strength, and a size of its own. */
@@ -108,7 +116,9 @@ export function setHasInput(has) {
 }
 
 function readSize() {
-  return $("size").value === "custom" ? `${$("width").value}x${$("height").value}` : $("size").value || "auto";
+  return $("size").value === "custom"
+    ? `${$("width").value}x${$("height").value}`
+    : $("size").value || "auto";
 }
 
 /** The API's fields. What is left empty is left to the server. */
@@ -140,7 +150,8 @@ export function writeFields(fields) {
   for (const name of PLAIN) {
     if (name !== "model" || known.has(fields.model)) $(name).value = fields[name] ?? "";
   }
-  for (const name of [...NUMBERS, "strength"]) $(name).value = fields[name] ?? $(name).dataset.default ?? "";
+  for (const name of [...NUMBERS, "strength"])
+    $(name).value = fields[name] ?? $(name).dataset.default ?? "";
   const radio = $("n").querySelector(`[value="${fields.n ?? 1}"]`);
   if (radio) radio.checked = true;
   fitModel();
@@ -158,10 +169,12 @@ function writeSize(size) {
 
 /** Marks the field that something is wrong with; false where the page has no such field. */
 export function pointAt(param, message) {
-  const name = PARAMS[param] ?? param;
+  const place = String(param).split(".")[0]; // of loras.0.scale, say
+  const name = PARAMS[place] ?? place;
   if (!MARKED.includes(name) || !$(`${name}-wrong`)) return false;
   $(`${name}-wrong`).textContent = message;
-  const field = name === "image" ? $("file") : name === "n" ? $("n").querySelector(":checked") : $(name);
+  const field =
+    name === "image" ? $("file") : name === "n" ? $("n").querySelector(":checked") : $(name);
   field.setAttribute("aria-invalid", "true");
   field.focus();
   return true;
@@ -169,7 +182,8 @@ export function pointAt(param, message) {
 
 export function clearMarks() {
   for (const place of document.querySelectorAll(".wrong")) place.textContent = "";
-  for (const field of document.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+  for (const field of document.querySelectorAll("[aria-invalid]"))
+    field.removeAttribute("aria-invalid");
 }
 
 export function keepForm() {
@@ -188,7 +202,7 @@ export function readyForm() {
   $("size").addEventListener("change", fitSize);
   for (const range of document.querySelectorAll("[data-for]")) {
     const field = $(range.dataset.for);
-    range.addEventListener("input", () => ((field.value = range.value), paintTrack(range)));
+    range.addEventListener("input", () => ((field.value = range.value), follow(field.id)));
     field.addEventListener("input", () => follow(field.id));
   }
 }

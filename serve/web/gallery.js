@@ -24,14 +24,30 @@ export function addShot(shot, verbs) {
 function tile(shot, verbs) {
   const img = node("img", { src: shot.url, alt: "", loading: "lazy" });
   const label = `Show: ${shot.fields.prompt}, seed ${shot.fields.seed ?? "unknown"}`;
-  const open = node("button", { type: "button", class: "thumb", "aria-label": label, onclick: () => verbs.show(shot) }, img);
-  return node("li", {}, open, node("p", { class: "words", title: shot.fields.prompt }, shot.fields.prompt), facts(shot), actions(shot, verbs));
+  const open = node(
+    "button",
+    { type: "button", class: "thumb", "aria-label": label, onclick: () => verbs.show(shot) },
+    img,
+  );
+  return node(
+    "li",
+    {},
+    open,
+    node("p", { class: "words", title: shot.fields.prompt }, shot.fields.prompt),
+    facts(shot),
+    actions(shot, verbs),
+  );
 }
 
 function facts(shot) {
   const time = shot.when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   const seed = node("span", {}, `Seed ${shot.fields.seed ?? "unknown"}`);
-  return node("p", { class: "facts" }, seed, node("time", { datetime: shot.when.toISOString() }, `${time}, ${inWords(shot.seconds)}`));
+  return node(
+    "p",
+    { class: "facts" },
+    seed,
+    node("time", { datetime: shot.when.toISOString() }, `${time}, ${inWords(shot.seconds)}`),
+  );
 }
 
 /** The buttons of a picture, with words where there is room for them. */
@@ -44,7 +60,12 @@ export function actions(shot, verbs, wordy = false) {
       if (said) confirm(button, said);
     };
     const attributes = wordy ? {} : { "aria-label": words, title: words };
-    return node("button", { type: "button", class: "plain", "data-verb": verb, onclick: act, ...attributes }, icon(drawing), wordy ? node("span", {}, words) : null);
+    return node(
+      "button",
+      { type: "button", class: "plain", "data-verb": verb, onclick: act, ...attributes },
+      icon(drawing),
+      wordy ? node("span", {}, words) : null,
+    );
   });
   return node("div", { class: "actions" }, ...made);
 }
@@ -59,8 +80,19 @@ function confirm(button, said) {
 export function caption(shot, verbs) {
   const { fields } = shot;
   const seed = node("span", {}, `Seed ${fields.seed ?? "unknown"}`);
-  const use = fields.seed !== undefined && node("button", { type: "button", class: "link", onclick: () => verbs.useSeed(shot) }, "Use this seed");
-  const parts = [`${shot.width} × ${shot.height}`, fields.num_inference_steps && count(fields.num_inference_steps, "step"), fields.sampler, inWords(shot.seconds)];
+  const use =
+    fields.seed !== undefined &&
+    node(
+      "button",
+      { type: "button", class: "link", onclick: () => verbs.useSeed(shot) },
+      "Use this seed",
+    );
+  const parts = [
+    `${shot.width} × ${shot.height}`,
+    fields.num_inference_steps && count(fields.num_inference_steps, "step"),
+    fields.sampler,
+    inWords(shot.seconds),
+  ];
   const rest = node("span", {}, parts.filter(Boolean).join(", "));
   return [
     node("p", { class: "prompt" }, fields.prompt),

@@ -1,19 +1,35 @@
-// The noise that a picture starts from, as quiet colour: one blot for each pixel of the latents.
+// The noise that a picture starts from, as quiet colour: clouds with grain over them.
 
-const ACROSS = 48;
+const ACROSS = 320;
+const CLOUDS = 6;
 
-function normal() {
-  return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+const normal = () =>
+  Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+
+function noise(across, colour) {
+  const canvas = Object.assign(document.createElement("canvas"), { width: across, height: across });
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(across, across);
+  for (let at = 0; at < pixels.data.length; at += 4) pixels.data.set(colour(), at);
+  context.putImageData(pixels, 0, 0);
+  return canvas;
 }
 
+function grey() {
+  const level = 128 + 70 * normal();
+  return [level, level, level, 255];
+}
+
+const tint = () => [128 + 58 * normal(), 128 + 44 * normal(), 134 + 58 * normal(), 255];
+let grain = null; // the same for all pictures: only the clouds differ
+
 export function drawGrain(canvas) {
+  grain ??= noise(ACROSS, grey);
   canvas.width = canvas.height = ACROSS;
   const context = canvas.getContext("2d");
-  const pixels = context.createImageData(ACROSS, ACROSS);
-  for (let at = 0; at < pixels.data.length; at += 4) {
-    const grey = 128 + 46 * normal();
-    for (let channel = 0; channel < 3; channel++) pixels.data[at + channel] = grey + 26 * normal();
-    pixels.data[at + 3] = 255;
-  }
-  context.putImageData(pixels, 0, 0);
+  context.imageSmoothingQuality = "high";
+  const edge = ACROSS / CLOUDS; // smoothing pales at the rim, so that lies outside
+  context.drawImage(noise(CLOUDS, tint), -edge, -edge, ACROSS + 2 * edge, ACROSS + 2 * edge);
+  context.globalAlpha = 0.2;
+  context.drawImage(grain, 0, 0);
 }

@@ -31,7 +31,9 @@ export async function openInput(blob, name = "Picture", mask = null) {
 async function readInput(blob, name, maxSide) {
   const bitmap = await createImageBitmap(blob);
   const scale = Math.min(1, maxSide / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const [width, height] = [bitmap.width, bitmap.height].map((side) =>
+    Math.max(1, Math.round(side * scale)),
+  );
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
@@ -39,7 +41,14 @@ async function readInput(blob, name, maxSide) {
   context.fillRect(0, 0, width, height);
   context.drawImage(bitmap, 0, 0, width, height);
   const picture = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
-  return { name, picture, width, height, url: URL.createObjectURL(picture), mask: new Mask(width, height) };
+  return {
+    name,
+    picture,
+    width,
+    height,
+    url: URL.createObjectURL(picture),
+    mask: new Mask(width, height),
+  };
 }
 
 /** What goes to the server: the mask only where something is painted. */
@@ -68,11 +77,12 @@ function tellMask() {
 }
 
 function openMask() {
-  showPainter("Paint what should change. Paint nothing to vary the whole picture.");
+  showPainter(input, "Paint what should change. Paint nothing to vary the whole picture.");
   openPainter(input, tellMask);
 }
 
-const pictureIn = ({ files = [] } = {}) => [...files].find(({ type }) => type.startsWith("image/")) ?? files[0];
+const pictureIn = ({ files = [] } = {}) =>
+  [...files].find(({ type }) => type.startsWith("image/")) ?? files[0];
 const take = (file) => file && openInput(file, file.name || "Pasted picture");
 
 /** Files may be picked, dropped anywhere on the page, or pasted into it. */

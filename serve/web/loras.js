@@ -1,5 +1,5 @@
 // The LoRAs of the chosen model: any of them, each with a scale.
-import { $, node } from "./dom.js";
+import { $, fillTrack, node } from "./dom.js";
 
 /** Shows these, keeping those that are chosen. */
 export function fillLoras(names) {
@@ -14,12 +14,17 @@ function row(name, scale) {
   const number = node("input", { type: "number", min: -2, max: 2, inputmode: "decimal", ...both });
   const range = node("input", { type: "range", min: 0, max: 1.5, ...both });
   const check = node("input", { type: "checkbox", value: name, checked: !off });
-  const paint = () => range.style.setProperty("--share", `${(range.value / 1.5) * 100}%`);
-  range.addEventListener("input", () => ((number.value = range.value), paint()));
-  number.addEventListener("input", () => ((range.value = number.value), paint()));
+  range.addEventListener("input", () => ((number.value = range.value), fillTrack(range)));
+  number.addEventListener("input", () => ((range.value = number.value), fillTrack(range)));
   check.addEventListener("change", () => (number.disabled = range.disabled = !check.checked));
-  paint();
-  return node("div", { class: "lora" }, node("label", {}, check, node("span", {}, name)), range, number);
+  fillTrack(range);
+  return node(
+    "div",
+    { class: "lora" },
+    node("label", {}, check, node("span", {}, name)),
+    range,
+    number,
+  );
 }
 
 /** [{name, scale}] of the chosen ones. */

@@ -39,7 +39,10 @@ export class Mask {
   /** How much of the picture is painted, 0 to 1. */
   share() {
     if (!this.strokes.length) return 0;
-    const canvas = this.draw(document.createElement("canvas"), 128 / Math.max(this.width, this.height));
+    const canvas = this.draw(
+      document.createElement("canvas"),
+      128 / Math.max(this.width, this.height),
+    );
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     let sum = 0;
     for (let at = 3; at < data.length; at += 4) sum += data[at];

@@ -1,5 +1,5 @@
 // Paints a mask over the input picture: with a pointer, or with arrow keys and space.
-import { $, say } from "./dom.js";
+import { $, fillTrack, say } from "./dom.js";
 import { drawStroke } from "./mask.js";
 
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -12,9 +12,7 @@ let changed = () => {};
 export function openPainter(newInput, whenChanged) {
   [input, changed] = [newInput, whenChanged];
   at = [input.width / 2, input.height / 2];
-  const sheet = $("sheet");
-  sheet.style.setProperty("--ratio", input.width / input.height);
-  sheet.querySelector("img").src = input.url;
+  $("sheet").querySelector("img").src = input.url;
   redraw();
   showRing(false);
 }
@@ -98,6 +96,7 @@ function undo() {
 function resize(by) {
   const size = $("brush-size");
   size.value = Number(size.value) + by;
+  fillTrack(size);
   showRing(true);
 }
 
@@ -135,7 +134,8 @@ function step([right, down], painting) {
 
 const clamp = (value, most) => Math.min(Math.max(value, 0), most);
 const percent = (value, whole) => `${Math.round((value / whole) * 100)}%`;
-const whereabouts = () => `at ${percent(at[0], input.width)} across, ${percent(at[1], input.height)} down`;
+const whereabouts = () =>
+  `at ${percent(at[0], input.width)} across, ${percent(at[1], input.height)} down`;
 
 export function readyPainter() {
   const film = $("film");
@@ -149,7 +149,8 @@ export function readyPainter() {
   for (const button of document.querySelectorAll("[data-tool]")) {
     button.addEventListener("click", () => choose(button.dataset.tool));
   }
-  $("brush-size").addEventListener("input", () => showRing(true));
+  $("brush-size").addEventListener("input", () => (fillTrack($("brush-size")), showRing(true)));
+  fillTrack($("brush-size"));
   $("brush-size").addEventListener("change", () => showRing(false));
   $("paint-whole").addEventListener("click", () => whole("whole"));
   $("paint-invert").addEventListener("click", () => whole("invert"));

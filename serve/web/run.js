@@ -21,7 +21,7 @@ export async function generate(verbs) {
   const used = input && { ...input, mask: input.mask.copy() };
   running = new AbortController();
   setRunning(true);
-  stage.begin(fields.n, ratioOf(fields.size), used?.url);
+  stage.begin(fields.n, shapeOf(fields.size), used?.url);
   try {
     const shots = await follow(fields, used, verbs);
     finish(shots, stage.end(), verbs);
@@ -57,29 +57,44 @@ async function develop({ blob, seed, warnings }, fields, used, seconds) {
   const url = URL.createObjectURL(blob);
   const again = { ...fields, n: 1, seed: seed ?? (fields.n === 1 ? fields.seed : undefined) };
   const when = new Date();
-  return { blob, url, width, height, seconds, when, fields: again, input: used, warnings: warnings ?? [] };
+  return {
+    blob,
+    url,
+    width,
+    height,
+    seconds,
+    when,
+    fields: again,
+    input: used,
+    warnings: warnings ?? [],
+  };
 }
 
 function finish(shots, { seconds }, verbs) {
   const time = inWords(seconds);
-  if (shots.length > 1) return stage.note(`${count(shots.length, "picture")} in ${time}`, "Choose one to see it large.");
+  if (shots.length > 1)
+    return stage.note(
+      `${count(shots.length, "picture")} in ${time}`,
+      "Choose one to see it large.",
+    );
   verbs.show(shots[0]);
   say(`Done in ${time}. Seed ${shots[0].fields.seed ?? "unknown"}.`);
 }
 
 function fail(error, { at }, again) {
-  if (error.name === "AbortError") return stage.note(`Cancelled at ${at}`);
+  if (error.name === "AbortError") return stage.note(`Cancelled ${at}`);
   form.pointAt(error.param, error.message);
   if (error.status !== 401) return stage.showTrouble(error, again);
   stage.showTrouble(error, () => askForKey(again), "Enter a key");
   askForKey(again);
 }
 
-/** Width by height of the frame to come. */
-export function ratioOf(size) {
-  if (size === "auto" && input) return input.width / input.height;
-  const [width, height] = (size === "auto" ? form.chosenModel().default_size ?? "1x1" : size).split("x");
-  return Number(width) / Number(height) || 1;
+/** Width and height of the picture to come, for its frame. */
+export function shapeOf(size) {
+  if (size === "auto" && input) return [input.width, input.height];
+  const known = size === "auto" ? (form.chosenModel().default_size ?? "1024x1024") : size;
+  const [width, height] = known.split("x").map(Number);
+  return width > 0 && height > 0 ? [width, height] : [1024, 1024];
 }
 
 function setRunning(is) {

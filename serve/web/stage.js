@@ -3,24 +3,33 @@ import { $, count, inWords, node, say } from "./dom.js";
 import { drawGrain } from "./grain.js";
 import { explain } from "./trouble.js";
 
-let run = null; // {many, ratio, cells, done: [steps of each], total, started, ...}
+const LARGEST = 7; // screen pixels for one of the picture
+let run = null; // {many, shape, cells, done: [steps of each], total, started, ...}
 let clock = null;
 let empty = false;
 
 export const isEmpty = () => empty;
 const isRunning = () => document.body.classList.contains("running");
 
+/** A shape for the style sheet; small pictures are not blown up without end. */
+function setShape(element, [width, height]) {
+  element.style.setProperty("--ratio", width / height);
+  element.style.setProperty("--most", `${width * LARGEST}px`);
+}
+
 /** Puts frames of one shape onto the mat. */
-function arrange(cells, ratio) {
+function arrange(cells, shape) {
   const columns = cells.length > 1 ? 2 : 1;
   const frames = $("frames");
-  frames.style.setProperty("--ratio", ratio);
+  setShape(frames, shape);
   frames.style.setProperty("--columns", columns);
   frames.style.setProperty("--rows", Math.ceil(cells.length / columns));
   frames.replaceChildren(...cells);
   frames.hidden = empty = false;
   $("painter").hidden = $("paint-tools").hidden = true;
-  const old = isRunning() ? ["hint", "caption", "trouble"] : ["hint", "caption", "trouble", "status"];
+  const old = isRunning()
+    ? ["hint", "caption", "trouble"]
+    : ["hint", "caption", "trouble", "status"];
   for (const name of old) $(name).replaceChildren();
 }
 
@@ -31,8 +40,8 @@ function grainCell(tag, attributes) {
 }
 
 /** Nothing yet: pictures begin as noise, and this is the noise. */
-export function showEmpty(ratio, hints, use) {
-  arrange([grainCell("div", {})], ratio);
+export function showEmpty(shape, hints, use) {
+  arrange([grainCell("div", {})], shape);
   const chips = hints.map((hint) => {
     return node("button", { type: "button", class: "chip", onclick: () => use(hint) }, hint);
   });
@@ -42,7 +51,7 @@ export function showEmpty(ratio, hints, use) {
 }
 
 /** Frames for a run; `backdrop` is the picture it starts from. */
-export function begin(many, ratio, backdrop) {
+export function begin(many, shape, backdrop) {
   const cells = Array.from({ length: many }, (_, at) => {
     const label = `Picture ${at + 1} of ${many}`;
     const button = { type: "button", disabled: true, "aria-label": label };
@@ -50,19 +59,20 @@ export function begin(many, ratio, backdrop) {
     if (backdrop) cell.append(node("img", { src: backdrop, alt: "", class: "backdrop" }));
     return cell;
   });
-  arrange(cells, ratio);
+  arrange(cells, shape);
   document.body.classList.add("running");
-  run = { many, ratio, cells, done: Array(many).fill(0), total: 0, started: Date.now() };
+  run = { many, shape, cells, done: Array(many).fill(0), total: 0, started: Date.now() };
   clock = setInterval(tell, 250);
   tell();
   say("Sent");
 }
 
 /** Back from a finished picture to the one being made. */
-const watch = () => arrange(run.cells, run.ratio);
+const watch = () => arrange(run.cells, run.shape);
 
 export function waiting({ position, seconds }) {
-  if (run.waiting?.position !== position) say(position ? `${count(position, "request")} ahead of you` : "You are next");
+  if (run.waiting?.position !== position)
+    say(position ? `${count(position, "request")} ahead of you` : "You are next");
   run.waiting = { position, until: Date.now() + seconds * 1000 };
   tell();
 }
@@ -116,7 +126,8 @@ export function end() {
   $("ruler").hidden = true;
   if (run.many > 1) watch();
   const seconds = (Date.now() - run.started) / 1000;
-  return { seconds, at: run.total ? `step ${Math.max(...run.done)} of ${run.total}` : "the wait" };
+  const at = run.total ? `at step ${run.done[run.image]} of ${run.total}` : "while waiting";
+  return { seconds, at };
 }
 
 /** One line of how far the run is, the ruler, and the tab's title. */
@@ -129,7 +140,9 @@ function tell() {
     status(`${which} ${run.done[run.image]} of ${run.total}`, rest);
     document.title = `${run.done[run.image]}/${run.total} rayjobs`;
   } else if (run.waiting) {
-    const ahead = run.waiting.position ? `${count(run.waiting.position, "request")} ahead of you` : "You are next";
+    const ahead = run.waiting.position
+      ? `${count(run.waiting.position, "request")} ahead of you`
+      : "You are next";
     const until = (run.waiting.until - Date.now()) / 1000;
     status(ahead, until > 0.5 ? `starts in about ${inWords(until)}` : `waiting for ${waited}`);
   } else {
@@ -159,13 +172,18 @@ function drawRuler() {
 /** One finished picture, large, with what is known about it below. */
 export function showShot({ url, width, height, fields }, ...caption) {
   const img = node("img", { src: url, alt: fields.prompt });
-  arrange([node("div", { class: "cell done" }, img)], width / height);
-  const back = node("button", { type: "button", class: "link", onclick: watch }, "Back to the picture being made");
+  arrange([node("div", { class: "cell done" }, img)], [width, height]);
+  const back = node(
+    "button",
+    { type: "button", class: "link", onclick: watch },
+    "Back to the picture being made",
+  );
   $("caption").replaceChildren(...caption, isRunning() ? back : "");
 }
 
-export function showPainter(words) {
-  arrange([], 1);
+export function showPainter({ width, height }, words) {
+  arrange([], [1, 1]);
+  setShape($("sheet"), [width, height]);
   $("frames").hidden = true;
   $("painter").hidden = $("paint-tools").hidden = false;
   $("caption").replaceChildren(node("p", { class: "quiet" }, words));
@@ -183,7 +201,16 @@ export function showTrouble(trouble, again, words = "Try again") {
   const buttons = node("div", { class: "row" });
   const detail = trouble.kind === "unreachable" || trouble.kind === "lost" ? null : trouble.message;
   if (helps) buttons.append(againButton(trouble.wait_s, again, words));
-  $("trouble").replaceChildren(node("div", { class: "card" }, node("h2", {}, title), detail && node("p", {}, detail), node("p", { class: "quiet" }, advice), buttons));
+  $("trouble").replaceChildren(
+    node(
+      "div",
+      { class: "card" },
+      node("h2", {}, title),
+      detail && node("p", {}, detail),
+      node("p", { class: "quiet" }, advice),
+      buttons,
+    ),
+  );
 }
 
 function againButton(wait_s, again, words) {

@@ -2,7 +2,10 @@
 
 export class Trouble extends Error {
   /** kind: "refused" (an HTTP status), "unreachable", "lost" (in mid-stream) or "failed" (told so). */
-  constructor(message, { kind = "refused", status = 0, param = null, code = null, wait_s = null } = {}) {
+  constructor(
+    message,
+    { kind = "refused", status = 0, param = null, code = null, wait_s = null } = {},
+  ) {
     super(message);
     Object.assign(this, { kind, status, param, code, wait_s });
   }
@@ -12,7 +15,9 @@ export async function refusal(response) {
   let said = {};
   try {
     const answer = await response.json();
-    said = answer.error ?? { message: typeof answer.detail === "string" ? answer.detail : undefined };
+    said = answer.error ?? {
+      message: typeof answer.detail === "string" ? answer.detail : undefined,
+    };
   } catch {
     // A proxy's page, or nothing: the status has to do.
   }
@@ -26,7 +31,9 @@ function waitOf(response) {
   if (ms > 0) return ms / 1000;
   const after = response.headers.get("retry-after");
   if (after === null) return null;
-  const seconds = Number.isNaN(Number(after)) ? (Date.parse(after) - Date.now()) / 1000 : Number(after);
+  const seconds = Number.isNaN(Number(after))
+    ? (Date.parse(after) - Date.now()) / 1000
+    : Number(after);
   return Number.isFinite(seconds) ? Math.max(seconds, 0) : null;
 }
 
@@ -36,24 +43,40 @@ const BY_STATUS = {
   403: ["This key may not do that", "Use another key, or ask whoever runs the server."],
   404: ["The server does not have this", "Choose another model, then generate again."],
   413: ["The input picture is too large", "Use a smaller one."],
-  429: ["Too many pictures are waiting", "Your settings are kept. Try again once the wait is over."],
+  429: [
+    "Too many pictures are waiting",
+    "Your settings are kept. Try again once the wait is over.",
+  ],
   503: ["The server is not ready", "It may be starting, or busy. Try again in a moment."],
   504: ["This took too long", "Try fewer steps, a smaller size or fewer pictures."],
 };
 BY_STATUS[422] = BY_STATUS[400];
 
 const BY_KIND = {
-  unreachable: ["The server cannot be reached", "Check your connection, then try again. Your settings are kept."],
-  lost: ["The connection broke off", "Pictures that were finished are in the gallery. Try again for the rest."],
+  unreachable: ["The server cannot be reached", "Check your connection, then try again."],
+  lost: [
+    "The connection broke off",
+    "What was finished is in the gallery. Try again for the rest.",
+  ],
   failed: ["The server could not finish", "Your settings are kept. Try again."],
 };
 
-/** Title, advice and whether trying the very same again can help. */
-export function explain(trouble) {
-  const { kind, status, code } = trouble;
-  if (code === "content_policy_violation" || code === "moderation_blocked" || code === "refused") {
-    return { title: "The server keeps this picture back", advice: "Change the prompt or the seed.", again: true };
-  }
-  const [title, advice] = BY_KIND[kind] ?? BY_STATUS[status] ?? ["Something broke on the server", "Try again. If it stays, tell whoever runs the server."];
+const BY_CODE = {
+  moderation_blocked: ["The server keeps this picture back", "Change the prompt or the seed."],
+  content_policy_violation: [
+    "The server keeps this picture back",
+    "Change the prompt or the seed.",
+  ],
+  overloaded: BY_STATUS[429],
+  deadline_exceeded: BY_STATUS[504],
+};
+const OTHER = [
+  "Something broke on the server",
+  "Try again. If it stays, tell whoever runs the server.",
+];
+
+/** Title, advice, and whether the very same again can help. */
+export function explain({ kind, status, code }) {
+  const [title, advice] = BY_CODE[code] ?? BY_KIND[kind] ?? BY_STATUS[status] ?? OTHER;
   return { title, advice, again: ![400, 404, 413, 422].includes(status) };
 }

@@ -152,17 +152,14 @@ class Browser:
             raise PageError(_words(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str, timeout: float = 30) -> Any:
-        """The value of an expression as soon as it is true."""
+    def wait_for(self, expression: str, timeout: float = 30) -> None:
+        """Returns once an expression is true, as JavaScript sees it."""
         end = time.monotonic() + timeout
-        while True:
-            value = self.evaluate(expression)
-            if value:
-                return value
+        while not self.evaluate(f"Boolean({expression})"):
             if time.monotonic() > end:
                 text = self.evaluate("document.body?.innerText.slice(0, 2000)")
-                wrong = "\n".join(self.problems)
-                raise PageError(f"not in {timeout} s: {expression}\n{wrong}\nThe page says:\n{text}")
+                wrong = "\n".join([expression, *self.problems])
+                raise PageError(f"not true in {timeout} s: {wrong}\nThe page says:\n{text}")
             time.sleep(0.05)
 
     def screenshot(self, path: Path, whole: bool = False) -> None:

@@ -14,7 +14,7 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
 from serve.config import EngineConfig, ServeConfig
 from serve.engine_loop import EngineLoop
-from serve.job import to_image
+from serve.images import to_image
 from serve.protocol import Ask, Event, Failed, Finished, Partial, Step, Waiting
 from serve.registry import Registry
 

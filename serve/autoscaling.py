@@ -1,0 +1,23 @@
+"""How many engine replicas there should be: by seconds of work that wait, not by requests.
+
+Owns the policy. Delays, bounds and the way from none to one are Serve's.
+"""
+
+import math
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+PENDING = "pending_s"
+
+
+class BySeconds:
+    """A replica for every `target_s` seconds of denoising work that is waiting or being done."""
+
+    def __init__(self, target_s: float):
+        self.target_s = target_s
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        by_replica: dict[Any, float] = ctx.aggregated_metrics.get(PENDING, {})
+        wanted = math.ceil(sum(by_replica.values()) / self.target_s)
+        return max(wanted, 1 if ctx.total_num_requests > 0 else 0), {}

@@ -1,0 +1,72 @@
+"""Errors in OpenAI's words: one JSON shape for every status.
+
+Owns that shape and which status says what. Knows nothing of where errors come from.
+"""
+
+import math
+from typing import Any
+
+from serve.protocol import Failed
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
+
+
+class ApiError(Exception):
+    """An answer other than success. `param` names the field that is to blame."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code or CODES.get(status)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else TYPES[400])
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to come again, where that helps; OpenAI's clients obey these."""
+        if self.retry_after_s is not None:
+            whole = max(1, math.ceil(self.retry_after_s))
+            precise = round(1000 * self.retry_after_s)
+            return {"retry-after": str(whole), "retry-after-ms": str(max(1, precise))}
+        return {} if self.status in (500, 502, 503) else {"x-should-retry": "false"}
+
+
+def of(failed: Failed) -> ApiError:
+    """What a failure in an engine replica is to a caller."""
+    if failed.kind == "busy":
+        return ApiError(429, failed.message, code="overloaded", retry_after_s=failed.retry_after_s)
+    if failed.kind == "deadline":
+        return ApiError(504, failed.message, param=failed.param, code="deadline_exceeded")
+    if failed.kind == "refused":
+        return ApiError(400, failed.message, param=failed.param, code="moderation_blocked")
+    if failed.kind == "broken":
+        return ApiError(500, failed.message, code="engine_failed")
+    missing = failed.param == "model" and "does not exist" in failed.message
+    if missing:
+        return ApiError(404, failed.message, param="model", code="model_not_found")
+    return ApiError(400, failed.message, param=failed.param)

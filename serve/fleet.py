@@ -1,0 +1,96 @@
+"""The engine replicas as the ingress sees them: one stream of events for each ask.
+
+Owns what happens when a replica dies: asks of which nothing was seen yet are made again elsewhere,
+which changes nothing, since a seed decides its picture. Knows Ray, but no HTTP.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+
+from serve.errors import ApiError
+from serve.protocol import Ask, Event, Failed, Finished, Partial
+
+ATTEMPTS = 5
+LOST = (RayActorError, ReplicaUnavailableError)
+BUSY_ATTEMPTS = 2
+ASKED_AGAIN_S = 10.0
+"""How long a replica may take to say what it holds."""
+
+
+class Fleet:
+    """`handle` is that of the engine deployment."""
+
+    def __init__(self, handle: Any):
+        self._stream = handle.options(method_name="generate", stream=True)
+        self._handle = handle
+
+    async def events(self, ask: Ask, streamed: bool) -> AsyncIterator[Event]:
+        """What becomes of an ask. Raises ApiError when no replica can be had.
+
+        Not `streamed`, an ask can be made again at any time: what was collected is told again.
+        """
+        started_s, busy = time.monotonic(), 0
+        for attempt in range(ATTEMPTS):
+            seen = False
+            try:
+                async for event in self._attempt(_later(ask, started_s)):
+                    if isinstance(event, Failed) and event.kind == "broken" and not seen:
+                        raise ReplicaUnavailableError("its engine has failed")
+                    if isinstance(event, Failed) and event.kind == "busy":
+                        busy += 1
+                        if busy < BUSY_ATTEMPTS:
+                            break
+                    seen = seen or streamed and isinstance(event, Partial | Finished)
+                    yield event
+                else:
+                    return
+            except LOST as error:
+                if seen or attempt == ATTEMPTS - 1:
+                    raise ApiError(503, "the engine was lost", retry_after_s=5.0) from error
+                await asyncio.sleep(0.2 * 2**attempt)
+
+    async def _attempt(self, ask: Ask) -> AsyncIterator[Event]:
+        names = ",".join([ask.model, *(name for name, _ in ask.loras)])
+        answers = self._stream.options(multiplexed_model_id=names).remote(ask)
+        try:
+            async for event in answers:
+                yield event
+        except BackPressureError as error:
+            raise ApiError(429, "too many requests are waiting", retry_after_s=5.0) from error
+        except (DeploymentUnavailableError, TaskCancelledError) as error:
+            raise ApiError(503, "the engine is not available", retry_after_s=5.0) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, RayActorError):
+                raise error.cause from error
+            raise ApiError(500, "the engine has failed", code="engine_failed") from error
+        finally:
+            answers.cancel()
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        """What each replica holds and has waiting, by its name; without those that do not answer."""
+        try:
+            found = await asyncio.wait_for(self._told("state"), ASKED_AGAIN_S)
+        except (TimeoutError, Exception):
+            return {}
+        return {each["replica"]: each for each in found}
+
+    async def _told(self, method: str) -> list[Any]:
+        found: list[Any] = await self._handle.broadcast(method).results_async()
+        return found
+
+
+def _later(ask: Ask, started_s: float) -> Ask:
+    """The ask with what is left of its deadline."""
+    if ask.deadline_s is None:
+        return ask
+    return replace(ask, deadline_s=max(0.001, ask.deadline_s - (time.monotonic() - started_s)))

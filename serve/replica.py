@@ -1,0 +1,60 @@
+"""An engine replica: the engine loop, wrapped for Ray Serve.
+
+Owns what Serve asks of a replica: health, load, what it holds. What it does is the loop's.
+"""
+
+import os
+import resource
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+from ray import serve as ray_serve
+
+from serve import safety
+from serve.autoscaling import PENDING
+from serve.config import ServeConfig
+from serve.engine_loop import EngineLoop
+from serve.protocol import Ask, Event
+from serve.registry import Registry
+
+
+class EngineReplica:
+    """Answers asks; every model that is to be preloaded is warm before the first one comes."""
+
+    async def __init__(self, config: ServeConfig):
+        self.config = config
+        if not torch.cuda.is_available():
+            cores = config.engine.num_threads or max(1, int(config.scaling.num_cpus))
+            torch.set_num_threads(min(cores, os.cpu_count() or 1))
+        self.registry = Registry(config)
+        self.loop = EngineLoop(config.engine, self.registry, safety=safety.build(config.safety))
+        for model in config.models:
+            if model.preload:
+                await self.loop.warm_up(model.name)
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Event]:
+        async for event in self.loop.generate(ask):
+            yield event
+
+    async def state(self) -> dict[str, Any]:
+        """What this replica holds and has to do, for lists, metrics and waiting times."""
+        return {
+            "replica": ray_serve.get_replica_context().replica_tag,
+            "names": self.loop.names(),
+            "pending_s": self.loop.pending_s(),
+            "metrics": self.loop.metrics.text(),
+            "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            "pid": os.getpid(),
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {PENDING: self.loop.pending_s()}
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return {"names": self.loop.names(), "pending_s": self.loop.pending_s()}
+
+    def check_health(self) -> None:
+        """Raise where this process must be replaced."""
+        if self.loop.failure is not None:
+            raise RuntimeError(f"the engine has failed: {self.loop.failure}")

@@ -1,0 +1,173 @@
+"""The OpenAI Images API as this server speaks it: what callers send and what they get.
+
+Owns the fields, their bounds and how a wrong one is told. Knows nothing of models, of the limits of
+one installation, or of HTTP. Our own fields stand beside OpenAI's.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from serve.errors import ApiError
+
+SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class LoraUse(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    scale: Finite = 1.0
+
+
+class GenerateBody(BaseModel):
+    """What `POST /v1/images/generations` takes."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    prompt: str = Field(min_length=1)
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1, le=10)
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT in pixels, or auto")
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(default=None, ge=0, le=100)
+    background: Literal["transparent", "opaque", "auto"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
+    quality: Literal["standard", "hd", "low", "medium", "high", "auto"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    moderation: Literal["low", "auto"] | None = None
+    user: str | None = None
+
+    negative_prompt: str | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: Finite | None = Field(default=None, ge=0)
+    guidance_rescale: Finite | None = Field(default=None, ge=0, le=1)
+    clip_skip: int | None = Field(default=None, ge=0, le=32)
+    sampler: str | None = None
+    loras: list[LoraUse] | None = None
+    deadline_s: Finite | None = Field(default=None, gt=0)
+    progress: bool | None = Field(default=None, description="also tell waiting and steps (stream)")
+
+    @field_validator("prompt", "negative_prompt", "model", "sampler", "user")
+    @classmethod
+    def _is_text(cls, text: str | None) -> str | None:
+        if text is not None and ("\0" in text or not text.isascii() and not _encodes(text)):
+            raise ValueError("it has characters that are no text")
+        return text
+
+    @field_validator("size")
+    @classmethod
+    def _is_size(cls, size: str | None) -> str | None:
+        if size is not None and size != "auto" and not SIZE.fullmatch(size):
+            raise ValueError("it must be WIDTHxHEIGHT, such as 1024x1024, or auto")
+        return size
+
+    @field_validator("loras", mode="before")
+    @classmethod
+    def _as_json(cls, loras: Any) -> Any:
+        """Forms have text only."""
+        if not isinstance(loras, str):
+            return loras
+        try:
+            return json.loads(loras)
+        except ValueError:
+            raise ValueError(
+                'it must be JSON, such as [{"name": "sks-dog", "scale": 0.8}]'
+            ) from None
+
+    @property
+    def width_height(self) -> tuple[int, int] | None:
+        """None for the model's own choice."""
+        found = None if self.size in (None, "auto") else SIZE.fullmatch(str(self.size))
+        return None if found is None else (int(found[1]), int(found[2]))
+
+
+class EditBody(GenerateBody):
+    """What `POST /v1/images/edits` takes, besides the pictures themselves."""
+
+    strength: Finite | None = Field(default=None, gt=0, le=1)
+    input_fidelity: Literal["high", "low"] | None = None
+
+
+class TokenDetails(BaseModel):
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens: the text encoder's, and one for every 16 x 16 pixels."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class ImageOut(BaseModel):
+    b64_json: str | None = None
+    url: str | None = None
+    revised_prompt: str | None = None
+    seed: int
+    warnings: list[str] = []
+
+
+class ImagesOut(BaseModel):
+    created: int
+    data: list[ImageOut]
+    background: str = "opaque"
+    output_format: str
+    size: str
+    usage: Usage
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorOut(BaseModel):
+    error: ErrorDetail
+
+
+def parse(model: type[GenerateBody], values: Any) -> Any:
+    """A body from JSON or from a form's fields. Raises ApiError naming the first wrong field."""
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _told(error, model) from None
+
+
+def _told(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"]]
+    param = ".".join(place) or None
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields)
+        message = f"Unknown parameter: '{param}'. Known are {known}."
+        return ApiError(400, message, param=param, code="unknown_parameter")
+    if problem["type"] == "missing":
+        message = f"Missing required parameter: '{param}'."
+        return ApiError(400, message, param=param, code="missing_required_parameter")
+    said = problem["msg"].removeprefix("Value error, ")
+    given = repr(problem["input"])
+    given = given if len(given) <= 80 else f"{given[:77]}..."
+    message = f"Invalid value for '{param}': {given}. {said[:1].upper()}{said[1:]}."
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
