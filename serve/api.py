@@ -131,8 +131,11 @@ class Door:
         return await asyncio.get_running_loop().run_in_executor(self.answers.pool, work, *args)
 
 
-def create_app(config: ServeConfig, engines: Engines) -> FastAPI:
-    """The ASGI application of one ingress replica."""
+def create_app(config: ServeConfig, engines: Engines, stamps_ids: bool = True) -> FastAPI:
+    """The ASGI application of one ingress replica.
+
+    Ray Serve's proxy puts the request's id on the answer itself: then it is not to be stamped.
+    """
     door = Door(config, engines)
     app = FastAPI(title="rayjobs", version="1", docs_url="/docs", redoc_url=None)
     if "text-to-image" in config.serves:
@@ -145,7 +148,7 @@ def create_app(config: ServeConfig, engines: Engines) -> FastAPI:
     _add_errors(app)
     limits = config.limits
     most = 2 * limits.max_upload_bytes + MOST_JSON_BYTES
-    app.add_middleware(Envelope, most_bytes=most)
+    app.add_middleware(Envelope, most_bytes=most, stamps_ids=stamps_ids)
     return app
 
 
@@ -251,9 +254,10 @@ def _add_errors(app: FastAPI) -> None:
 class Envelope:
     """Around every request: an id, a bound on its body, and routes that know no prefix."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int):
+    def __init__(self, app: ASGIApp, most_bytes: int, stamps_ids: bool):
         self.app = app
         self.most_bytes = most_bytes
+        self.stamps_ids = stamps_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -278,9 +282,10 @@ class Envelope:
 
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(k, v) for k, v in message["headers"] if k.lower() != b"x-request-id"]
                 took_ms = str(round(1000 * (time.monotonic() - started_s))).encode()
-                own += [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", took_ms)]
+                own = [*message["headers"], (b"openai-processing-ms", took_ms)]
+                if self.stamps_ids:
+                    own.append((b"x-request-id", request_id.encode()))
                 message = {**message, "headers": own}
             await send(message)
 

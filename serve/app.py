@@ -36,7 +36,7 @@ class Ingress:
         self.fleet = Fleet(engine)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.config, self.fleet)
+        return create_app(self.config, self.fleet, stamps_ids=False)
 
 
 def build(args: ServeConfig) -> Application:
@@ -61,6 +61,7 @@ def build(args: ServeConfig) -> Application:
             initial_replicas=scaling.min,
             upscale_delay_s=scaling.upscale_delay_s,
             downscale_delay_s=scaling.downscale_delay_s,
+            metrics_interval_s=1.0,
             look_back_period_s=5.0,
             policy=AutoscalingPolicy(
                 policy_function="serve.autoscaling:BySeconds",

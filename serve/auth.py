@@ -27,7 +27,7 @@ class Gate:
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def identify(self, authorization: str | None, host: str | None) -> KeyConfig | str:
-        """The key that was sent, or the address where none is needed. Raises ApiError 401 or 403."""
+        """The key that was sent, or the address where none is needed. Raises ApiError 401, 403."""
         if not self._keys:
             if self.config.allow_anyone or is_loopback(host):
                 return host or "unknown"

@@ -91,7 +91,7 @@ class EngineLoop:
                 yield event
         except TimeoutError:
             outcome = "deadline"
-            yield _too_late(ask)
+            yield _too_late()
         finally:
             if isinstance(job, Job):
                 self._tell_engine(lambda: self._withdraw(job))
@@ -278,7 +278,7 @@ class EngineLoop:
         for job in list(self._jobs):
             if not job.over and job.deadline_s <= now_s:
                 self.metrics.expired()
-                self._tell(job, job.fail(_too_late(job.ask)))
+                self._tell(job, job.fail(_too_late()))
                 self._withdraw(job)
             elif job.ask.progress and not job.started and now_s - job.told_s > TELL_EVERY_S:
                 job.told_s = now_s
@@ -410,5 +410,5 @@ class _Pacer:
             torch.cuda.empty_cache()
 
 
-def _too_late(ask: Ask) -> Failed:
-    return Failed("deadline", f"the deadline of {ask.deadline_s:g} s has passed", "deadline_s")
+def _too_late() -> Failed:
+    return Failed("deadline", "the deadline has passed before the pictures were made", "deadline_s")

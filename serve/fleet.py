@@ -50,7 +50,7 @@ class Fleet:
                         busy += 1
                         if busy < BUSY_ATTEMPTS:
                             break
-                    seen = seen or streamed and isinstance(event, Partial | Finished)
+                    seen = seen or (streamed and isinstance(event, Partial | Finished))
                     yield event
                 else:
                     return
@@ -77,7 +77,7 @@ class Fleet:
             answers.cancel()
 
     async def states(self) -> dict[str, dict[str, Any]]:
-        """What each replica holds and has waiting, by its name; without those that do not answer."""
+        """What each replica holds and has waiting, by its name; those that do not answer lack."""
         try:
             found = await asyncio.wait_for(self._told("state"), ASKED_AGAIN_S)
         except (TimeoutError, Exception):

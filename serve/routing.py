@@ -7,7 +7,7 @@ two such words Serve's own count of requests decides.
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 SPILL_S = 15.0
-"""More work than the idlest replica has that holding the model is worth: about a model's loading."""
+"""How much more work than the idlest has one replica may, for holding the model: about a load."""
 
 
 class HoldsModel(FIFOMixin, RequestRouter):

@@ -57,7 +57,7 @@ class GenerateBody(BaseModel):
     @field_validator("prompt", "negative_prompt", "model", "sampler", "user")
     @classmethod
     def _is_text(cls, text: str | None) -> str | None:
-        if text is not None and ("\0" in text or not text.isascii() and not _encodes(text)):
+        if text is not None and ("\0" in text or (not text.isascii() and not _encodes(text))):
             raise ValueError("it has characters that are no text")
         return text
 

@@ -110,9 +110,7 @@ def test_a_preview_has_the_picture_s_colours(starter: Model, name: str) -> None:
             done, total = engine.progress(row_id)
             assert len(shown) == done <= total
     final = results[0].image.resize(shown[0].size, Image.Resampling.BOX)
-    errors = [
-        np.abs(np.asarray(each, float) - np.asarray(final, float)).mean() for each in shown
-    ]
+    errors = [np.abs(np.asarray(each, float) - np.asarray(final, float)).mean() for each in shown]
     assert errors[-1] < 20
     assert errors[len(errors) // 2] < 45
 

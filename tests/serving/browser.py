@@ -7,13 +7,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -51,41 +50,32 @@ class Browser:
         self._last_id = 0
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
-        command = [self.program, *FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            self._socket = self._connect()
+        with ExitStack() as undo:
+            folder = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
+            self._folder = Path(undo.enter_context(folder))
+            command = [self.program, *FLAGS, f"--user-data-dir={self._folder}", "about:blank"]
+            quiet = subprocess.DEVNULL
+            self._process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
+            undo.callback(self._end)
+            self._socket = undo.enter_context(self._connect())
             self._attach()
-        except BaseException:
-            self._end()
-            raise
+            self._undo = undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
+    def __exit__(self, *error: object) -> None:
+        with suppress(ConnectionClosed):
             # Asked to close, it takes its own children along.
             self._socket.send(json.dumps({"id": 0, "method": "Browser.close"}))
-            self._process.wait(10)
-        except (subprocess.TimeoutExpired, ConnectionClosed):
-            pass
-        self._socket.close()
-        self._end()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+        self._undo.close()
 
     def _end(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._folder.cleanup()
 
-    def _connect(self) -> ClientConnection:
-        told = Path(self._folder.name) / "DevToolsActivePort"
+    def _connect(self) -> connect:
+        told = self._folder / "DevToolsActivePort"
         for _ in range(300):
             if self._process.poll() is not None:
                 raise RuntimeError(f"{self.program} ended with {self._process.returncode}")

@@ -192,7 +192,9 @@ def test_nothing_is_left_of_many_who_leave() -> None:
     async def work() -> None:
         async with running() as loop:
             for first in range(0, 200, 20):
-                await asyncio.gather(*(leave(loop, first + n) for n in range(20) if (first + n) % 3))
+                await asyncio.gather(
+                    *(leave(loop, first + n) for n in range(20) if (first + n) % 3)
+                )
             (loaded,) = loop.models.loaded.values()
             await eventually(lambda: not loaded.engine.rows)
             assert loop.pending_s() == 0

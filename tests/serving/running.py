@@ -1,0 +1,135 @@
+"""A serving application in processes of its own: started with a configuration, ended by pid."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+START_S = 180.0
+END_S = 60.0
+
+# Of its own cluster whatever else runs on this machine; ended when its input is.
+PROGRAM = """
+import json, sys
+import ray
+from ray import serve as ray_serve
+from serve.app import build
+from serve.config import ServeConfig
+
+config, port, num_cpus = json.loads(sys.argv[1])
+ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+for name, (prefix, args) in config.items():
+    ray_serve.run(build(ServeConfig.model_validate(args)), name=name, route_prefix=prefix)
+print("ready", flush=True)
+for line in sys.stdin:
+    for name, (prefix, args) in json.loads(line).items():
+        ray_serve.run(build(ServeConfig.model_validate(args)), name=name, route_prefix=prefix)
+    print("again", flush=True)
+ray_serve.shutdown()
+ray.shutdown()
+"""
+
+
+@dataclass
+class Running:
+    """A running application."""
+
+    url: str
+    address: str
+    """Of its Ray cluster."""
+    process: subprocess.Popen[str]
+
+    def redeploy(self, args: dict[str, Any]) -> None:
+        """Deploy another configuration in its place; returns when it is there."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"images": ["/", args]}) + "\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline().strip() == "again"
+
+    def states(self) -> list[dict[str, float]]:
+        """Samples of /metrics, by name with labels."""
+        return [metrics(self.url)]
+
+
+@contextmanager
+def running(
+    args: dict[str, Any], num_cpus: int = 4, folder: Path | None = None, **more: Any
+) -> Generator[Running]:
+    """The application of `args` at /; `more` are others, by name: a prefix and arguments each."""
+    port = free_port()
+    apps = {"images": ["/", args]} | more
+    command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, num_cpus])]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=-1
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        line = process.stdout.readline().strip()
+        if line != "ready":
+            process.kill()
+            raise RuntimeError(process.communicate()[1][-3000:])
+        yield Running(f"http://127.0.0.1:{port}", address, process)
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Ask it to end, by ending its input; a process that will not is killed."""
+    try:
+        process.communicate(timeout=END_S)
+    except (subprocess.TimeoutExpired, ValueError):
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def get(url: str, timeout: float = 30) -> bytes:
+    with urllib.request.urlopen(url, timeout=timeout) as response:
+        data: bytes = response.read()
+        return data
+
+
+def metrics(url: str) -> dict[str, float]:
+    """The samples of /metrics, added up over replicas and models, by name and other labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(get(f"{url}/metrics").decode()):
+        for sample in family.samples:
+            labels = [f"{k}={v}" for k, v in sample.labels.items() if k not in ("replica", "model")]
+            name = " ".join([sample.name, *sorted(labels)]).removeprefix("rayjobs_serve_")
+            found[name] = found.get(name, 0) + sample.value
+    return found
+
+
+def wait_until(url: str, holds: Any, seconds: float = 30) -> dict[str, float]:
+    """Wait for metrics of which `holds` is true; return them."""
+    end_s = time.monotonic() + seconds
+    while True:
+        found = metrics(url)
+        if holds(found):
+            return found
+        if time.monotonic() > end_s:
+            raise AssertionError(f"it did not come true: {found}")
+        time.sleep(0.2)
