@@ -4,13 +4,16 @@ BIN := .venv/bin
 # Threads that wait for work sleep: tests run beside each other's processes on few cores.
 test test-all: export OMP_WAIT_POLICY = passive
 
-.PHONY: demo demo-dreambooth test test-all check format bench starter setup clean
+.PHONY: demo demo-dreambooth serve test test-all check format bench starter setup clean
 
 demo: setup ## make a data set with the starter model and say where to look
 	$(BIN)/python -m rayjobs generate configs/demo/generate.yaml
 
 demo-dreambooth: setup ## teach the starter model a subject from four pictures
 	$(BIN)/python -m rayjobs dreambooth configs/demo/dreambooth.yaml
+
+serve: setup ## an image API and a page on http://127.0.0.1:8000, until Ctrl-C
+	$(BIN)/serve run configs/demo/serve.yaml
 
 test: setup ## everything that runs in a few minutes without a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.context import _get_global_client
 
 from rayjobs import storage
@@ -26,7 +25,9 @@ SPARE_S = 30.0
 """A replica that is to end has the longest deadline and this to finish what it has."""
 
 
-@ray_serve.deployment
+deployment: Any = ray_serve.deployment
+
+
 @ray_serve.ingress()
 class Ingress:
     """HTTP, uploads and picture formats; no torch."""
@@ -44,43 +45,47 @@ def build(args: ServeConfig) -> Application:
     config = anchored(args)
     refuse_open_door(config)
     Registry(config)  # what is named must be there, before a replica starts
-    # Named by path: the ingress loads no torch, and this module is the ingress's too.
+    scaling, longest_s = config.scaling, config.limits.max_deadline_s
+    ingress = deployment(Ingress).options(
+        num_replicas=scaling.ingress,
+        ray_actor_options={"num_cpus": scaling.ingress_cpus},
+        max_ongoing_requests=MOST_ONGOING,
+        graceful_shutdown_timeout_s=longest_s + 2 * SPARE_S,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    bound: Application = ingress.bind(config, _engine(config).bind(config))
+    return bound
+
+
+def _engine(config: ServeConfig) -> Any:
+    # Here, not above: this module is the ingress's too, which loads no torch.
     from serve.replica import EngineReplica
 
     scaling = config.scaling
-    engine = ray_serve.deployment(EngineReplica).options(
+    return deployment(EngineReplica).options(
         name="Engine",
         ray_actor_options={"num_cpus": scaling.num_cpus, "num_gpus": scaling.num_gpus},
         max_ongoing_requests=MOST_ONGOING,
         graceful_shutdown_timeout_s=config.limits.max_deadline_s + SPARE_S,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5.0,
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=scaling.min,
-            max_replicas=scaling.max,
-            initial_replicas=scaling.min,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-            metrics_interval_s=1.0,
-            look_back_period_s=5.0,
-            policy=AutoscalingPolicy(
-                policy_function="serve.autoscaling:BySeconds",
-                policy_kwargs={"target_s": scaling.target_s},
-            ),
-        ),
-        request_router_config=RequestRouterConfig(
-            request_router_class="serve.routing:HoldsModel",
-            request_routing_stats_period_s=1.0,
-        ),
+        autoscaling_config={
+            "min_replicas": scaling.min,
+            "max_replicas": scaling.max,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 5.0,
+            "policy": {
+                "policy_function": "serve.autoscaling:BySeconds",
+                "policy_kwargs": {"target_s": scaling.target_s},
+            },
+        },
+        request_router_config={
+            "request_router_class": "serve.routing:HoldsModel",
+            "request_routing_stats_period_s": 1.0,
+        },
     )
-    ingress = Ingress.options(
-        num_replicas=scaling.ingress,
-        ray_actor_options={"num_cpus": scaling.ingress_cpus},
-        max_ongoing_requests=MOST_ONGOING,
-        graceful_shutdown_timeout_s=config.limits.max_deadline_s + 2 * SPARE_S,
-        graceful_shutdown_wait_loop_s=0.5,
-    )
-    return ingress.bind(config, engine.bind(config))
 
 
 def anchored(config: ServeConfig) -> ServeConfig:

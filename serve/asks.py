@@ -137,7 +137,8 @@ class Asks:
             if found is None or found.lora is None:
                 message = f"The LoRA {use.name!r} does not exist; GET /v1/models lists them."
                 raise ApiError(404, message, param="loras", code="model_not_found")
-            if found.weights is not None and found.weights.uri != entry.weights.uri:
+            uris = {each.weights.uri for each in (found, entry) if each.weights is not None}
+            if len(uris) > 1:
                 raise ApiError(
                     400, f"The LoRA {use.name!r} is for another model, {found.base}.", param="loras"
                 )

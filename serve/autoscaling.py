@@ -18,6 +18,6 @@ class BySeconds:
         self.target_s = target_s
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        by_replica: dict[Any, float] = ctx.aggregated_metrics.get(PENDING, {})
+        by_replica: dict[Any, float] = (ctx.aggregated_metrics or {}).get(PENDING, {})
         wanted = math.ceil(sum(by_replica.values()) / self.target_s)
         return max(wanted, 1 if ctx.total_num_requests > 0 else 0), {}

@@ -17,6 +17,8 @@ from serve.images import to_image, to_pixels
 from serve.models import Loaded
 from serve.protocol import Ask, Event, Failed, Finished
 
+LATENT_CHANNELS = 4
+
 
 @dataclass(eq=False)
 class Job:
@@ -34,6 +36,8 @@ class Job:
     """Place-steps left, by row."""
     owed: dict[int, list[int]] = field(default_factory=dict)
     """Steps after which a preview of each row is owed, the next one first."""
+    num_partials: int = 0
+    """Previews of each image: as many as were asked for, or as there are steps for."""
     started: bool = False
     told_s: float = float("-inf")
     """When its caller last heard that it waits."""
@@ -78,7 +82,8 @@ class Job:
         self.images[row_id] = image
         self.shape = row.shape
         self.left[row_id] = total * row.num_places
-        count = min(self.ask.partial_images, max(0, total - 1))
+        # No preview after the last step: the picture itself comes then.
+        self.num_partials = count = min(self.ask.partial_images, max(0, total - 1))
         self.owed[row_id] = [round(total * (n + 1) / (count + 1)) for n in range(count)]
 
     def finish(self, row_id: int, image: Image.Image, warnings: tuple[str, ...]) -> Finished:
@@ -103,11 +108,11 @@ class Job:
         return failed
 
 
-def estimate(ask: Ask, default_side: int, channels: int, scale: int) -> tuple[tuple[int, ...], int]:
+def estimate(ask: Ask, default_side: int, scale: int) -> tuple[tuple[int, ...], int]:
     """Latent shape and place-steps of an ask before the engine has seen it."""
     width = ask.width or (ask.init.width if ask.init else default_side)
     height = ask.height or (ask.init.height if ask.init else default_side)
     steps = ask.steps if ask.init is None else max(1, int(ask.steps * ask.strength))
     places = 1 if ask.guidance_scale is not None and ask.guidance_scale <= 1 else 2
-    shape = (channels, height // scale, width // scale)
+    shape = (LATENT_CHANNELS, height // scale, width // scale)
     return shape, steps * places * len(ask.seeds)

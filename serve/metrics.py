@@ -71,9 +71,6 @@ class EngineMetrics:
         self._active = self._gauge("rows", "Images that are made or wait now")
         self._lag = self._histogram("event_loop_lag_seconds", "Lateness of events", STEP_SECONDS)
 
-    def asked(self, ask: Ask) -> None:
-        self._seconds.labels(ask.model)
-
     def answered(self, ask: Ask, outcome: str, seconds: float) -> None:
         self._asks.labels(ask.model, outcome).inc()
         self._seconds.labels(ask.model).observe(seconds)

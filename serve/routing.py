@@ -4,13 +4,13 @@ Owns that choice. What a replica holds and has to do it says itself, every secon
 two such words Serve's own count of requests decides.
 """
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 SPILL_S = 15.0
 """How much more work than the idlest has one replica may, for holding the model: about a load."""
 
 
-class HoldsModel(FIFOMixin, RequestRouter):
+class HoldsModel(RequestRouter):
     """The names wanted come as the call's multiplexed model id, separated by commas."""
 
     async def choose_replicas(

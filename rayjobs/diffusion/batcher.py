@@ -18,6 +18,17 @@ class _Row(Protocol):
 R = TypeVar("R", bound=_Row)
 
 
+class Choosing(Protocol[R]):
+    """What the engine needs of whoever chooses the rows of a call."""
+
+    max_rows: int
+
+    def __len__(self) -> int: ...
+    def add(self, row: R) -> None: ...
+    def discard(self, row: R) -> None: ...
+    def choose(self) -> list[R]: ...
+
+
 class Batcher(Generic[R]):
     """At most `max_rows` rows of one latent shape go together; the rest of that shape wait."""
 

@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.batcher import Batcher
+from rayjobs.diffusion.batcher import Batcher, Choosing
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
@@ -51,7 +51,7 @@ class Engine:
         places: int | None = None,
         fixed_shape: bool = True,
         prompt_cache: int = 512,
-        batcher: Batcher[Row] | None = None,
+        batcher: Choosing[Row] | None = None,
     ):
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
@@ -61,7 +61,7 @@ class Engine:
             model, self.loras, max_rows, prompt_cache, fixed_shape=fixed_shape
         )
         self.rows: dict[int, Row] = {}
-        self._batcher = Batcher(max_rows) if batcher is None else batcher
+        self._batcher: Choosing[Row] = Batcher(max_rows) if batcher is None else batcher
         self._places = Places(model, self.loras, places or 2 * max_rows, fixed_shape)
         self._side = Side(model)
         self._previewer = Previewer(model)

@@ -41,6 +41,7 @@ function submit(event) {
 }
 
 function onKey(event) {
+  if (event.isComposing) return; // the keys are an input method's
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     if (!$("key-dialog").open) submit(event);
   } else if (event.key === "Escape" && isRunning() && !$("key-dialog").open) {

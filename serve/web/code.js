@@ -2,8 +2,11 @@
 
 const shell = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 const OPENAI = new Set(["model", "prompt", "n", "size"]); // the rest goes into extra_body
-const SAVE =
-  'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))';
+const SAVE = [
+  "import base64, json, sys",
+  'picture = json.load(sys.stdin)["data"][0]["b64_json"]',
+  "sys.stdout.buffer.write(base64.b64decode(picture))",
+].join("; ");
 const base = () => new URL("v1", document.baseURI).href;
 
 /** `withKey`: the server asks for one. The key itself is never written down. */
@@ -11,8 +14,8 @@ export function asCurl({ fields, input }, withKey) {
   const key = withKey ? ` \\\n  -H "Authorization: Bearer $RAYJOBS_API_KEY"` : "";
   const save = ` \\\n  | python3 -c '${SAVE}' > picture.png`;
   if (!input) {
-    const body = shell(JSON.stringify(fields, null, 2));
-    return `curl -sS ${base()}/images/generations${key} \\\n  -H 'Content-Type: application/json' \\\n  -d ${body}${save}\n`;
+    const sent = `-H 'Content-Type: application/json' \\\n  -d ${shell(JSON.stringify(fields, null, 2))}`;
+    return `curl -sS ${base()}/images/generations${key} \\\n  ${sent}${save}\n`;
   }
   const parts = [" -F image=@input.png"];
   if (input.mask.share() > 0) parts.push(" -F mask=@mask.png");
@@ -39,12 +42,13 @@ export function asPython({ fields, input }, withKey) {
     );
     lines.push("    extra_body={", ...inside, "    },");
   }
+  const key = withKey ? `os.environ["RAYJOBS_API_KEY"]` : `"none"`;
   return [
     "import base64",
     withKey ? "import os\n" : "",
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${JSON.stringify(base())}, api_key=${withKey ? `os.environ["RAYJOBS_API_KEY"]` : `"none"`})`,
+    `client = OpenAI(base_url=${JSON.stringify(base())}, api_key=${key})`,
     `answer = client.images.${input ? "edit" : "generate"}(`,
     ...lines,
     ")",

@@ -14,6 +14,9 @@ export function node(tag, attributes = {}, ...children) {
   return made;
 }
 
+export const button = (attributes, ...children) =>
+  node("button", { type: "button", ...attributes }, ...children);
+
 /** One of the drawings at the top of index.html. */
 export function icon(name) {
   const space = "http://www.w3.org/2000/svg";

@@ -1,5 +1,5 @@
 // What was made in this visit, newest first, and what can be done with each.
-import { $, count, icon, inWords, node, say } from "./dom.js";
+import { $, button, count, icon, inWords, node, say } from "./dom.js";
 
 const KEPT = 200; // older ones are let go, for the memory's sake
 let shots = [];
@@ -24,11 +24,8 @@ export function addShot(shot, verbs) {
 function tile(shot, verbs) {
   const img = node("img", { src: shot.url, alt: "", loading: "lazy" });
   const label = `Show: ${shot.fields.prompt}, seed ${shot.fields.seed ?? "unknown"}`;
-  const open = node(
-    "button",
-    { type: "button", class: "thumb", "aria-label": label, onclick: () => verbs.show(shot) },
-    img,
-  );
+  const show = () => verbs.show(shot);
+  const open = button({ class: "thumb", "aria-label": label, onclick: show }, img);
   return node(
     "li",
     {},
@@ -54,39 +51,27 @@ function facts(shot) {
 export function actions(shot, verbs, wordy = false) {
   const all = shot.input ? [...VERBS, ["saveInput", "files", "Save input files"]] : VERBS;
   const made = all.map(([verb, drawing, words]) => {
-    const act = async (event) => {
-      const button = event.currentTarget;
-      const said = await verbs[verb](shot);
-      if (said) confirm(button, said);
-    };
-    const attributes = wordy ? {} : { "aria-label": words, title: words };
-    return node(
-      "button",
-      { type: "button", class: "plain", "data-verb": verb, onclick: act, ...attributes },
-      icon(drawing),
-      wordy ? node("span", {}, words) : null,
-    );
+    const act = async ({ currentTarget }) => confirm(currentTarget, await verbs[verb](shot));
+    const name = wordy ? {} : { "aria-label": words, title: words };
+    const inside = [icon(drawing), wordy ? node("span", {}, words) : null];
+    return button({ class: "plain", "data-verb": verb, onclick: act, ...name }, ...inside);
   });
   return node("div", { class: "actions" }, ...made);
 }
 
-function confirm(button, said) {
+/** Tells beside the button what it has done, if it has words for that. */
+function confirm({ dataset }, said) {
+  if (!said) return;
   say(said);
-  button.dataset.said = said;
-  setTimeout(() => delete button.dataset.said, 1600);
+  dataset.said = said;
+  setTimeout(() => delete dataset.said, 1600);
 }
 
 /** What is told below a picture that is shown large. */
 export function caption(shot, verbs) {
   const { fields } = shot;
   const seed = node("span", {}, `Seed ${fields.seed ?? "unknown"}`);
-  const use =
-    fields.seed !== undefined &&
-    node(
-      "button",
-      { type: "button", class: "link", onclick: () => verbs.useSeed(shot) },
-      "Use this seed",
-    );
+  const use = button({ class: "link", onclick: () => verbs.useSeed(shot) }, "Use this seed");
   const parts = [
     `${shot.width} × ${shot.height}`,
     fields.num_inference_steps && count(fields.num_inference_steps, "step"),
@@ -96,7 +81,7 @@ export function caption(shot, verbs) {
   const rest = node("span", {}, parts.filter(Boolean).join(", "));
   return [
     node("p", { class: "prompt" }, fields.prompt),
-    node("p", { class: "facts" }, seed, use || null, rest),
+    node("p", { class: "facts" }, seed, fields.seed === undefined ? null : use, rest),
     ...shot.warnings.map((warning) => node("p", { class: "warning" }, warning)),
     actions(shot, verbs, true),
   ];

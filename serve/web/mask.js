@@ -62,7 +62,7 @@ export class Mask {
   }
 }
 
-/** Draws a stroke from its point number `from` on: while painting only the newest piece is drawn. */
+/** Draws a stroke from its point number `from` on: in painting only the newest piece is drawn. */
 export function drawStroke(context, { tool, size, points }, { width, height }, from = 0) {
   context.save();
   context.fillStyle = context.strokeStyle = COLOUR;

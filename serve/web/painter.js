@@ -63,7 +63,8 @@ function onDown(event) {
 
 function onMove(event) {
   at = place(event);
-  if (stroke) extend((event.getCoalescedEvents?.() ?? [event]).map(place));
+  const all = event.getCoalescedEvents?.() ?? []; // finer than what moves the ring
+  if (stroke) extend((all.length ? all : [event]).map(place));
   showRing(true);
 }
 

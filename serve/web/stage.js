@@ -1,5 +1,5 @@
 // The middle of the page: the picture as it forms, how far it is, and what went wrong.
-import { $, count, inWords, node, say } from "./dom.js";
+import { $, button, count, inWords, node, say } from "./dom.js";
 import { drawGrain } from "./grain.js";
 import { explain } from "./trouble.js";
 
@@ -198,29 +198,26 @@ export function note(now, then = "") {
 /** Says kindly what went wrong; `again` tries the same anew, counting down the server's wait. */
 export function showTrouble(trouble, again, words = "Try again") {
   const { title, advice, again: helps } = explain(trouble);
-  const buttons = node("div", { class: "row" });
-  const detail = trouble.kind === "unreachable" || trouble.kind === "lost" ? null : trouble.message;
-  if (helps) buttons.append(againButton(trouble.wait_s, again, words));
-  $("trouble").replaceChildren(
-    node(
-      "div",
-      { class: "card" },
-      node("h2", {}, title),
-      detail && node("p", {}, detail),
-      node("p", { class: "quiet" }, advice),
-      buttons,
-    ),
-  );
+  const isTold = trouble.kind === "refused" || trouble.kind === "failed"; // by the server
+  const away = button({ class: "plain", onclick: () => $("trouble").replaceChildren() }, "Dismiss");
+  const retry = helps ? againButton(trouble.wait_s, again, words) : null;
+  const parts = [
+    node("h2", {}, title),
+    isTold ? node("p", {}, trouble.message) : null,
+    node("p", { class: "quiet" }, advice),
+    node("div", { class: "row" }, ...[retry, away].filter(Boolean)),
+  ];
+  $("trouble").replaceChildren(node("div", { class: "card" }, ...parts));
 }
 
 function againButton(wait_s, again, words) {
   const until = Date.now() + (wait_s ?? 0) * 1000;
-  const button = node("button", { type: "button", class: "strong", onclick: () => again() });
+  const made = button({ class: "strong", onclick: () => again() });
   const tell = () => {
     const left = Math.ceil((until - Date.now()) / 1000);
-    button.textContent = left > 0 ? `${words} in ${left} s` : words;
-    if (left > 0 && (button.isConnected || left === Math.ceil(wait_s))) setTimeout(tell, 250);
+    made.textContent = left > 0 ? `${words} in ${left} s` : words;
+    if (left > 0 && (made.isConnected || left === Math.ceil(wait_s))) setTimeout(tell, 250);
   };
   tell();
-  return button;
+  return made;
 }

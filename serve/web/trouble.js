@@ -1,13 +1,13 @@
 // What can go wrong between the page and the server, and what a person can do about it.
 
 export class Trouble extends Error {
-  /** kind: "refused" (an HTTP status), "unreachable", "lost" (in mid-stream) or "failed" (told so). */
-  constructor(
-    message,
-    { kind = "refused", status = 0, param = null, code = null, wait_s = null } = {},
-  ) {
+  /**
+   * facts.kind: "refused" (an HTTP status), "unreachable", "lost" (in mid-stream) or "failed" (the
+   * stream says so). The others, where they are known: status, param, code, wait_s.
+   */
+  constructor(message, facts) {
     super(message);
-    Object.assign(this, { kind, status, param, code, wait_s });
+    Object.assign(this, { kind: "refused", wait_s: null }, facts);
   }
 }
 

@@ -1,4 +1,4 @@
-"""The engine loop on its own event loop, with the starter model: shared steps, leaving, deadlines."""
+"""The engine loop with the starter model: shared steps, leaving, deadlines, full replicas."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ import pytest
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
-from serve.config import EngineConfig, ServeConfig
+from serve.config import ServeConfig
 from serve.engine_loop import EngineLoop
 from serve.images import to_image
 from serve.protocol import Ask, Event, Failed, Finished, Partial, Step, Waiting
