@@ -76,7 +76,7 @@ class EngineConfig(Config):
     """Images of one size that share a step."""
     max_step_s: float = Field(default=2.0, gt=0)
     """Calls are made no larger than this: it is how long a newcomer waits to join."""
-    max_pending_s: float = Field(default=60.0, gt=0)
+    max_pending_s: float = Field(default=300.0, gt=0)
     """Seconds of work that may wait on a replica; more is refused with 429."""
     model_memory_gb: float | None = Field(default=None, gt=0)
     """For weights; without it 70 % of the GPU's memory, or half of the machine's."""

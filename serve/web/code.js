@@ -14,8 +14,9 @@ export function asCurl({ fields, input }, withKey) {
   const key = withKey ? ` \\\n  -H "Authorization: Bearer $RAYJOBS_API_KEY"` : "";
   const save = ` \\\n  | python3 -c '${SAVE}' > picture.png`;
   if (!input) {
-    const sent = `-H 'Content-Type: application/json' \\\n  -d ${shell(JSON.stringify(fields, null, 2))}`;
-    return `curl -sS ${base()}/images/generations${key} \\\n  ${sent}${save}\n`;
+    const json = "-H 'Content-Type: application/json'";
+    const body = `${json} \\\n  -d ${shell(JSON.stringify(fields, null, 2))}`;
+    return `curl -sS ${base()}/images/generations${key} \\\n  ${body}${save}\n`;
   }
   const parts = [" -F image=@input.png"];
   if (input.mask.share() > 0) parts.push(" -F mask=@mask.png");

@@ -15,6 +15,7 @@ export const cancel = () => running?.abort();
 export async function generate(verbs) {
   if (running) return;
   form.clearMarks();
+  $("trouble").replaceChildren();
   const wrong = form.objection();
   if (wrong) return form.pointAt(...wrong);
   const fields = form.readFields();

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -29,6 +29,15 @@ FLAGS = (
 KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowRight": 39}
 KEYS |= {"ArrowUp": 38, "ArrowDown": 40}
 MODIFIERS = {"alt": 1, "control": 2, "meta": 4, "shift": 8}
+PIXELS = """(async (url) => {
+  const image = Object.assign(new Image(), { src: url });
+  await image.decode();
+  const { naturalWidth: width, naturalHeight: height } = image;
+  const context = new OffscreenCanvas(width, height).getContext("2d");
+  context.drawImage(image, 0, 0);
+  const bytes = context.getImageData(0, 0, width, height).data;
+  return [width, height, btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""))];
+})"""
 
 
 def find_chromium() -> str | None:
@@ -74,7 +83,7 @@ class Browser:
         self._process.kill()
         self._process.wait()
 
-    def _connect(self) -> connect:
+    def _connect(self) -> AbstractContextManager[ClientConnection]:
         told = self._folder / "DevToolsActivePort"
         for _ in range(300):
             if self._process.poll() is not None:
@@ -152,6 +161,15 @@ class Browser:
                 raise PageError(f"not true in {timeout} s: {wrong}\nThe page says:\n{text}")
             time.sleep(0.05)
 
+    def text(self, selector: str) -> str:
+        """What an element says."""
+        return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
+
+    def pixels(self, url: str) -> tuple[int, int, bytes]:
+        """Width, height and RGBA bytes of a picture; `url` is JavaScript."""
+        width, height, data = self.evaluate(f"{PIXELS}({url})")
+        return width, height, base64.b64decode(data)
+
     def screenshot(self, path: Path, whole: bool = False) -> None:
         """A PNG of the window, or with `whole` of the whole page."""
         answer = self._send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
@@ -181,16 +199,12 @@ class Browser:
 
     def drag(self, points: list[tuple[float, float]]) -> None:
         """Presses the mouse at the first point, moves it over the others, and lets go."""
-        with self._pressed(points):
-            for x, y in points[1:]:
-                self._mouse("mouseMoved", x, y, buttons=1)
-
-    @contextmanager
-    def _pressed(self, points: list[tuple[float, float]]) -> Iterator[None]:
+        held = {"button": "left", "clickCount": 1}
         self._mouse("mouseMoved", *points[0])
-        self._mouse("mousePressed", *points[0], buttons=1, button="left", clickCount=1)
-        yield
-        self._mouse("mouseReleased", *points[-1], button="left", clickCount=1)
+        self._mouse("mousePressed", *points[0], buttons=1, **held)
+        for x, y in points[1:]:
+            self._mouse("mouseMoved", x, y, buttons=1)
+        self._mouse("mouseReleased", *points[-1], **held)
 
     def _mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
         self._send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
@@ -198,6 +212,24 @@ class Browser:
     def type(self, text: str) -> None:
         """Writes where the focus is."""
         self._send("Input.insertText", text=text)
+
+    def fill(self, **fields: Any) -> None:
+        """Sets fields, by id, with the events that typing makes."""
+        for name, value in fields.items():
+            self.evaluate(f"""(() => {{
+                const field = document.getElementById("{name}");
+                field.value = {json.dumps(str(value))};
+                for (const kind of ["input", "change"])
+                    field.dispatchEvent(new Event(kind, {{ bubbles: true }}));
+            }})()""")
+
+    def tab_to(self, selector: str) -> None:
+        """Presses Tab until an element has the focus."""
+        for _ in range(80):
+            self.press("Tab")
+            if self.evaluate(f"document.activeElement.matches({json.dumps(selector)})"):
+                return
+        raise PageError(f"{selector} is not reached with the Tab key")
 
     def press(self, key: str, *held: str) -> None:
         """A key, with "control", "shift", "alt" or "meta" held."""

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 START_S = 180.0
@@ -50,6 +51,7 @@ class Running:
     address: str
     """Of its Ray cluster."""
     process: subprocess.Popen[str]
+    errors: IO[str]
 
     def redeploy(self, args: dict[str, Any]) -> None:
         """Deploy another configuration in its place; returns when it is there."""
@@ -57,16 +59,13 @@ class Running:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"images": ["/", args]}) + "\n")
         self.process.stdin.flush()
-        assert self.process.stdout.readline().strip() == "again"
-
-    def states(self) -> list[dict[str, float]]:
-        """Samples of /metrics, by name with labels."""
-        return [metrics(self.url)]
+        if self.process.stdout.readline().strip() != "again":
+            raise RuntimeError(_told(self.errors))
 
 
 @contextmanager
 def running(
-    args: dict[str, Any], num_cpus: int = 4, folder: Path | None = None, **more: Any
+    args: dict[str, Any], num_cpus: int = 4, **more: Any
 ) -> Generator[Running]:
     """The application of `args` at /; `more` are others, by name: a prefix and arguments each."""
     port = free_port()
@@ -74,19 +73,24 @@ def running(
     command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, num_cpus])]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
     environment.pop("RAY_ADDRESS", None)
+    errors = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=-1
+        command, cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=errors
     )
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         line = process.stdout.readline().strip()
         if line != "ready":
-            process.kill()
-            raise RuntimeError(process.communicate()[1][-3000:])
-        yield Running(f"http://127.0.0.1:{port}", address, process)
+            raise RuntimeError(_told(errors))
+        yield Running(f"http://127.0.0.1:{port}", address, process, errors)
     finally:
         end(process)
+
+
+def _told(errors: IO[str]) -> str:
+    errors.seek(0)
+    return errors.read()[-3000:]
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -21,6 +21,10 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
 PROMPT = "a photo of a red star on a blue background"
+COUNT = "document.querySelector('#n [value=\"%d\"]').click()"
+PAINTING = "!document.getElementById('painter').hidden"
+MADE = "document.querySelectorAll('#shots > li').length"
+ONE = f"{MADE} === 1"
 IDLE = "!document.body.classList.contains('running')"
 # Keeps what the page asks for and how often a picture changes; `intrude` may answer instead.
 WATCH = """
@@ -30,7 +34,7 @@ window.copied = null;
 const real = window.fetch;
 window.fetch = async (path, init = {}) => {
   window.asked.push({ path, body: init.body, headers: init.headers, signal: init.signal });
-  return (await window.intrude?.(path, init, () => real(path, init))) ?? real(path, init);
+  return (await window.intrude?.(path, init)) ?? real(path, init);
 };
 new MutationObserver((changes) => {
   for (const { addedNodes } of changes) {
@@ -40,24 +44,15 @@ new MutationObserver((changes) => {
 navigator.clipboard.writeText = async (text) => { window.copied = text; };
 undefined
 """
+# The first time, and then no more.
 REFUSE = """
-let times = 0;
 window.intrude = (path) => {
-  if (!path.endsWith("generations") || times++) return null;
-  const error = { message: "The queue is full.", type: "t", param: null, code: null };
-  const headers = { "Content-Type": "application/json", "Retry-After": "2" };
-  return new Response(JSON.stringify({ error }), { status: %d, headers });
+  window.intrude = null;
+  const error = { message: "The queue is full." };
+  return Response.json({ error }, { status: 429, headers: { "Retry-After": "2" } });
 };
 undefined
 """
-PIXELS = """(async (url) => {
-  const bitmap = await createImageBitmap(await (await fetch(url)).blob());
-  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
-  const context = canvas.getContext("2d");
-  context.drawImage(bitmap, 0, 0);
-  const { data, width, height } = context.getImageData(0, 0, bitmap.width, bitmap.height);
-  return [width, height, btoa(data.reduce((text, byte) => text + String.fromCharCode(byte), ""))];
-})"""
 
 
 @pytest.fixture
@@ -84,37 +79,27 @@ def show(browser: Browser, url: str, width: int = 1360, height: int = 900, **how
     browser.evaluate(WATCH)
 
 
-def fill(browser: Browser, **fields: Any) -> None:
-    """Sets fields as typing would."""
-    for name, value in fields.items():
-        browser.evaluate(f"""(() => {{
-            const field = document.getElementById("{name}");
-            field.value = {json.dumps(str(value))};
-            for (const kind of ["input", "change"])
-              field.dispatchEvent(new Event(kind, {{ bubbles: true }}));
-        }})()""")
-
-
 def generate(browser: Browser, **fields: Any) -> None:
     """Makes pictures and waits until they are there."""
-    before = browser.evaluate("document.querySelectorAll('#shots > li').length")
-    fill(browser, **fields)
+    before = browser.evaluate(MADE)
+    browser.fill(**fields)
     browser.click("#generate")
-    browser.wait_for(f"{IDLE} && document.querySelectorAll('#shots > li').length > {before}", 120)
+    browser.wait_for(f"{IDLE} && {MADE} > {before}", 120)
 
 
-def text(browser: Browser, selector: str) -> str:
-    return browser.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
-
-
-def pixels(browser: Browser, url: str) -> np.ndarray:
+def picture(browser: Browser, url: str) -> np.ndarray:
     """A picture of the page as RGBA; `url` is JavaScript."""
-    width, height, data = browser.evaluate(f"{PIXELS}({url})")
-    return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)
+    width, height, data = browser.pixels(url)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 4)
+
+
+def start_from(browser: Browser, photo: Path) -> None:
+    browser.upload("#file", photo)
+    browser.wait_for(PAINTING)
 
 
 def shown(browser: Browser) -> np.ndarray:
-    return pixels(browser, "document.querySelector('#frames img').src")
+    return picture(browser, "document.querySelector('#frames img').src")
 
 
 def sent(browser: Browser) -> dict[str, str]:
@@ -128,7 +113,7 @@ def sent(browser: Browser) -> dict[str, str]:
 
 def sent_file(browser: Browser, name: str) -> np.ndarray:
     url = f"URL.createObjectURL(asked.findLast(({{ body }}) => body?.get).body.get('{name}'))"
-    return pixels(browser, url)
+    return picture(browser, url)
 
 
 def test_a_picture_forms_from_a_prompt(browser: Browser) -> None:
@@ -136,7 +121,7 @@ def test_a_picture_forms_from_a_prompt(browser: Browser) -> None:
     generate(browser, prompt=PROMPT, num_inference_steps=8)
     assert browser.evaluate("formed") >= 2, "no partial pictures were shown"
     assert sent(browser)["num_inference_steps"] == 8
-    first, seed = shown(browser), text(browser, "#caption .facts span").removeprefix("Seed ")
+    first, seed = shown(browser), browser.text("#caption .facts span").removeprefix("Seed ")
     assert first.shape == (64, 64, 4)
     assert first.std() > 5
     browser.click("#caption .facts .link")
@@ -146,19 +131,16 @@ def test_a_picture_forms_from_a_prompt(browser: Browser) -> None:
 
 
 def test_several_pictures_each_have_their_seed(browser: Browser) -> None:
-    browser.evaluate("document.querySelector('#n [value=\"2\"]').click()")
+    browser.evaluate(COUNT % 2)
     generate(browser, prompt=PROMPT, seed=7, num_inference_steps=4)
-    seeds = browser.evaluate(
-        "[...document.querySelectorAll('#shots .facts')].map((line) => line.innerText)"
-    )
-    assert ["Seed 8" in seeds[0], "Seed 7" in seeds[1]] == [True, True]
+    assert "Seed 8" in browser.text("#shots li:first-child .facts")  # the newest is first
+    assert "Seed 7" in browser.text("#shots li:last-child .facts")
     browser.click("#frames .cell:nth-child(2)")
-    assert "Seed 8" in text(browser, "#caption .facts")
+    assert "Seed 8" in browser.text("#caption .facts")
 
 
 def test_starts_from_a_picked_picture(browser: Browser, photo: Path) -> None:
-    browser.upload("#file", photo)
-    browser.wait_for("!document.getElementById('painter').hidden")
+    start_from(browser, photo)
     generate(browser, prompt=PROMPT, strength=0.3, num_inference_steps=8)
     assert sent(browser)["strength"] == "0.3"
     assert sent_file(browser, "image").shape == (64, 96, 4)
@@ -179,21 +161,17 @@ def test_takes_pictures_that_are_dropped_or_pasted(browser: Browser, photo: Path
           ? new DragEvent("drop", {{ ...how, dataTransfer: files }})
           : new ClipboardEvent("paste", {{ ...how, clipboardData: files }}));
     }})()""")
-    browser.wait_for("!document.getElementById('painter').hidden")
-    assert text(browser, "#input-name") == "photo.png"
-    assert "96 \N{MULTIPLICATION SIGN} 64" in text(browser, "#mask-words")
+    browser.wait_for(PAINTING)
+    assert browser.text("#input-name") == "photo.png"
+    assert "96 \N{MULTIPLICATION SIGN} 64" in browser.text("#mask-words")
 
 
 def test_sends_a_mask_that_is_transparent_where_painted(browser: Browser, photo: Path) -> None:
-    browser.upload("#file", photo)
-    browser.wait_for("!document.getElementById('painter').hidden")
-    left, top, width, height = browser.evaluate("""(() => {
-        const box = document.getElementById("film").getBoundingClientRect();
-        return [box.left, box.top, box.width, box.height];
-    })()""")
-    path = [(0.2, 0.5), (0.3, 0.5), (0.4, 0.5)]
-    browser.drag([(left + width * x, top + height * y) for x, y in path])
-    assert "painted" in text(browser, "#mask-words")
+    start_from(browser, photo)
+    box = browser.evaluate("document.getElementById('film').getBoundingClientRect().toJSON()")
+    middle = box["top"] + box["height"] / 2
+    browser.drag([(box["left"] + box["width"] * share, middle) for share in (0.2, 0.3, 0.4)])
+    assert "painted" in browser.text("#mask-words")
     generate(browser, prompt=PROMPT, num_inference_steps=8)
     alpha = sent_file(browser, "mask")[..., 3]
     assert alpha.shape == (64, 96)
@@ -203,71 +181,67 @@ def test_sends_a_mask_that_is_transparent_where_painted(browser: Browser, photo:
 
 
 def test_a_mask_can_be_made_with_the_keyboard(browser: Browser, photo: Path) -> None:
-    browser.upload("#file", photo)
-    browser.wait_for("!document.getElementById('painter').hidden")
+    start_from(browser, photo)
     browser.evaluate("document.getElementById('film').focus()")
     browser.press(" ")
     browser.press("ArrowRight", "shift")
-    dab = text(browser, "#mask-words")
+    dab = browser.text("#mask-words")
     browser.press("z", "control")
     browser.press("z", "control")
-    assert "no mask" in text(browser, "#mask-words") != dab
+    assert "no mask" in browser.text("#mask-words") != dab
     browser.evaluate("document.getElementById('paint-whole').focus()")
     browser.press("Enter")
-    assert "100% painted" in text(browser, "#mask-words")
+    assert "100% painted" in browser.text("#mask-words")
 
 
 def test_says_kindly_what_is_wrong_with_a_field(browser: Browser) -> None:
     browser.click("#generate")
-    assert text(browser, "#prompt-wrong")
+    assert browser.text("#prompt-wrong")
     assert browser.evaluate("document.activeElement.id") == "prompt"
-    fill(browser, prompt=PROMPT, size="custom", width=63, height=64)
+    browser.fill(prompt=PROMPT, size="custom", width=63, height=64)
     browser.click("#generate")
     browser.wait_for("document.getElementById('size-wrong').innerText")
-    assert "63" in text(browser, "#size-wrong")
-    assert text(browser, "#trouble h2")
-    fill(browser, size="auto")
+    assert "63" in browser.text("#size-wrong")
+    browser.fill(size="auto")
     generate(browser, num_inference_steps=4)
-    assert text(browser, "#trouble") == ""
+    assert browser.text("#trouble") == ""
 
 
 def test_a_full_server_says_when_to_come_again(browser: Browser) -> None:
-    browser.evaluate(REFUSE % 429)
-    fill(browser, prompt=PROMPT, num_inference_steps=4)
+    browser.evaluate(REFUSE)
+    browser.fill(prompt=PROMPT, num_inference_steps=4)
     browser.click("#generate")
     browser.wait_for("document.querySelector('#trouble button')")
-    assert "The queue is full." in text(browser, "#trouble")
-    assert "Try again in 2 s" in text(browser, "#trouble button")
+    assert "The queue is full." in browser.text("#trouble")
+    assert "Try again in 2 s" in browser.text("#trouble button")
     browser.wait_for("document.querySelector('#trouble button').innerText === 'Try again'")
     browser.click("#trouble button")
-    browser.wait_for("document.querySelectorAll('#shots > li').length === 1")
+    browser.wait_for(ONE)
 
 
-def test_tells_a_lost_connection_and_keeps_the_settings(browser: Browser) -> None:
-    browser.evaluate(
-        "window.intrude = () => { throw new TypeError('Failed to fetch'); }; undefined"
-    )
-    fill(browser, prompt=PROMPT)
+def test_tells_what_was_lost_and_keeps_the_settings(browser: Browser) -> None:
+    browser.evaluate("window.intrude = () => Promise.reject(new TypeError('lost')); undefined")
+    browser.fill(prompt=PROMPT)
     browser.click("#generate")
     browser.wait_for("document.querySelector('#trouble h2')")
-    assert "cannot be reached" in text(browser, "#trouble")
-    browser.evaluate(
-        """window.intrude = () => new Response("event: x\\ndata: {}\\n\\n"); undefined"""
-    )
-    browser.click("#trouble button")
-    browser.wait_for("document.querySelector('#trouble')?.innerText.includes('broke off')")
+    assert "cannot be reached" in browser.text("#trouble")
+    for answer, words in (("{}", "broke off"), ('{"error": {"message": "Lost it."}}', "Lost it.")):
+        stream = json.dumps(f"event: x\ndata: {answer}\n\n")
+        browser.evaluate(f"window.intrude = () => new Response({stream}); undefined")
+        browser.click("#trouble button")
+        browser.wait_for(f"document.getElementById('trouble').innerText.includes('{words}')")
     assert browser.evaluate("document.getElementById('prompt').value") == PROMPT
 
 
 def test_asks_for_a_key_and_keeps_it_in_the_tab_only(browser: Browser) -> None:
     browser.evaluate("""window.intrude = (path, { headers }) =>
         headers.Authorization ? null : new Response("{}", { status: 401 }); undefined""")
-    fill(browser, prompt=PROMPT, num_inference_steps=4)
+    browser.fill(prompt=PROMPT, num_inference_steps=4)
     browser.click("#generate")
     browser.wait_for("document.getElementById('key-dialog').open")
     browser.type("open-sesame")
     browser.press("Enter")
-    browser.wait_for("document.querySelectorAll('#shots > li').length === 1")
+    browser.wait_for(ONE)
     assert browser.evaluate("asked.at(-1).headers.Authorization") == "Bearer open-sesame"
     assert browser.evaluate("sessionStorage.getItem('rayjobs.key')") == "open-sesame"
     assert "open-sesame" not in browser.evaluate("JSON.stringify(localStorage) + document.cookie")
@@ -278,40 +252,32 @@ def test_asks_for_a_key_and_keeps_it_in_the_tab_only(browser: Browser) -> None:
 
 
 def test_works_by_keyboard_alone(browser: Browser) -> None:
-    tab_to(browser, "#prompt")
+    browser.tab_to("#prompt")
     assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.type(PROMPT)
-    tab_to(browser, "#num_inference_steps")
+    browser.tab_to("#num_inference_steps")
     browser.press("a", "control")
     browser.type("4")
     browser.press("Enter", "control")
-    browser.wait_for(f"{IDLE} && document.querySelectorAll('#shots > li').length === 1")
+    browser.wait_for(f"{IDLE} && {ONE}")
     assert sent(browser)["num_inference_steps"] == 4
-    tab_to(browser, "#shots .thumb")
+    browser.tab_to("#shots .thumb")
     browser.press("Enter")
-    tab_to(browser, "#shots [data-verb=useAsInput]")
+    browser.tab_to("#shots [data-verb=useAsInput]")
     browser.press(" ")
-    browser.wait_for("!document.getElementById('painter').hidden")
-
-
-def tab_to(browser: Browser, selector: str) -> None:
-    for _ in range(80):
-        browser.press("Tab")
-        if browser.evaluate(f"document.activeElement.matches({json.dumps(selector)})"):
-            return
-    raise AssertionError(f"{selector} is not reached with the Tab key")
+    browser.wait_for(PAINTING)
 
 
 def test_cancels(browser: Browser) -> None:
-    fill(browser, prompt=PROMPT, num_inference_steps=50)
-    browser.evaluate("document.querySelector('#n [value=\"4\"]').click()")
+    browser.fill(prompt=PROMPT, num_inference_steps=100)
+    browser.evaluate(COUNT % 4)
     browser.click("#generate")
     browser.wait_for("document.getElementById('status').innerText.includes('tep')")
     browser.press("Escape")
     browser.wait_for(IDLE, 5)
-    assert "Cancelled" in text(browser, "#status")
+    assert "Cancelled" in browser.text("#status")
     assert browser.evaluate("asked.at(-1).signal.aborted")
-    browser.evaluate("document.querySelector('#n [value=\"1\"]').click()")
+    browser.evaluate(COUNT % 1)
     generate(browser, num_inference_steps=4)
 
 
@@ -321,8 +287,7 @@ def test_what_it_copies_runs(
     browser: Browser, photo: Path, tmp_path: Path, verb: str, edit: bool
 ) -> None:
     if edit:
-        browser.upload("#file", photo)
-        browser.wait_for("!document.getElementById('painter').hidden")
+        start_from(browser, photo)
         (tmp_path / "input.png").write_bytes(photo.read_bytes())
     generate(browser, prompt='it\'s a "red" star\nand $HOME', num_inference_steps=4)
     browser.click(f"#caption [data-verb={verb}]")
@@ -334,9 +299,40 @@ def test_what_it_copies_runs(
     assert np.abs(made - shown(browser)).max() <= 8
 
 
+LORAS = """import(new URL("web/form.js", document.baseURI)).then(({ fillModels }) => {
+  const model = { id: document.getElementById("model").value, kind: "model" };
+  const lora = (id, base) => ({ id, base, kind: "lora", prompt_hint: `a photo of ${id}` });
+  fillModels([model, lora("cat", model.id), lora("dog", null), lora("far", "another")]);
+})"""
+
+
+def test_offers_the_loras_of_the_model_and_sends_those_chosen(browser: Browser) -> None:
+    browser.evaluate(LORAS)
+    assert browser.text("#loras").split() == ["cat", "dog"]
+    browser.click("#loras [value=cat]")
+    browser.evaluate("document.querySelector('#loras [type=number]').value = 0.8")
+    assert "a photo of cat" in browser.evaluate("document.getElementById('prompt').placeholder")
+    browser.fill(prompt=PROMPT)
+    browser.click("#generate")
+    browser.wait_for("document.getElementById('loras-wrong').innerText")  # no such LoRA here
+    assert sent(browser)["loras"] == [{"name": "cat", "scale": 0.8}]
+
+
+def test_shows_older_pictures_while_another_is_made(browser: Browser) -> None:
+    generate(browser, prompt=PROMPT, num_inference_steps=2)
+    browser.fill(num_inference_steps=100)
+    browser.evaluate(COUNT % 4)
+    browser.click("#generate")
+    browser.click("#shots .thumb")
+    browser.click("#caption > .link")
+    assert browser.evaluate("document.querySelectorAll('#frames .cell').length") == 4
+    browser.click("#cancel")
+    browser.wait_for(IDLE, 5)
+
+
 def test_reuses_settings(browser: Browser) -> None:
     generate(browser, prompt=PROMPT, negative_prompt="grey", seed=3, num_inference_steps=4)
-    fill(browser, prompt="other", negative_prompt="", seed="", num_inference_steps=9)
+    browser.fill(prompt="other", negative_prompt="", seed="", num_inference_steps=9)
     browser.click("#shots [data-verb=reuse]")
     names = ["prompt", "negative_prompt", "seed", "num_inference_steps"]
     values = browser.evaluate(f"{names}.map((name) => document.getElementById(name).value)")
@@ -391,5 +387,5 @@ def test_remembers_the_theme_that_was_chosen(browser: Browser, app_url: str) -> 
     browser.click("#theme")
     show(browser, app_url)
     assert browser.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"
-    assert text(browser, "#theme") == ""
+    assert browser.text("#theme") == ""
     assert browser.evaluate("document.getElementById('theme').ariaLabel") == "Theme: dark"
