@@ -192,7 +192,11 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
             "max_steps": limits.max_steps,
             "max_n": limits.max_n,
         },
-        "defaults": {"num_inference_steps": STEPS, "strength": STRENGTH},
+        "defaults": {
+            "num_inference_steps": STEPS,
+            "guidance_scale": entry.facts.guidance_scale,
+            "strength": STRENGTH,
+        },
         "samplers": samplers(entry.facts),
         "loaded": loaded,
         "prompt_hint": entry.hint,

@@ -43,6 +43,8 @@ class ModelConfig(HowToLoad):
     """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
     preload: bool = True
     """Load it when a replica starts, not at its first request."""
+    hint: str | None = None
+    """A prompt to try, shown on the page."""
 
     @field_validator("name")
     @classmethod

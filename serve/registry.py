@@ -41,6 +41,13 @@ class Facts:
     """Sides must be multiples of it."""
     is_edm: bool = False
 
+    @property
+    def guidance_scale(self) -> float | None:
+        """What each family's makers recommend: Playground v2.5, SDXL and Stable Diffusion."""
+        if self.family is None:
+            return None
+        return 3.0 if self.is_edm else 5.0 if self.family == "sdxl" else 7.5
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -163,7 +170,7 @@ class Registry:
                 yield replace(self._entry(model.name, model.uri, note, _how(model)), kind="model")
                 continue
             weights = Weights(model.uri, model.config, _how(model))
-            yield Entry(model.name, "model", weights, facts=read_facts(model.uri))
+            yield Entry(model.name, "model", weights, None, None, read_facts(model.uri), model.hint)
         for lora in self.config.loras:
             yield self._lora(lora)
 

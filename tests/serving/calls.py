@@ -33,7 +33,10 @@ class Answer:
 
 
 def ask_all(
-    url: str, bodies: list[dict[str, Any]], gap_s: float = 0.0, meanwhile: Callable[[], None] | None = None
+    url: str,
+    bodies: list[dict[str, Any]],
+    gap_s: float = 0.0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> list[Answer]:
     """Send every body, `gap_s` apart, each without waiting for the others."""
 

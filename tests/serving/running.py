@@ -59,33 +59,31 @@ class Running:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"images": ["/", args]}) + "\n")
         self.process.stdin.flush()
-        if self.process.stdout.readline().strip() != "again":
+        # Ray prints there, too, such as that a worker has died.
+        if not any(line.strip() == "again" for line in self.process.stdout):
             raise RuntimeError(_told(self.errors))
 
 
 @contextmanager
-def running(
-    args: dict[str, Any], num_cpus: int = 4, **more: Any
-) -> Generator[Running]:
+def running(args: dict[str, Any], num_cpus: int = 4, **more: Any) -> Generator[Running]:
     """The application of `args` at /; `more` are others, by name: a prefix and arguments each."""
     port = free_port()
     apps = {"images": ["/", args]} | more
     command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, num_cpus])]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
     environment.pop("RAY_ADDRESS", None)
-    errors = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=errors
-    )
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-        line = process.stdout.readline().strip()
-        if line != "ready":
-            raise RuntimeError(_told(errors))
-        yield Running(f"http://127.0.0.1:{port}", address, process, errors)
-    finally:
-        end(process)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=errors
+        )
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            if not any(line.strip() == "ready" for line in process.stdout):
+                raise RuntimeError(_told(errors))
+            yield Running(f"http://127.0.0.1:{port}", address, process, errors)
+        finally:
+            end(process)
 
 
 def _told(errors: IO[str]) -> str:
@@ -97,9 +95,12 @@ def end(process: subprocess.Popen[str]) -> None:
     """Ask it to end, by ending its input; a process that will not is killed."""
     try:
         process.communicate(timeout=END_S)
-    except (subprocess.TimeoutExpired, ValueError):
+    except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
 def free_port() -> int:

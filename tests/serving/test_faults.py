@@ -1,0 +1,92 @@
+"""What callers see when replicas die, configurations change, and callers leave."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+import pytest
+
+from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.request import Request
+from tests.serving.calls import Answer, ask_all, leave, mixed
+from tests.serving.running import Running, metrics, running, wait_until
+
+pytestmark = pytest.mark.ray
+TWO = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"min": 2, "max": 2}}
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Running]:
+    with running(TWO, num_cpus=6) as found:
+        yield found
+
+
+def replicas(app: Running) -> list[psutil.Process]:
+    """The engine replicas of this application, not of another that may run here."""
+    port = app.address.rpartition(":")[2]
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if "ServeReplica:images:Engine" in line:
+            ancestors = " ".join(" ".join(p.cmdline()) for p in process.parents())
+            if port in ancestors or (
+                process.parents() and app.process.pid in [p.pid for p in process.parents()]
+            ):
+                found.append(process)
+    return found
+
+
+def refused(answers: list[Answer]) -> list[tuple[int, object]]:
+    return [(each.status, each.body) for each in answers if each.status != 200]
+
+
+@pytest.mark.slow
+def test_a_killed_replica_costs_no_answer(two: Running, starter: Model) -> None:
+    def kill() -> None:
+        time.sleep(1)
+        victims = replicas(two)
+        assert len(victims) == 2
+        os.kill(victims[0].pid, signal.SIGKILL)
+
+    bodies = mixed(40, seed=1)
+    answers = ask_all(two.url, bodies, meanwhile=kill)
+    assert not refused(answers)
+    body, answer = bodies[0], answers[0]
+    width, height = map(int, body["size"].split("x"))
+    request = Request(
+        prompt=body["prompt"],
+        seed=body["seed"],
+        steps=body["num_inference_steps"],
+        guidance_scale=body["guidance_scale"],
+        sampler=body["sampler"],
+        width=width,
+        height=height,
+    )
+    (result,) = Engine(starter, 1).generate([request])
+    assert np.abs(answer.pictures()[0] - np.asarray(result.image, int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_new_configuration_costs_no_answer(two: Running) -> None:
+    def redeploy() -> None:
+        time.sleep(0.5)
+        two.redeploy(TWO | {"engine": {"max_rows": 6}})
+
+    assert not refused(ask_all(two.url, mixed(40, seed=2), gap_s=0.05, meanwhile=redeploy))
+    assert not refused(ask_all(two.url, mixed(5, seed=3)))
+
+
+def test_a_caller_who_leaves_frees_the_rows(app: Running) -> None:
+    before = metrics(app.url).get("cancelled_rows_total", 0)
+    plain = {"prompt": "a", "num_inference_steps": 150, "n": 2}
+    for number, body in enumerate([plain, plain | {"stream": True, "partial_images": 1}]):
+        leave(app.url, body, after_s=0.4)
+        want = before + 2 * (number + 1)
+        found = wait_until(
+            app.url, lambda m, want=want: m["rows"] == 0 and m.get("cancelled_rows_total") == want
+        )
+        assert found["pending_seconds"] < 0.01
