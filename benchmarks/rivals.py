@@ -164,7 +164,7 @@ class Keyed:
         return group
 
 
-KINDS: dict[str, Any] = {"a": OneAtATime, "b": Batched, "keyed": Keyed}
+KINDS: dict[str, type] = {"a": OneAtATime, "b": Batched, "keyed": Keyed}
 
 app = FastAPI()
 

@@ -1,17 +1,20 @@
 """The serving application against diffusers' pipelines behind Ray Serve, under the same load.
 
-`python -m benchmarks.serving [--models starter narrow] [--requests 40]` prints a table for each
+`python -m benchmarks.serving [--models starter narrow] [--requests 30]` prints a table for each
 model and writes benchmarks/serving.json. The sides: `a` is Ray's own example, one request at a
 time; `b` has `@serve.batch`, and makes requests that agree in everything in one call; `keyed`, if
 it is asked for, has such a queue for each key; `ours` is the application. All of them have the same
-weights, dtype, threads, ingress and largest batch, and the same requests at the same moments: one
-by one (Poisson) or in bursts, at so many times what `a` can do, which is measured first. Then a
-number of callers who each wait for their answer load every side to saturation.
+weights, dtype, threads and largest batch, and the same requests at the same moments: one by one
+(Poisson) or in bursts, at so many times what `a` can do, which is measured first. Then a number of
+callers who each wait for their answer load every side to saturation.
 
-Each side runs alone, in a Ray cluster of its own, through all of its cells, since starting it takes
-longer than a cell: ratios are of one run, but not of the same minute. What other jobs on the machine
-disturb least is the CPU time of an image, all of the side's processes together. Threads that wait
-do not spin, unless OMP_WAIT_POLICY says so. The client takes about a tenth of a core.
+The sides are applications of one Ray cluster and take turns, cell by cell, so that a ratio is of
+the same minutes; one that is not asked takes two hundredths of a core. Columns: `first` is the
+median time until there is anything to look at, a partial image where a side has such; CPU s is that
+of the side's own processes for each image; 429, err, bad (no picture as asked for) and off (not the
+picture that the first side made) are counts; `others` says how many cores other jobs on the machine
+took meanwhile, without which times are to be read with care. Threads that wait do not spin, unless
+OMP_WAIT_POLICY says so.
 """
 
 import argparse
@@ -22,8 +25,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +50,7 @@ SIZES = {
     "starter": [(64, 64), (96, 64), (64, 96)],
     "narrow": [(128, 128), (128, 96), (96, 128)],
 }
-PATTERNS = ("poisson", "bursty")
+PATTERNS, SATURATED = ("poisson", "bursty"), "saturated"
 NUM_WARM = 16
 ALIKE = 2.0
 """Levels of 255 by which pictures of two sides may differ, on average over a picture."""
@@ -60,10 +64,11 @@ from ray import serve as ray_serve
 from benchmarks.rivals import Setup
 from benchmarks.serving import application
 
-side, setup, port = json.loads(sys.argv[1])
-ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+sides, setup, port = json.loads(sys.argv[1])
+ray.init(address="local", num_cpus=32, include_dashboard=False, log_to_driver=False)
 ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
-ray_serve.run(application(side, Setup(**setup)), name="images")
+for side, prefix in sides.items():
+    ray_serve.run(application(side, Setup(**setup)), name=side, route_prefix=prefix or "/")
 print("ready", flush=True)
 sys.stdin.read()
 ray_serve.shutdown()
@@ -85,43 +90,62 @@ def application(side: str, setup: Setup) -> Application:
     return app.build(ServeConfig.model_validate(values))
 
 
+class Watch:
+    """What is spent while a cell runs: by a side, and by jobs that are none of this benchmark's."""
+
+    def __init__(self, side: str, cluster: psutil.Process):
+        self.cluster = cluster
+        self.title = f"ray::ServeReplica:{side}:"
+        self.before = self._now()
+
+    def told(self) -> dict[str, float]:
+        """CPU seconds of the side's replicas, and how many cores other jobs took."""
+        clock, busy, own, every = (
+            now - before for now, before in zip(self._now(), self.before, strict=True)
+        )
+        return {"cpu_s": own, "others": max(0.0, busy - every) / clock}
+
+    def _now(self) -> tuple[float, float, float, float]:
+        """Seconds: the clock's, and of CPU time the machine's, the side's, the benchmark's."""
+        machine = psutil.cpu_times()
+        busy_s = sum(machine) - machine.idle - machine.iowait - machine.guest
+        own_s, every_s = 0.0, time.process_time()
+        for process in [self.cluster, *self.cluster.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                spent_s = sum(process.cpu_times()[:2])
+                every_s += spent_s
+                own_s += spent_s if "".join(process.cmdline()).startswith(self.title) else 0.0
+        return time.monotonic(), busy_s, own_s, every_s
+
+
 @dataclass
 class Side:
     """A side that runs."""
 
     name: str
     url: str
-    process: psutil.Process
     wanted: list[Wanted]
     pictures: dict[int, np.ndarray]
-    """What each request looks like, as the first side made it."""
+    """What each request looks like, as the first side made it; shared by all sides."""
+    cluster: psutil.Process
+    """The one that started all others."""
 
     def warm_up(self) -> None:
         load.play_closed(self.url, self.wanted[:NUM_WARM], NUM_WARM)
 
     def cell(self, moments: Sequence[float]) -> dict[str, Any]:
         """An open loop's numbers."""
-        before_s = self._cpu_s()
+        watch = Watch(self.name, self.cluster)
         answers = load.play(self.url, self.wanted, moments, self.name == "ours")
-        return self._told(answers, before_s)
+        return self._told(answers, watch.told())
 
     def closed(self, clients: int) -> dict[str, Any]:
         """A closed loop's."""
-        before_s = self._cpu_s()
+        watch = Watch(self.name, self.cluster)
         answers = load.play_closed(self.url, self.wanted, clients)
-        return self._told(answers, before_s)
+        return self._told(answers, watch.told())
 
-    def _cpu_s(self) -> float:
-        total = 0.0
-        for process in [self.process, *self.process.children(recursive=True)]:
-            try:
-                times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += times.user + times.system
-        return total
-
-    def _told(self, answers: list[Answer], before_s: float) -> dict[str, Any]:
+    def _told(self, answers: list[Answer], watched: dict[str, float]) -> dict[str, Any]:
         good = [answer for answer in answers if answer.status == 200]
         seconds = [answer.seconds for answer in good]
         firsts = [a.first_s for a in good if a.first_s and a.number % load.STREAMED_EVERY == 0]
@@ -132,7 +156,8 @@ class Side:
             "p50_s": float(np.percentile(seconds, 50)),
             "p99_s": float(np.percentile(seconds, 99)),
             "first_p50_s": float(np.median(firsts)),
-            "cpu_s": (self._cpu_s() - before_s) / len(good),
+            "cpu_s": watched["cpu_s"] / len(good),
+            "others": watched["others"],
             "refused": sum(answer.status == 429 for answer in answers),
             "failed": sum(answer.status not in (200, 429) for answer in answers),
             "no_picture": sum(each is None for each in apart),
@@ -154,12 +179,14 @@ class Side:
 
 
 @contextmanager
-def running(side: str, setup: Setup) -> Generator[tuple[str, psutil.Process]]:
-    """A side in processes of its own: its URL, and the process that started the others."""
+def running(names: Sequence[str], setup: Setup) -> Generator[tuple[dict[str, str], psutil.Process]]:
+    """All sides in a cluster of their own: their URLs, and the process that started the others."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = int(taken.getsockname()[1])
-    command = [sys.executable, "-c", PROGRAM, json.dumps([side, asdict(setup), port])]
+    # Ours has its whole paths in its routes: it knows no prefix.
+    prefixes = {name: "" if name == "ours" else f"/{name}" for name in names}
+    command = [sys.executable, "-c", PROGRAM, json.dumps([prefixes, asdict(setup), port])]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_SERVE_LOG_TO_STDERR": "0"}
     environment.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryFile("w+") as log:
@@ -170,42 +197,47 @@ def running(side: str, setup: Setup) -> Generator[tuple[str, psutil.Process]]:
             assert process.stdout is not None
             if not any(line.strip() == "ready" for line in process.stdout):
                 log.seek(0)
-                raise RuntimeError(f"{side} did not start: {log.read()[-3000:]}")
-            yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
+                raise RuntimeError(f"the sides did not start: {log.read()[-3000:]}")
+            urls = {n: f"http://127.0.0.1:{port}{prefix}" for n, prefix in prefixes.items()}
+            yield urls, psutil.Process(process.pid)
         finally:
             process.communicate()
 
 
 def measure(model: str, uri: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All cells of one model, side after side."""
+    """All cells of one model, the sides by turns."""
     setup = Setup(uri, args.threads, args.rows, args.lend)
     wanted = load.draw_requests(args.requests, SIZES[model])
     pictures: dict[int, np.ndarray] = {}
     rows: list[dict[str, Any]] = []
-    capacity = 0.0
-    for name in args.sides:
-        with running(name, setup) as (url, process):
-            side = Side(name, url, process, wanted, pictures)
-            side.warm_up()
-            if not capacity:
-                capacity = side.closed(1)["images_per_s"]
-                print(f"\n{model}: {name} makes {capacity:.2f} images/s one by one", flush=True)
-            for pattern in PATTERNS:
-                for times in args.loads:
-                    moments = load.arrivals(pattern, args.requests, times * capacity)
-                    rows.append({"load": times, "pattern": pattern} | side.cell(moments))
-                    show(rows[-1])
-            saturated = {"load": None, "pattern": f"{args.clients} callers"}
-            rows.append(saturated | side.closed(args.clients))
+
+    def turns(cell: dict[str, Any], run: Callable[[Side], dict[str, Any]]) -> None:
+        for side in sides:
+            rows.append(cell | run(side))
             show(rows[-1])
-    return {"model": model, "capacity_per_s": capacity, "cells": rows}
+        sides.append(sides.pop(0))  # another one begins the next cell
+
+    with running(args.sides, setup) as (urls, cluster):
+        sides = [Side(name, url, wanted, pictures, cluster) for name, url in urls.items()]
+        for side in sides:
+            side.warm_up()
+        alone = sides[0].closed(1)
+        capacity = alone["images_per_s"]
+        print(f"\n{model}: {sides[0].name} makes {capacity:.2f} images/s one by one", flush=True)
+        for pattern in PATTERNS:
+            for times in args.loads:
+                moments = load.arrivals(pattern, args.requests, times * capacity)
+                turns({"load": times, "pattern": pattern}, lambda s, m=moments: s.cell(m))
+        turns({"load": None, "pattern": SATURATED}, lambda side: side.closed(args.clients))
+    return {"model": model, "capacity_per_s": capacity, "alone": alone, "cells": rows}
 
 
 def show(row: dict[str, Any]) -> None:
     """A line as soon as it is known: cells take a while."""
     print(f"{_cell(row):18}{row['side']:8}{row['images_per_s']:9.2f}{row['p50_s']:8.2f}", end="")
     print(f"{row['p99_s']:8.2f}{row['first_p50_s']:8.2f}{row['cpu_s']:8.2f}", end="")
-    print(f"{row['refused']:6}{row['failed']:5}{row['no_picture']:5}{row['unlike']:5}", flush=True)
+    print(f"{row['refused']:6}{row['failed']:5}{row['no_picture']:5}{row['unlike']:5}", end="")
+    print(f"{row['others']:8.2f}", flush=True)
 
 
 def compare(found: dict[str, Any], others: Sequence[str]) -> None:
@@ -234,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--sides", nargs="*", default=["a", "b", "ours"], help="also: keyed")
-    parser.add_argument("--requests", type=int, default=40, help="of a cell")
+    parser.add_argument("--requests", type=int, default=30, help="of a cell")
     parser.add_argument("--loads", type=float, nargs="*", default=[0.7, 0.95, 1.3])
     parser.add_argument("--clients", type=int, default=16, help="at saturation")
     parser.add_argument("--threads", type=int, default=1)
@@ -244,7 +276,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the sides; nothing is computed here
     results = []
     print(f"{'':18}{'side':8}{'images/s':>9}{'p50 s':>8}{'p99 s':>8}{'first':>8}", end="")
-    print(f"{'CPU s':>8}{'429':>6}{'err':>5}{'bad':>5}{'off':>5}")
+    print(f"{'CPU s':>8}{'429':>6}{'err':>5}{'bad':>5}{'off':>5}{'others':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             shape = SHAPES.get(model)

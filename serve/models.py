@@ -4,6 +4,7 @@ Owns what is in memory and who may be evicted. Knows nothing of requests' order 
 """
 
 import asyncio
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -65,7 +66,9 @@ class Models:
         self.loaded: dict[Weights, Loaded] = {}
         self._on_load = on_load
         self._loading: dict[Weights, asyncio.Future[Loaded]] = {}
-        self._reader = ThreadPoolExecutor(2, thread_name_prefix="loading")
+        self._reader = ThreadPoolExecutor(2, thread_name_prefix="adapters")
+        # One at a time: while diffusers loads, all new parameters of the process have no data.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._most_bytes = _memory(config)
 
     async def hold(self, weights: Weights) -> Loaded:
@@ -121,19 +124,21 @@ class Models:
     async def _load(self, weights: Weights) -> Loaded:
         started_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        base = self.loaded.get(replace(weights, words=()))
+        base = self.loaded.get(replace(weights, words=(), version="")) if weights.words else None
         if base is not None:
             base.users += 1
         try:
             if base is None:
-                self._make_room(await loop.run_in_executor(self._reader, _size_of, weights.uri))
-            model = await loop.run_in_executor(self._reader, self._read, weights, base)
+                self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.uri))
+            model = await loop.run_in_executor(self._loader, self._read, weights, base)
         except (ValueError, OSError) as error:
             raise BadInput(f"the model cannot be loaded: {error}") from None
         finally:
             if base is not None:
                 base.users -= 1
         num_bytes = 0 if base is not None else _num_bytes(model)
+        with contextlib.suppress(NoRoom):  # it is here now; files may be of a smaller dtype
+            self._make_room(num_bytes)
         self.loaded[weights] = loaded = self._with_engine(weights, model, num_bytes)
         self._on_load(weights, time.monotonic() - started_s)
         return loaded

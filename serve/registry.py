@@ -5,6 +5,7 @@ name can mean a place outside the folder.
 """
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ class Weights:
     how: HowToLoad = field(default_factory=HowToLoad)
     words: tuple[tuple[str, str], ...] = ()
     """Files of learned embeddings, and the word of each."""
+    version: str = ""
+    """Changes when another export takes an export's place."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Registry:
         self._fixed = {entry.name: entry for entry in self._configured()}
         self._found: dict[str, tuple[str, Entry]] = {}
         self._looked_s = float("-inf")
+        self._looking = threading.Lock()
 
     def entries(self) -> list[Entry]:
         found = {name: entry for name, (_, entry) in self._found.items()}
@@ -101,11 +105,17 @@ class Registry:
 
         A storage server that is away changes nothing.
         """
-        uri, every_s = self.config.registry.uri, self.config.registry.refresh_s
-        since_s = time.monotonic() - self._looked_s
-        if uri is None or since_s < (min(1.0, every_s) if at_once else every_s):
+        with self._looking:
+            every_s = self.config.registry.refresh_s
+            every_s = min(1.0, every_s) if at_once else every_s
+            if time.monotonic() - self._looked_s >= every_s:
+                self._look()
+                self._looked_s = time.monotonic()
+
+    def _look(self) -> None:
+        uri = self.config.registry.uri
+        if uri is None:
             return
-        self._looked_s = time.monotonic()
         try:
             names = [name for name in storage.list_folders(uri) if NAME.fullmatch(name)]
             found = {name: self._read(uri, name) for name in names}
@@ -130,7 +140,7 @@ class Registry:
                 return known
             try:
                 note = exported.read(place)
-                entry = None if note is None else self._entry(name, place, note)
+                entry = None if note is None else self._entry(name, place, note, mark)
             except (BadInput, ValueError) as error:
                 self.problems[name] = str(error)
                 return None
@@ -138,11 +148,13 @@ class Registry:
             return None if entry is None else (mark, entry)
         return None
 
-    def _entry(self, name: str, place: str, note: Exported, how: HowToLoad | None = None) -> Entry:
+    def _entry(
+        self, name: str, place: str, note: Exported, mark: str, how: HowToLoad | None = None
+    ) -> Entry:
         """What an export means: a model of its own, or an adapter or words for its base."""
         base = next((m for m in self.config.models if m.uri == note.base_uri), None)
         if note.kind == "full":
-            weights = Weights(place, None, how or HowToLoad())
+            weights = Weights(place, None, how or HowToLoad(), version=mark)
         else:
             uri = note.base_uri
             if uri.startswith("/") and not Path(uri).exists():
@@ -150,7 +162,9 @@ class Registry:
             like = how or (_how(base) if base else HowToLoad())
             weights = Weights(uri, base.config if base else None, like)
         learned = storage.join(place, exported.EMBEDDINGS_FILE)
-        weights = replace(weights, words=tuple((learned, word) for word in note.tokens))
+        if note.tokens:
+            words = tuple((learned, word) for word in note.tokens)
+            weights = replace(weights, words=words, version=mark)
         is_lora = note.kind == "lora"
         return Entry(
             name=name,
@@ -167,7 +181,8 @@ class Registry:
         for model in self.config.models:
             note = exported.read(model.uri) if _is_folder(model.uri) else None
             if note is not None:
-                yield replace(self._entry(model.name, model.uri, note, _how(model)), kind="model")
+                entry = self._entry(model.name, model.uri, note, "", _how(model))
+                yield replace(entry, kind="model")
                 continue
             weights = Weights(model.uri, model.config, _how(model))
             yield Entry(model.name, "model", weights, None, None, read_facts(model.uri), model.hint)
