@@ -29,14 +29,14 @@ class Turns(Generic[K]):
         self._now = 0.0
 
     def order(self, keys: Iterable[K]) -> list[K]:
-        """Those that want a turn, the first to have one first; the others are forgotten."""
+        """Those that want a turn, the first to have one first."""
         wanting = list(keys)
-        used = {key: max(self._used.get(key, self._now), self._now) for key in wanting}
-        used |= {key: self._used[key] for key in wanting if key in self._used}
-        self._used = used
-        if used:
-            self._now = max(self._now, min(used.values()))
-        return sorted(wanting, key=used.__getitem__)
+        if not wanting:
+            return []
+        self._now = max(self._now, min(self._used.get(key, self._now) for key in wanting))
+        ahead = {key: used for key, used in self._used.items() if used > self._now}
+        self._used = dict.fromkeys(wanting, self._now) | ahead
+        return sorted(wanting, key=self._used.__getitem__)
 
     def charge(self, key: K, seconds: float, weight: float = 1.0) -> None:
         self._used[key] = self._used.get(key, self._now) + seconds / weight
@@ -97,6 +97,7 @@ class FairBatcher(Generic[R]):
         self._callers: defaultdict[Shape, Turns[str]] = defaultdict(Turns)
         self.chosen: list[R] = []
         """The rows of the last call."""
+        self._served: list[Ticket] = []
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._rows.values())
@@ -117,19 +118,20 @@ class FairBatcher(Generic[R]):
         if self._rows:
             shape = self._shapes.order(self._rows)[0]
             self.chosen = self._deal(shape)
+        self._served = [self._ticket(row) for row in self.chosen]
         return self.chosen
 
     def charge(self, seconds: float) -> None:
         """Account for the last call: to its shape by time, to its callers by their places."""
-        if not self.chosen:
+        if not self.chosen or self.chosen[0].shape not in self._rows:
             return
         shape = self.chosen[0].shape
-        oldest_s = min(self._ticket(row).arrived_s for row in self.chosen)
-        self._shapes.charge(shape, seconds, 1 + (self._clock() - oldest_s) / AGEING_S)
+        oldest_s = min(ticket.arrived_s for ticket in self._served)
+        aged = max(0.0, self._clock() - oldest_s) / AGEING_S
+        self._shapes.charge(shape, seconds, 1 + aged)
         places = sum(row.num_places for row in self.chosen)
-        for row in self.chosen:
-            share = seconds * row.num_places / places
-            self._callers[shape].charge(self._ticket(row).caller, share)
+        for row, ticket in zip(self.chosen, self._served, strict=True):
+            self._callers[shape].charge(ticket.caller, seconds * row.num_places / places)
 
     def _deal(self, shape: Shape) -> list[R]:
         """One row of each caller by turns, its most due first, until the call is full."""

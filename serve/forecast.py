@@ -102,16 +102,14 @@ class Forecast:
         scale = area / (nearest[1][-1] * nearest[1][-2])
         return scale * self._known[nearest].steps.at(places)
 
-    def place_s(self, key: Key) -> float:
-        """Seconds of one place for one step, in full calls."""
-        most = self.bound(key)
-        return self.step_s(key, most) / most
-
-    def work_s(self, key: Key, place_steps: int, images: int) -> float:
-        """Seconds of work: so many places' steps in full calls, and so many images decoded."""
+    def work_s(self, key: Key, place_steps: int, images: int, places: int | None = None) -> float:
+        """Seconds of work: so many places' steps in calls of `places` (full ones, if None), and so
+        many images decoded."""
         known = self._known.get(key)
         decode_s = (known.decode_s or 0.0) if known is not None else 0.0
-        return place_steps * self.place_s(key) + images * decode_s
+        most = self.bound(key)
+        together = most if places is None else max(1, min(most, places))
+        return place_steps * self.step_s(key, together) / together + images * decode_s
 
     def _of(self, key: Key) -> _Known:
         return self._known.setdefault(key, _Known())

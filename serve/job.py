@@ -36,6 +36,8 @@ class Job:
     """Place-steps left, by row."""
     owed: dict[int, list[int]] = field(default_factory=dict)
     """Steps after which a preview of each row is owed, the next one first."""
+    places: int = 1
+    """Of each row, in a call."""
     num_partials: int = 0
     """Previews of each image: as many as were asked for, or as there are steps for."""
     started: bool = False
@@ -81,6 +83,7 @@ class Job:
         total = len(row.sampler.timesteps)
         self.images[row_id] = image
         self.shape = row.shape
+        self.places = row.num_places
         self.left[row_id] = total * row.num_places
         # No preview after the last step: the picture itself comes then.
         self.num_partials = count = min(self.ask.partial_images, max(0, total - 1))

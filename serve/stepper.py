@@ -18,7 +18,7 @@ from rayjobs.diffusion.faults import OutOfMemory
 from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Result
 from serve.fairness import Ticket, Turns
-from serve.forecast import Forecast
+from serve.forecast import Forecast, Key
 from serve.images import to_pixels
 from serve.job import Job, estimate
 from serve.metrics import EngineMetrics
@@ -81,13 +81,19 @@ class Stepper:
         return self.forecast.work_s((weights, shape), place_steps, len(ask.seeds))
 
     def pending_s(self) -> float:
-        """Seconds until all jobs are done."""
-        return sum(self._left_s(job) for job in list(self.jobs) if not job.over)
-
-    def _left_s(self, job: Job) -> float:
-        if not job.left:
-            return self.work_s(job.ask, job.loaded.weights)
-        return self.forecast.work_s(job.loaded.key(job.shape), job.place_steps, len(job.left))
+        """Seconds until all jobs are done, in calls as full as these jobs make them."""
+        total, by_key = 0.0, dict[Key, list[Job]]()
+        for job in list(self.jobs):
+            if job.left and not job.over:
+                by_key.setdefault(job.loaded.key(job.shape), []).append(job)
+            elif not job.over:
+                total += self.work_s(job.ask, job.loaded.weights)
+        for key, jobs in by_key.items():
+            images = sum(len(job.left) for job in jobs)
+            places = sum(len(job.left) * job.places for job in jobs)
+            steps = sum(job.place_steps for job in jobs)
+            total += self.forecast.work_s(key, steps, images, places)
+        return total
 
     def _ask(self, change: Callable[[], None]) -> None:
         self._inbox.append(change)
@@ -201,17 +207,17 @@ class Stepper:
         except OutOfMemory:
             self._shrink(loaded)
             return
-        seconds = time.monotonic() - started_s
-        self._turns.charge(loaded.weights, seconds)
-        batcher.charge(seconds)
-        if batcher.chosen:
-            steps_s = seconds if self._pacer.device else engine.spent.steps - before.steps
-            self._learn(loaded, steps_s, engine.spent.side - before.side, len(results))
-            self.metrics.stepped(loaded.weights.uri, len(batcher.chosen), seconds)
         for row in batcher.chosen:
             self._tell_progress(loaded, row.id)
         for result in results:
             self._tell_result(loaded, result)
+        seconds = time.monotonic() - started_s
+        self._turns.charge(loaded.weights, seconds)
+        batcher.charge(seconds)
+        if batcher.chosen:
+            side_s = engine.spent.side - before.side
+            self._learn(loaded, seconds - side_s, side_s, len(results))
+            self.metrics.stepped(loaded.weights.uri, len(batcher.chosen), seconds)
 
     def _learn(self, loaded: Loaded, steps_s: float, side_s: float, num_results: int) -> None:
         rows = loaded.batcher.chosen
