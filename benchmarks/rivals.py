@@ -208,7 +208,8 @@ class Ingress:
 
 def build(kind: str, setup: Setup) -> Application:
     """One replica of that kind behind an ingress."""
-    replica = ray_serve.deployment(KINDS[kind]).options(
+    deployment: Any = ray_serve.deployment(KINDS[kind])
+    replica = deployment.options(
         name="Pipeline",
         num_replicas=1,
         max_ongoing_requests=MOST_ONGOING,

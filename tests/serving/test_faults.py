@@ -25,19 +25,13 @@ def two() -> Iterator[Running]:
         yield found
 
 
-def replicas(app: Running) -> list[psutil.Process]:
-    """The engine replicas of this application, not of another that may run here."""
-    port = app.address.rpartition(":")[2]
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "ServeReplica:images:Engine" in line:
-            ancestors = " ".join(" ".join(p.cmdline()) for p in process.parents())
-            if port in ancestors or (
-                process.parents() and app.process.pid in [p.pid for p in process.parents()]
-            ):
-                found.append(process)
-    return found
+def replicas(app: Running, kind: str = "Engine") -> list[psutil.Process]:
+    """The replicas of this application, not of another that may run here."""
+    return [
+        process
+        for process in psutil.Process(app.process.pid).children(recursive=True)
+        if f"ServeReplica:images:{kind}" in " ".join(process.cmdline())
+    ]
 
 
 def refused(answers: list[Answer]) -> list[tuple[int, object]]:
