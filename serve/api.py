@@ -30,7 +30,7 @@ from serve.errors import ApiError
 from serve.images import BadImage
 from serve.protocol import Ask, Event
 from serve.registry import Registry
-from serve.schemas import EditBody, ErrorOut, GenerateBody, ImagesOut, parse
+from serve.schemas import EditBody, ErrorOut, GenerateBody, ImagesOut, json_schema, parse
 
 WEB = Path(__file__).parent / "web"
 MOST_FORM_FIELDS = 64
@@ -153,7 +153,7 @@ def create_app(config: ServeConfig, engines: Engines, stamps_ids: bool = True) -
 
 
 def _add_generations(app: FastAPI, door: Door) -> None:
-    body = {"application/json": {"schema": GenerateBody.model_json_schema()}}
+    body = {"application/json": {"schema": json_schema(GenerateBody)}}
 
     @app.post(
         "/v1/images/generations",
@@ -166,7 +166,7 @@ def _add_generations(app: FastAPI, door: Door) -> None:
 
 
 def _add_edits(app: FastAPI, door: Door) -> None:
-    schema = EditBody.model_json_schema()
+    schema = json_schema(EditBody)
     binary = {"type": "string", "format": "binary"}
     schema["properties"] |= {"image": binary, "mask": binary}
     schema["required"] = [*schema["required"], "image"]

@@ -137,6 +137,24 @@ class ErrorOut(BaseModel):
     error: ErrorDetail
 
 
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's schema, whole in itself: an OpenAPI document has no place for its definitions."""
+    schema = model.model_json_schema()
+    known = schema.pop("$defs", {})
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, list):
+            return [inlined(each) for each in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return inlined(known[part["$ref"].rpartition("/")[2]])
+        return {name: inlined(value) for name, value in part.items()}
+
+    found: dict[str, Any] = inlined(schema)
+    return found
+
+
 def parse(model: type[GenerateBody], values: Any) -> Any:
     """A body from JSON or from a form's fields. Raises ApiError naming the first wrong field."""
     if not isinstance(values, dict):
