@@ -24,13 +24,18 @@ PROGRAM = """
 import json, sys
 import ray
 from ray import serve as ray_serve
+from ray.cluster_utils import Cluster
 from serve.app import build
 from serve.config import ServeConfig
 
-config, port, num_cpus = json.loads(sys.argv[1])
-ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
-print(ray.get_runtime_context().gcs_address, flush=True)
-ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+config, port, nodes = json.loads(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": nodes[0]})
+for num_cpus in nodes[1:]:
+    cluster.add_node(num_cpus=num_cpus)
+ray.init(address=cluster.address, log_to_driver=False)
+print(cluster.address, flush=True)
+http = {"host": "127.0.0.1", "port": port}
+ray_serve.start(proxy_location="HeadOnly", http_options=http)
 for name, (prefix, args) in config.items():
     ray_serve.run(build(ServeConfig.model_validate(args)), name=name, route_prefix=prefix)
 print("ready", flush=True)
@@ -40,6 +45,7 @@ for line in sys.stdin:
     print("again", flush=True)
 ray_serve.shutdown()
 ray.shutdown()
+cluster.shutdown()
 """
 
 
@@ -65,11 +71,14 @@ class Running:
 
 
 @contextmanager
-def running(args: dict[str, Any], num_cpus: int = 4, **more: Any) -> Generator[Running]:
-    """The application of `args` at /; `more` are others, by name: a prefix and arguments each."""
+def running(args: dict[str, Any], nodes: tuple[int, ...] = (4,), **more: Any) -> Generator[Running]:
+    """The application of `args` at /, on nodes of so many CPUs each.
+
+    `more` are other applications, by name: a prefix and arguments each.
+    """
     port = free_port()
     apps = {"images": ["/", args]} | more
-    command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, num_cpus])]
+    command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, nodes])]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
     environment.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryFile("w+") as errors:

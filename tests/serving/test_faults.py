@@ -21,7 +21,7 @@ TWO = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"min": 2, 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Running]:
-    with running(TWO, num_cpus=6) as found:
+    with running(TWO, nodes=(6,)) as found:
         yield found
 
 
