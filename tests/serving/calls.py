@@ -97,12 +97,22 @@ def mixed(count: int, seed: int = 0, picture: bytes | None = None) -> list[dict[
 
 def leave(url: str, body: dict[str, Any], after_s: float) -> None:
     """Ask, and go away without a word."""
-    place = urlsplit(url)
-    data = json.dumps(body).encode()
+    place, path = urlsplit(url), PATH
+    data, kind = json.dumps(body, default=str).encode(), "application/json"
+    if "image" in body:
+        path, kind = "/v1/images/edits", "multipart/form-data; boundary=x"
+        data = b"".join(_part(name, value) for name, value in body.items()) + b"--x--\r\n"
     head = (
-        f"POST {PATH} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: {kind}\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
     with socket.create_connection((str(place.hostname), int(place.port or 80))) as connection:
         connection.sendall(head.encode() + data)
         time.sleep(after_s)
+
+
+def _part(name: str, value: Any) -> bytes:
+    is_file = isinstance(value, bytes)
+    file = '; filename="a.png"' if is_file else ""
+    head = f'--x\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
+    return head.encode() + (value if is_file else str(value).encode()) + b"\r\n"

@@ -1,13 +1,16 @@
 """What callers see when replicas die, configurations change, and callers leave."""
 
+import io
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
@@ -16,6 +19,7 @@ from tests.serving.calls import Answer, ask_all, leave, mixed
 from tests.serving.running import Running, metrics, running, wait_until
 
 pytestmark = pytest.mark.ray
+Picture = Callable[[int], Image.Image]
 TWO = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"min": 2, "max": 2}}
 
 
@@ -84,3 +88,29 @@ def test_a_caller_who_leaves_frees_the_rows(app: Running) -> None:
             app.url, lambda m, want=want: m["rows"] == 0 and m.get("cancelled_rows_total") == want
         )
         assert found["pending_seconds"] < 0.01
+
+
+@pytest.mark.slow
+def test_a_thousand_who_leave_leave_nothing_behind(app: Running, picture: Picture) -> None:
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "PNG")
+    kinds = [
+        {"prompt": "a", "num_inference_steps": 150},
+        {"prompt": "a", "num_inference_steps": 150, "stream": True, "partial_images": 2, "n": 2},
+        {"prompt": "a", "num_inference_steps": 150, "image": buffer.getvalue(), "strength": 1.0},
+    ]
+
+    def abandon(number: int) -> None:
+        leave(app.url, kinds[number % 3], after_s=number % 7 * 0.05)
+
+    def memory() -> float:
+        wait_until(app.url, lambda found: found["rows"] == 0, seconds=120)
+        return sum(each.memory_info().rss for each in [*replicas(app), *replicas(app, "Ingress")])
+
+    with ThreadPoolExecutor(20) as callers:
+        list(callers.map(abandon, range(300)))
+        before = memory()
+        list(callers.map(abandon, range(1000)))
+    assert memory() < 1.05 * before
+    assert metrics(app.url)["pending_seconds"] < 0.01
+    assert not refused(ask_all(app.url, mixed(3)))
