@@ -27,7 +27,7 @@ class HoldsModel(RequestRouter):
         for replica in candidate_replicas:
             held = set(replica.routing_stats.get("names", ())) & set(wanted)
             is_swamped = _pending_s(replica) > idlest_s + SPILL_S
-            ranks.setdefault(0 if is_swamped else len(held), []).append(replica)
+            ranks.setdefault(-1 if is_swamped else len(held), []).append(replica)
         return [ranks[rank] for rank in sorted(ranks, reverse=True)]
 
 
