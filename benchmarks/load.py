@@ -99,7 +99,9 @@ def arrivals(kind: str, number: int, rate: float, seed: int = 0) -> list[float]:
     return moments[:number]
 
 
-def play(url: str, wanted: Sequence[Wanted], moments: Sequence[float], streams: bool) -> list[Any]:
+def play(
+    url: str, wanted: Sequence[Wanted], moments: Sequence[float], streams: bool
+) -> list[Answer]:
     """Every request at its moment, whatever has become of the others."""
 
     async def run() -> list[Answer]:
@@ -120,7 +122,7 @@ def play_closed(url: str, wanted: Sequence[Wanted], clients: int) -> list[Answer
     """Every request once, by so many clients, each of which waits for its answer."""
 
     async def run() -> list[Answer]:
-        left, answers = iter(wanted), []
+        left, answers = iter(wanted), list[Answer]()
         async with _session() as session:
             start_s = time.monotonic()
 
@@ -130,7 +132,7 @@ def play_closed(url: str, wanted: Sequence[Wanted], clients: int) -> list[Answer
                     answers.append(await _ask(session, url, one, moments, False))
 
             await asyncio.gather(*(client(left) for _ in range(clients)))
-        return answers
+        return sorted(answers, key=lambda answer: answer.number)
 
     return asyncio.run(run())
 

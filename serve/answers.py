@@ -88,42 +88,40 @@ class Answers:
         elif isinstance(event, Partial):
             name = f"{kind}.partial_image"
             size = (ask.width or event.pixels.width, ask.height or event.pixels.height)
-            data = await self._picture(body, images.fitted(event.pixels, *size))
+            data = await self._picture(body, event.pixels, size)
             data |= {"partial_image_index": event.index, "image_index": event.image}
         elif isinstance(event, Finished):
             name = f"{kind}.completed"
-            data = await self._picture(body, event.pixels)
+            size = (event.pixels.width, event.pixels.height)
+            data = await self._picture(body, event.pixels, size)
             data |= {"usage": usage(ask, [event]).model_dump(), "image_index": event.image}
             data |= {"seed": event.seed, "warnings": list(event.warnings)}
         else:
             return []
         return [(name, {"type": name, **data})]
 
-    async def _picture(self, body: GenerateBody, pixels: Pixels) -> dict[str, Any]:
-        data = await self._encode(body, pixels)
+    async def _picture(
+        self, body: GenerateBody, pixels: Pixels, size: tuple[int, int]
+    ) -> dict[str, Any]:
         return {
-            "b64_json": base64.b64encode(data).decode(),
+            "b64_json": await self._run(_as_text, body, images.fitted, pixels, *size),
             "created_at": int(time.time()),
             "output_format": body.output_format or "png",
-            "size": f"{pixels.width}x{pixels.height}",
+            "size": f"{size[0]}x{size[1]}",
             "background": "opaque",
             "quality": "auto",
         }
 
     async def _image(self, body: GenerateBody, event: Finished) -> ImageOut:
-        data = await self._encode(body, event.pixels)
         out = ImageOut(seed=event.seed, warnings=list(event.warnings))
         if body.response_format == "url":
-            out.url = await self._run(self._store, data, body.output_format or "png")
+            out.url = await self._run(self._store, body, event.pixels)
         else:
-            out.b64_json = base64.b64encode(data).decode()
+            out.b64_json = await self._run(_as_text, body, lambda pixels: pixels, event.pixels)
         return out
 
-    async def _encode(self, body: GenerateBody, pixels: Pixels) -> bytes:
-        compression = 100 if body.output_compression is None else body.output_compression
-        return await self._run(images.encode, pixels, body.output_format or "png", compression)
-
-    def _store(self, data: bytes, form: str) -> str:
+    def _store(self, body: GenerateBody, pixels: Pixels) -> str:
+        data, form = _encoded(body, pixels), body.output_format or "png"
         day = time.strftime("%Y-%m-%d", time.gmtime())
         uri = storage.join(str(self.results.uri), day, f"{uuid.uuid4().hex}.{form}")
         storage.write_bytes(uri, data)
@@ -131,6 +129,15 @@ class Answers:
 
     async def _run(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
+
+
+def _as_text(body: GenerateBody, fit: Callable[..., Pixels], *args: Any) -> str:
+    return base64.b64encode(_encoded(body, fit(*args))).decode()
+
+
+def _encoded(body: GenerateBody, pixels: Pixels) -> bytes:
+    compression = 100 if body.output_compression is None else body.output_compression
+    return images.encode(pixels, body.output_format or "png", compression)
 
 
 def sse(name: str, data: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +57,9 @@ class Door:
         self.config = config
         self.engines = engines
         self.registry = Registry(config)
+        self.registry.watch()
+        self.names = ThreadPoolExecutor(2, thread_name_prefix="names")
+        """Apart from pictures: names may have to be looked up on storage, which may be slow."""
         self.asks = Asks(config, self.registry)
         self.gate = Gate(config.auth)
         self.answers = Answers(config.results)
@@ -67,17 +71,15 @@ class Door:
     async def generate(self, request: Request) -> Response:
         who = self.identify(request)
         body = parse(GenerateBody, await _read_json(request))
-        await self._in_thread(self.asks.check, body)
-        ask = await self._in_thread(
-            self.asks.generation, body, _name(who), request.state.request_id
-        )
+        await self.look_up(self.asks.check, body)
+        ask = await self.look_up(self.asks.generation, body, _name(who), request.state.request_id)
         return await self._answer(request, who, body, ask, "image_generation")
 
     async def edit(self, request: Request) -> Response:
         who = self.identify(request)
         files, values = await _read_form(request)
         body = parse(EditBody, values)
-        await self._in_thread(self.asks.check, body)
+        await self.look_up(self.asks.check, body)
         image, mask = await self._in_thread(self._pictures, files)
         ask = await self._in_thread(
             self.asks.edit, body, image, mask, _name(who), request.state.request_id
@@ -85,7 +87,7 @@ class Door:
         return await self._answer(request, who, body, ask, "image_edit")
 
     async def models(self) -> list[dict[str, Any]]:
-        await self._in_thread(self.registry.refresh)
+        await self.look_up(self.registry.refresh)
         states = await self.engines.states()
         held = {name for state in states.values() for name in state["names"]}
         entries = sorted(self.registry.entries(), key=lambda entry: entry.kind, reverse=True)
@@ -126,6 +128,9 @@ class Door:
         if not masks:
             return image, None
         return image, images.read_mask(masks[0], (image.width, image.height), *bounds)
+
+    async def look_up(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.names, work, *args)
 
     async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.answers.pool, work, *args)
@@ -191,7 +196,7 @@ def _add_models(app: FastAPI, door: Door) -> None:
     @app.get("/v1/models/{model}", responses=ERRORS)
     async def model(request: Request, model: str) -> dict[str, Any]:
         door.identify(request)
-        await door._in_thread(door.registry.find, model)
+        await door.look_up(door.registry.find, model)
         found = [each for each in await door.models() if each["id"] == model]
         if not found:
             message = f"The model {model!r} does not exist."
@@ -310,6 +315,9 @@ async def _read_form(request: Request) -> tuple[dict[str, list[bytes]], dict[str
     declared = request.headers.get("content-type", "").split(";")[0].strip()
     if declared != "multipart/form-data":
         raise ApiError(415, f"the content type is {declared!r}; send multipart/form-data")
+    charset = re.search(r"charset\s*=\s*[\"']?([^;\"']*)", request.headers["content-type"], re.I)
+    if charset is not None and charset[1].strip().lower() not in ("utf-8", "utf8"):
+        raise ApiError(415, f"the charset is {charset[1]!r}; send UTF-8")
     files: dict[str, list[bytes]] = {}
     values: dict[str, str] = {}
     async with request.form(max_files=20, max_fields=MOST_FORM_FIELDS) as form:

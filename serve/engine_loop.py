@@ -20,7 +20,7 @@ from serve.models import Loaded, Models, NoRoom
 from serve.protocol import Ask, Event, Failed, Finished
 from serve.registry import Entry, Registry, Weights
 from serve.safety import Safety
-from serve.stepper import Stepper, too_late
+from serve.stepper import BROKEN, Stepper, too_late
 
 LAG_EVERY_S = 0.1
 
@@ -83,8 +83,8 @@ class EngineLoop:
 
     def names(self) -> list[str]:
         """Names of models and adapters that are in memory."""
-        held = self.models.loaded
-        adapters = {uri for loaded in held.values() for uri in loaded.uris}
+        held = dict(self.models.loaded)
+        adapters = {uri for loaded in held.values() for uri in list(loaded.uris)}
         return [
             entry.name
             for entry in self.registry.entries()
@@ -107,6 +107,8 @@ class EngineLoop:
         entry = await asyncio.to_thread(self.registry.find, ask.model)
         if entry is None or entry.weights is None:
             return Failed("invalid", f"the model {ask.model!r} does not exist", "model")
+        if self.failure is not None:
+            return BROKEN
         refused = self._refuse(ask, entry.weights)
         if refused is not None:
             return refused
@@ -119,10 +121,11 @@ class EngineLoop:
             self.stepper.submit(job, adapters)
             loaded = None  # the job's to release
             return job
-        except (BadInput, StorageError) as error:
+        except BadInput as error:
             return Failed("invalid", str(error), "model")
-        except NoRoom as error:
-            return Failed("busy", str(error), None, max(1.0, self.pending_s()))
+        except (NoRoom, StorageError) as error:
+            told = str(error) if isinstance(error, NoRoom) else "the model's storage is away"
+            return Failed("busy", told, None, max(5.0, self.pending_s()))
         finally:
             self._coming.pop(ask, None)
             if loaded is not None:
@@ -130,9 +133,14 @@ class EngineLoop:
 
     async def _job(self, ask: Ask, entry: Entry, loaded: Loaded) -> tuple[Job, list[Adapter]]:
         """The job of an ask, and the adapters that it needs and the engine has not."""
-        own = [] if entry.lora is None else [(entry.lora, 1.0)]
-        uris = own + [(self._adapter(name), scale) for name, scale in ask.loras]
-        found = [(await self.models.read_adapter(loaded, uri), scale) for uri, scale in uris]
+        uses: list[tuple[Entry | None, float]] = [] if entry.lora is None else [(entry, 1.0)]
+        for name, scale in ask.loras:
+            uses.append((await asyncio.to_thread(self.registry.find, name), scale))
+        found = []
+        for use, scale in uses:
+            if use is None or use.lora is None:
+                raise BadInput("a LoRA of this request does not exist any more")
+            found.append((await self.models.read_adapter(loaded, use.lora, use.version), scale))
         new = [adapter for adapter, _ in found if isinstance(adapter, Adapter)]
         loras = tuple(
             Lora(path=one.path if isinstance(one, Adapter) else one, scale=scale)
@@ -147,12 +155,6 @@ class EngineLoop:
         if not pending_s or pending_s + work_s <= self.config.max_pending_s:
             return None
         return Failed("busy", "too many requests are waiting", None, pending_s)
-
-    def _adapter(self, name: str) -> str:
-        entry = self.registry.find(name)
-        if entry is None or entry.lora is None:
-            raise BadInput(f"the LoRA {name!r} does not exist")
-        return entry.lora
 
     async def _watch_lag(self) -> None:
         """How late the event loop is: what a caller's bytes wait for besides the network."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 STRETCH = 4.0
-"""How many times its own work a row may wait before rows that came later go after it."""
+"""How many times the work it has left a row waits while rows that came later go before it."""
 AGEING_S = 10.0
 """A flow whose oldest row has waited so long gets twice its share of the time."""
 
@@ -52,10 +52,9 @@ class Ticket:
     work_s: float
     """Its whole work, if it were alone in full batches."""
 
-    @property
-    def due_s(self) -> float:
-        """Short work is due soon; long work is, too, once it has waited long enough."""
-        return self.arrived_s + STRETCH * self.work_s
+    def due_s(self, share_left: float) -> float:
+        """What is soon done is due soon; long work is, too, once it has waited long enough."""
+        return self.arrived_s + STRETCH * self.work_s * share_left
 
 
 class TicketRow(Protocol):
@@ -68,11 +67,25 @@ class TicketRow(Protocol):
     @property
     def num_places(self) -> int: ...
     @property
+    def share_left(self) -> float: ...
+    @property
     def request(self) -> Hashable: ...
 
 
 R = TypeVar("R", bound=TicketRow)
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a call was: its time may be known only when its rows are gone."""
+
+    shape: Shape
+    rows: int
+    places: int
+    oldest_s: float
+    callers: tuple[tuple[str, int], ...]
+    """Whose rows, and the places of each."""
 
 
 class FairBatcher(Generic[R]):
@@ -97,7 +110,8 @@ class FairBatcher(Generic[R]):
         self._callers: defaultdict[Shape, Turns[str]] = defaultdict(Turns)
         self.chosen: list[R] = []
         """The rows of the last call."""
-        self._served: list[Ticket] = []
+        self.receipt: Receipt | None = None
+        """What is to be charged for the last call."""
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._rows.values())
@@ -118,20 +132,24 @@ class FairBatcher(Generic[R]):
         if self._rows:
             shape = self._shapes.order(self._rows)[0]
             self.chosen = self._deal(shape)
-        self._served = [self._ticket(row) for row in self.chosen]
+        self.receipt = self._receipt(self.chosen) if self.chosen else None
         return self.chosen
 
-    def charge(self, seconds: float) -> None:
-        """Account for the last call: to its shape by time, to its callers by their places."""
-        if not self.chosen or self.chosen[0].shape not in self._rows:
+    def charge(self, receipt: Receipt, seconds: float) -> None:
+        """Account for a call: to its shape by time, to its callers by their places."""
+        if receipt.shape not in self._rows:
             return
-        shape = self.chosen[0].shape
-        oldest_s = min(ticket.arrived_s for ticket in self._served)
-        aged = max(0.0, self._clock() - oldest_s) / AGEING_S
-        self._shapes.charge(shape, seconds, 1 + aged)
-        places = sum(row.num_places for row in self.chosen)
-        for row, ticket in zip(self.chosen, self._served, strict=True):
-            self._callers[shape].charge(ticket.caller, seconds * row.num_places / places)
+        aged = max(0.0, self._clock() - receipt.oldest_s) / AGEING_S
+        self._shapes.charge(receipt.shape, seconds, 1 + aged)
+        for caller, places in receipt.callers:
+            self._callers[receipt.shape].charge(caller, seconds * places / receipt.places)
+
+    def _receipt(self, rows: list[R]) -> Receipt:
+        tickets = [self._ticket(row) for row in rows]
+        callers = [(t.caller, row.num_places) for t, row in zip(tickets, rows, strict=True)]
+        places = sum(row.num_places for row in rows)
+        oldest_s = min(ticket.arrived_s for ticket in tickets)
+        return Receipt(rows[0].shape, len(rows), places, oldest_s, tuple(callers))
 
     def _deal(self, shape: Shape) -> list[R]:
         """One row of each caller by turns, its most due first, until the call is full."""
@@ -139,7 +157,7 @@ class FairBatcher(Generic[R]):
         for row in self._rows[shape].values():
             waiting[self._ticket(row).caller].append(row)
         for rows in waiting.values():
-            rows.sort(key=lambda row: (self._ticket(row).due_s, row.id), reverse=True)
+            rows.sort(key=self._due, reverse=True)
         room, dealt = self._bound(shape), []
         callers = self._callers[shape].order(waiting)
         while callers and len(dealt) < self.max_rows:
@@ -152,6 +170,9 @@ class FairBatcher(Generic[R]):
                 if not waiting[caller]:
                     callers.remove(caller)
         return dealt
+
+    def _due(self, row: R) -> tuple[float, int]:
+        return self._ticket(row).due_s(row.share_left), row.id
 
     def _ticket(self, row: R) -> Ticket:
         return self.tickets[row.request]

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -21,8 +21,10 @@ from serve.errors import ApiError
 from serve.protocol import Ask, Event, Failed, Finished, Partial
 
 ATTEMPTS = 5
-LOST = (RayActorError, ReplicaUnavailableError)
-BUSY_ATTEMPTS = 2
+LOST = (RayActorError, ObjectLostError, ReplicaUnavailableError)
+BUSY_ATTEMPTS, BROKEN_ATTEMPTS = 2, 2
+GRACE_S = 2.0
+"""How long after its deadline an ask's own word is waited for."""
 ASKED_AGAIN_S = 10.0
 """How long a replica may take to say what it holds."""
 
@@ -39,16 +41,18 @@ class Fleet:
 
         Not `streamed`, an ask can be made again at any time: what was collected is told again.
         """
-        started_s, busy = time.monotonic(), 0
+        started_s, busy, broken = time.monotonic(), 0, 0
         for attempt in range(ATTEMPTS):
             seen = False
             try:
                 async for event in self._attempt(_later(ask, started_s)):
-                    if isinstance(event, Failed) and event.kind == "broken" and not seen:
-                        raise ReplicaUnavailableError("its engine has failed")
-                    if isinstance(event, Failed) and event.kind == "busy":
-                        busy += 1
-                        if busy < BUSY_ATTEMPTS:
+                    if isinstance(event, Failed):
+                        busy += event.kind == "busy"
+                        broken += event.kind == "broken"
+                        again = busy in range(1, BUSY_ATTEMPTS) or broken in range(
+                            1, BROKEN_ATTEMPTS
+                        )
+                        if again and not seen and attempt < ATTEMPTS - 1:
                             break
                     seen = seen or (streamed and isinstance(event, Partial | Finished))
                     yield event
@@ -60,14 +64,20 @@ class Fleet:
                 await asyncio.sleep(0.2 * 2**attempt)
 
     async def _attempt(self, ask: Ask) -> AsyncIterator[Event]:
+        started_s = time.monotonic()
         names = ",".join([ask.model, *(name for name, _ in ask.loras)])
         answers = self._stream.options(multiplexed_model_id=names).remote(ask)
         try:
-            async for event in answers:
-                yield event
+            while True:
+                left_s = None if ask.deadline_s is None else _left_s(ask, started_s) + GRACE_S
+                yield await asyncio.wait_for(anext(answers), left_s)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:  # no replica was there to say so
+            yield Failed("deadline", "the deadline has passed before an engine was there")
         except BackPressureError as error:
             raise ApiError(429, "too many requests are waiting", retry_after_s=5.0) from error
-        except (DeploymentUnavailableError, TaskCancelledError) as error:
+        except DeploymentUnavailableError as error:
             raise ApiError(503, "the engine is not available", retry_after_s=5.0) from error
         except RayTaskError as error:
             if isinstance(error.cause, RayActorError):
@@ -85,12 +95,15 @@ class Fleet:
         return {each["replica"]: each for each in found}
 
     async def _told(self, method: str) -> list[Any]:
-        found: list[Any] = await self._handle.broadcast(method).results_async()
-        return found
+        asked = self._handle.broadcast(method)
+        found: list[Any] = await asked.results_async(return_exceptions=True)
+        return [each for each in found if not isinstance(each, BaseException)]
 
 
 def _later(ask: Ask, started_s: float) -> Ask:
     """The ask with what is left of its deadline."""
-    if ask.deadline_s is None:
-        return ask
-    return replace(ask, deadline_s=max(0.001, ask.deadline_s - (time.monotonic() - started_s)))
+    return ask if ask.deadline_s is None else replace(ask, deadline_s=_left_s(ask, started_s))
+
+
+def _left_s(ask: Ask, started_s: float) -> float:
+    return max(0.001, (ask.deadline_s or 0.0) - (time.monotonic() - started_s))

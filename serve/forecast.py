@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 
 MEMORY_FRACTION = 0.9
 """Of the free memory that a call may be expected to need."""
+LEAST_SPREAD = 0.5
+"""Of places: below it, calls of one size only were seen lately."""
+WORTH = 1.08
+"""What a place may cost, as many times what it costs in the fullest calls."""
 FORGET = 0.97
 """What an observation still counts for after the next one."""
 FIRST_GUESS_S = 2e-6
@@ -18,9 +22,12 @@ Key = tuple[Hashable, tuple[int, ...]]
 """A model's weights and a latent shape (C, H, W)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Line:
-    """A line through points (x, y), older ones counting less and less; it never falls."""
+    """A line through points (x, y), older ones counting less and less; it never falls.
+
+    Never changed, but replaced: others read it while the engine's thread learns.
+    """
 
     n: float = 0.0
     x: float = 0.0
@@ -28,16 +35,22 @@ class _Line:
     xx: float = 0.0
     xy: float = 0.0
 
-    def add(self, x: float, y: float) -> None:
-        for name, value in (("n", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, FORGET * getattr(self, name) + value)
+    def with_point(self, x: float, y: float) -> "_Line":
+        past = (FORGET * value for value in (self.n, self.x, self.y, self.xx, self.xy))
+        new = (1.0, x, y, x * x, x * y)
+        return _Line(*(old + value for old, value in zip(past, new, strict=True)))
+
+    @property
+    def spread(self) -> float:
+        """The variance of x: how much is known of sizes other than the usual one."""
+        return self.xx / self.n - (self.x / self.n) ** 2 if self.n else 0.0
 
     def at(self, x: float) -> float:
         mean_x, mean_y = self.x / self.n, self.y / self.n
-        spread = self.xx / self.n - mean_x**2
-        slope = (self.xy / self.n - mean_x * mean_y) / spread if spread > 1e-9 else 0.0
-        # With one size seen, or noise that slopes down: time in proportion to the places.
-        if slope <= 0 or mean_y - slope * mean_x < 0:
+        if self.spread < LEAST_SPREAD:
+            return mean_y * x / mean_x
+        slope = max(0.0, (self.xy / self.n - mean_x * mean_y) / self.spread)
+        if mean_y - slope * mean_x < 0:
             return mean_y * x / mean_x
         return mean_y + slope * (x - mean_x)
 
@@ -65,7 +78,7 @@ class Forecast:
 
     def saw_step(self, key: Key, places: int, seconds: float, num_bytes: float = 0.0) -> None:
         known = self._of(key)
-        known.steps.add(places, seconds)
+        known.steps = known.steps.with_point(places, seconds)
         known.place_bytes = max(known.place_bytes, num_bytes / places)
 
     def saw_decode(self, key: Key, seconds: float) -> None:
@@ -85,16 +98,28 @@ class Forecast:
         most = min(most, known.most_places or most)
         if self.free_bytes is not None and known.place_bytes:
             most = min(most, int(MEMORY_FRACTION * self.free_bytes / known.place_bytes))
-        while most > 2 and known.steps.n and known.steps.at(most) > self.most_step_s:
+        if known.steps.n:
+            most = self._worth_while(known.steps, most)
+        return max(1, most)
+
+    def _worth_while(self, steps: _Line, most: int) -> int:
+        """The fewest places whose steps cost each of them hardly more than the fullest calls do.
+
+        Larger calls would only make all of their rows wait for each other.
+        """
+        while most > 2 and steps.at(most) > self.most_step_s:
             most -= 1
-        return max(2, most)
+        if steps.spread < LEAST_SPREAD:
+            return most  # others have not been tried for long: they are to be
+        least_s = WORTH * steps.at(most) / most
+        return next(n for n in range(1, most + 1) if steps.at(n) / n <= least_s)
 
     def step_s(self, key: Key, places: int) -> float:
         known = self._known.get(key)
         if known is not None and known.steps.n:
             return known.steps.at(places)
         area = key[1][-1] * key[1][-2]
-        near = [k for k, seen in self._known.items() if seen.steps.n]
+        near = [k for k, seen in list(self._known.items()) if seen.steps.n]
         near = [k for k in near if k[0] == key[0]] or near
         if not near:
             return FIRST_GUESS_S * area * places

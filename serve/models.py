@@ -6,7 +6,9 @@ Owns what is in memory and who may be evicted. Knows nothing of requests' order 
 import asyncio
 import contextlib
 import copy
+import gc
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,7 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.lora import Adapter, weight_file
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
-from rayjobs.diffusion.weights import locate
+from rayjobs.diffusion.weights import first_line, locate
 from rayjobs.diffusion.words import load_word
 from serve.config import EngineConfig
 from serve.fairness import FairBatcher
@@ -45,8 +47,10 @@ class Loaded:
     used_s: float = field(default_factory=time.monotonic)
     adapters: dict[str, tuple[str, float]] = field(default_factory=dict)
     """SHA-256 and time of last use of each adapter, by its path."""
-    uris: dict[str, str] = field(default_factory=dict)
-    """Paths of the adapters, by where they came from."""
+    uris: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Paths and versions of the adapters, by where they came from."""
+    base: "Loaded | None" = None
+    """The model whose parts it shares, and which it keeps in memory."""
 
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape
@@ -64,6 +68,8 @@ class Models:
         self.config = config
         self.forecast = forecast
         self.loaded: dict[Weights, Loaded] = {}
+        self.leaving: deque[Loaded] = deque()
+        """Evicted ones whose adapters the engine's thread is to take off parts that others use."""
         self._on_load = on_load
         self._loading: dict[Weights, asyncio.Future[Loaded]] = {}
         self._reader = ThreadPoolExecutor(2, thread_name_prefix="adapters")
@@ -91,31 +97,39 @@ class Models:
         loaded.users -= 1
         loaded.used_s = time.monotonic()
 
-    async def read_adapter(self, loaded: Loaded, uri: str) -> Adapter | str:
-        """An adapter to be admitted between two steps, or the path of one that is there already."""
+    async def read_adapter(self, loaded: Loaded, uri: str, version: str) -> Adapter | str:
+        """An adapter to be admitted between two steps, or the path of one that is there already.
 
-        def read() -> Adapter | str:
-            path = str(weight_file(Path(storage.to_local(uri))))
-            loaded.uris[uri] = path
-            return path if path in loaded.adapters else loaded.engine.loras.read(path)
+        Raises BadInput for one that is none, Unavailable while its storage is away.
+        """
+        path, known = loaded.uris.get(uri, ("", ""))
+        if path in loaded.adapters and known == version:
+            return path
+
+        def read() -> Adapter:
+            return loaded.engine.loras.read(str(weight_file(Path(storage.to_local(uri)))))
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._reader, read)
-        except (ValueError, OSError) as error:
-            raise BadInput(f"the adapter cannot be loaded: {error}") from None
+            found = await asyncio.get_running_loop().run_in_executor(self._reader, read)
+        except storage.Unavailable:
+            raise
+        except Exception as error:  # a damaged file may raise anything
+            raise BadInput(f"the adapter cannot be loaded: {first_line(error)}") from None
+        loaded.uris = {**loaded.uris, uri: (found.path, version)}
+        return found
 
     def admit(self, loaded: Loaded, adapter: Adapter, in_use: set[str]) -> None:
         """Make an adapter usable; the one not used for longest leaves where there are too many.
 
         Called by the engine's own thread, between two steps.
         """
-        if adapter.path in loaded.adapters:
+        if loaded.adapters.get(adapter.path, ("", 0.0))[0] == adapter.sha256:
             return
         idle = [path for path in loaded.adapters if path not in in_use]
         if len(loaded.adapters) >= self.config.max_loras and idle:
             oldest = min(idle, key=lambda path: loaded.adapters[path][1])
             sha256, _ = loaded.adapters.pop(oldest)
-            loaded.uris = {uri: path for uri, path in loaded.uris.items() if path != oldest}
+            loaded.uris = {uri: it for uri, it in loaded.uris.items() if it[0] != oldest}
             if all(sha256 != other for other, _ in loaded.adapters.values()):
                 loaded.engine.loras.forget(sha256)
         sha256 = loaded.engine.loras.admit(adapter)
@@ -131,15 +145,15 @@ class Models:
             if base is None:
                 self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.uri))
             model = await loop.run_in_executor(self._loader, self._read, weights, base)
-        except (ValueError, OSError) as error:
-            raise BadInput(f"the model cannot be loaded: {error}") from None
-        finally:
+        except BaseException as error:
             if base is not None:
                 base.users -= 1
-        num_bytes = 0 if base is not None else _num_bytes(model)
+            raise _told(error) from None
+        num_bytes = _num_bytes(model, base is not None)
         with contextlib.suppress(NoRoom):  # it is here now; files may be of a smaller dtype
             self._make_room(num_bytes)
         self.loaded[weights] = loaded = self._with_engine(weights, model, num_bytes)
+        loaded.base = base
         self._on_load(weights, time.monotonic() - started_s)
         return loaded
 
@@ -147,7 +161,8 @@ class Models:
         if base is None:
             options = ModelOptions(**weights.how.model_dump())
             parts = None if weights.config is None else storage.to_local(weights.config)
-            model = load_model(storage.to_local(weights.uri), options, config=parts)
+            path = storage.to_local(weights.uri)
+            model = load_model(path, options, config=parts, alone=False)
         else:
             # Words change the text encoders only: the rest is shared with the model as it was.
             model = replace(
@@ -170,6 +185,7 @@ class Models:
             places=self.forecast.most_places,
             fixed_shape=False,
             batcher=batcher,
+            spares_others=True,
         )
         return Loaded(weights, engine, batcher, num_bytes)
 
@@ -182,10 +198,16 @@ class Models:
             idle = [loaded for loaded in self.loaded.values() if not loaded.users]
             if not idle:
                 raise NoRoom("all models in memory are in use; come again")
-            oldest = min(idle, key=lambda loaded: loaded.used_s)
-            del self.loaded[oldest.weights]
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self._evict(min(idle, key=lambda loaded: loaded.used_s))
+
+    def _evict(self, loaded: Loaded) -> None:
+        del self.loaded[loaded.weights]
+        if loaded.base is not None:
+            self.leaving.append(loaded)
+            self.release(loaded.base)
+        if torch.cuda.is_available():
+            gc.collect()  # a model is full of cycles
+            torch.cuda.empty_cache()
 
 
 def _memory(config: EngineConfig) -> float:
@@ -203,6 +225,16 @@ def _size_of(uri: str) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _num_bytes(model: Model) -> int:
-    parts = [model.unet, model.vae, *model.text_encoders]
+def _told(error: BaseException) -> BaseException:
+    """Why a model could not be loaded: for good, or for now."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return NoRoom("the model does not fit the memory beside the others; come again")
+    if isinstance(error, storage.Unavailable | NoRoom) or not isinstance(error, Exception):
+        return error
+    return BadInput(f"the model cannot be loaded: {first_line(error)}")
+
+
+def _num_bytes(model: Model, shares_parts: bool) -> int:
+    """Of its weights; where the large parts are another model's, of the text encoders."""
+    parts = model.text_encoders if shares_parts else [model.unet, model.vae, *model.text_encoders]
     return sum(p.nbytes for part in parts for p in part.parameters())

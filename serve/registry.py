@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rayjobs import exported, storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import STARTER
+from rayjobs.diffusion.weights import STARTER, first_line
 from rayjobs.exported import Exported
 from rayjobs.storage import StorageError
 from serve.config import NAME, HowToLoad, LoraConfig, ModelConfig, ServeConfig
@@ -68,6 +68,8 @@ class Entry:
     hint: str | None = None
     """A prompt that the model was taught."""
     created: int = 0
+    version: str = ""
+    """Changes when another export takes its place."""
 
 
 class Registry:
@@ -84,7 +86,7 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         found = {name: entry for name, (_, entry) in self._found.items()}
-        return list({**found, **self._fixed}.values())
+        return [*self._fixed.values(), *(e for n, e in found.items() if n not in self._fixed)]
 
     def find(self, name: str) -> Entry | None:
         """What a name means; a name that is not known yet is looked for first."""
@@ -98,7 +100,19 @@ class Registry:
         name = self.config.default_model
         if name is not None:
             return self.find(name)
+        if not self.entries():
+            self.refresh(at_once=True)
         return next((entry for entry in self.entries() if entry.kind == "model"), None)
+
+    def watch(self) -> None:
+        """Look for new, changed and removed exports from now on, in a thread of its own."""
+        if self.config.registry.uri is not None:
+            threading.Thread(target=self._follow, name="registry", daemon=True).start()
+
+    def _follow(self) -> None:
+        while True:
+            self.refresh()
+            time.sleep(self.config.registry.refresh_s)
 
     def refresh(self, at_once: bool = False) -> None:
         """Look for new, changed and removed exports, not more often than the configuration says.
@@ -141,11 +155,13 @@ class Registry:
             try:
                 note = exported.read(place)
                 entry = None if note is None else self._entry(name, place, note, mark)
-            except (BadInput, ValueError) as error:
-                self.problems[name] = str(error)
+            except storage.Unavailable:
+                raise
+            except Exception as error:  # one odd export hides itself, and no other
+                self.problems[name] = first_line(error)
                 return None
             self.problems.pop(name, None)
-            return None if entry is None else (mark, entry)
+            return None if entry is None else (mark, replace(entry, version=mark))
         return None
 
     def _entry(

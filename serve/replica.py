@@ -3,8 +3,10 @@
 Owns what Serve asks of a replica: health, load, what it holds. What it does is the loop's.
 """
 
+import asyncio
 import os
 import resource
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,6 +31,8 @@ class EngineReplica:
             torch.set_num_threads(min(cores, os.cpu_count() or 1))
         self.registry = Registry(config)
         self.loop = EngineLoop(config.engine, self.registry, safety=safety.build(config.safety))
+        self._end = asyncio.create_task(self._end_with_engine())
+        self.registry.watch()
         for model in config.models:
             if model.preload:
                 await self.loop.warm_up(model.name)
@@ -48,13 +52,15 @@ class EngineReplica:
             "pid": os.getpid(),
         }
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         return {PENDING: self.loop.pending_s()}
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         return {"names": self.loop.names(), "pending_s": self.loop.pending_s()}
 
-    def check_health(self) -> None:
-        """Raise where this process must be replaced."""
-        if self.loop.failure is not None:
-            raise RuntimeError(f"the engine has failed: {self.loop.failure}")
+    async def _end_with_engine(self) -> None:
+        """A process whose engine has failed ends: asks are made again elsewhere at once."""
+        while self.loop.failure is None:
+            await asyncio.sleep(0.5)
+        print(f"the engine has failed: {self.loop.failure!r}", file=sys.stderr, flush=True)
+        os._exit(1)

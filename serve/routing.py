@@ -19,6 +19,8 @@ class HoldsModel(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """Candidates in ranks, the best rank first."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # when all of them are full
         wanted = []
         if pending_request is not None and pending_request.metadata.multiplexed_model_id:
             wanted = pending_request.metadata.multiplexed_model_id.split(",")

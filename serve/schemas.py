@@ -76,7 +76,7 @@ class GenerateBody(BaseModel):
             return loras
         try:
             return json.loads(loras)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(
                 'it must be JSON, such as [{"name": "sks-dog", "scale": 0.8}]'
             ) from None

@@ -12,21 +12,24 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
+from PIL.Image import Image
 
-from rayjobs.diffusion.faults import OutOfMemory
+from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Result
+from rayjobs.diffusion.weights import first_line
 from serve.fairness import Ticket, Turns
 from serve.forecast import Forecast, Key
 from serve.images import to_pixels
 from serve.job import Job, estimate
 from serve.metrics import EngineMetrics
 from serve.models import Loaded, Models
+from serve.pacer import Made, Pacer
 from serve.protocol import Ask, Event, Failed, Partial, Step, Waiting
 from serve.registry import Weights
 from serve.safety import Safety
 
+BROKEN = Failed("broken", "the engine has failed")
 TELL_EVERY_S = 0.5
 """How often one who waits hears of it."""
 
@@ -61,6 +64,8 @@ class Stepper:
         """Have a job worked on from the next step; adapters that it needs are put in before."""
         self.jobs[job] = None
         self._ask(lambda: self._enter(job, adapters))
+        if self.failure is not None:
+            self._tell(job, job.fail(BROKEN))
 
     def withdraw(self, job: Job) -> None:
         """Have a job's rows out by the next step, whether it is finished or not."""
@@ -107,14 +112,14 @@ class Stepper:
                 self._turn()
         except BaseException as error:
             self.failure = error
-            failed = Failed("broken", f"the engine has failed: {type(error).__name__}")
             for job in list(self.jobs):
-                self._tell(job, job.fail(failed))
+                self._tell(job, job.fail(BROKEN))
 
     def _turn(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
         self._expire()
+        self._sweep()
         self.metrics.state(self.pending_s(), sum(len(job.images) for job in list(self.jobs)))
         busy = {each.weights: each for each in self._loaded() if each.engine.num_pending}
         if busy:
@@ -134,8 +139,17 @@ class Stepper:
         self._wake.clear()
 
     def _enter(self, job: Job, adapters: list[Adapter]) -> None:
-        if job.over or not self._admit(job, adapters):
+        if job.over:
             return
+        try:
+            self._admit(job, adapters)
+            self._add(job)
+        except DeviceLost:
+            raise
+        except Exception as error:  # whatever is wrong with one ask, the others go on
+            self._end(job, Failed("invalid", first_line(error)))
+
+    def _add(self, job: Job) -> None:
         work_s = self.work_s(replace(job.ask, seeds=(0,)), job.loaded.weights)
         for image, request in enumerate(job.requests()):
             ticket = Ticket(job.ask.caller, job.arrived_s, work_s)
@@ -148,15 +162,15 @@ class Stepper:
             else:
                 job.enter(row_id, image, row)
 
-    def _admit(self, job: Job, adapters: list[Adapter]) -> bool:
+    def _admit(self, job: Job, adapters: list[Adapter]) -> None:
+        """Put in the adapters that were read for a job, and those that had to leave meanwhile."""
         in_use = {lora.path for other in list(self.jobs) for lora in other.loras}
-        try:
-            for adapter in adapters:
-                self.models.admit(job.loaded, adapter, in_use)
-        except ValueError as error:
-            self._tell(job, job.fail(Failed("invalid", str(error), "loras")))
-            return False
-        return True
+        for adapter in adapters:
+            self.models.admit(job.loaded, adapter, in_use)
+        for lora in job.loras:
+            if lora.path not in job.loaded.adapters:
+                read = job.loaded.engine.loras.read(lora.path)
+                self.models.admit(job.loaded, read, in_use)
 
     def _leave(self, job: Job) -> None:
         """Take a job out; its rows are gone before the next step."""
@@ -200,32 +214,46 @@ class Stepper:
 
     def _step(self, loaded: Loaded) -> None:
         engine, batcher = loaded.engine, loaded.batcher
-        before, started_s = replace(engine.spent), time.monotonic()
+        before_s = engine.spent.side
+        batcher.receipt = None
+        self._pacer.begin()
         try:
             results = engine.step()
-            self._pacer.keep_up()
         except OutOfMemory:
             self._shrink(loaded)
+            return
+        except DeviceLost:
+            raise
+        except Exception as error:  # no row is known to be the guilty one
+            self._drop(loaded, error)
             return
         for row in batcher.chosen:
             self._tell_progress(loaded, row.id)
         for result in results:
             self._tell_result(loaded, result)
-        seconds = time.monotonic() - started_s
-        self._turns.charge(loaded.weights, seconds)
-        batcher.charge(seconds)
-        if batcher.chosen:
-            side_s = engine.spent.side - before.side
-            self._learn(loaded, seconds - side_s, side_s, len(results))
-            self.metrics.stepped(loaded.weights.uri, len(batcher.chosen), seconds)
+        side_s = engine.spent.side - before_s
+        for step, seconds in self._pacer.end(Made(loaded, batcher.receipt, side_s, len(results))):
+            self._learn(step, seconds)
 
-    def _learn(self, loaded: Loaded, steps_s: float, side_s: float, num_results: int) -> None:
-        rows = loaded.batcher.chosen
-        key = loaded.key(rows[0].shape)
-        places = sum(row.num_places for row in rows)
-        self.forecast.saw_step(key, places, steps_s, self._pacer.step_bytes())
-        if num_results and side_s:
-            self.forecast.saw_decode(key, side_s / num_results)
+    def _learn(self, step: Made, seconds: float) -> None:
+        """Charge and remember a step, once it is known how long it took."""
+        self._turns.charge(step.loaded.weights, seconds)
+        if step.receipt is None:
+            return
+        step.loaded.batcher.charge(step.receipt, seconds)
+        key = step.loaded.key(step.receipt.shape)
+        used_bytes, self.forecast.free_bytes = self._pacer.memory()
+        self.forecast.saw_step(key, step.receipt.places, seconds - step.side_s, used_bytes)
+        if step.num_results and step.side_s:
+            self.forecast.saw_decode(key, step.side_s / step.num_results)
+        self.metrics.stepped(step.loaded.weights.uri, step.receipt.rows, seconds)
+
+    def _drop(self, loaded: Loaded, error: Exception) -> None:
+        """End the jobs whose rows were in a call that failed."""
+        for row in list(loaded.batcher.chosen):
+            job = self._owners.get((loaded, row.id))
+            if job is not None:
+                self._end(job, Failed("broken", f"a step has failed: {first_line(error)}"))
 
     def _shrink(self, loaded: Loaded) -> None:
         """Go on with smaller calls; a call of one row that does not fit never will."""
@@ -258,9 +286,10 @@ class Stepper:
         if owed and done >= owed[0]:
             index = job.num_partials - len(owed)
             owed.pop(0)
-            preview = loaded.engine.preview(row_id)
-            if preview is not None:
-                self._tell(job, Partial(image, index, to_pixels(preview)))
+            with contextlib.suppress(RuntimeError):  # a preview less is no harm
+                preview = loaded.engine.preview(row_id)
+                if preview is not None:
+                    self._tell(job, Partial(image, index, to_pixels(preview)))
 
     def _tell_result(self, loaded: Loaded, result: Result) -> None:
         loaded.batcher.tickets.pop(result.request, None)
@@ -269,12 +298,24 @@ class Stepper:
             return
         if result.image is None:
             self._end(job, Failed("invalid", str(result.error)))
-        elif self._safety is not None and not self._safety.allows(result.image):
+        elif not self._is_safe(result.image):
             refusal = "the safety checker holds the picture back; change the prompt"
             self._end(job, Failed("refused", refusal, "prompt"))
         else:
             self.metrics.made(loaded.weights.uri)
             self._tell(job, job.finish(result.id, result.image, result.warnings))
+
+    def _is_safe(self, image: Image) -> bool:
+        """A checker that cannot say is taken for a no."""
+        try:
+            return self._safety is None or self._safety.allows(image)
+        except RuntimeError:
+            return False
+
+    def _sweep(self) -> None:
+        """Have models that were evicted leave what they share."""
+        while self.models.leaving:
+            self.models.leaving.popleft().engine.loras.detach()
 
     def _end(self, job: Job, failed: Failed) -> None:
         self._tell(job, job.fail(failed))
@@ -286,36 +327,6 @@ class Stepper:
     def _on_loop(self, work: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is gone, and its callers with it
             self._loop.call_soon_threadsafe(work, *args)
-
-
-class Pacer:
-    """Keeps the host at most one step ahead of a GPU, and reads what a step needed of its memory.
-
-    Without it the host would queue steps that nobody can leave or join any more.
-    """
-
-    def __init__(self) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else None
-        self._last: torch.cuda.Event | None = None
-
-    def keep_up(self) -> None:
-        if self.device is None:
-            return
-        if self._last is not None:
-            self._last.synchronize()
-        self._last = torch.cuda.Event()
-        self._last.record()
-
-    def step_bytes(self) -> float:
-        if self.device is None:
-            return 0.0
-        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return float(peak)
-
-    def clear(self) -> None:
-        if self.device is not None:
-            torch.cuda.empty_cache()
 
 
 def too_late() -> Failed:

@@ -23,6 +23,9 @@ from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.side import Side
 
+PROMPT_CACHE = 512
+"""Texts whose embeddings are kept."""
+
 
 @dataclass
 class Spent:
@@ -40,7 +43,8 @@ class Engine:
     guidance), every text-encoder call `max_rows` and every autoencoder call one: short calls are
     padded and a request's bits do not depend on its neighbours. Without it calls are as large as
     needed, which saves the padding and promises a tolerance only. A `batcher` of one's own decides
-    who goes into the next call.
+    who goes into the next call. Where the autoencoder runs out of memory, `spares_others` lets
+    that row fail alone.
     """
 
     def __init__(
@@ -50,20 +54,20 @@ class Engine:
         *,
         places: int | None = None,
         fixed_shape: bool = True,
-        prompt_cache: int = 512,
         batcher: Choosing[Row] | None = None,
+        spares_others: bool = False,
     ):
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model = model
         self.loras = LoraBank(model)
         self.prompts = PromptEncoder(
-            model, self.loras, max_rows, prompt_cache, fixed_shape=fixed_shape
+            model, self.loras, max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
         )
         self.rows: dict[int, Row] = {}
         self._batcher: Choosing[Row] = Batcher(max_rows) if batcher is None else batcher
         self._places = Places(model, self.loras, places or 2 * max_rows, fixed_shape)
-        self._side = Side(model)
+        self._side = Side(model, spares_others)
         self._previewer = Previewer(model)
         self._failed: list[Result] = []
         self._ids = count()
@@ -101,6 +105,7 @@ class Engine:
         row = self.rows.pop(row_id, None)
         if row is not None:
             self._batcher.discard(row)
+            self._side.cancel(row)
         return row is not None
 
     def progress(self, row_id: int) -> tuple[int, int]:

@@ -52,6 +52,8 @@ class LoraBank:
         self._free: list[int] = []
         self._layers: dict[str, _LoraLayer] = {}
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._known_uses: tuple[list[LoraUse], torch.Tensor, torch.Tensor] | None = None
+        self._handles: list[Any] = []
 
     def load(self, path: str) -> str:
         """Make the adapter at `path` (a safetensors file or its folder) usable; return its SHA-256.
@@ -83,19 +85,31 @@ class LoraBank:
             for layer, down, up in placed:  # all of it fits, or nothing of it is kept
                 layer.check(down, up, adapter.file)
             number = self._free.pop() if self._free else len(self._numbers)
-            for layer, down, up in placed:
-                layer.put(number, down, up)
+            try:
+                for layer, down, up in placed:
+                    layer.put(number, down, up)
+            except BaseException:
+                self._release(number)
+                raise
             self._numbers[adapter.sha256] = number
         self._paths[adapter.path] = adapter.sha256
         return adapter.sha256
 
     def forget(self, sha256: str) -> None:
         """Give an adapter's place to the next one; no row may be using it."""
-        number = self._numbers.pop(sha256)
+        self._release(self._numbers.pop(sha256))
+        self._paths = {path: known for path, known in self._paths.items() if known != sha256}
+
+    def detach(self) -> None:
+        """Leave the model as it was, for whoever uses its parts on."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _release(self, number: int) -> None:
         for layer in self._layers.values():
             layer.clear(number)
         self._free.append(number)
-        self._paths = {path: known for path, known in self._paths.items() if known != sha256}
+        self._known_uses = None
 
     @contextlib.contextmanager
     def applied(self, uses: Sequence[LoraUse]) -> Generator[None]:
@@ -103,16 +117,22 @@ class LoraBank:
         if not any(uses):
             yield
             return
-        width = max(len(use) for use in uses)
-        padded = [[*use, *[("", 0.0)] * (width - len(use))] for use in uses]
-        numbers = [[self._numbers[sha256] for sha256, _ in row] for row in padded]
-        scales = [[scale for _, scale in row] for row in padded]
-        device = self.model.device
-        self._rows = (torch.tensor(numbers, device=device), torch.tensor(scales, device=device))
+        self._rows = self._tensors(uses)
         try:
             yield
         finally:
             self._rows = None
+
+    def _tensors(self, uses: Sequence[LoraUse]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers and scales (P, K); kept while the uses stay, since copying waits for a GPU."""
+        if self._known_uses is None or self._known_uses[0] != list(uses):
+            width = max(len(use) for use in uses)
+            padded = [[*use, *[("", 0.0)] * (width - len(use))] for use in uses]
+            numbers = torch.tensor([[self._numbers[sha] for sha, _ in row] for row in padded])
+            scales = torch.tensor([[s for _, s in row] for row in padded], dtype=torch.float32)
+            device = self.model.device
+            self._known_uses = (list(uses), numbers.to(device), scales.to(device))
+        return self._known_uses[1:]
 
     def _layer(self, part: str, name: str, file: Path) -> "_LoraLayer":
         key = f"{part}.{name}"
@@ -121,11 +141,12 @@ class LoraBank:
             if module is None:
                 raise ValueError(f"LoRA {file.name} is for another model: it has no layer {key}")
             self._layers[key] = layer = _LoraLayer(module)
-            module.register_forward_hook(
+            handle = module.register_forward_hook(
                 lambda _, args, output: (
                     output if self._rows is None else layer.add(args[0], output, *self._rows)
                 )
             )
+            self._handles.append(handle)
         return self._layers[key]
 
     def _read(self, file: Path) -> Factors:
@@ -170,7 +191,12 @@ class _LoraLayer:
 
     def check(self, down: torch.Tensor, up: torch.Tensor, file: Path) -> None:
         """Raise ValueError unless these factors are for a layer of this size."""
-        if down.shape[1:] != self.down.shape[2:] or up.shape[0] != self.up.shape[1]:
+        fits = (
+            down.ndim == self.module.weight.ndim
+            and down.shape[1:] == self.down.shape[2:]
+            and tuple(up.flatten(1).shape) == (self.up.shape[1], down.shape[0])
+        )
+        if not fits:
             raise ValueError(
                 f"LoRA {file.name} is for another model: factors {tuple(down.shape)} and "
                 f"{tuple(up.shape)} do not fit a weight {tuple(self.module.weight.shape)}"

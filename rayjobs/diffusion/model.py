@@ -97,12 +97,18 @@ class Model:
 
 
 def load_model(
-    uri: str, options: ModelOptions | None = None, *, config: str | None = None
+    uri: str,
+    options: ModelOptions | None = None,
+    *,
+    config: str | None = None,
+    alone: bool = True,
 ) -> Model:
     """Load `starter`, a local diffusers folder, a single `.safetensors` file, or a hub id.
 
     `config` is a local diffusers folder whose configs and tokenizers a single file is to use;
-    without it diffusers takes those of the matching base model from the hub.
+    without it diffusers takes those of the matching base model from the hub. Not `alone`, other
+    threads compute meanwhile: torch's default dtype, which is everybody's, is then left as it is,
+    for twice the memory of the host.
 
     Raises:
         ValueError: nothing is there, it cannot be read, it is a pickle, or it is another family.
@@ -112,7 +118,7 @@ def load_model(
     dtype = _choose_dtype(options.dtype, device)
     weights = locate(uri)
     try:
-        pipeline = _load_pipeline(weights, dtype, config)
+        pipeline = _load_pipeline(weights, dtype if alone else torch.float32, config)
     except Exception as error:
         raise ValueError(f"cannot load model {uri!r}: {first_line(error)}") from error
     if pipeline.unet.config.in_channels != 4:
@@ -131,6 +137,8 @@ def _assemble(
     pipeline.vae.to(device=device, dtype=vae_dtype)
     encoders = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
     tokenizers = [pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)]
+    for encoder in filter(None, encoders):
+        encoder.to(dtype=dtype)
     for module in [pipeline.unet, pipeline.vae, *filter(None, encoders)]:
         module.to(device).eval().requires_grad_(False)
         if device == "cpu" and options.onednn and options.compile == "no":
@@ -142,6 +150,10 @@ def _assemble(
     if options.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
+    if options.compile != "no":
+        # Adapters are hooks, put in after a block is compiled: without this they are passed over.
+        dynamo: Any = torch._dynamo
+        dynamo.config.skip_nnmodule_hook_guards = False
     if options.compile == "full":
         pipeline.unet.compile()
     elif options.compile == "blocks":

@@ -64,7 +64,8 @@ class Previewer:
     def _colours(self) -> torch.Tensor:
         """(C + 1, 3): colours in 0..1 of scaled latents and a constant, by least squares."""
         generator = torch.Generator().manual_seed(0)
-        cells = torch.rand((SWATCHES, 3, CELLS, CELLS), generator=generator)
+        shape = (SWATCHES, 3, CELLS, CELLS)
+        cells = torch.rand(shape, generator=generator, dtype=torch.float32)
         factor = CELL * self.model.vae_scale
         pixels = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3) * 2 - 1
         mean, std = self.model.latents_mean_std
@@ -73,6 +74,6 @@ class Previewer:
         # The latents of a cell in its middle, where its neighbours have no say.
         z_BCHW = z_BCHW.float().cpu().unfold(2, CELL, CELL).unfold(3, CELL, CELL)[..., 1:3, 1:3]
         z_NC = z_BCHW.mean(dim=(-2, -1)).permute(0, 2, 3, 1).flatten(0, 2)
-        known = torch.cat([z_NC, torch.ones(len(z_NC), 1)], dim=1)
+        known = torch.cat([z_NC, torch.ones(len(z_NC), 1, dtype=torch.float32)], dim=1)
         rgb_N3 = cells.permute(0, 2, 3, 1).flatten(0, 2)
         return torch.linalg.lstsq(known, rgb_N3).solution

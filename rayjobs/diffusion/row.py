@@ -59,6 +59,11 @@ class Row:
         return self.sampler.is_done
 
     @property
+    def share_left(self) -> float:
+        """Of its steps, 0..1."""
+        return 1 - self.sampler.position / len(self.sampler.timesteps)
+
+    @property
     def num_places(self) -> int:
         """Places in a UNet call: two with guidance, one without."""
         return len(self.texts)

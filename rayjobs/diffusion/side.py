@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.faults import row_reason
+from rayjobs.diffusion.faults import OutOfMemory, row_reason
 from rayjobs.diffusion.latents import decode_latents, to_image
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.row import Row
@@ -23,10 +23,14 @@ NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
 
 class Side:
-    """Takes one picture a call, so that the autoencoder's shape never varies."""
+    """Takes one picture a call, so that the autoencoder's shape never varies.
 
-    def __init__(self, model: Model):
+    A picture that does not fit the memory ends everything, unless `spares_others`: then its row.
+    """
+
+    def __init__(self, model: Model, spares_others: bool = False):
         self.model = model
+        self.spares_others = spares_others
         cuda = model.device.startswith("cuda")
         self._place: _Place = _Stream(model.device) if cuda else _Between()
         self._encoding: dict[Future[None], Row] = {}
@@ -40,6 +44,14 @@ class Side:
         """Make the picture of a row that has taken its last step."""
         self._decoding[self._place.submit(_decode, row, self.model)] = row
 
+    def cancel(self, row: Row) -> None:
+        """Leave out what is not begun yet of a row that nobody wants any more."""
+        work: list[Any] = [self._encoding, self._decoding]
+        for futures in work:
+            for future in [future for future, other in futures.items() if other is row]:
+                future.cancel()
+                del futures[future]
+
     def proceed(self, *, to_an_end: bool) -> None:
         """Do a share of the work; `to_an_end` of one picture at least, if nothing else is left."""
         self._place.proceed([*self._encoding, *self._decoding], to_an_end)
@@ -51,13 +63,22 @@ class Side:
             if row.latents is not None and row.latents.is_cuda:
                 # Made on the side stream: not to be reused there while a step still reads them.
                 row.latents.record_stream(torch.cuda.current_stream(row.latents.device))
-            yield row, None if error is None else row_reason(error)
+            yield row, None if error is None else self._reason(error)
 
     def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
         """Rows decoded, with pixels and picture, or the reason why not."""
         for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
-            yield (row, None, None, row_reason(error)) if error else (row, *future.result(), None)
+            told = None if error is None else self._reason(error)
+            yield (row, None, None, told) if told else (row, *future.result(), None)
+
+    def _reason(self, error: BaseException) -> str:
+        try:
+            return row_reason(error)
+        except OutOfMemory as found:
+            if not self.spares_others:
+                raise
+            return str(found)
 
 
 class _Place(Protocol):
@@ -82,6 +103,10 @@ class _Between:
         if not self._waiting:
             return
         future, work, args = self._waiting.popleft()
+        while future.cancelled() and self._waiting:
+            future, work, args = self._waiting.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(work(*args))
         except Exception as error:

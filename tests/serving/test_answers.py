@@ -140,7 +140,8 @@ def test_a_replica_that_holds_the_model_is_asked_first(wanted: str, first: set[s
         replica("holds both", 9.0, "a", "lora") if "," in wanted else replica("holds both", 9.0),
         replica("swamped", SPILL_S + 1, "a", "b", "lora"),
     ]
-    pending: Any = SimpleNamespace(metadata=SimpleNamespace(multiplexed_model_id=wanted))
+    metadata = SimpleNamespace(multiplexed_model_id=wanted)
+    pending: Any = SimpleNamespace(metadata=metadata, routing_context=SimpleNamespace())
     chosen = asyncio.run(HoldsModel.choose_replicas(None, replicas, pending))  # type: ignore
     assert {each.name for each in chosen[0]} == first
     assert {each.name for rank in chosen for each in rank} == {each.name for each in replicas}

@@ -166,7 +166,7 @@ def test_a_full_replica_says_when_to_come_again() -> None:
     ("keys", "told"),
     [
         ({"model": "nobody"}, "the model 'nobody' does not exist"),
-        ({"loras": (("nobody", 1.0),)}, "the LoRA 'nobody' does not exist"),
+        ({"loras": (("nobody", 1.0),)}, "a LoRA of this request does not exist"),
         ({"sampler": "edm_euler"}, "does not fit a model that is not EDM"),
         ({"width": 12}, "multiple of 8"),
     ],

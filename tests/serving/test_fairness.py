@@ -13,6 +13,7 @@ class Row:
     id: int
     shape: tuple[int, ...] = (4, 8, 8)
     num_places: int = 2
+    share_left: float = 1.0
     request: object = field(default_factory=object)
 
 
@@ -43,7 +44,7 @@ def test_a_call_is_full_and_no_fuller() -> None:
         add(found, Row(number))
     assert len(found.choose()) == 2
     add(found, Row(9, shape=(4, 16, 16), num_places=8))
-    found.charge(1.0)
+    found.charge(found.receipt, 1.0)
     assert ids(found.choose()) == [9]  # alone it may be larger than the bound
 
 
@@ -55,7 +56,7 @@ def test_shapes_share_the_time() -> None:
         (row,) = found.choose()
         seconds = {8: 0.01, 64: 1.0}[row.shape[-1]]
         spent[row.shape[-1]] += seconds
-        found.charge(seconds)
+        found.charge(found.receipt, seconds)
     assert spent[8] == pytest.approx(spent[64], rel=0.1)
 
 
@@ -64,12 +65,12 @@ def test_a_shape_that_comes_back_has_saved_nothing_up() -> None:
     add(found, Row(0, shape=(4, 8, 8)))
     for _ in range(100):
         found.choose()
-        found.charge(1.0)
+        found.charge(found.receipt, 1.0)
     new = add(found, Row(1, shape=(4, 64, 64)))
     turns = []
     for _ in range(10):
         turns += ids(found.choose())
-        found.charge(1.0)
+        found.charge(found.receipt, 1.0)
     assert 4 <= turns.count(new.id) <= 6
 
 
@@ -82,7 +83,7 @@ def test_old_rows_pull_their_shape_forward() -> None:
     turns = []
     for _ in range(120):
         turns += ids(found.choose())
-        found.charge(1.0)
+        found.charge(found.receipt, 1.0)
     assert turns.count(0) > 5 * turns.count(1)
 
 
@@ -98,7 +99,7 @@ def test_callers_share_a_shape_s_places() -> None:
     for _ in range(50):
         for row in found.choose():
             served[found.tickets[row.request].caller] += 1
-        found.charge(1.0)
+        found.charge(found.receipt, 1.0)
     assert served["many"] == pytest.approx(served["one"], rel=0.1)
 
 
@@ -107,7 +108,7 @@ def test_short_rows_go_first_until_long_ones_are_due() -> None:
     add(found, Row(0), at=0, work=10)
     add(found, Row(1), at=5, work=1)
     assert ids(found.choose()) == [1]
-    found.charge(1)
+    found.charge(found.receipt, 1)
     add(found, Row(2), at=60, work=1)
     found.discard(found.chosen[0])
     assert ids(found.choose()) == [0]  # it has waited long enough
@@ -119,7 +120,7 @@ def test_no_row_starves_under_a_stream_of_short_ones() -> None:
     for number in range(1, 200):
         add(found, Row(number), at=clock, work=1)
         (row,) = found.choose()
-        found.charge(1.0)
+        found.charge(found.receipt, 1.0)
         clock += 1.0
         if row is long:
             return
@@ -147,7 +148,8 @@ def test_a_step_s_time_is_learned() -> None:
     for places in (1, 2, 4, 8, 16, 3, 5):
         found.saw_step(KEY, places, 0.1 + 0.02 * places)
     assert found.step_s(KEY, 12) == pytest.approx(0.34)
-    assert found.work_s(KEY, 160, 0) == pytest.approx(10 * 0.42)
+    most = found.bound(KEY)
+    assert found.work_s(KEY, 140, 0) == pytest.approx(140 / most * found.step_s(KEY, most))
     assert found.work_s(KEY, 160, 0, places=2) == pytest.approx(80 * 0.14)
     assert found.step_s(LARGE, 16) == pytest.approx(4 * 0.42)  # by area, until it is seen
     found.saw_decode(KEY, 0.5)
@@ -158,15 +160,36 @@ def test_calls_are_no_longer_than_is_bearable() -> None:
     found = Forecast(16, 0.2)
     assert found.bound(KEY) == 16
     for places in (2, 4, 8):
-        found.saw_step(KEY, places, 0.02 * places)
+        found.saw_step(KEY, places, 0.15 + 0.005 * places)
     assert found.bound(KEY) == 10
+
+
+def test_calls_are_no_larger_than_pays() -> None:
+    found = Forecast(16, 10.0)
+    for places in (2, 4, 8):
+        found.saw_step(KEY, places, 0.1 * places)
+        found.saw_step(LARGE, places, 0.2 + 0.05 * places)
+    assert found.bound(KEY) == 1  # a device that is full: more rows only wait for each other
+    assert found.bound(LARGE) == 12
+
+
+def test_a_row_that_is_nearly_done_goes_first() -> None:
+    found = batcher(1)
+    add(found, Row(0, share_left=1.0), at=0, work=1)
+    add(found, Row(1, share_left=0.1), at=1, work=10)
+    assert ids(found.choose()) == [0]
+    add(found, Row(2, share_left=0.1), at=0, work=5)
+    assert ids(found.choose()) == [2]
 
 
 def test_calls_fit_the_memory() -> None:
     found = Forecast(16, 10)
     found.free_bytes = 1000
-    found.saw_step(KEY, 2, 0.1, num_bytes=200)
+    for places in (2, 8):
+        found.saw_step(KEY, places, 0.1, num_bytes=100 * places)
     assert found.bound(KEY) == 9
     found.ran_out(KEY, 8)
     assert found.bound(KEY) == 4
+    found.ran_out(KEY, 2)
+    assert found.bound(KEY) == 1
     assert found.bound(LARGE) == 16
