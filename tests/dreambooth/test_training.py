@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ def test_small_calls_give_the_same_step(
 def start(folder: Path, run: dict[str, Any]) -> subprocess.Popen[bytes]:
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     command = [sys.executable, "-m", "rayjobs", "dreambooth", str(folder / "run.yaml")]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    # A shell's background jobs, of which this may be one, are started deaf to SIGINT.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, preexec_fn=listening)
 
 
 def wait_for_checkpoint(output: str, step: int) -> None:
