@@ -71,6 +71,7 @@ class Door:
     async def generate(self, request: Request) -> Response:
         who = self.identify(request)
         body = parse(GenerateBody, await _read_json(request))
+        await self._learn(body.model)
         await self.look_up(self.asks.check, body)
         ask = await self.look_up(self.asks.generation, body, _name(who), request.state.request_id)
         return await self._answer(request, who, body, ask, "image_generation")
@@ -79,6 +80,7 @@ class Door:
         who = self.identify(request)
         files, values = await _read_form(request)
         body = parse(EditBody, values)
+        await self._learn(body.model)
         await self.look_up(self.asks.check, body)
         image, mask = await self._in_thread(self._pictures, files)
         ask = await self._in_thread(
@@ -88,10 +90,22 @@ class Door:
 
     async def models(self) -> list[dict[str, Any]]:
         await self.look_up(self.registry.refresh)
-        states = await self.engines.states()
-        held = {name for state in states.values() for name in state["names"]}
+        held = await self.held()
         entries = sorted(self.registry.entries(), key=lambda entry: entry.kind, reverse=True)
         return [describe(entry, self.config.limits, entry.name in held) for entry in entries]
+
+    async def held(self) -> set[str]:
+        """Names of what is in some replica's memory; what they tell of it is kept."""
+        states = await self.engines.states()
+        for state in states.values():
+            self.registry.learn(state["facts"])
+        return {name for state in states.values() for name in state["names"]}
+
+    async def _learn(self, model: str | None) -> None:
+        """Have a model's sizes known, where only the replicas that hold it can tell them."""
+        entry = await self.look_up(self.asks.entry, model)
+        if entry.facts.family is None:
+            await self.held()
 
     async def _answer(
         self, request: Request, who: KeyConfig | str, body: Any, ask: Ask, kind: str

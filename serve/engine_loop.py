@@ -18,7 +18,7 @@ from serve.job import Job
 from serve.metrics import EngineMetrics
 from serve.models import Loaded, Models, NoRoom
 from serve.protocol import Ask, Event, Failed, Finished
-from serve.registry import Entry, Registry, Weights
+from serve.registry import Entry, Facts, Registry, Weights
 from serve.safety import Safety
 from serve.stepper import BROKEN, Stepper, too_late
 
@@ -90,6 +90,18 @@ class EngineLoop:
             for entry in self.registry.entries()
             if (entry.weights in held if entry.lora is None else entry.lora in adapters)
         ]
+
+    def facts(self) -> dict[str, Facts]:
+        """Of the models in memory, by their names."""
+        held = dict(self.models.loaded)
+        found = {}
+        for entry in self.registry.entries():
+            loaded = None if entry.weights is None else held.get(entry.weights)
+            if loaded is not None:
+                model = loaded.engine.model
+                multiple = max(8, model.vae_scale)
+                found[entry.name] = Facts(model.family, model.default_side, multiple, model.is_edm)
+        return found
 
     async def warm_up(self, name: str) -> None:
         """Load a model and make a picture with it, so that the first caller finds it warm."""

@@ -114,6 +114,13 @@ class Registry:
             self.refresh()
             time.sleep(self.config.registry.refresh_s)
 
+    def learn(self, facts: dict[str, Facts]) -> None:
+        """What replicas tell of models whose files are not to be seen from here: the hub's."""
+        for name, found in facts.items():
+            known = self._fixed.get(name)
+            if known is not None and known.facts.family is None:
+                self._fixed[name] = replace(known, facts=found)
+
     def refresh(self, at_once: bool = False) -> None:
         """Look for new, changed and removed exports, not more often than the configuration says.
 

@@ -46,6 +46,7 @@ class EngineReplica:
         return {
             "replica": ray_serve.get_replica_context().replica_tag,
             "names": self.loop.names(),
+            "facts": self.loop.facts(),
             "pending_s": self.loop.pending_s(),
             "metrics": self.loop.metrics.text(),
             "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

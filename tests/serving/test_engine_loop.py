@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from rayjobs.diffusion import side
 from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.faults import DeviceLost
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
 from serve.config import ServeConfig
@@ -201,5 +204,70 @@ def test_nothing_is_left_of_many_who_leave() -> None:
             assert not loaded.batcher.tickets
             assert loaded.users == 0
             assert len(asyncio.all_tasks()) == 2
+
+    run(work())
+
+
+def test_a_failed_engine_answers_at_once() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            (loaded,) = loop.models.loaded.values()
+
+            def fail() -> None:
+                raise DeviceLost("the device is gone")
+
+            task = asyncio.create_task(all_of(loop, ask(steps=900)))
+            await asyncio.sleep(0.2)
+            loaded.engine.step = fail  # type: ignore[method-assign,assignment]
+            assert [event.kind for event in of_kind(await task, Failed)] == ["broken"]
+            (late,) = await all_of(loop, ask())
+            assert isinstance(late, Failed)
+            assert late.kind == "broken"
+            assert isinstance(loop.failure, DeviceLost)
+            loop.stepper.failure = None
+
+    run(work())
+
+
+def test_a_step_that_fails_ends_its_own_rows_only() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            (loaded,) = loop.models.loaded.values()
+            predict, calls = loaded.engine._predict_noise, [0]
+
+            def fail_once(rows: list[Any]) -> Any:
+                calls[0] += 1
+                if calls[0] == 3:
+                    raise RuntimeError("shapes do not match")
+                return predict(rows)
+
+            loaded.engine._predict_noise = fail_once  # type: ignore[method-assign]
+            (failed,) = of_kind(await all_of(loop, ask(steps=20)), Failed)
+            assert failed.kind == "broken"
+            assert of_kind(await all_of(loop, ask(steps=3)), Finished)
+            assert not loaded.engine.rows
+            assert not loaded.batcher.tickets
+
+    run(work())
+
+
+def test_a_picture_that_does_not_fit_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = side.decode_latents
+
+    def full(z_BCHW: Any, model: Any) -> Any:
+        if z_BCHW.shape[-1] == 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(z_BCHW, model)
+
+    monkeypatch.setattr(side, "decode_latents", full)
+
+    async def work() -> None:
+        async with running() as loop:
+            large, small = await asyncio.gather(
+                all_of(loop, ask(width=96, height=64)), all_of(loop, ask(steps=30))
+            )
+            (failed,) = of_kind(large, Failed)
+            assert "out of memory" in failed.message
+            assert of_kind(small, Finished)
 
     run(work())

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 import urllib.error
 from collections.abc import Callable
@@ -234,3 +235,59 @@ def test_an_export_on_s3_is_served_without_a_restart(
         dog, base, same = (answer.pictures()[0] for answer in answers)
         assert np.abs(dog - same).max() <= 1
         assert np.abs(dog - base).mean() > 1
+
+
+def test_an_odd_note_hides_itself_only(tmp_path: Path, starter: Model) -> None:
+    export(tmp_path / "dog", starter)
+    for name, text in {"list": "[]", "null": '{"format": 1, "base_uri": null}'}.items():
+        (tmp_path / name / "export").mkdir(parents=True)
+        (tmp_path / name / "export" / exported.FILE).write_text(text)
+    registry = Registry(config(tmp_path))
+    assert registry.find("dog") is not None
+    assert {"list", "null"} <= registry.problems.keys()
+
+
+def test_a_damaged_adapter_harms_nobody_else(tmp_path: Path, starter: Model) -> None:
+    place = export(tmp_path / "bad", starter)
+    export(tmp_path / "good", starter)
+    factors = {
+        f"{LAYERS[0]}.lora_A.weight": torch.randn(4, 64),
+        f"{LAYERS[0]}.lora_B.weight": torch.randn(64, 3),
+    }
+    save_file(factors, place / exported.LORA_FILE)
+    asks = [ask("bad", 1), ask("good", 1), ask("starter", 1), ask("bad", 2)]
+    bad, good, plain, again = made_with(lambda _: asks, config(tmp_path))
+    for failed in (*bad, *again):
+        assert isinstance(failed, Failed)
+        assert failed.kind == "invalid"
+    assert np.abs(pixels(good) - pixels(plain)).mean() > 1
+
+
+def test_an_export_in_another_s_place_is_noticed(tmp_path: Path, starter: Model) -> None:
+    keys = config(tmp_path)
+    export(tmp_path / "dog", starter, seed=0)
+
+    async def main() -> list[np.ndarray]:
+        registry = Registry(keys)
+        registry.watch()
+        loop = EngineLoop(keys.engine, registry)
+        try:
+            found = []
+            for seed in (0, 0, 1):
+                if seed:
+                    shutil.rmtree(tmp_path / "dog")
+                    export(tmp_path / "dog", starter, seed=seed)
+                    await asyncio.sleep(0.5)
+                events = [event async for event in loop.generate(ask("dog", 7))]
+                found.append(pixels(events))
+            shutil.rmtree(tmp_path / "dog")
+            await asyncio.sleep(0.5)
+            (gone,) = [event async for event in loop.generate(ask("dog", 7))]
+            assert isinstance(gone, Failed)
+            return found
+        finally:
+            await loop.close()
+
+    first, same, other = asyncio.run(main())
+    assert np.array_equal(first, same)
+    assert np.abs(first - other).mean() > 1
