@@ -58,6 +58,7 @@ class Answer:
     first_s: float | None = None
     """Until there was any picture to look at: a partial image, or the whole."""
     image: bytes = b""
+    retry_after_s: float | None = None
 
 
 def draw_requests(number: int, sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Wanted]:
@@ -163,6 +164,8 @@ async def _ask(
         sent = session.post(f"{url}/v1/images/edits", data=form)
     async with sent as response:
         answer.status = response.status
+        if "retry-after-ms" in response.headers:
+            answer.retry_after_s = float(response.headers["retry-after-ms"]) / 1000
         if stream and response.status == 200:
             await _watch(response, answer, due_s)
         else:

@@ -41,6 +41,8 @@ class Setup:
     rows: int
     lent: bool
     """Whether rivals get what is not theirs: our Linear kernels and layout of memory."""
+    pending_s: float = 900.0
+    """Work that may wait at ours; the others refuse nobody."""
 
 
 @dataclass(frozen=True)

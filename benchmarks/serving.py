@@ -82,8 +82,7 @@ def application(side: str, setup: Setup) -> Application:
         return rivals.build(side, setup)
     values = {
         "models": [{"name": "model", "uri": setup.uri}],
-        # Nobody is refused: rivals have no bound either.
-        "engine": {"max_rows": setup.rows, "max_pending_s": load.MOST_WAIT_S},
+        "engine": {"max_rows": setup.rows, "max_pending_s": setup.pending_s},
         "limits": {"max_deadline_s": load.MOST_WAIT_S},
         "scaling": {"num_cpus": setup.threads},
     }
