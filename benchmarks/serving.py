@@ -5,16 +5,18 @@ model and writes benchmarks/serving.json. The sides: `a` is Ray's own example, o
 time; `b` has `@serve.batch`, and makes requests that agree in everything in one call; `keyed`, if
 it is asked for, has such a queue for each key; `ours` is the application. All of them have the same
 weights, dtype, threads and largest batch, and the same requests at the same moments: one by one
-(Poisson) or in bursts, at so many times what `a` can do, which is measured first. Then a number of
+(Poisson) or in bursts, at so many times what the first side can do, which is measured
+first. Then a number of
 callers who each wait for their answer load every side to saturation.
 
 The sides are applications of one Ray cluster and take turns, cell by cell, so that a ratio is of
 the same minutes; one that is not asked takes two hundredths of a core. Columns: `first` is the
 median time until there is anything to look at, a partial image where a side has such; CPU s is that
 of the side's own processes for each image; 429, err, bad (no picture as asked for) and off (not the
-picture that the first side made) are counts; `others` says how many cores other jobs on the machine
-took meanwhile, without which times are to be read with care. Threads that wait do not spin, unless
-OMP_WAIT_POLICY says so.
+picture that the first side made) are counts; `others` says how many cores other jobs took of the
+machine meanwhile. Where that is not near 0, or differs between sides, times are to be read with
+care, and CPU s says more. Below them stands ours as many times each rival's. Threads that wait do
+not spin, unless OMP_WAIT_POLICY says so.
 """
 
 import argparse

@@ -5,10 +5,6 @@ the app.
 """
 
 import asyncio
-import json
-import re
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,14 +14,13 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import images, metrics
 from serve.answers import Answers
 from serve.asks import Asks, describe
 from serve.auth import Gate
+from serve.bodies import MOST_JSON_BYTES, Envelope, read_form, read_json
 from serve.config import KeyConfig, ServeConfig
 from serve.errors import ApiError
 from serve.images import BadImage
@@ -34,9 +29,6 @@ from serve.registry import Registry
 from serve.schemas import EditBody, ErrorOut, GenerateBody, ImagesOut, json_schema, parse
 
 WEB = Path(__file__).parent / "web"
-MOST_FORM_FIELDS = 64
-MOST_JSON_BYTES = 2**20
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -70,7 +62,7 @@ class Door:
 
     async def generate(self, request: Request) -> Response:
         who = self.identify(request)
-        body = parse(GenerateBody, await _read_json(request))
+        body = parse(GenerateBody, await read_json(request))
         await self._learn(body.model)
         await self.look_up(self.asks.check, body)
         ask = await self.look_up(self.asks.generation, body, _name(who), request.state.request_id)
@@ -78,7 +70,7 @@ class Door:
 
     async def edit(self, request: Request) -> Response:
         who = self.identify(request)
-        files, values = await _read_form(request)
+        files, values = await read_form(request)
         body = parse(EditBody, values)
         await self._learn(body.model)
         await self.look_up(self.asks.check, body)
@@ -268,86 +260,6 @@ def _add_errors(app: FastAPI) -> None:
     async def broken(_: Request, error: Exception) -> Response:
         found = ApiError(500, "the server has failed", code="internal_error")
         return JSONResponse(found.body, found.status, found.headers)
-
-
-class Envelope:
-    """Around every request: an id, a bound on its body, and routes that know no prefix."""
-
-    def __init__(self, app: ASGIApp, most_bytes: int, stamps_ids: bool):
-        self.app = app
-        self.most_bytes = most_bytes
-        self.stamps_ids = stamps_ids
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        # Two applications may share the paths; each has the whole path in its routes.
-        scope = {**scope, "root_path": ""}
-        scope.setdefault("state", {})
-        scope["state"] = {**scope["state"], "request_id": request_id}
-        seen, started_s = 0, time.monotonic()
-
-        async def bounded() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most_bytes:
-                raise ApiError(413, f"the request is larger than {self.most_bytes} bytes")
-            return message
-
-        async def stamped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                took_ms = str(round(1000 * (time.monotonic() - started_s))).encode()
-                own = [*message["headers"], (b"openai-processing-ms", took_ms)]
-                if self.stamps_ids:
-                    own.append((b"x-request-id", request_id.encode()))
-                message = {**message, "headers": own}
-            await send(message)
-
-        await self.app(scope, bounded, stamped)
-
-
-async def _read_json(request: Request) -> Any:
-    declared = request.headers.get("content-type", "application/json").split(";")[0].strip()
-    if declared != "application/json":
-        raise ApiError(415, f"the content type is {declared}; send application/json")
-    data = await request.body()
-    if len(data) > MOST_JSON_BYTES:
-        raise ApiError(413, f"the body has {len(data)} bytes; at most {MOST_JSON_BYTES}")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON") from None
-
-
-async def _read_form(request: Request) -> tuple[dict[str, list[bytes]], dict[str, str]]:
-    """The files and the texts of a multipart form. Raises ApiError."""
-    declared = request.headers.get("content-type", "").split(";")[0].strip()
-    if declared != "multipart/form-data":
-        raise ApiError(415, f"the content type is {declared!r}; send multipart/form-data")
-    charset = re.search(r"charset\s*=\s*[\"']?([^;\"']*)", request.headers["content-type"], re.I)
-    if charset is not None and charset[1].strip().lower() not in ("utf-8", "utf8"):
-        raise ApiError(415, f"the charset is {charset[1]!r}; send UTF-8")
-    files: dict[str, list[bytes]] = {}
-    values: dict[str, str] = {}
-    async with request.form(max_files=20, max_fields=MOST_FORM_FIELDS) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                files.setdefault(name, []).append(await value.read())
-            else:
-                values[name] = value
-    for name in ("image", "image[]", "mask"):
-        if name in values:
-            raise ApiError(400, f"{name} must be a file.", param=name, code="invalid_value")
-    unknown = [name for name in files if name not in ("image", "image[]", "mask")]
-    if unknown:
-        message = f"Unknown parameter: '{unknown[0]}'."
-        raise ApiError(400, message, param=unknown[0], code="unknown_parameter")
-    return files, values
 
 
 def _name(who: KeyConfig | str) -> str:
