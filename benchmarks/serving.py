@@ -5,9 +5,8 @@ model and writes benchmarks/serving.json. The sides: `a` is Ray's own example, o
 time; `b` has `@serve.batch`, and makes requests that agree in everything in one call; `keyed`, if
 it is asked for, has such a queue for each key; `ours` is the application. All of them have the same
 weights, dtype, threads and largest batch, and the same requests at the same moments: one by one
-(Poisson) or in bursts, at so many times what the first side can do, which is measured
-first. Then a number of
-callers who each wait for their answer load every side to saturation.
+(Poisson) or in bursts, at so many times what the first side can do, which is measured before. Then
+a number of callers who each wait for their answer load every side to saturation.
 
 The sides are applications of one Ray cluster and take turns, cell by cell, so that a ratio is of
 the same minutes; one that is not asked takes two hundredths of a core. Columns: `first` is the
