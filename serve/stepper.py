@@ -214,7 +214,7 @@ class Stepper:
 
     def _step(self, loaded: Loaded) -> None:
         engine, batcher = loaded.engine, loaded.batcher
-        before_s = engine.spent.side
+        before_s = engine.side_s
         batcher.receipt = None
         self._pacer.begin()
         try:
@@ -231,7 +231,7 @@ class Stepper:
             self._tell_progress(loaded, row.id)
         for result in results:
             self._tell_result(loaded, result)
-        side_s = engine.spent.side - before_s
+        side_s = engine.side_s - before_s
         for step, seconds in self._pacer.end(Made(loaded, batcher.receipt, side_s, len(results))):
             self._learn(step, seconds)
 

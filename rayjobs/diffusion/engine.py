@@ -5,7 +5,6 @@ shape and the dtype, and nothing else. Knows nothing of where requests come from
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import count, islice
 from time import perf_counter
 
@@ -25,15 +24,6 @@ from rayjobs.diffusion.side import Side
 
 PROMPT_CACHE = 512
 """Texts whose embeddings are kept."""
-
-
-@dataclass
-class Spent:
-    """Seconds since the engine was made, as its own thread saw them."""
-
-    side: float = 0.0
-    """Encoding and decoding pictures; on a GPU that is done beside, and not seen here."""
-    steps: float = 0.0
 
 
 class Engine:
@@ -72,7 +62,8 @@ class Engine:
         self._failed: list[Result] = []
         self._ids = count()
         self.keep_pixels = False
-        self.spent = Spent()
+        self.side_s = 0.0
+        """Spent on encoding and decoding pictures; on a GPU that is done beside, not counted."""
 
     @property
     def num_places(self) -> int:
@@ -125,7 +116,7 @@ class Engine:
         started_s = perf_counter()
         self._side.proceed(to_an_end=not len(self._batcher))
         self._join_encoded()
-        self.spent.side += perf_counter() - started_s
+        self.side_s += perf_counter() - started_s
         rows = self._batcher.choose()
         if rows:
             noise = self._predict_noise(rows)
@@ -148,10 +139,7 @@ class Engine:
     def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
         try:
             self._encode_prompts(rows)
-            started_s = perf_counter()
-            noise = self._places.predict_noise(rows)
-            self.spent.steps += perf_counter() - started_s
-            return noise
+            return self._places.predict_noise(rows)
         except (RuntimeError, MemoryError) as error:
             check(error)
             raise
