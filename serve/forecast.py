@@ -11,7 +11,7 @@ MEMORY_FRACTION = 0.9
 """Of the free memory that a call may be expected to need."""
 LEAST_SPREAD = 0.5
 """Of places: below it, calls of one size only were seen lately."""
-WORTH = 1.08
+WORTH = 1.04
 """What a place may cost, as many times what it costs in the fullest calls."""
 FORGET = 0.97
 """What an observation still counts for after the next one."""

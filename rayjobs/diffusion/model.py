@@ -31,8 +31,9 @@ class ModelOptions:
 
     `attention` names torch's scaled-dot-product kernel. `compile` is `blocks` (each repeated
     transformer block once: quick to start) or `full` (the whole UNet). `onednn` is for
-    linear layers on a CPU that are neither trained nor compiled. The autoencoder stays in float32
-    where its config says that float16 overflows, unless `vae_dtype` says otherwise.
+    linear layers on a CPU that are neither trained nor compiled, where it is the faster. The
+    autoencoder stays in float32 where its config says that float16 overflows, unless `vae_dtype`
+    says otherwise.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -141,7 +142,8 @@ def _assemble(
         encoder.to(dtype=dtype)
     for module in [pipeline.unet, pipeline.vae, *filter(None, encoders)]:
         module.to(device).eval().requires_grad_(False)
-        if device == "cpu" and options.onednn and options.compile == "no":
+        is_plain = device == "cpu" and options.compile == "no"
+        if is_plain and options.onednn and onednn.is_faster():
             onednn.use_for_linear(module)
     if options.vae_slicing:
         pipeline.vae.enable_slicing()

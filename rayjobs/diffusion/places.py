@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.replay import Replay
 from rayjobs.diffusion.row import Row
 
 KERNELS = {
@@ -33,6 +34,7 @@ class Places:
         self.loras = loras
         self.num_places = num_places
         self.fixed_shape = fixed_shape
+        self._replay = Replay(model.unet)
         self._conditions_of: tuple[int, ...] = ()
         self._conditions: list[dict[str, Any]] = []
 
@@ -64,10 +66,13 @@ class Places:
             x_PCHW = torch.cat([x_PCHW, x_PCHW[-1:].expand(padding, -1, -1, -1)])
             t_P = torch.cat([t_P, t_P[-1:].expand(padding)])
         kernel = KERNELS.get(self.model.options.attention)
+        x_PCHW, arguments = x_PCHW.to(self.model.dtype), condition["arguments"]
         with self.loras.applied(uses), sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-            noise_PCHW: torch.Tensor = self.model.unet(
-                x_PCHW.to(self.model.dtype), t_P, return_dict=False, **condition["arguments"]
-            )[0]
+            if any(uses) or self.model.options.compile != "no":
+                # Adapters are hooks of modules, which a recording passes over.
+                noise_PCHW = self.model.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
+            else:
+                noise_PCHW = self._replay(x_PCHW, t_P, arguments)
         return noise_PCHW[:num]
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:

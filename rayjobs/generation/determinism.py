@@ -7,7 +7,6 @@ nothing of jobs or of Ray.
 import hashlib
 import importlib.metadata
 import os
-from pathlib import Path
 from typing import Any
 
 from rayjobs.config import BadInput
@@ -77,19 +76,13 @@ def _device(wanted: str) -> str:
     """The kind of processor, as far as it may move bits."""
     import torch
 
+    from rayjobs.diffusion import onednn
+
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return f"{_vendor()} {torch.backends.cpu.get_cpu_capability()}"
+        linear = "oneDNN" if onednn.is_faster() else "MKL"
+        return f"{onednn.cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}, {linear}"
     if not torch.cuda.is_available():
         raise BadInput(f"model.device is {wanted!r}, but there is no such device here; use cpu")
     major, minor = torch.cuda.get_device_capability()
     name, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
     return f"{name} ({major}.{minor}), CUDA {torch.version.cuda}, cuDNN {cudnn}"
-
-
-def _vendor() -> str:
-    """MKL and oneDNN choose their kernels by it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "CPU"
-    return next((line.split(":")[1].strip() for line in lines if "vendor_id" in line), "CPU")
