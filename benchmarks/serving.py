@@ -42,7 +42,7 @@ from ray.serve import Application
 from benchmarks import load, rivals
 from benchmarks.load import Answer, Wanted
 from benchmarks.rivals import Setup
-from benchmarks.tasks import SHAPES, Shape, build_random
+from benchmarks.tasks import SHAPES, build_random
 from serve import app
 from serve.config import ServeConfig
 
@@ -207,18 +207,6 @@ def running(names: Sequence[str], setup: Setup) -> Generator[tuple[dict[str, str
             process.communicate()
 
 
-def build_unclipped(folder: Path, shape: Shape) -> str:
-    """A random model whose samplers do not clip latents, as SDXL's own file says.
-
-    DDIM would by default, and the edge makes another picture of a difference in the last bit:
-    diffusers' pipeline would not agree with itself in a batch of two.
-    """
-    uri = build_random(folder, shape)
-    file = Path(uri) / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"clip_sample": False}))
-    return uri
-
-
 def measure(model: str, uri: str, args: argparse.Namespace) -> dict[str, Any]:
     """All cells of one model, the sides by turns."""
     setup = Setup(uri, args.threads, args.rows, args.lend)
@@ -296,7 +284,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
             shape = SHAPES.get(model)
-            uri = "starter" if shape is None else build_unclipped(Path(folder) / model, shape)
+            uri = "starter" if shape is None else build_random(Path(folder) / model, shape)
             results.append(measure(model, uri, args))
     print()
     for found in results:

@@ -61,24 +61,28 @@ class Door:
         return self.gate.identify(request.headers.get("authorization"), host)
 
     async def generate(self, request: Request) -> Response:
-        who = self.identify(request)
-        body = parse(GenerateBody, await read_json(request))
-        await self._learn(body.model)
-        await self.look_up(self.asks.check, body)
-        ask = await self.look_up(self.asks.generation, body, _name(who), request.state.request_id)
-        return await self._answer(request, who, body, ask, "image_generation")
+        who, request_id = self.identify(request), request.state.request_id
+        with ExitStack() as held:
+            held.enter_context(self.gate.admitted(who))
+            body = parse(GenerateBody, await read_json(request))
+            await self._learn(body.model)
+            await self.look_up(self.asks.check, body)
+            ask = await self.look_up(self.asks.generation, body, _name(who), request_id)
+            self.gate.take(who, len(ask.seeds))
+            return await self._answer(held, body, ask, "image_generation")
 
     async def edit(self, request: Request) -> Response:
-        who = self.identify(request)
-        files, values = await read_form(request)
-        body = parse(EditBody, values)
-        await self._learn(body.model)
-        await self.look_up(self.asks.check, body)
-        image, mask = await self._in_thread(self._pictures, files)
-        ask = await self._in_thread(
-            self.asks.edit, body, image, mask, _name(who), request.state.request_id
-        )
-        return await self._answer(request, who, body, ask, "image_edit")
+        who, request_id = self.identify(request), request.state.request_id
+        with ExitStack() as held:
+            held.enter_context(self.gate.admitted(who))
+            files, values = await read_form(request)
+            body = parse(EditBody, values)
+            await self._learn(body.model)
+            await self.look_up(self.asks.check, body)
+            image, mask = await self._in_thread(self._pictures, files)
+            ask = await self._in_thread(self.asks.edit, body, image, mask, _name(who), request_id)
+            self.gate.take(who, len(ask.seeds))
+            return await self._answer(held, body, ask, "image_edit")
 
     async def models(self) -> list[dict[str, Any]]:
         await self.look_up(self.registry.refresh)
@@ -99,23 +103,19 @@ class Door:
         if entry.facts.family is None:
             await self.held()
 
-    async def _answer(
-        self, request: Request, who: KeyConfig | str, body: Any, ask: Ask, kind: str
-    ) -> Response:
-        with ExitStack() as stack:
-            stack.enter_context(self.gate.admitted(who, len(ask.seeds)))
-            events = self.engines.events(ask, bool(body.stream))
-            if not body.stream:
-                return JSONResponse(await self.answers.whole(body, ask, events))
-            first = await anext(events, None)
-            # A refusal that comes before anything else is still an HTTP status.
-            failure = self.answers.refusal(first)
-            if failure is not None:
-                raise failure
-            left = stack.pop_all()
+    async def _answer(self, held: ExitStack, body: Any, ask: Ask, kind: str) -> Response:
+        """The whole answer, or a stream that takes over what is `held` for this request."""
+        events = self.engines.events(ask, bool(body.stream))
+        if not body.stream:
+            return JSONResponse(await self.answers.whole(body, ask, events))
+        first = await anext(events, None)
+        # A refusal that comes before anything else is still an HTTP status.
+        failure = self.answers.refusal(first)
+        if failure is not None:
+            raise failure
         stream = self.answers.stream(body, ask, _chained(first, events), kind)
         return StreamingResponse(
-            _within(left, stream), media_type="text/event-stream", headers=STREAM_HEADERS
+            _within(held.pop_all(), stream), media_type="text/event-stream", headers=STREAM_HEADERS
         )
 
     def _pictures(self, files: dict[str, list[bytes]]) -> tuple[Any, Any]:

@@ -43,24 +43,26 @@ class Gate:
         return found[0]
 
     @contextlib.contextmanager
-    def admitted(self, who: KeyConfig | str, images: int) -> Generator[None]:
-        """Within this context a request counts. Raises ApiError 429 where a limit is met."""
+    def admitted(self, who: KeyConfig | str) -> Generator[None]:
+        """Within this context a request counts, from before its body is read.
+
+        Raises ApiError 429 where the key has as many as it may.
+        """
         if not isinstance(who, KeyConfig):
             yield
             return
         if self._active[who.name] >= who.max_concurrent:
             message = f"{who.max_concurrent} requests of this key are being worked on already"
             raise ApiError(429, message, retry_after_s=1.0)
-        self._take(who, images)
         self._active[who.name] += 1
         try:
             yield
         finally:
             self._active[who.name] -= 1
 
-    def _take(self, key: KeyConfig, images: int) -> None:
-        """Take images from the key's bucket, which a minute fills."""
-        if key.images_per_minute is None:
+    def take(self, key: KeyConfig | str, images: int) -> None:
+        """Take images from a key's bucket, which a minute fills. Raises ApiError 429."""
+        if not isinstance(key, KeyConfig) or key.images_per_minute is None:
             return
         rate = key.images_per_minute / MINUTE_S
         now_s = time.monotonic()

@@ -9,28 +9,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config
+from rayjobs.config import Config, HowToLoad
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Kind = Literal["text-to-image", "image-to-image"]
-
-
-class HowToLoad(Config):
-    """How weights are held: speed and memory, but not what they draw."""
-
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: as dtype, but float32 where the autoencoder overflows in float16."""
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
-    """torch's scaled-dot-product kernel."""
-    channels_last: bool = True
-    compile: Literal["no", "blocks", "full"] = "no"
-    """torch.compile of the UNet: each repeated block once, or the whole."""
-    vae_slicing: bool = False
-    vae_tiling: bool = False
 
 
 class ModelConfig(HowToLoad):

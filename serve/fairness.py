@@ -89,7 +89,8 @@ class Receipt:
 
 
 class FairBatcher(Generic[R]):
-    """A batcher for the engine: shapes share the time, callers a shape's places, short rows first.
+    """A batcher for the engine: shapes share the time by the rows of their calls, callers share a
+    shape's places, short rows go first.
 
     `bound(shape)` is how many places a call of that shape may have. `tickets` are put in by
     whoever adds a request, before it does.
@@ -136,11 +137,14 @@ class FairBatcher(Generic[R]):
         return self.chosen
 
     def charge(self, receipt: Receipt, seconds: float) -> None:
-        """Account for a call: to its shape by time, to its callers by their places."""
+        """Account for a call: to its shape by time, to its callers by their places.
+
+        A shape whose calls hold more rows gets as much more: the share is each row's.
+        """
         if receipt.shape not in self._rows:
             return
         aged = max(0.0, self._clock() - receipt.oldest_s) / AGEING_S
-        self._shapes.charge(receipt.shape, seconds, 1 + aged)
+        self._shapes.charge(receipt.shape, seconds, receipt.rows * (1 + aged))
         for caller, places in receipt.callers:
             self._callers[receipt.shape].charge(caller, seconds * places / receipt.places)
 

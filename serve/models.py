@@ -52,6 +52,11 @@ class Loaded:
     base: "Loaded | None" = None
     """The model whose parts it shares, and which it keeps in memory."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Of its own weights and of the adapters beside them."""
+        return self.num_bytes + self.engine.loras.num_bytes
+
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape
 
@@ -192,7 +197,7 @@ class Models:
     def _make_room(self, num_bytes: int) -> None:
         """Let idle models go until so much fits; a first model is always tried."""
         while self.loaded:
-            held = sum(loaded.num_bytes for loaded in self.loaded.values())
+            held = sum(loaded.held_bytes for loaded in self.loaded.values())
             if held + num_bytes <= self._most_bytes:
                 return
             idle = [loaded for loaded in self.loaded.values() if not loaded.users]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayjobs import exported, storage
-from rayjobs.config import BadInput
+from rayjobs.config import BadInput, HowToLoad
 from rayjobs.diffusion.weights import STARTER, first_line
 from rayjobs.exported import Exported
 from rayjobs.storage import StorageError
-from serve.config import NAME, HowToLoad, LoraConfig, ModelConfig, ServeConfig
+from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class Stepper:
 
     def _step(self, loaded: Loaded) -> None:
         engine, batcher = loaded.engine, loaded.batcher
-        before_s = engine.side_s
+        side_s, proving_s = engine.side_s, engine.proving_s
         batcher.receipt = None
         self._pacer.begin()
         try:
@@ -231,9 +231,10 @@ class Stepper:
             self._tell_progress(loaded, row.id)
         for result in results:
             self._tell_result(loaded, result)
-        side_s = engine.side_s - before_s
-        for step, seconds in self._pacer.end(Made(loaded, batcher.receipt, side_s, len(results))):
-            self._learn(step, seconds)
+        side_s, proving_s = engine.side_s - side_s, engine.proving_s - proving_s
+        made = Made(loaded, batcher.receipt, side_s, proving_s, len(results))
+        for step, seconds in self._pacer.end(made):
+            self._learn(step, seconds - step.proving_s)
 
     def _learn(self, step: Made, seconds: float) -> None:
         """Charge and remember a step, once it is known how long it took."""

@@ -71,6 +71,11 @@ class Engine:
         return self._places.num_places
 
     @property
+    def proving_s(self) -> float:
+        """Spent on recording the UNet: what steps took longer than such steps do."""
+        return self._places.replay.proving_s
+
+    @property
     def num_pending(self) -> int:
         """Requests added and not yet returned."""
         return len(self.rows) + len(self._failed)

@@ -95,6 +95,12 @@ class LoraBank:
         self._paths[adapter.path] = adapter.sha256
         return adapter.sha256
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all adapters, as they are stacked and padded."""
+        layers = list(self._layers.values())
+        return sum(layer.down.nbytes + layer.up.nbytes for layer in layers)
+
     def forget(self, sha256: str) -> None:
         """Give an adapter's place to the next one; no row may be using it."""
         self._release(self._numbers.pop(sha256))

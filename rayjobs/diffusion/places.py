@@ -34,7 +34,7 @@ class Places:
         self.loras = loras
         self.num_places = num_places
         self.fixed_shape = fixed_shape
-        self._replay = Replay(model.unet)
+        self.replay = Replay(model.unet)
         self._conditions_of: tuple[int, ...] = ()
         self._conditions: list[dict[str, Any]] = []
 
@@ -72,7 +72,7 @@ class Places:
                 # Adapters are hooks of modules, which a recording passes over.
                 noise_PCHW = self.model.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
             else:
-                noise_PCHW = self._replay(x_PCHW, t_P, arguments)
+                noise_PCHW = self.replay(x_PCHW, t_P, arguments)
         return noise_PCHW[:num]
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from rayjobs.diffusion.sampler_names import EDM, LIBRARY, SAMPLERS, check_name
+from rayjobs.diffusion.weights import first_line
 
 __all__ = ["EDM", "SAMPLERS", "Sampler", "resolve"]
 
@@ -79,7 +80,13 @@ class Sampler:
             # Left to itself this class draws its seed from the process's global random state.
             options.setdefault("noise_sampler_seed", generator.initial_seed())
         self.scheduler = sampler_class.from_config(config, **options)
-        self.scheduler.set_timesteps(steps, device="cpu")
+        try:
+            self.scheduler.set_timesteps(steps, device="cpu")
+        except (ValueError, IndexError, RuntimeError) as error:  # of the tables it computes
+            raise ValueError(
+                f"sampler {name or own!r} has no schedule of {steps} steps ({first_line(error)}); "
+                "ask for more steps or another sampler"
+            ) from None
         first = 0
         if strength is not None:
             if not hasattr(self.scheduler, "add_noise"):

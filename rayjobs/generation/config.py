@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config, Workers
+from rayjobs.config import Config, HowToLoad, Workers
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.generation.texts import Texts, check_places
 
@@ -27,27 +27,11 @@ class WordConfig(Config):
     """The word in prompts that they stand for."""
 
 
-class ModelConfig(Config):
+class ModelConfig(HowToLoad):
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
     config: str | None = None
     """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: as dtype, but float32 where the autoencoder overflows in float16."""
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
-    """torch's scaled-dot-product kernel."""
-    channels_last: bool = True
-    """Memory format of the convolutions; the other one is slower on CPUs and GPUs alike."""
-    compile: Literal["no", "blocks", "full"] = "no"
-    """torch.compile of the UNet: each repeated block once, or the whole."""
-    vae_slicing: bool = False
-    """Decode in slices, for less memory."""
-    vae_tiling: bool = False
-    """Decode in tiles, for less memory at large sizes."""
     loras: tuple[LoraConfig, ...] = ()
     """Adapters applied to every image."""
     words: tuple[WordConfig, ...] = ()

@@ -136,7 +136,7 @@ def build_vae() -> Any:
 
 def build_scheduler() -> Any:
     """SDXL base's own noise schedule and sampler settings."""
-    return EulerDiscreteScheduler(
+    scheduler: Any = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -144,6 +144,9 @@ def build_scheduler() -> Any:
         steps_offset=1,
         use_karras_sigmas=False,
     )
+    # Not this sampler's own, but DDIM's, which would clip latents as if they were pixels.
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
+    return scheduler
 
 
 def time_ids(num_rows: int) -> torch.Tensor:
