@@ -48,8 +48,8 @@ def told(answers: list[Answer], moments: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=40, help="of arrivals at each load")
-    parser.add_argument("--pending", type=float, default=1.0, help="engine.max_pending_s")
+    parser.add_argument("--seconds", type=float, default=60, help="of arrivals at each load")
+    parser.add_argument("--pending", type=float, default=0.6, help="engine.max_pending_s")
     parser.add_argument("--requests", type=int, default=80, help="at saturation")
     parser.add_argument(
         "--clients", type=int, default=4, help="at saturation: so few that none is refused"

@@ -4,7 +4,7 @@ Owns the model of a step's time (a constant and so much for each place, by shape
 and what follows: how large a call may be, and how long work will take. Knows nothing of rows.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 MEMORY_FRACTION = 0.9
@@ -127,14 +127,26 @@ class Forecast:
         scale = area / (nearest[1][-1] * nearest[1][-2])
         return scale * self._known[nearest].steps.at(places)
 
-    def work_s(self, key: Key, place_steps: int, images: int, places: int | None = None) -> float:
-        """Seconds of work: so many places' steps in calls of `places` (full ones, if None), and so
-        many images decoded."""
-        known = self._known.get(key)
-        decode_s = (known.decode_s or 0.0) if known is not None else 0.0
+    def work_s(self, key: Key, place_steps: int, images: int) -> float:
+        """Seconds of work: so many places' steps in full calls, and so many images decoded."""
         most = self.bound(key)
-        together = most if places is None else max(1, min(most, places))
-        return place_steps * self.step_s(key, together) / together + images * decode_s
+        return place_steps * self.step_s(key, most) / most + images * self._decode_s(key)
+
+    def drain_s(self, key: Key, rows: Iterable[tuple[int, int]]) -> float:
+        """Seconds until rows of (steps left, places) are done if no others come: as they leave,
+        calls have fewer places, and each of these costs more."""
+        ordered, most = sorted(rows), self.bound(key)
+        places, done, total_s = sum(own for _, own in ordered), 0, 0.0
+        for steps, own in ordered:
+            if steps > done:
+                together = min(most, places)
+                total_s += (steps - done) * self.step_s(key, together) * places / together
+            places, done = places - own, steps
+        return total_s + len(ordered) * self._decode_s(key)
+
+    def _decode_s(self, key: Key) -> float:
+        known = self._known.get(key)
+        return 0.0 if known is None else known.decode_s or 0.0
 
     def _of(self, key: Key) -> _Known:
         return self._known.setdefault(key, _Known())

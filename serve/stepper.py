@@ -87,18 +87,14 @@ class Stepper:
 
     def pending_s(self) -> float:
         """Seconds until all jobs are done, in calls as full as these jobs make them."""
-        total, by_key = 0.0, dict[Key, list[Job]]()
+        total, by_key = 0.0, dict[Key, list[tuple[int, int]]]()
         for job in list(self.jobs):
             if job.left and not job.over:
-                by_key.setdefault(job.loaded.key(job.shape), []).append(job)
+                rows = by_key.setdefault(job.loaded.key(job.shape), [])
+                rows += [(left // job.places, job.places) for left in list(job.left.values())]
             elif not job.over:
                 total += self.work_s(job.ask, job.loaded.weights)
-        for key, jobs in by_key.items():
-            images = sum(len(job.left) for job in jobs)
-            places = sum(len(job.left) * job.places for job in jobs)
-            steps = sum(job.place_steps for job in jobs)
-            total += self.forecast.work_s(key, steps, images, places)
-        return total
+        return total + sum(self.forecast.drain_s(key, rows) for key, rows in by_key.items())
 
     def _ask(self, change: Callable[[], None]) -> None:
         self._inbox.append(change)

@@ -150,10 +150,23 @@ def test_a_step_s_time_is_learned() -> None:
     assert found.step_s(KEY, 12) == pytest.approx(0.34)
     most = found.bound(KEY)
     assert found.work_s(KEY, 140, 0) == pytest.approx(140 / most * found.step_s(KEY, most))
-    assert found.work_s(KEY, 160, 0, places=2) == pytest.approx(80 * 0.14)
     assert found.step_s(LARGE, 16) == pytest.approx(4 * 0.42)  # by area, until it is seen
     found.saw_decode(KEY, 0.5)
     assert found.work_s(KEY, 0, 3) == pytest.approx(1.5)
+
+
+def test_how_long_rows_take_as_they_leave_one_by_one() -> None:
+    found = Forecast(16, 0.2)
+    for places in (1, 2, 4, 8, 16, 3, 5):
+        found.saw_step(KEY, places, 0.1 + 0.02 * places)
+    assert found.bound(KEY) == 5
+    assert found.drain_s(KEY, []) == 0
+    assert found.drain_s(KEY, [(20, 2), (10, 2)]) == pytest.approx(10 * 0.18 + 10 * 0.14)
+    assert found.drain_s(KEY, [(7, 1)] * 3) == pytest.approx(7 * 0.16)
+    # Ten rows of one place in calls of five: each has half of the steps.
+    assert found.drain_s(KEY, [(8, 1)] * 10) == pytest.approx(2 * 8 * 0.2)
+    found.saw_decode(KEY, 0.5)
+    assert found.drain_s(KEY, [(7, 1)] * 3) == pytest.approx(7 * 0.16 + 1.5)
 
 
 def test_calls_are_no_longer_than_is_bearable() -> None:
