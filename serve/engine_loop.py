@@ -23,6 +23,7 @@ from serve.safety import Safety
 from serve.stepper import BROKEN, Stepper, too_late
 
 LAG_EVERY_S = 0.1
+WARM_STEPS = 3
 
 
 class EngineLoop:
@@ -104,11 +105,14 @@ class EngineLoop:
         return found
 
     async def warm_up(self, name: str) -> None:
-        """Load a model and make a picture with it, so that the first caller finds it warm."""
-        ask = Ask(id="warm-up", caller="", model=name, prompt="", steps=2)
-        async for event in self.generate(ask):
-            if isinstance(event, Failed):
-                raise BadInput(f"model {name}: {event.message}")
+        """Load a model and make a picture with it, then a full call's: the first callers find it
+        warm, and what waiting times are told from has been seen."""
+        for number in (1, self.config.max_rows):
+            seeds = tuple(range(number))
+            ask = Ask(id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS)
+            async for event in self.generate(ask):
+                if isinstance(event, Failed):
+                    raise BadInput(f"model {name}: {event.message}")
 
     async def close(self) -> None:
         self._lag.cancel()

@@ -60,7 +60,7 @@ class _Known:
     """What was seen of one shape."""
 
     steps: _Line = field(default_factory=_Line)
-    decode_s: float | None = None
+    image_s: float | None = None
     place_bytes: float = 0.0
     most_places: int | None = None
     """Since a larger call ran out of memory."""
@@ -81,10 +81,10 @@ class Forecast:
         known.steps = known.steps.with_point(places, seconds)
         known.place_bytes = max(known.place_bytes, num_bytes / places)
 
-    def saw_decode(self, key: Key, seconds: float) -> None:
+    def saw_image(self, key: Key, seconds: float) -> None:
         known = self._of(key)
-        past = known.decode_s
-        known.decode_s = seconds if past is None else 0.8 * past + 0.2 * seconds
+        past = known.image_s
+        known.image_s = seconds if past is None else 0.8 * past + 0.2 * seconds
 
     def ran_out(self, key: Key, places: int) -> None:
         """A call of so many places did not fit: none so large is tried again."""
@@ -128,9 +128,9 @@ class Forecast:
         return scale * self._known[nearest].steps.at(places)
 
     def work_s(self, key: Key, place_steps: int, images: int) -> float:
-        """Seconds of work: so many places' steps in full calls, and so many images decoded."""
+        """Seconds of work: so many places' steps in full calls, and what images take besides."""
         most = self.bound(key)
-        return place_steps * self.step_s(key, most) / most + images * self._decode_s(key)
+        return place_steps * self.step_s(key, most) / most + images * self._image_s(key)
 
     def drain_s(self, key: Key, rows: Iterable[tuple[int, int]]) -> float:
         """Seconds until rows of (steps left, places) are done if no others come: as they leave,
@@ -142,11 +142,11 @@ class Forecast:
                 together = min(most, places)
                 total_s += (steps - done) * self.step_s(key, together) * places / together
             places, done = places - own, steps
-        return total_s + len(ordered) * self._decode_s(key)
+        return total_s + len(ordered) * self._image_s(key)
 
-    def _decode_s(self, key: Key) -> float:
+    def _image_s(self, key: Key) -> float:
         known = self._known.get(key)
-        return 0.0 if known is None else known.decode_s or 0.0
+        return 0.0 if known is None else known.image_s or 0.0
 
     def _of(self, key: Key) -> _Known:
         return self._known.setdefault(key, _Known())

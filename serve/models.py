@@ -45,6 +45,10 @@ class Loaded:
     num_bytes: int
     users: int = 0
     used_s: float = field(default_factory=time.monotonic)
+    shape: tuple[int, ...] = ()
+    """Of the latents of its last step."""
+    side_s: float = 0.0
+    """Spent on prompts and pictures since the last of these was finished."""
     adapters: dict[str, tuple[str, float]] = field(default_factory=dict)
     """SHA-256 and time of last use of each adapter, by its path."""
     uris: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -234,16 +234,19 @@ class Stepper:
 
     def _learn(self, step: Made, seconds: float) -> None:
         """Charge and remember a step, once it is known how long it took."""
-        self._turns.charge(step.loaded.weights, seconds)
-        if step.receipt is None:
-            return
-        step.loaded.batcher.charge(step.receipt, seconds)
-        key = step.loaded.key(step.receipt.shape)
-        used_bytes, self.forecast.free_bytes = self._pacer.memory()
-        self.forecast.saw_step(key, step.receipt.places, seconds - step.side_s, used_bytes)
-        if step.num_results and step.side_s:
-            self.forecast.saw_decode(key, step.side_s / step.num_results)
-        self.metrics.stepped(step.loaded.weights.uri, step.receipt.rows, seconds)
+        loaded, receipt = step.loaded, step.receipt
+        self._turns.charge(loaded.weights, seconds)
+        loaded.side_s += step.side_s
+        if receipt is not None:
+            loaded.batcher.charge(receipt, seconds)
+            loaded.shape = receipt.shape
+            used_bytes, self.forecast.free_bytes = self._pacer.memory()
+            step_s = seconds - step.side_s
+            self.forecast.saw_step(loaded.key(loaded.shape), receipt.places, step_s, used_bytes)
+            self.metrics.stepped(loaded.weights.uri, receipt.rows, seconds)
+        if step.num_results and loaded.shape:
+            self.forecast.saw_image(loaded.key(loaded.shape), loaded.side_s / step.num_results)
+            loaded.side_s = 0.0
 
     def _drop(self, loaded: Loaded, error: Exception) -> None:
         """End the jobs whose rows were in a call that failed."""

@@ -63,7 +63,8 @@ class Engine:
         self._ids = count()
         self.keep_pixels = False
         self.side_s = 0.0
-        """Spent on encoding and decoding pictures; on a GPU that is done beside, not counted."""
+        """Spent on prompts, and on encoding and decoding pictures; what a GPU does of that beside
+        its steps is not counted."""
 
     @property
     def num_places(self) -> int:
@@ -167,7 +168,9 @@ class Engine:
         waiting = [row for row in self.rows.values() if row.embeddings is None and row not in new]
         new += waiting[: max(0, self.prompts.batch - len(new))]
         texts = [text for row in new for text in row.texts]
+        started_s = perf_counter()
         embeddings = iter(self.prompts.encode(texts))
+        self.side_s += perf_counter() - started_s
         for row in new:
             row.embeddings = [next(embeddings) for _ in row.texts]
 

@@ -151,7 +151,7 @@ def test_a_step_s_time_is_learned() -> None:
     most = found.bound(KEY)
     assert found.work_s(KEY, 140, 0) == pytest.approx(140 / most * found.step_s(KEY, most))
     assert found.step_s(LARGE, 16) == pytest.approx(4 * 0.42)  # by area, until it is seen
-    found.saw_decode(KEY, 0.5)
+    found.saw_image(KEY, 0.5)
     assert found.work_s(KEY, 0, 3) == pytest.approx(1.5)
 
 
@@ -165,7 +165,7 @@ def test_how_long_rows_take_as_they_leave_one_by_one() -> None:
     assert found.drain_s(KEY, [(7, 1)] * 3) == pytest.approx(7 * 0.16)
     # Ten rows of one place in calls of five: each has half of the steps.
     assert found.drain_s(KEY, [(8, 1)] * 10) == pytest.approx(2 * 8 * 0.2)
-    found.saw_decode(KEY, 0.5)
+    found.saw_image(KEY, 0.5)
     assert found.drain_s(KEY, [(7, 1)] * 3) == pytest.approx(7 * 0.16 + 1.5)
 
 

@@ -61,7 +61,8 @@ def test_two_hundred_mixed_requests(patient: Running, picture: Picture, starter:
     picture(1).save(buffer, "PNG")
     bodies = mixed(200, seed=5, picture=buffer.getvalue())
     answers = ask_all(patient.url, bodies)
-    assert {answer.status for answer in answers} == {200}
+    told = [answer.body for answer in answers if answer.status != 200]
+    assert not told, told
     engine = Engine(starter, max_rows=1, fixed_shape=False)
     for answer in answers:
         expected = alone(answer, picture(1), engine)
