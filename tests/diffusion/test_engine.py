@@ -44,6 +44,7 @@ def test_an_init_image_decides_the_size_when_none_is_asked_for(starter: Model) -
         ({"sampler": "eulr"}, "unknown sampler 'eulr'"),
         ({"sampler": "EDMEulerScheduler"}, "does not fit"),
         ({"sampler_options": {"nonsense": 1}}, "no option 'nonsense'"),
+        ({"sampler": "pndm", "steps": 2}, "sampler 'pndm' has no schedule of 2 steps"),
         ({"width": 66}, "width is 66"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 5000}, "5000"),
