@@ -74,7 +74,7 @@ class Replay:
             is_same = torch.equal(self._replay(inputs), noise)
             self._replayed_s = perf_counter() - started_s
             return is_same
-        except RuntimeError:  # such as sides that the recording is not for
+        except Exception:  # such as sides that the recording is not for, or a tracer's limit
             return False
 
     def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -91,8 +91,8 @@ class Replay:
             """The UNet on weights that the tracer knows as inputs."""
             given = iter(rest)
             shaped = _shaped(arguments, given)
-            self._put(given)
             try:
+                self._put(given)
                 noise: torch.Tensor = self.unet(x_PCHW, t_P, return_dict=False, **shaped)[0]
                 return noise
             finally:
