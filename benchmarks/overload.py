@@ -1,6 +1,6 @@
 """The serving application beyond what it can do: who is refused, and how the others fare.
 
-`python -m benchmarks.overload [--seconds 40]` measures what the application makes at saturation,
+`python -m benchmarks.overload [--seconds 100]` measures what the application makes at saturation,
 then plays Poisson arrivals at 0.95 and at 3 times that, prints a table and writes overload.json.
 An answer's `retry-after` is compared with the truth: how long it then took until every request that
 had been admitted before was answered.
@@ -48,11 +48,11 @@ def told(answers: list[Answer], moments: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="of arrivals at each load")
-    parser.add_argument("--pending", type=float, default=0.6, help="engine.max_pending_s")
+    parser.add_argument("--seconds", type=float, default=100, help="of arrivals at each load")
+    parser.add_argument("--pending", type=float, default=4.0, help="engine.max_pending_s")
     parser.add_argument("--requests", type=int, default=80, help="at saturation")
     parser.add_argument(
-        "--clients", type=int, default=4, help="at saturation: so few that none is refused"
+        "--clients", type=int, default=8, help="at saturation: so few that none is refused"
     )
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

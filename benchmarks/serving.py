@@ -145,6 +145,11 @@ class Side:
         answers = load.play_closed(self.url, self.wanted, clients)
         return self._told(answers, watch.told())
 
+    def alone_s(self) -> list[float]:
+        """What each of the first requests takes if nobody else asks."""
+        answers = load.play_closed(self.url, self.wanted[:NUM_WARM], 1)
+        return [answer.seconds for answer in answers]
+
     def _told(self, answers: list[Answer], watched: dict[str, float]) -> dict[str, Any]:
         good = [answer for answer in answers if answer.status == 200]
         if not good:
@@ -224,13 +229,16 @@ def measure(model: str, uri: str, args: argparse.Namespace) -> dict[str, Any]:
         sides = [Side(name, url, wanted, pictures, cluster) for name, url in urls.items()]
         for side in sides:
             side.warm_up()
-        alone = sides[0].closed(1)
-        capacity = alone["images_per_s"]
-        print(f"\n{model}: {sides[0].name} makes {capacity:.2f} images/s one by one", flush=True)
+        first, alone = sides[0], sides[0].closed(1)
+        capacity, usual_s = alone["images_per_s"], sum(alone["seconds"][:NUM_WARM])
+        print(f"\n{model}: {first.name} makes {capacity:.2f} images/s one by one", flush=True)
         for pattern in PATTERNS:
             for times in args.loads:
-                moments = load.arrivals(pattern, args.requests, times * capacity)
-                turns({"load": times, "pattern": pattern}, lambda s, m=moments: s.cell(m))
+                # The machine is not as fast at all times, and the load is to be what it is called.
+                speed = usual_s / sum(first.alone_s())
+                moments = load.arrivals(pattern, args.requests, times * capacity * speed)
+                cell = {"load": times, "pattern": pattern, "speed": speed}
+                turns(cell, lambda side, moments=moments: side.cell(moments))
         turns({"load": None, "pattern": SATURATED}, lambda side: side.closed(args.clients))
     return {"model": model, "capacity_per_s": capacity, "alone": alone, "cells": rows}
 
