@@ -172,7 +172,8 @@ def check_same(output: str, calm: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("output", ["bucket", CEPH], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["bucket", "ceph_bucket"], indirect=True)
 def test_a_worker_dies_on_s3(calm: str, priors: Path, output: str) -> None:
     killed: list[int] = []
 
@@ -209,6 +210,7 @@ def test_a_cut_checkpoint_on_s3_is_not_used(
     check_kept(output, list(range(3, 31, 3)))
 
 
+@pytest.mark.slow
 def test_a_cut_last_checkpoint_is_made_again(calm: str, priors: Path, tmp_path: Path) -> None:
     """As when a run ends between its last checkpoint and its export."""
     output = str(tmp_path / "out")

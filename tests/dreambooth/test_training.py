@@ -146,7 +146,9 @@ def test_a_killed_driver_is_started_again(
     assert out.startswith(b"nothing to do")
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_an_interruption(priors: Path, tmp_path: Path, sign: signal.Signals) -> None:
     output = str(tmp_path / "out")
     long = {"steps": 500, "global_batch_size": 4}
