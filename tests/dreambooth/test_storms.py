@@ -27,6 +27,7 @@ from rayjobs.dreambooth.config import DreamBoothConfig
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
@@ -35,7 +36,6 @@ SUBJECT = ROOT / "configs" / "demo" / "subject"
 LORA = {"steps": 30, "global_batch_size": 4, "learning_rate": 1e-3}
 LONG = LORA | {"steps": 400, "learning_rate": 1e-4}
 FULL = {"steps": 24, "global_batch_size": 4, "learning_rate": 1e-4, "method": "full"}
-CEPH = pytest.param("ceph_bucket", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,6 @@ def check_same(output: str, calm: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("output", ["bucket", "ceph_bucket"], indirect=True)
 def test_a_worker_dies_on_s3(calm: str, priors: Path, output: str) -> None:
     killed: list[int] = []
@@ -191,7 +190,7 @@ def test_a_worker_dies_on_s3(calm: str, priors: Path, output: str) -> None:
     check_kept(output, [27, 30])
 
 
-@pytest.mark.parametrize("output", ["bucket", CEPH], indirect=True)
+@pytest.mark.parametrize("output", ["bucket", "ceph_bucket"], indirect=True)
 def test_a_cut_checkpoint_on_s3_is_not_used(
     calm: str, priors: Path, output: str, tmp_path: Path
 ) -> None:
@@ -210,7 +209,6 @@ def test_a_cut_checkpoint_on_s3_is_not_used(
     check_kept(output, list(range(3, 31, 3)))
 
 
-@pytest.mark.slow
 def test_a_cut_last_checkpoint_is_made_again(calm: str, priors: Path, tmp_path: Path) -> None:
     """As when a run ends between its last checkpoint and its export."""
     output = str(tmp_path / "out")
@@ -240,7 +238,6 @@ def cluster(alone: str) -> Iterator[Cluster]:
     made.shutdown()
 
 
-@pytest.mark.slow
 def test_a_cluster_grows_and_shrinks(
     priors: Path, tmp_path: Path, alone: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +269,6 @@ def sharded(priors: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return output
 
 
-@pytest.mark.slow
 def test_shards_give_the_same_losses(priors: Path, sharded: str, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     run(values(output, priors, FULL | {"strategy": "ddp"}, min=2))
@@ -283,7 +279,6 @@ def test_shards_give_the_same_losses(priors: Path, sharded: str, tmp_path: Path)
     assert all((ours[name] - theirs[name]).abs().max() <= 1e-4 for name in theirs)
 
 
-@pytest.mark.slow
 def test_shards_of_a_killed_driver(priors: Path, sharded: str, tmp_path: Path) -> None:
     """As many workers go on with them, and so does one alone."""
     output, copy = tmp_path / "out", tmp_path / "copy"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from rayjobs import exported, storage
 from rayjobs.config import BadInput, JobFailed
@@ -120,10 +120,10 @@ def wait_for_checkpoint(output: str, step: int) -> None:
 
 
 def test_a_killed_driver_is_started_again(
-    one_worker: list[float], priors: Path, tmp_path: Path
+    one_worker: list[float], priors: Path, tmp_path: Path, bucket: str
 ) -> None:
-    """Bit for bit what one undisturbed run gives; then there is nothing to do."""
-    calm, killed = str(tmp_path / "calm"), str(tmp_path / "killed")
+    """Bit for bit, on S3, what one undisturbed run gives; then there is nothing to do."""
+    calm, killed = str(tmp_path / "calm"), f"{bucket}/killed"
     long = {"steps": 24, "global_batch_size": 4, "learning_rate": 1e-3}
     job.run(config(calm, priors, train=long))
     run = values(killed, priors, train=long)
@@ -137,7 +137,8 @@ def test_a_killed_driver_is_started_again(
     assert process.returncode == 0, said
     assert losses(killed) == losses(calm)
     assert losses(killed)[:8] == one_worker
-    weights = [load_file(f"{each}/export/{exported.LORA_FILE}") for each in (calm, killed)]
+    exports = [storage.join(each, "export", exported.LORA_FILE) for each in (calm, killed)]
+    weights = [load(storage.read_bytes(uri)) for uri in exports]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     again = start(tmp_path, run)
