@@ -5,8 +5,8 @@ model and writes benchmarks/serving.json. The sides: `a` is Ray's own example, o
 time; `b` has `@serve.batch`, and makes requests that agree in everything in one call; `keyed`, if
 it is asked for, has such a queue for each key; `ours` is the application. All of them have the same
 weights, dtype, threads and largest batch, and the same requests at the same moments: one by one
-(Poisson) or in bursts, at so many times what the first side can do, which is measured before. Then
-a number of callers who each wait for their answer load every side to saturation.
+(Poisson) or in bursts, at so many times what the first side can do, which is measured before each
+load. Then a number of callers who each wait for their answer load every side to saturation.
 
 The sides are applications of one Ray cluster and take turns, cell by cell, so that a ratio is of
 the same minutes; one that is not asked takes two hundredths of a core. Columns: `first` is the
@@ -145,10 +145,9 @@ class Side:
         answers = load.play_closed(self.url, self.wanted, clients)
         return self._told(answers, watch.told())
 
-    def alone_s(self) -> list[float]:
-        """What each of the first requests takes if nobody else asks."""
-        answers = load.play_closed(self.url, self.wanted[:NUM_WARM], 1)
-        return [answer.seconds for answer in answers]
+    def alone_s(self) -> float:
+        """What the first requests take, one by one, if nobody else asks."""
+        return sum(each.seconds for each in load.play_closed(self.url, self.wanted[:NUM_WARM], 1))
 
     def _told(self, answers: list[Answer], watched: dict[str, float]) -> dict[str, Any]:
         good = [answer for answer in answers if answer.status == 200]
@@ -235,7 +234,7 @@ def measure(model: str, uri: str, args: argparse.Namespace) -> dict[str, Any]:
         for pattern in PATTERNS:
             for times in args.loads:
                 # The machine is not as fast at all times, and the load is to be what it is called.
-                speed = usual_s / sum(first.alone_s())
+                speed = usual_s / first.alone_s()
                 moments = load.arrivals(pattern, args.requests, times * capacity * speed)
                 cell = {"load": times, "pattern": pattern, "speed": speed}
                 turns(cell, lambda side, moments=moments: side.cell(moments))
