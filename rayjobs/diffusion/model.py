@@ -127,12 +127,20 @@ def load_model(
             f"model {uri!r}: its UNet takes {pipeline.unet.config.in_channels} channels, not 4 "
             "(inpainting models are not supported)"
         )
-    return _assemble(uri, pipeline, weights.sha256, dtype, device, options)
+    return assemble(uri, pipeline, weights.sha256, dtype, device, options)
 
 
-def _assemble(
-    uri: str, pipeline: Any, sha256: str, dtype: torch.dtype, device: str, options: ModelOptions
+def assemble(
+    uri: str,
+    pipeline: Any,
+    sha256: str,
+    dtype: torch.dtype,
+    device: str,
+    options: ModelOptions,
+    *,
+    family: str | None = None,
 ) -> Model:
+    """A model of a pipeline's parts, which need no pipeline around them if `family` is given."""
     vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype)
     pipeline.unet.to(device=device, dtype=dtype)
     pipeline.vae.to(device=device, dtype=vae_dtype)
@@ -162,7 +170,7 @@ def _assemble(
         pipeline.unet.compile_repeated_blocks()
     return Model(
         uri=uri,
-        family=FAMILIES[type(pipeline).__name__],
+        family=family or FAMILIES[type(pipeline).__name__],
         unet=pipeline.unet,
         vae=pipeline.vae,
         text_encoders=[encoder for encoder in encoders if encoder is not None],

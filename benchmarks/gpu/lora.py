@@ -1,0 +1,58 @@
+"""What adapters cost a call: none, one row of eight, every row its own; and their admission."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import paths, timing
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.model import call, unet_inputs
+from rayjobs.diffusion.lora import Adapter, LoraBank
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ROWS = 8
+
+
+@torch.no_grad()
+def run(bench: Bench) -> Iterator[dict[str, Any]]:
+    model = bench.model
+    bank = LoraBank(model)
+    rank = 4 if bench.small else 16
+    rows = min(ROWS, max(bench.sizes) // 2)
+    for number in range(rows):
+        adapter = random_adapter(model.unet, number, rank)
+        seconds = paths.first_call_s(lambda _, a=adapter: bank.admit(a), None, bench.device)
+        if number in (0, rows - 1):
+            yield {"what": "admit", "number": number, "seconds": seconds, "bytes": bank.num_bytes}
+    inputs = unet_inputs(model, 2 * rows, bench.side)
+    uses: dict[str, list[Any]] = {
+        "none": [()] * 2 * rows,
+        "one row": [(("0", 1.0),)] * 2 + [()] * (2 * rows - 2),
+        "every row": [((str(place // 2), 1.0),) for place in range(2 * rows)],
+    }
+    for name, use in uses.items():
+        with bank.applied(use):
+            found = timing.measure(
+                lambda: call(model.unet, inputs), bench.device, repeats=bench.repeats
+            )
+            queued = timing.queued_ms(lambda: call(model.unet, inputs), bench.device, bench.repeats)
+        yield {"what": "call", "adapters": name, "places": 2 * rows, "queued_ms": queued} | found
+    small = unet_inputs(model, 2, bench.side)
+    with bank.applied(uses["every row"][:2]):
+        found = timing.measure(lambda: call(model.unet, small), bench.device, repeats=bench.repeats)
+    yield {"what": "call", "adapters": "one row alone", "places": 2} | found
+    bank.detach()
+
+
+def random_adapter(unet: Any, number: int, rank: int) -> Adapter:
+    """Low-rank factors for every attention layer; `number` is its name too."""
+    generator = torch.Generator().manual_seed(number)
+    factors = {}
+    for name, layer in unet.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.endswith(ATTENTION):
+            shapes = (rank, layer.in_features), (layer.out_features, rank)
+            down, up = (torch.randn(s, generator=generator) * 0.02 for s in shapes)
+            factors["unet", name] = (down, up)
+    return Adapter(str(number), Path(str(number)), str(number), factors)
