@@ -230,7 +230,7 @@ from rayjobs.config import load_config
 from rayjobs.diffusion.engine import Engine
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.worker import ShardWorker
+from rayjobs.generation.worker.shards import ShardWorker
 add = Engine.add
 def fragile(self, request):
     if request.seed == 3 and "blue" in request.prompt:

@@ -82,7 +82,7 @@ def test_one_record_as_json(tmp_path: Path) -> None:
 BIG = """
 import sys
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.plan import describe, plan, record
+from rayjobs.generation.spec.plan import describe, plan, record
 config = GenerateConfig.model_validate({
     "model": {"uri": "some/model"}, "output": {"uri": "o"},
     "prompts": {"inline": [f"p{n}" for n in range(10)]}, "seeds": {"count": 10**8},
