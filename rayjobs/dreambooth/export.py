@@ -1,6 +1,6 @@
 """From a checkpoint to weights that load everywhere: LoRA files, diffusers folders.
 
-Owns file names, key names and the note beside them. What is in a checkpoint is `training.callback`'s.
+Owns file names, key names and the note beside them. What is in a checkpoint is the callback's.
 """
 
 import dataclasses
