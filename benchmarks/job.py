@@ -23,14 +23,14 @@ from typing import Any
 
 import ray
 
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.dataset.records import COLUMNS
 from rayjobs.diffusion import weights
 from rayjobs.generation import job
-from rayjobs.generation import worker as workers
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.pool import session
-from rayjobs.generation.spec import Record
-from rayjobs.records import COLUMNS
+from rayjobs.generation.spec.records import Record
+from rayjobs.generation.worker import shards as workers
+from rayjobs.generation.worker.pool import session
 
 POLL_S = 0.02
 MOST_MB = 200

@@ -22,7 +22,7 @@ from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.dreambooth import job, metrics
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.photos import find_photos
+from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.starter import checker, subject, world
 
 CONFIG = "configs/demo/dreambooth.yaml"

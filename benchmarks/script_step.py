@@ -16,9 +16,9 @@ from PIL import Image
 
 from benchmarks.tasks import CLASS_PROMPT, DEVICE, PROMPT, RANK, RATE, Marks, Task
 from rayjobs.diffusion.weights import locate
-from rayjobs.dreambooth import framing
-from rayjobs.dreambooth.adapters import ATTENTION
-from rayjobs.dreambooth.worker import choose_precision
+from rayjobs.dreambooth.data import bucketing
+from rayjobs.dreambooth.training.lora import ATTENTION
+from rayjobs.dreambooth.training.worker import choose_precision
 
 
 class Script:
@@ -133,4 +133,4 @@ def _read_pictures(folder: Path, side: int) -> list[torch.Tensor]:
     """(3, side, side) in -1..1 of each."""
     size = (side, side)
     pictures = [Image.open(path).convert("RGB").resize(size) for path in sorted(folder.iterdir())]
-    return [framing.to_pixels(picture) for picture in pictures]
+    return [bucketing.to_pixels(picture) for picture in pictures]

@@ -31,10 +31,10 @@ import torch
 from benchmarks.script_step import Script
 from benchmarks.tasks import CLASS_PROMPT, DEVICE, PROMPT, RANK, RATE, Marks, Task, prepare
 from rayjobs import storage
-from rayjobs.dreambooth.batches import Batch, Batches
 from rayjobs.dreambooth.config import CheckpointConfig, DreamBoothConfig, OutputConfig
-from rayjobs.dreambooth.saving import Saving
-from rayjobs.dreambooth.worker import build, choose_precision, load
+from rayjobs.dreambooth.training.batches import Batch, Batches
+from rayjobs.dreambooth.training.callback import Saving
+from rayjobs.dreambooth.training.worker import build, choose_precision, load
 
 WARM_UP = 2
 LEAST_STEP_S = 0.2

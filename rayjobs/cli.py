@@ -166,7 +166,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from rayjobs.generation import export
+    from rayjobs.generation.tools import export
 
     done = export.run(options.uri, export.load(options.settings))
     parts = "".join(f", {count:,} {name}" for name, count in done.splits.items())
@@ -184,7 +184,7 @@ def _config(options: argparse.Namespace) -> "GenerateConfig":
 def _plan(options: argparse.Namespace) -> int:
     import json
 
-    from rayjobs.generation import plan
+    from rayjobs.generation.spec import plan
 
     config, rate = _config(options), options.rate
     if options.record is not None:
@@ -199,7 +199,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from rayjobs.generation import verify
+    from rayjobs.generation.tools import verify
 
     found = verify.verify(options.uri, options.regenerate)
     for fault in found.faults[: verify.MOST_TOLD]:
@@ -222,13 +222,14 @@ def _show(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from rayjobs import storage
     from rayjobs.config import BadInput
-    from rayjobs.generation import duplicates, report
-    from rayjobs.generation.lock import read_lock
+    from rayjobs.dataset.lock import read_lock
+    from rayjobs.quality import duplicates
+    from rayjobs.reports import dataset_report
 
     storage.check(options.uri)
     if read_lock(options.uri) is None:
         raise BadInput(f"{options.uri} is no data set: it has no spec.lock.json")
     found = duplicates.write(options.uri)
     print(f"{found['members']:,} pictures look like another, in {found['groups']:,} groups")
-    print(report.write(options.uri))
+    print(dataset_report.write(options.uri))
     return DONE

@@ -12,8 +12,8 @@ from PIL import Image
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dreambooth import metrics
+from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
-from rayjobs.dreambooth.photos import find_photos
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 

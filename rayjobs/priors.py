@@ -7,11 +7,11 @@ import sys
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.lock import read_lock
 from rayjobs.diffusion.weights import locate
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.photos import find_photos
+from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.generation import prior
-from rayjobs.generation.lock import read_lock
 from rayjobs.generation.prior import PriorConfig
 
 

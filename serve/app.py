@@ -13,11 +13,11 @@ from ray.serve.context import _get_global_client
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from serve.api import create_app
-from serve.auth import is_loopback
 from serve.config import ServeConfig
-from serve.fleet import Fleet
+from serve.ingress.api import create_app
+from serve.ingress.auth import is_loopback
 from serve.registry import Registry
+from serve.router.fleet import Fleet
 
 MOST_ONGOING = 4096
 """Asks on one replica: the engine's own queue is the one that counts, and where 429 comes from."""
@@ -77,12 +77,12 @@ def _engine(config: ServeConfig) -> Any:
             "metrics_interval_s": 1.0,
             "look_back_period_s": 5.0,
             "policy": {
-                "policy_function": "serve.autoscaling:BySeconds",
+                "policy_function": "serve.router.autoscaling:BySeconds",
                 "policy_kwargs": {"target_s": scaling.target_s},
             },
         },
         request_router_config={
-            "request_router_class": "serve.routing:HoldsModel",
+            "request_router_class": "serve.router.affinity:HoldsModel",
             "request_routing_stats_period_s": 1.0,
         },
     )

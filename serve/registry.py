@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.config import BadInput, HowToLoad
 from rayjobs.diffusion.weights import STARTER, first_line
-from rayjobs.exported import Exported
+from rayjobs.models import exported
+from rayjobs.models.exported import Exported
 from rayjobs.storage import StorageError
 from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
 

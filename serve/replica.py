@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from ray import serve as ray_serve
 
-from serve import safety
-from serve.autoscaling import PENDING
 from serve.config import ServeConfig
-from serve.engine_loop import EngineLoop
+from serve.engine import safety
+from serve.engine.loop import EngineLoop
 from serve.protocol import Ask, Event
 from serve.registry import Registry
+from serve.router.autoscaling import PENDING
 
 
 class EngineReplica:

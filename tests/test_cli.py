@@ -20,7 +20,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         raise AssertionError("workers were started")
 
     monkeypatch.setattr(job, "_make", refuse)
-    monkeypatch.setattr("rayjobs.generation.pool.session", refuse)
+    monkeypatch.setattr("rayjobs.generation.worker.pool.session", refuse)
 
     def run(**changes: Any) -> int:
         values: dict[str, Any] = {

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from rayjobs.generation.manifest import Manifest
+from rayjobs.dataset.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (

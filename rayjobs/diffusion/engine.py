@@ -15,12 +15,12 @@ from rayjobs.diffusion.batcher import Batcher, Choosing
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.places import Places
-from rayjobs.diffusion.preview import Previewer
-from rayjobs.diffusion.prompt import PromptEncoder
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
-from rayjobs.diffusion.side import Side
+from rayjobs.diffusion.text.encoder import PromptEncoder
+from rayjobs.diffusion.unet.batch import Places
+from rayjobs.diffusion.vae.preview import Previewer
+from rayjobs.diffusion.vae.worker import Side
 
 PROMPT_CACHE = 512
 """Texts whose embeddings are kept."""

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.init_image import open_image
-from rayjobs.diffusion.inpainting import Inpainting
-from rayjobs.diffusion.latents import draw_noise, encode_image, fitted
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.prompt import Embedding, Text
 from rayjobs.diffusion.request import Request, Result, check_side
 from rayjobs.diffusion.sampler import Sampler
+from rayjobs.diffusion.text.encoder import Embedding, Text
+from rayjobs.diffusion.vae.inpainting import Inpainting
+from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
+from rayjobs.images.decode import open_image
 
 
 class Seen(NamedTuple):

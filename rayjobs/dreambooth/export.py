@@ -1,6 +1,6 @@
 """From a checkpoint to weights that load everywhere: LoRA files, diffusers folders.
 
-Owns file names, key names and the note beside them. What is in a checkpoint is `saving`'s.
+Owns file names, key names and the note beside them. What is in a checkpoint is the callback's.
 """
 
 import dataclasses
@@ -16,17 +16,18 @@ from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
-from rayjobs import exported, storage
-from rayjobs.diffusion import words
+from rayjobs import storage
 from rayjobs.diffusion.model import DTYPES, Model
+from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
-from rayjobs.dreambooth import adapters, saving
-from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.networks import Networks
-from rayjobs.dreambooth.photos import find_photos
-from rayjobs.dreambooth.worker import load
-from rayjobs.exported import EMBEDDINGS_FILE, LORA_FILE, Exported
+from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.training import callback, lora
+from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
+from rayjobs.dreambooth.training.networks import Networks
+from rayjobs.dreambooth.training.worker import load
+from rayjobs.models import exported
+from rayjobs.models.exported import EMBEDDINGS_FILE, LORA_FILE, Exported
 
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
@@ -59,14 +60,14 @@ def rebuild(
 ) -> Networks:
     """The tuned networks of a checkpoint, or their average where one is kept; to be used only."""
     networks = Networks(load(config, device, compute), config, compute)
-    saving.load_weights(checkpoints, checkpoint, networks)
+    callback.load_weights(checkpoints, checkpoint, networks)
     return networks.eval()
 
 
 def save(config: DreamBoothConfig, networks: Networks, folder: Path) -> None:
     """Write what plain diffusers loads, and what else was asked for."""
     if networks.learned:
-        tensors = words.to_tensors(networks.model, config.word, list(networks.learned))
+        tensors = inversion.to_tensors(networks.model, config.word, list(networks.learned))
         save_file(tensors, folder / EMBEDDINGS_FILE)
     if networks.alone:
         pass
@@ -115,7 +116,7 @@ def _save_lora(networks: Networks, folder: Path) -> None:
     )
     layers, tuned = {}, {}
     for part, network in networks.parts():
-        found = convert_state_dict_to_diffusers(adapters.state(network))
+        found = convert_state_dict_to_diffusers(lora.state(network))
         layers[f"{part}_lora_layers"] = {
             _classic(part, name): tensor.float().cpu().contiguous()
             for name, tensor in found.items()

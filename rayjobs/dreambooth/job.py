@@ -19,15 +19,17 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from transformers import AutoTokenizer
 
-from rayjobs import cluster, exported, storage
+from rayjobs import cluster, storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.diffusion.weights import Weights, locate
-from rayjobs.dreambooth import export, lock, report, results, trackers, worker
-from rayjobs.dreambooth.checkpoints import Checkpoints
+from rayjobs.dreambooth import export, lock, report, results
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
-from rayjobs.dreambooth.photos import check_sizes, find_photos
+from rayjobs.dreambooth.data.photos import check_sizes, find_photos
 from rayjobs.dreambooth.results import Result
+from rayjobs.dreambooth.training import trackers, worker
+from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import Watch
+from rayjobs.models import exported
 from rayjobs.progress import Progress
 
 MOST_TOKENS = 4

@@ -9,7 +9,7 @@ from typing import Any
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.photos import Photo
+from rayjobs.dreambooth.data.photos import Photo
 
 FILE = "run.lock.json"
 FREE = ("workers", "checkpoint", "validation", "output", "trackers")

@@ -16,9 +16,9 @@ import yaml
 from rayjobs import storage
 from rayjobs.dreambooth import results
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.photos import find_photos
+from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.results import Result
-from rayjobs.dreambooth.saving import METRICS
+from rayjobs.dreambooth.training.callback import METRICS
 
 MOST_PHOTOS = 24
 PHOTO_HEIGHT = 160

@@ -18,12 +18,13 @@ from rayjobs import storage
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
-from rayjobs.dreambooth import metrics, results, worker
-from rayjobs.dreambooth.checkpoints import Checkpoints
+from rayjobs.dreambooth import metrics, results
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.export import rebuild
-from rayjobs.dreambooth.photos import find_photos
 from rayjobs.dreambooth.results import Result
+from rayjobs.dreambooth.training import worker
+from rayjobs.dreambooth.training.checkpoints import Checkpoints
 
 POLL_S = 2.0
 MOST_ROWS = 8

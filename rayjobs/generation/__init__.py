@@ -8,7 +8,7 @@ EXPORTED = ("ProcessorConfig", "build_processor")
 def __getattr__(name: str) -> Any:
     """The processor's names load Ray, so they are looked up only when asked for."""
     if name in EXPORTED:
-        from rayjobs.generation import processor
+        from rayjobs.generation.worker import processor
 
         return getattr(processor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

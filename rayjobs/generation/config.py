@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, HowToLoad, Workers
 from rayjobs.diffusion.request import check_side, check_strength
-from rayjobs.generation.texts import Texts, check_places
+from rayjobs.generation.prompts.templates import Texts, check_places
 
 
 class LoraConfig(Config):

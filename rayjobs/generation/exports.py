@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.records import canonical_json
 from rayjobs.diffusion.weights import sha256_of
 from rayjobs.generation.config import GenerateConfig, LoraConfig, ModelConfig, WordConfig
-from rayjobs.records import canonical_json
+from rayjobs.models import exported
 
 if TYPE_CHECKING:
     from rayjobs.diffusion.model import Model
-    from rayjobs.exported import Exported
+    from rayjobs.models.exported import Exported
 
 
 def resolve(config: GenerateConfig) -> GenerateConfig:
@@ -57,7 +58,7 @@ def identity(model_sha256: str, config: ModelConfig) -> str:
 
 def teach(model: Model, config: ModelConfig) -> Model:
     """The model with its words and the identity that they give it."""
-    from rayjobs.diffusion.words import load_word
+    from rayjobs.diffusion.text.inversion import load_word
 
     for each in config.words:
         load_word(model, str(_local(each)), each.word)

@@ -1,7 +1,7 @@
 """The generation job: check everything, lock it, have the missing shards made, tell of it.
 
-Owns the order of events of one run. What a worker does is in `worker`, what is made in `spec` and
-`lock`, how workers are run in `pool`.
+Owns the order of events of one run. What a worker does is in `worker`, what is made in `spec`, how
+workers are run in `worker.pool`.
 """
 
 import time
@@ -14,12 +14,16 @@ import numpy as np
 
 from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
-from rayjobs.generation import card, determinism, duplicates, exports, report
+from rayjobs.dataset.lock import Lock, Segment
+from rayjobs.dataset.manifest import GROUP, Manifest
+from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.draft import check
-from rayjobs.generation.lock import Lock, Segment, open_spec, record_schema
-from rayjobs.generation.manifest import GROUP, Manifest
-from rayjobs.generation.segments import enter
+from rayjobs.generation.spec import determinism
+from rayjobs.generation.spec.draft import check
+from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
+from rayjobs.generation.spec.segments import enter
+from rayjobs.quality import duplicates
+from rayjobs.reports import card, dataset_report
 
 FEW = 100_000
 """Records: of so many the near-duplicates are looked for at the end of each run."""
@@ -91,7 +95,7 @@ def run(
 
 
 def _session(config: GenerateConfig) -> AbstractContextManager[None]:
-    from rayjobs.generation import pool
+    from rayjobs.generation.worker import pool
 
     return pool.session(config)
 
@@ -99,7 +103,7 @@ def _session(config: GenerateConfig) -> AbstractContextManager[None]:
 def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     """Make records of finished shards again: `redo` maps shards to records and their seeds."""
     config = anywhere(config)
-    from rayjobs.generation import pool
+    from rayjobs.generation.worker import pool
 
     manifest, made = Manifest(config.output.uri, lock.format), 0
     with pool.session(config):
@@ -115,7 +119,7 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 def measure_rate(config: GenerateConfig) -> float:
     """Images per second of one worker, measured where a worker would run."""
     config = anywhere(config)
-    from rayjobs.generation import pool, probe
+    from rayjobs.generation.worker import pool, probe
 
     if cluster.is_own():
         return probe.rate(config)
@@ -126,7 +130,7 @@ def measure_rate(config: GenerateConfig) -> float:
 def write_moments(config: GenerateConfig) -> int:
     """Have the pictures' latents and the prompts' embeddings written where workers run."""
     config = anywhere(config)
-    from rayjobs.generation import moments, pool
+    from rayjobs.generation.worker import moments, pool
 
     with pool.session(config):
         return pool.ask(config, moments.write)
@@ -134,7 +138,7 @@ def write_moments(config: GenerateConfig) -> int:
 
 def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
     with check(config) as draft:
-        from rayjobs.generation import pool  # takes seconds, and bad input is told before
+        from rayjobs.generation.worker import pool  # takes seconds, and bad input is told before
 
         if cluster.is_own():
             lock = enter(draft, lambda: determinism.current(config), extend)
@@ -147,10 +151,10 @@ def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
 
 def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:
     """Have it made; gathers entries a thousand at a time on the way. Returns the images made."""
-    from rayjobs.generation import pool
+    from rayjobs.generation.worker import pool
 
     segment = lock.segments[work.segment]
-    mine = anywhere(segment.config(config.output.uri, config))
+    mine = anywhere(config_of(segment, config.output.uri, config))
     done = manifest.committed(lock.num_shards)
     made = 0
     for entry in pool.make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
@@ -199,10 +203,10 @@ def _finish(
     uri = config.output.uri
     failed = sum(entry["failed"] for entry in manifest.entries())
     spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
-    card.write(config, lock, record_schema(config, spec.rows))
-    if lock.num_records <= FEW:  # of a larger one `report` makes it, when asked to
+    card.write(config.output.uri, config.model.uri, lock, record_schema(config, spec.rows))
+    if lock.num_records <= FEW:  # of a larger one `rayjobs report` makes it, when asked to
         duplicates.write(uri)
-    report.write(uri)
+    dataset_report.write(uri)
     if manifest.committed(lock.num_shards).all():
         manifest.clean()
     return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)

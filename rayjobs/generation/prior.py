@@ -22,7 +22,10 @@ from pydantic import Field
 
 from rayjobs import storage
 from rayjobs.config import BadInput, Config, JobFailed
-from rayjobs.generation import duplicates, job, quality
+from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.dataset.records import canonical_json
+from rayjobs.generation import job
 from rayjobs.generation.config import (
     EngineConfig,
     GenerateConfig,
@@ -33,11 +36,10 @@ from rayjobs.generation.config import (
     SamplerConfig,
     WorkersConfig,
 )
-from rayjobs.generation.lock import Lock, job_part, read_lock, snapshot_uri
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.source import Snapshot, write_snapshot
-from rayjobs.generation.spec import Spec, derived_seed
-from rayjobs.records import canonical_json
+from rayjobs.generation.prompts.snapshot import Snapshot, write_snapshot
+from rayjobs.generation.spec.lock import job_part
+from rayjobs.generation.spec.records import Spec, derived_seed
+from rayjobs.quality import duplicates, pixels
 
 ROUNDS = 12
 COLUMNS = ("record", "prompt", "seed", "status", "error", "image")
@@ -83,7 +85,7 @@ class _Found:
     record: int
     key: Key
     fault: str | None
-    signature: quality.Signature | None
+    signature: pixels.Signature | None
 
 
 def run(config: PriorConfig) -> Summary:
@@ -198,10 +200,10 @@ def _judge(row: dict[str, Any]) -> _Found:
     key = (row["prompt"], row["seed"])
     if row["status"] != "ok":
         return _Found(row["record"], key, "failed", None)
-    measured = quality.measure(Image.open(io.BytesIO(row["image"]["bytes"])))
+    measured = pixels.measure(Image.open(io.BytesIO(row["image"]["bytes"])))
     if measured["blank"]:
         return _Found(row["record"], key, "blank", None)
-    signature = quality.Signature(measured["phash"], measured["colours"])
+    signature = pixels.Signature(measured["phash"], measured["colours"])
     return _Found(row["record"], key, None, signature)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dreambooth.photos import find_photos
+from rayjobs.dreambooth.data.photos import find_photos
 
 SKS = "a photo of sks dog"
 STORED_AS = {

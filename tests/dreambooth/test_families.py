@@ -20,11 +20,13 @@ from torch.func import functional_call
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.dreambooth import export, framing, worker
-from rayjobs.dreambooth.batches import Batch
+from rayjobs.dreambooth import export
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.curriculum import Row
-from rayjobs.dreambooth.networks import Networks
+from rayjobs.dreambooth.data import bucketing
+from rayjobs.dreambooth.data.schedule import Row
+from rayjobs.dreambooth.training import worker
+from rayjobs.dreambooth.training.batches import Batch
+from rayjobs.dreambooth.training.networks import Networks
 
 # Lightning reads deprecated parts of torch, and would have frozen networks in training mode.
 pytestmark = [
@@ -290,7 +292,7 @@ def latents(pipeline: Any, rows: list[Row]) -> torch.Tensor:
     for row in rows:
         left, top = corner(row)
         cut = row.view.photo.open().crop((left, top, left + 64, top + 64))
-        posterior = vae.encode(framing.to_pixels(cut)[None]).latent_dist
+        posterior = vae.encode(bucketing.to_pixels(cut)[None]).latent_dist
         noise = row.noise((4, 8, 8), "posterior")
         found.append(posterior.mean[0] + posterior.std[0] * noise)
     z_BCHW = torch.stack(found)

@@ -9,7 +9,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dreambooth import lock
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.photos import Photo
+from rayjobs.dreambooth.data.photos import Photo
 
 
 def photo(name: str, *captions: str, sha256: str = "") -> Photo:

@@ -20,10 +20,11 @@ from diffusers import StableDiffusionXLPipeline
 from ray.cluster_utils import Cluster
 from safetensors.torch import load
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.dreambooth import job
-from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.training.checkpoints import Checkpoints
+from rayjobs.models import exported
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [

@@ -18,11 +18,12 @@ import ray
 import yaml
 from safetensors.torch import load
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import job, results
-from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.training.checkpoints import Checkpoints
+from rayjobs.models import exported
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [

@@ -7,16 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.manifest import Manifest
 from rayjobs.diffusion.model import load_model
-from rayjobs.diffusion.words import initial_vectors, to_tensors
-from rayjobs.exported import Exported
+from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
 from rayjobs.generation import exports, job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.verify import verify
-from rayjobs.generation.worker import ShardWorker
+from rayjobs.generation.tools.verify import verify
+from rayjobs.generation.worker.shards import ShardWorker
+from rayjobs.models import exported
+from rayjobs.models.exported import Exported
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -17,11 +17,11 @@ from ray.cluster_utils import Cluster
 
 from rayjobs import storage
 from rayjobs.cli import main
+from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.verify import verify
-from rayjobs.generation.worker import GUILTY, ShardWorker
+from rayjobs.generation.tools.verify import verify
+from rayjobs.generation.worker.shards import GUILTY, ShardWorker
 from tests.servers import Ceph
 
 ROOT = Path(__file__).parents[2]
@@ -230,7 +230,7 @@ from rayjobs.config import load_config
 from rayjobs.diffusion.engine import Engine
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.worker import ShardWorker
+from rayjobs.generation.worker.shards import ShardWorker
 add = Engine.add
 def fragile(self, request):
     if request.seed == 3 and "blue" in request.prompt:

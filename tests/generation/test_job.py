@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import ray
 
+from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.manifest import Manifest
 
 # Ray Data 2.60 reads its own deprecated switches.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

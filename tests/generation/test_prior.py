@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rayjobs.config import BadInput
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.dataset.records import moments_name, prompt_key, schema
 from rayjobs.diffusion.model import Model
 from rayjobs.generation import prior
-from rayjobs.generation.manifest import Manifest
-from rayjobs.generation.verify import verify
-from rayjobs.records import moments_name, prompt_key, schema
+from rayjobs.generation.tools.verify import verify
 
 # Ray Data 2.60 reads its own deprecated switches.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

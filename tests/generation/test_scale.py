@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rayjobs import storage
-from rayjobs.generation.manifest import GROUP, Manifest
-from rayjobs.records import canonical_json
+from rayjobs.dataset.manifest import GROUP, Manifest
+from rayjobs.dataset.records import canonical_json
 
 NUM_SHARDS = 2 * GROUP + 500
 FEWER = GROUP + 50

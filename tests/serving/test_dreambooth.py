@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import yaml
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
+from rayjobs.models import exported
 from tests.serving.calls import ask_all
 from tests.serving.running import ROOT, get, running
 

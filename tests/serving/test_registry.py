@@ -14,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rayjobs import exported, storage
+from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.diffusion.words import initial_vectors, to_tensors
-from rayjobs.exported import Exported
+from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
+from rayjobs.models import exported
+from rayjobs.models.exported import Exported
 from serve.config import ServeConfig
-from serve.engine_loop import EngineLoop
+from serve.engine.loop import EngineLoop
 from serve.images import to_image
 from serve.protocol import Ask, Event, Failed, Finished
 from serve.registry import Registry

@@ -1,0 +1,1 @@
+"""What a data set is: records, their files, the manifest and the lock. Both jobs stand on it."""

@@ -1,0 +1,291 @@
+"""A shard as files: parquet, a WebDataset tar, or a folder of pictures with metadata.jsonl.
+
+Owns names, layout and encoding of a data set's files; bytes depend on the records alone. Knows
+nothing of how records are made or when their shard is finished.
+
+A failed record has no picture. Parquet holds it among the others, with a null image. Readers of
+tars and picture folders expect a picture of every sample (webdataset's `to_tuple` raises, Hugging
+Face's tar reader infers its columns from the first five samples), so there failed records stand
+aside: in the tar's first member `__failed-00000000__`, which both skip by its name, and in the
+folder's failed.jsonl. `read` gives every record in order, whatever the format.
+"""
+
+import heapq
+import io
+import itertools
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.dataset.json_rows import Row, dump_line, dump_rows, json_kind, load_row
+from rayjobs.dataset.records import IMAGE
+from rayjobs.images.encode import EXTENSION, extension_of
+
+ROWS_PER_GROUP = 32
+
+
+class Format(Protocol):
+    """One way to lay out shards below a data set's `data` folder."""
+
+    def name(self, shard: int) -> str:
+        """The shard's file or folder, below `data`."""
+        ...
+
+    def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
+        """The shard's files by name below `data`, in the order in which they are to be written."""
+        ...
+
+    def read(
+        self,
+        data_uri: str,
+        shard: int,
+        columns: Sequence[str] | None = None,
+        schema: pa.Schema | None = None,
+    ) -> Iterator[Row]:
+        """A finished shard's rows, one at a time; pictures are read only when asked for.
+
+        `columns` that there are not are None. With the records' `schema`, values that JSON holds in
+        another form get their types back; parquet needs none.
+        """
+        ...
+
+    def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
+        """What the data set's card says for `datasets.load_dataset` to find pictures and types."""
+        ...
+
+
+class Parquet:
+    def name(self, shard: int) -> str:
+        return f"shard-{shard:08d}.parquet"
+
+    def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
+        arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+        buffer = io.BytesIO()
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=schema),
+            buffer,
+            row_group_size=ROWS_PER_GROUP,
+            compression={leaf: "zstd" for leaf in _leaves(schema) if leaf != "image.bytes"},
+            use_dictionary=False,
+        )
+        return {self.name(shard): buffer.getvalue()}
+
+    def read(
+        self,
+        data_uri: str,
+        shard: int,
+        columns: Sequence[str] | None = None,
+        schema: pa.Schema | None = None,
+    ) -> Iterator[Row]:
+        with storage.open_input(storage.join(data_uri, self.name(shard))) as file:
+            for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_GROUP, columns=columns):
+                yield from (_chosen(row, columns) for row in batch.to_pylist())
+
+    def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
+        return {"configs": [{"config_name": "default", "data_files": "data/*.parquet"}]}
+
+
+class WebDataset:
+    """Samples are KEY.png (or .jpg, .webp), KEY.json and KEY.txt; KEY is the record's number."""
+
+    def name(self, shard: int) -> str:
+        return f"shard-{shard:08d}.tar"
+
+    def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
+        pairs = list(zip(rows, dump_rows(rows, schema), strict=True))
+        failed = b"".join(dump_line(plain) for row, plain in pairs if row["image"] is None)
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            if failed:
+                _add(tar, f"__failed-{shard:08d}__", failed)
+            for row, plain in pairs:
+                if row["image"] is not None:
+                    picture, key = row["image"]["bytes"], f"{plain['record']:012d}"
+                    members = {
+                        extension_of(picture): picture,
+                        "json": dump_line(plain),
+                        "txt": plain["prompt"].encode(),
+                    }
+                    for extension in sorted(members):
+                        _add(tar, f"{key}.{extension}", members[extension])
+        return {self.name(shard): buffer.getvalue()}
+
+    def read(
+        self,
+        data_uri: str,
+        shard: int,
+        columns: Sequence[str] | None = None,
+        schema: pa.Schema | None = None,
+    ) -> Iterator[Row]:
+        with (
+            storage.open_input(storage.join(data_uri, self.name(shard))) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
+            members = iter(tar)
+            first = next(members, None)
+            failed: list[Row] = []
+            if first is not None and first.name.startswith("__failed"):
+                failed = [load_row(line, schema) for line in _content(tar, first).splitlines()]
+            elif first is not None:
+                members = itertools.chain([first], members)
+            good = _samples(tar, members, columns is None or "image" in columns, schema)
+            for row in _in_order(good, failed):
+                yield _chosen({"image": None, **row}, columns)
+
+    def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
+        features = [
+            {"name": EXTENSION[image_format], "dtype": "image"},
+            {"name": "json", "struct": _features(schema)},
+            *({"name": name, "dtype": "string"} for name in ("txt", "__key__", "__url__")),
+        ]
+        return {
+            "configs": [{"config_name": "default", "data_files": "data/*.tar"}],
+            "dataset_info": {"config_name": "default", "features": features},
+        }
+
+
+class Folder:
+    """Pictures are named by their record's number; metadata.jsonl is written last."""
+
+    def name(self, shard: int) -> str:
+        return f"shard-{shard:08d}"
+
+    def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
+        files: dict[str, bytes] = {}
+        good, failed = b"", b""
+        for row, plain in zip(rows, dump_rows(rows, schema), strict=True):
+            if row["image"] is None:
+                failed += dump_line(plain)
+                continue
+            picture = row["image"]["bytes"]
+            file_name = f"{plain['record']:012d}.{extension_of(picture)}"
+            files[f"{self.name(shard)}/{file_name}"] = picture
+            good += dump_line({"file_name": file_name, **plain})
+        if failed:
+            files[f"{self.name(shard)}/failed.jsonl"] = failed
+        return {**files, f"{self.name(shard)}/metadata.jsonl": good}
+
+    def read(
+        self,
+        data_uri: str,
+        shard: int,
+        columns: Sequence[str] | None = None,
+        schema: pa.Schema | None = None,
+    ) -> Iterator[Row]:
+        folder = storage.join(data_uri, self.name(shard))
+        failed: list[Row] = []
+        if storage.exists(uri := storage.join(folder, "failed.jsonl")):
+            failed = [load_row(line, schema) for line in storage.read_bytes(uri).splitlines()]
+        lines = storage.read_bytes(storage.join(folder, "metadata.jsonl")).splitlines()
+        for row in _in_order((load_row(line, schema) for line in lines), failed):
+            file_name = row.pop("file_name", None)
+            row["image"] = None
+            if file_name is not None and (columns is None or "image" in columns):
+                row["image"] = _image(storage.read_bytes(storage.join(folder, file_name)))
+            yield _chosen(row, columns)
+
+    def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
+        features = [{"name": "image", "dtype": "image"}, *_features(schema)]
+        data_files = ["data/*/[0-9]*", "data/*/metadata.jsonl"]
+        return {
+            "configs": [{"config_name": "default", "data_files": data_files, "features": features}]
+        }
+
+
+FORMATS: dict[str, Format] = {
+    "parquet": Parquet(),
+    "webdataset": WebDataset(),
+    "folder": Folder(),
+}
+
+
+def check_schema(output_format: str, schema: pa.Schema) -> None:
+    """Raise BadInput when a column's type or name cannot go into shards of that format."""
+    if output_format == "parquet":
+        _leaves(schema)
+        return
+    for field in schema:
+        if field.type != IMAGE and json_kind(field.type) is None:
+            raise BadInput(
+                f"column {field.name!r} is {field.type}, which output.format={output_format} "
+                "cannot hold; drop or convert it, or use output.format=parquet"
+            )
+        # Hugging Face takes such columns for the names of pictures.
+        if output_format == "folder" and f"_{field.name}".endswith(("_file_name", "_file_names")):
+            raise BadInput(
+                f"column {field.name!r} has a name that means pictures in metadata.jsonl; rename "
+                "it, or use output.format=parquet or webdataset"
+            )
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Parquet's own names for the columns' parts."""
+    buffer = io.BytesIO()
+    try:
+        pq.write_table(schema.empty_table(), buffer)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise BadInput(f"parquet cannot hold a column: {error}; drop or convert it") from None
+    parts = pq.ParquetFile(buffer).schema
+    return [parts.column(number).path for number in range(len(parts))]
+
+
+def _samples(
+    tar: tarfile.TarFile,
+    members: Iterable[tarfile.TarInfo],
+    with_image: bool,
+    schema: pa.Schema | None,
+) -> Iterator[Row]:
+    for _, parts in itertools.groupby(members, key=lambda member: member.name.split(".")[0]):
+        row: Row = {}
+        image = None
+        for member in parts:
+            if member.name.endswith(".json"):
+                row = load_row(_content(tar, member), schema)
+            elif with_image and not member.name.endswith(".txt"):
+                image = _image(_content(tar, member))
+        yield {"image": image, **row}
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A member without time or owner: those are TarInfo's defaults."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+def _image(data: bytes) -> dict[str, Any]:
+    return {"bytes": data, "path": None}
+
+
+def _in_order(good: Iterable[Row], failed: Iterable[Row]) -> Iterator[Row]:
+    return heapq.merge(good, failed, key=lambda row: row["record"])
+
+
+def _chosen(row: Row, columns: Sequence[str] | None) -> Row:
+    return row if columns is None else {name: row.get(name) for name in columns}
+
+
+def _features(schema: pa.Schema) -> list[dict[str, Any]]:
+    """The columns but the image, as a card lists Hugging Face features."""
+    fields = [field for field in schema if field.type != IMAGE]
+    return [{"name": field.name, **_feature(json_kind(field.type))} for field in fields]
+
+
+def _feature(kind: Any) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"struct": [{"name": f.name, **_feature(f.type)} for f in kind.fields]}
+    if pa.types.is_list(kind):
+        inside = _feature(kind.value_type)
+        return {"list": inside.get("dtype") or inside.get("struct") or inside}
+    names = {"double": "float64", "float": "float32", "halffloat": "float16"}
+    return {"dtype": names.get(str(kind), str(kind))}

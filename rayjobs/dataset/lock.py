@@ -1,0 +1,175 @@
+"""The lock of a data set: what exactly it is made of, written before anything else.
+
+Owns the resolved jobs of its segments, their fingerprint, and the comparison with what a later run
+asks for. Knows a job only as the keys and values that it was resolved to.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field
+
+from rayjobs import storage
+from rayjobs.config import BadInput, Config
+from rayjobs.dataset.records import ENGINE_VERSION, canonical_json
+
+PLACES = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
+PLACES += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
+"""Where things lie: they may move, since the lock holds hashes of what they are."""
+
+
+class Segment(Config):
+    """One job of a data set, resolved: its records are numbered on from the segment before."""
+
+    job: dict[str, Any]
+    """The configuration without what leaves the result alone."""
+    prompts_sha256: str
+    """Of the prompts' snapshot."""
+    num_prompts: int
+    init_sha256: str | None = None
+    """Of the snapshot of the init images' names."""
+    model_name: str
+    model_sha256: str
+    loras_sha256: tuple[str, ...] = ()
+    scorers_sha256: dict[str, str] = Field(default_factory=dict)
+    guided: bool
+    """Whether any record may use guidance: it decides the shape of every UNet call."""
+    engine_version: int = ENGINE_VERSION
+    sources: dict[str, str] = Field(default_factory=dict)
+    """State of the files that prompts and init images came from: have they changed?"""
+    first_prompt: int = 0
+    """The records begin at this prompt: those before are in an earlier segment."""
+    first_seed: int = 0
+    """The records begin at this one of each prompt's seeds: those before are in an earlier one."""
+    first_record: int = 0
+    num_records: int
+    first_shard: int = 0
+    num_shards: int
+
+    @property
+    def shards(self) -> range:
+        return range(self.first_shard, self.first_shard + self.num_shards)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the records of the whole job, wherever its files lie; flat, by key."""
+        parts = self.model_dump(
+            mode="json",
+            include={"job", "prompts_sha256", "num_prompts", "init_sha256"}
+            | {"model_sha256", "loras_sha256", "scorers_sha256", "guided", "engine_version"},
+        )
+        flat = _flat(parts)
+        return {k: v for k, v in flat.items() if k.removeprefix("job.") not in PLACES}
+
+
+class Lock(Config):
+    """What a data set is made of."""
+
+    segments: tuple[Segment, ...]
+    determinism: dict[str, Any]
+    """The class of the workers that began it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the records, wherever the data set lies."""
+        parts = [s.identity() | {"box": [s.first_prompt, s.first_seed]} for s in self.segments]
+        return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+    @property
+    def num_records(self) -> int:
+        return sum(segment.num_records for segment in self.segments)
+
+    @property
+    def num_shards(self) -> int:
+        return sum(segment.num_shards for segment in self.segments)
+
+    @property
+    def format(self) -> str:
+        return str(self.segments[0].job["output"]["format"])
+
+    def segment_of(self, shard: int) -> int:
+        """Which segment a shard belongs to."""
+        return next(n for n, segment in enumerate(self.segments) if shard in segment.shards)
+
+
+def lock_uri(output_uri: str) -> str:
+    return storage.join(output_uri, "spec.lock.json")
+
+
+def snapshot_uri(output_uri: str, segment: int) -> str:
+    return storage.join(output_uri, "prompts", f"segment-{segment:03d}.parquet")
+
+
+def names_uri(output_uri: str, segment: int) -> str:
+    """The snapshot of a segment's init images' names."""
+    return storage.join(output_uri, "prompts", f"segment-{segment:03d}-init.parquet")
+
+
+def read_lock(output_uri: str) -> Lock | None:
+    """The data set's lock, or None when there is none yet."""
+    uri = lock_uri(output_uri)
+    if not storage.exists(uri):
+        return None
+    try:
+        whole = json.loads(storage.read_bytes(uri))
+        return Lock.model_validate({k: whole[k] for k in ("segments", "determinism")})
+    except (KeyError, ValueError) as error:
+        raise BadInput(f"{uri} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def create_lock(lock: Lock, output_uri: str) -> bool:
+    """Write the lock of a new data set; False when another run was first."""
+    return storage.create_bytes(lock_uri(output_uri), _encoded(lock), _staging(output_uri))
+
+
+def replace_lock(lock: Lock, mark: str, output_uri: str) -> bool:
+    """Write a lock with one segment more, unless it changed since `mark` was its etag."""
+    uri = lock_uri(output_uri)
+    return storage.replace_bytes(uri, _encoded(lock), mark, _staging(output_uri))
+
+
+def find(lock: Lock, wanted: Segment, output_uri: str) -> int:
+    """The segment that is the wanted job; raises BadInput with the difference when there is none.
+
+    The difference is that to the last one.
+    """
+    for number, segment in enumerate(lock.segments):
+        if segment.identity() == wanted.identity():
+            return number
+    changed = _changes(lock.segments[-1], wanted)
+    raise BadInput(
+        f"{output_uri} holds another job; choose another output.uri, append this one with --extend,"
+        " or go back to:\n" + "\n".join(changed)
+    )
+
+
+def _changes(found: Segment, wanted: Segment) -> list[str]:
+    before, after = found.identity(), wanted.identity()
+    return [
+        f"  {key}: {_short(before.get(key))} there, {_short(after.get(key))} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _encoded(lock: Lock) -> bytes:
+    whole = {"version": 2, "fingerprint": lock.fingerprint} | lock.model_dump(mode="json")
+    return json.dumps(whole, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def _staging(output_uri: str) -> str:
+    return storage.join(output_uri, "tmp")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat |= _flat(child, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,248 @@
+"""Which shards are finished: one small object for each, written last, is the only commit marker.
+
+Owns the data set's layout, the commit, the replacement of a shard by its next generation, and the
+compaction of a thousand entries into one file. Knows nothing of what is in a shard.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayjobs import storage
+from rayjobs.dataset.formats import FORMATS
+from rayjobs.dataset.records import canonical_json
+
+GROUP = 1000
+"""Shards whose entries share a compact file once all of them are finished."""
+ENTRY = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("generation", pa.int32()),
+        ("file", pa.string()),
+        ("sha256", pa.string()),
+        ("bytes", pa.int64()),
+        ("rows", pa.int32()),
+        ("failed", pa.int32()),
+        ("seconds", pa.float64()),
+        ("finished_at", pa.float64()),
+        ("worker", pa.string()),
+        ("node", pa.string()),
+        ("class", pa.string()),
+        ("class_changed", pa.bool_()),
+    ]
+)
+Entry = dict[str, Any]
+READERS = 16
+
+
+class Manifest:
+    """The manifest of the data set at `uri`, whose shards have the format of that name."""
+
+    def __init__(self, uri: str, format: str = "parquet"):
+        self.uri = uri
+        self.format = FORMATS[format]
+        self.staging = storage.join(uri, "tmp")
+
+    @property
+    def data(self) -> str:
+        return storage.join(self.uri, "data")
+
+    def entry_uri(self, shard: int) -> str:
+        return storage.join(self.uri, "manifest", f"{shard:08d}.json")
+
+    def compact_uri(self, group: int) -> str:
+        return storage.join(self.uri, "manifest", f"compact-{group:08d}.parquet")
+
+    def _intent_uri(self, shard: int) -> str:
+        """A replacement that was begun: its entry is here until it is the manifest's."""
+        return storage.join(self.uri, "replacing", f"{shard:08d}.json")
+
+    # Reading
+
+    def is_committed(self, shard: int) -> bool:
+        # In this order: an entry goes away only once the compact file is there.
+        group = self.compact_uri(shard // GROUP)
+        return storage.exists(self.entry_uri(shard)) or storage.exists(group)
+
+    def entry(self, shard: int) -> Entry | None:
+        """A finished shard's entry."""
+        if storage.exists(self.entry_uri(shard)):
+            found: Entry = json.loads(storage.read_bytes(self.entry_uri(shard)))
+            return found
+        if storage.exists(self.compact_uri(shard // GROUP)):
+            return self._read_compact(shard // GROUP).get(shard)
+        return None
+
+    def committed(self, num_shards: int) -> np.ndarray:
+        """For each shard whether it is finished, (num_shards,) bool."""
+        done = np.zeros(num_shards, bool)
+        single, compact = self._names()
+        for group in compact:
+            done[group * GROUP : (group + 1) * GROUP] = True
+        done[single[single < num_shards]] = True
+        return done
+
+    def entries(self) -> Iterator[Entry]:
+        """The finished shards' entries, in order; a group of them in memory at a time."""
+        single, compact = self._names()
+        by_group = {group: list(some) for group, some in groupby(single, lambda n: int(n) // GROUP)}
+        with ThreadPoolExecutor(READERS) as pool:
+            for group in sorted(by_group.keys() | compact):
+                found = self._read_compact(group) if group in compact else {}
+                found |= self._read_single(by_group.get(group, ()), pool)
+                for shard in sorted(found):
+                    yield found[shard]
+
+    def _names(self) -> tuple[np.ndarray, set[int]]:
+        """Shards with an entry of their own, sorted, and groups with a compact file."""
+        names = storage.list_files(storage.join(self.uri, "manifest"))
+        single = [int(n[:-5]) for n in names if n.endswith(".json") and n[:-5].isdigit()]
+        compact = {int(n[8:-8]) for n in names if n.startswith("compact-") and n[8:-8].isdigit()}
+        return np.array(sorted(single), np.int64), compact
+
+    def _read_single(self, shards: Iterable[int], pool: ThreadPoolExecutor) -> dict[int, Entry]:
+        read = pool.map(lambda shard: storage.read_bytes(self.entry_uri(shard)), shards)
+        return {entry["shard"]: entry for entry in map(json.loads, read)}
+
+    def _read_compact(self, group: int) -> dict[int, Entry]:
+        data = storage.read_bytes(self.compact_uri(group))
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        return {row["shard"]: row for row in rows}
+
+    # Writing
+
+    def commit(self, shard: int, files: Mapping[str, bytes], facts: Entry) -> Entry:
+        """Store a shard, then its entry; of two that commit the same shard the first one counts.
+
+        Data without an entry is what a worker left that died in between: it may be replaced.
+        """
+        self._store(shard, files)
+        entry = self._entry(shard, 0, files, facts)
+        mine = storage.create_bytes(self.entry_uri(shard), canonical_json(entry), self.staging)
+        if mine and storage.exists(self.compact_uri(shard // GROUP)):
+            # Others were first, and their entries are gathered already: ours must not overrule.
+            storage.remove(self.entry_uri(shard))
+            mine = False
+        return entry if mine else self.entry(shard) or entry
+
+    def replace(self, old: Entry, files: Mapping[str, bytes], facts: Entry) -> Entry:
+        """Replace a finished shard by its next generation.
+
+        The new entry is noted before the data changes, so that `recover` can finish what a crash
+        cut off: at no moment do data and entry disagree without a note of it.
+        """
+        shard = old["shard"]
+        mark = storage.etag(self.entry_uri(shard))
+        entry = self._entry(shard, old["generation"] + 1, files, facts)
+        storage.write_bytes(self._intent_uri(shard), canonical_json(entry), self.staging)
+        self._overwrite(shard, files)
+        self._install(entry, mark)
+        storage.remove(self._intent_uri(shard))
+        return entry
+
+    def recover(self) -> None:
+        """Finish or forget replacements that were cut off; only when nobody writes."""
+        folder = storage.join(self.uri, "replacing")
+        for name in storage.list_files(folder):
+            uri = storage.join(folder, name)
+            entry: Entry = json.loads(storage.read_bytes(uri))
+            if self.sha256(entry["shard"]) == entry["sha256"]:
+                self._install(entry, storage.etag(self.entry_uri(entry["shard"])))
+            storage.remove(uri)
+
+    def sha256(self, shard: int) -> str | None:
+        """Of a shard's data as it lies there now; None when there is none."""
+        name = self.format.name(shard)
+        uri = storage.join(self.data, name)
+        if storage.is_folder(uri):
+            names = storage.list_files(uri)
+            files = {f"{name}/{n}": storage.read_bytes(storage.join(uri, n)) for n in names}
+            return hash_of(files)
+        return hash_of({name: storage.read_bytes(uri)}) if storage.exists(uri) else None
+
+    def clean(self) -> None:
+        """Remove what killed writers may have left; only when nobody writes."""
+        for folder in ("tmp", "attempts", "replacing"):
+            storage.remove_folder(storage.join(self.uri, folder))
+
+    def compact(self, only: Iterable[int] | None = None) -> None:
+        """Gather the entries of groups that are complete; only when nobody replaces shards.
+
+        `only` names the groups to look at; without it all are.
+        """
+        single, compact = self._names()
+        groups, counts = np.unique(single // GROUP, return_counts=True)
+        with ThreadPoolExecutor(READERS) as pool:
+            for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+                if (only is not None and group not in only) or count + GROUP * (
+                    group in compact
+                ) < GROUP:
+                    continue
+                found = self._read_compact(group) if group in compact else {}
+                mine = single[single // GROUP == group].tolist()
+                self._write_compact(group, found | self._read_single(mine, pool))
+                list(pool.map(lambda shard: storage.remove(self.entry_uri(shard)), mine))
+
+    def _write_compact(self, group: int, found: dict[int, Entry]) -> None:
+        rows = [found[shard] for shard in sorted(found)]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, ENTRY), buffer, compression="zstd")
+        storage.write_bytes(self.compact_uri(group), buffer.getvalue(), self.staging)
+
+    def _store(self, shard: int, files: Mapping[str, bytes]) -> None:
+        """Put a shard's data in place unless the same is there already."""
+        name = self.format.name(shard)
+        if list(files) != [name]:
+            if not self.is_committed(shard):
+                self._overwrite(shard, files)
+            return
+        uri, data = storage.join(self.data, name), files[name]
+        new = storage.create_bytes(uri, data, self.staging)
+        if not new and not self.is_committed(shard) and storage.read_bytes(uri) != data:
+            storage.write_bytes(uri, data, self.staging)
+
+    def _overwrite(self, shard: int, files: Mapping[str, bytes]) -> None:
+        name = self.format.name(shard)
+        uri = storage.join(self.data, name)
+        if list(files) == [name]:
+            storage.write_bytes(uri, files[name], self.staging)
+        else:
+            inside = {path.removeprefix(f"{name}/"): data for path, data in files.items()}
+            storage.put_folder(uri, inside, self.staging)
+
+    def _install(self, entry: Entry, mark: str | None) -> None:
+        """Make a next generation's entry the shard's own, unless another was faster."""
+        uri, data = self.entry_uri(entry["shard"]), canonical_json(entry)
+        if mark is None:  # the old one is in a compact file, which a single entry overrules
+            storage.create_bytes(uri, data, self.staging)
+        else:
+            storage.replace_bytes(uri, data, mark, self.staging)
+
+    def _entry(
+        self, shard: int, generation: int, files: Mapping[str, bytes], facts: Entry
+    ) -> Entry:
+        return {
+            "shard": shard,
+            "generation": generation,
+            "file": f"data/{self.format.name(shard)}",
+            "sha256": hash_of(files),
+            "bytes": sum(map(len, files.values())),
+            **facts,
+        }
+
+
+def hash_of(files: Mapping[str, bytes]) -> str:
+    """A single file's SHA-256; of several that of the sorted list of their hashes and names."""
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    if len(hashes) == 1 and "/" not in next(iter(hashes)):
+        return next(iter(hashes.values()))
+    lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""From texts to what the UNet is conditioned on."""

@@ -1,0 +1,1 @@
+"""The UNet call for many rows at once."""

@@ -1,0 +1,136 @@
+"""The UNet call: rows are laid out in places, predicted together, and guidance is applied.
+
+Owns the batch tensors, their padding, and classifier-free guidance. Knows nothing of samplers'
+steps or of requests. Legend: P places, C H W latent channels and size, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rayjobs.diffusion.lora import LoraBank
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.unet.replay import Replay
+
+if TYPE_CHECKING:
+    from rayjobs.diffusion.row import Row
+
+KERNELS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+class Places:
+    """Lays rows out in calls of `num_places`; with `fixed_shape` the last call is padded to it."""
+
+    def __init__(self, model: Model, loras: LoraBank, num_places: int, fixed_shape: bool):
+        self.model = model
+        self.loras = loras
+        self.num_places = num_places
+        self.fixed_shape = fixed_shape
+        self.replay = Replay(model.unet)
+        self._conditions_of: tuple[int, ...] = ()
+        self._conditions: list[dict[str, Any]] = []
+
+    def predict_noise(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """The guided prediction (1, C, H, W) for each row, at each row's own timestep."""
+        inputs, timesteps = [], []
+        for row in rows:
+            inputs += [row.scaled_latents()] * row.num_places
+            timesteps += [row.sampler.timestep] * row.num_places
+        x_PCHW = torch.cat(inputs)
+        t_P = torch.stack([t.float() for t in timesteps]).to(self.model.device, non_blocking=True)
+        outputs = [
+            self._call(x_PCHW[first : first + self.num_places], t_P, first, condition)
+            for first, condition in zip(
+                range(0, len(x_PCHW), self.num_places), self._all_conditions(rows), strict=True
+            )
+        ]
+        return self._guide(rows, torch.cat(outputs))
+
+    def _call(
+        self, x_PCHW: torch.Tensor, t_P: torch.Tensor, first: int, condition: dict[str, Any]
+    ) -> torch.Tensor:
+        """One UNet call, padded by repeating its last place; the padding is cut off again."""
+        num = len(x_PCHW)
+        uses = condition["loras"]
+        padding = len(uses) - num
+        t_P = t_P[first : first + num]
+        if padding:
+            x_PCHW = torch.cat([x_PCHW, x_PCHW[-1:].expand(padding, -1, -1, -1)])
+            t_P = torch.cat([t_P, t_P[-1:].expand(padding)])
+        kernel = KERNELS.get(self.model.options.attention)
+        x_PCHW, arguments = x_PCHW.to(self.model.dtype), condition["arguments"]
+        with self.loras.applied(uses), sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+            if any(uses) or self.model.options.compile != "no":
+                # Adapters are hooks of modules, which a recording passes over.
+                noise_PCHW = self.model.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
+            else:
+                noise_PCHW = self.replay(x_PCHW, t_P, arguments)
+        return noise_PCHW[:num]
+
+    def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """What the calls of these rows are conditioned on; kept while the rows stay the same."""
+        ids = tuple(row.id for row in rows)
+        if ids != self._conditions_of:
+            places = [(row, place) for row in rows for place in range(row.num_places)]
+            chunks = [
+                places[first : first + self.num_places]
+                for first in range(0, len(places), self.num_places)
+            ]
+            self._conditions = [self._condition(chunk) for chunk in chunks]
+            self._conditions_of = ids
+        return self._conditions
+
+    def _condition(self, places: list[tuple[Row, int]]) -> dict[str, Any]:
+        if self.fixed_shape:
+            places = places + [places[-1]] * (self.num_places - len(places))
+        embeddings = [row.embeddings[place] for row, place in places if row.embeddings]
+        arguments: dict[str, Any] = {
+            "encoder_hidden_states": torch.cat([e.text_1LD for e in embeddings])
+        }
+        device = self.model.device
+        if self.model.family == "sdxl":
+            # float32 up to the sinusoid: bfloat16 would round 1023 to 1024.
+            size_ids = torch.tensor([row.size_ids for row, _ in places], dtype=torch.float32)
+            pooled = [e.pooled_1D for e in embeddings if e.pooled_1D is not None]
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": torch.cat(pooled),
+                "time_ids": size_ids.to(device),
+            }
+        if self.model.unet.config.time_cond_proj_dim is not None:
+            arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in places])
+        return {"arguments": arguments, "loras": [row.loras for row, _ in places]}
+
+    def _guidance_embedding(self, rows: list[Row]) -> torch.Tensor:
+        """Guidance as an input, for UNets distilled with it (LCM)."""
+        scales = torch.tensor([row.guidance_scale - 1 for row in rows])
+        pipeline: Any = StableDiffusionXLPipeline
+        embedding = pipeline.get_guidance_scale_embedding(
+            None, scales, embedding_dim=self.model.unet.config.time_cond_proj_dim
+        )
+        return embedding.to(self.model.device, self.model.dtype)
+
+    def _guide(self, rows: Sequence[Row], noise_PCHW: torch.Tensor) -> list[torch.Tensor]:
+        """Classifier-free guidance, row by row where there are two places."""
+        guided, place = [], 0
+        for row in rows:
+            noise = noise_PCHW[place : place + 1]
+            if row.num_places == 2:
+                text = noise_PCHW[place + 1 : place + 2]
+                noise = noise + row.guidance_scale * (text - noise)
+                if row.request.guidance_rescale > 0:
+                    noise = rescale_noise_cfg(noise, text, row.request.guidance_rescale)
+            guided.append(noise)
+            place += row.num_places
+        return guided

@@ -1,0 +1,154 @@
+"""Work beside the steps: encoding init images and decoding finished latents.
+
+Owns when and where that work is done. On a GPU it has a thread and a stream of its own, so that no
+step waits for the autoencoder. A CPU has nothing idle to do it with, and two teams of threads on
+the same cores slow each other down (by a quarter, measured): there one picture is encoded or
+decoded between two steps, never more, so that other rows are held up by one at most.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from PIL.Image import Image
+
+from rayjobs.diffusion.faults import OutOfMemory, row_reason
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.vae.latents import decode_latents, to_image
+
+if TYPE_CHECKING:
+    from rayjobs.diffusion.row import Row
+
+NOT_FINITE = "the latents are not finite (NaN or infinity)"
+
+
+class Side:
+    """Takes one picture a call, so that the autoencoder's shape never varies.
+
+    A picture that does not fit the memory ends everything, unless `spares_others`: then its row.
+    """
+
+    def __init__(self, model: Model, spares_others: bool = False):
+        self.model = model
+        self.spares_others = spares_others
+        cuda = model.device.startswith("cuda")
+        self._place: _Place = _Stream(model.device) if cuda else _Between()
+        self._encoding: dict[Future[None], Row] = {}
+        self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}
+
+    def encode(self, row: Row) -> None:
+        """Make the first latents of an image-to-image row."""
+        self._encoding[self._place.submit(row.encode_init, self.model)] = row
+
+    def decode(self, row: Row) -> None:
+        """Make the picture of a row that has taken its last step."""
+        self._decoding[self._place.submit(_decode, row, self.model)] = row
+
+    def cancel(self, row: Row) -> None:
+        """Leave out what is not begun yet of a row that nobody wants any more."""
+        work: list[Any] = [self._encoding, self._decoding]
+        for futures in work:
+            for future in [future for future, other in futures.items() if other is row]:
+                future.cancel()
+                del futures[future]
+
+    def proceed(self, *, to_an_end: bool) -> None:
+        """Do a share of the work; `to_an_end` of one picture at least, if nothing else is left."""
+        self._place.proceed([*self._encoding, *self._decoding], to_an_end)
+
+    def encoded(self) -> Iterator[tuple[Row, str | None]]:
+        """Rows whose init image is encoded, with the reason where that failed."""
+        for future in [future for future in self._encoding if future.done()]:
+            row, error = self._encoding.pop(future), future.exception()
+            if row.latents is not None and row.latents.is_cuda:
+                # Made on the side stream: not to be reused there while a step still reads them.
+                row.latents.record_stream(torch.cuda.current_stream(row.latents.device))
+            yield row, None if error is None else self._reason(error)
+
+    def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
+        """Rows decoded, with pixels and picture, or the reason why not."""
+        for future in [future for future in self._decoding if future.done()]:
+            row, error = self._decoding.pop(future), future.exception()
+            told = None if error is None else self._reason(error)
+            yield (row, None, None, told) if told else (row, *future.result(), None)
+
+    def _reason(self, error: BaseException) -> str:
+        try:
+            return row_reason(error)
+        except OutOfMemory as found:
+            if not self.spares_others:
+                raise
+            return str(found)
+
+
+class _Place(Protocol):
+    """Where the work is done."""
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]: ...
+    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None: ...
+
+
+class _Between:
+    """In the caller's own thread, one piece at a time, first come first served."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._waiting.append((future, work, args))
+        return future
+
+    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None:
+        if not self._waiting:
+            return
+        future, work, args = self._waiting.popleft()
+        while future.cancelled() and self._waiting:
+            future, work, args = self._waiting.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+
+class _Stream:
+    """In a thread and a CUDA stream of its own."""
+
+    def __init__(self, device: str):
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoencoder")
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        event = torch.cuda.current_stream(self._stream.device).record_event()
+        return self._thread.submit(self._run, event, work, *args)
+
+    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None:
+        if to_an_end and futures:
+            wait(futures, return_when=FIRST_COMPLETED)
+
+    @torch.no_grad()
+    def _run(self, event: Any, work: Callable[..., Any], *args: Any) -> Any:
+        """After what was queued on the device when the work was handed over, and to its end."""
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(event)
+            result = work(*args)
+            self._stream.synchronize()
+            return result
+
+
+def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
+    assert row.latents is not None
+    if not torch.isfinite(row.latents).all():
+        raise ValueError(NOT_FINITE)
+    pixels_CHW = decode_latents(row.latents, model)[0]
+    if not torch.isfinite(pixels_CHW).all():
+        raise ValueError("the decoded picture is not finite (NaN or infinity)")
+    if row.inpainting is not None:
+        pixels_CHW = row.inpainting.finish(pixels_CHW)
+    return pixels_CHW, to_image(pixels_CHW)

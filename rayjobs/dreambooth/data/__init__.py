@@ -1,0 +1,1 @@
+"""What a run trains on: photographs, buckets, the schedule, random numbers."""

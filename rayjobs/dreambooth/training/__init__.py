@@ -1,0 +1,1 @@
+"""How a run trains: networks, objective, the Lightning module, checkpoints."""

@@ -1,0 +1,222 @@
+"""The checkpoint callback: every K steps a copy of what is trained, stored beside training.
+
+Owns what a checkpoint holds (trained weights, their average, the optimizer's moments, the step; no
+random state, since there is none) and when it is written. One upload is under way at a time.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from rayjobs import storage
+from rayjobs.dreambooth import results
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.training import fsdp, trackers
+from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
+from rayjobs.dreambooth.training.module import DreamBooth
+from rayjobs.dreambooth.training.networks import Networks
+from rayjobs.storage import StorageError
+
+FILE = "state.pt"
+METRICS = "metrics.jsonl"
+PART_WAIT_S = 1800.0
+POLL_S = 1.0
+
+
+class Saving(pl.Callback):
+    """Writes checkpoints in the background, and the run's metrics with them.
+
+    Whole states are written by rank 0; of sharded ones every rank writes its part, and rank 0 the
+    note that makes a checkpoint of them. `attempt` names this start of the workers: parts of an
+    earlier one are not taken for theirs.
+    """
+
+    def __init__(
+        self, config: DreamBoothConfig, rank: int, num_workers: int, sharded: bool, attempt: str
+    ):
+        self.uri = config.output.uri
+        self.config = config
+        self.checkpoints = Checkpoints(storage.join(self.uri, "checkpoints"))
+        self.rank, self.num_workers = rank, num_workers
+        self.sharded, self.attempt = sharded, attempt
+        self.logs = Path(tempfile.mkdtemp(prefix="logs-"))
+        """Where trackers write; its files are stored with every checkpoint."""
+        self.stalled_s = 0.0
+        """How long training has waited for this."""
+        self._rows: list[str] = []
+        self._start: Checkpoint | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def resume(self, step: int) -> None:
+        """Have training begin where the checkpoint of a step (0: none) was made."""
+        if step:
+            (self._start,) = [each for each in self.checkpoints.list() if each.step == step]
+            self._rows = read_metrics(storage.join(self.uri, METRICS), step)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._start is not None:
+            folder = _fetch(self.checkpoints, self._start)
+            restore(pl_module, folder, self.sharded)
+            shutil.rmtree(folder)
+            pl_module.step, self._start = self._start.step, None
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._rows.append(json.dumps(pl_module.metrics))
+        step, last = pl_module.step, self.config.train.steps
+        if step % self.config.checkpoint.every_n_steps == 0 or step == last:
+            self._save(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        started = time.perf_counter()
+        self._finish()
+        self.stalled_s += time.perf_counter() - started
+        shutil.rmtree(self.logs, ignore_errors=True)
+
+    def _save(self, module: DreamBooth) -> None:
+        if self.rank and not self.sharded:
+            return
+        started = time.perf_counter()
+        self._finish()
+        trackers.flush(module.loggers)
+        folder, rows = Path(tempfile.mkdtemp(prefix="checkpoint-")), "\n".join(self._rows) + "\n"
+        if self.sharded:
+            fsdp.write(folder, module)
+            self._pending = self._thread.submit(self._store_part, module.step, folder, rows)
+        else:
+            held = _to_cpu(state(module))
+            self._pending = self._thread.submit(self._store, module.step, folder, held, rows)
+        self.stalled_s += time.perf_counter() - started
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _store(self, step: int, folder: Path, held: dict[str, Any], rows: str) -> None:
+        try:
+            torch.save(held, folder / FILE)
+            entry = self.checkpoints.put(step, FILE, folder / FILE)
+        finally:
+            shutil.rmtree(folder)
+        self._commit(step, {FILE: entry}, rows)
+
+    def _store_part(self, step: int, folder: Path, rows: str) -> None:
+        """Store this rank's files; as rank 0, wait for the others' and commit."""
+        try:
+            files = {
+                f"{self.attempt}/{path.name}": self.checkpoints.put(
+                    step, f"{self.attempt}/{path.name}", path
+                )
+                for path in sorted(folder.iterdir())
+            }
+        finally:
+            shutil.rmtree(folder)
+        self.checkpoints.put_note(step, self._part(self.rank), files)
+        if self.rank == 0:
+            deadline = time.monotonic() + PART_WAIT_S
+            for rank in range(1, self.num_workers):
+                while (part := self.checkpoints.note(step, self._part(rank))) is None:
+                    if time.monotonic() > deadline:
+                        raise StorageError(f"{self.uri}: worker {rank} stored no part of {step}")
+                    time.sleep(POLL_S)
+                files |= part
+            self._commit(step, files, rows)
+
+    def _part(self, rank: int) -> str:
+        return f"{self.attempt}/part-{rank:05d}.json"
+
+    def _commit(self, step: int, files: dict[str, dict[str, Any]], rows: str) -> None:
+        storage.write_bytes(storage.join(self.uri, METRICS), rows.encode())
+        trackers.store(self.uri, self.logs)
+        self.checkpoints.commit(step, files, {"workers": self.num_workers})
+        steps = [checkpoint.step for checkpoint in self.checkpoints.list()]
+        keep, every = self.config.checkpoint.keep, self.config.validation.every_n_steps
+        self.checkpoints.prune(results.to_keep(steps, results.read(self.uri), keep, every))
+
+
+def state(module: DreamBooth) -> dict[str, Any]:
+    """All that a run needs to go on from here; plain tensors and numbers only."""
+    trained = module.networks.trainable()
+    return {
+        "step": module.step,
+        "trained": {name: parameter.detach() for name, parameter in trained.items()},
+        "average": module.average,
+        "optimizer": module.optimizer.state_dict(),
+        "scaler": module.scaler.state_dict() if module.scaler is not None else {},
+    }
+
+
+def restore(module: DreamBooth, folder: Path, sharded: bool) -> None:
+    """Put a state back; the module's optimizer is made already."""
+    if sharded:
+        fsdp.read(_dcp_folder(folder), module)
+        return
+    held = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    _copy(module.networks.trainable(), held["trained"])
+    _copy(module.average, held["average"])
+    module.optimizer.load_state_dict(held["optimizer"])
+    if module.scaler is not None and held["scaler"]:
+        module.scaler.load_state_dict(held["scaler"])
+
+
+def load_weights(checkpoints: Checkpoints, checkpoint: Checkpoint, networks: Networks) -> None:
+    """Give whole networks in one process a checkpoint's weights; the average, where one is kept."""
+    folder = _fetch(checkpoints, checkpoint)
+    try:
+        averaged, into = networks.averaged, networks.trainable()
+        if FILE in checkpoint.files:
+            held = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+            _copy(into, held["average" if averaged else "trained"])
+        else:
+            fsdp.read_weights(_dcp_folder(folder), into, averaged)
+    finally:
+        shutil.rmtree(folder)
+
+
+def read_metrics(uri: str, last_step: int) -> list[str]:
+    """The lines of steps 1 .. last_step."""
+    if not storage.exists(uri):
+        return []
+    lines = storage.read_bytes(uri).decode().splitlines()
+    return [line for line in lines if json.loads(line)["step"] <= last_step]
+
+
+def _fetch(checkpoints: Checkpoints, checkpoint: Checkpoint) -> Path:
+    folder = checkpoints.fetch(checkpoint)
+    if folder is None:
+        raise StorageError(f"{checkpoints.uri}: checkpoint {checkpoint.step} is not whole")
+    return folder
+
+
+def _dcp_folder(folder: Path) -> Path:
+    """Where shards lie: below the name of the attempt that wrote them."""
+    return next(folder.rglob(".metadata")).parent
+
+
+def _copy(into: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+    if into.keys() != held.keys():
+        raise ValueError("the checkpoint is of other weights than those that are trained")
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(held[name])
+
+
+def _to_cpu(value: Any) -> Any:
+    """A copy on the CPU that later steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_cpu(item) for item in value]
+    return value

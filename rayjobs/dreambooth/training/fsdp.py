@@ -1,0 +1,99 @@
+"""Full fine-tuning with weights, gradients and moments spread over the workers (FSDP2).
+
+Owns the Lightning strategy, what is sharded, and how shards become files that any number of workers
+can read. Where the files go is `callback`'s.
+"""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from rayjobs.dreambooth.training.networks import Networks
+
+
+class RayFSDP2(ModelParallelStrategy):
+    """Lightning's strategy for sharded modules, on Ray Train's workers and devices."""
+
+    def __init__(self) -> None:
+        world_size = ray.train.get_context().get_world_size()
+        super().__init__(data_parallel_size=world_size, tensor_parallel_size=1)
+
+    @property
+    def root_device(self) -> torch.device:
+        return ray.train.torch.get_device()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Gradients stay whole on each worker until the step's last backward pass."""
+        assert self.model is not None
+        roots = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for root in roots:
+            root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for root in roots:
+                root.set_requires_gradient_sync(True)
+
+
+def shard(networks: Networks, mesh: Any) -> None:
+    """Shard every tuned network, and the frozen teacher, block by block over `mesh`.
+
+    Must come before the optimizer is made, which else holds weights that nobody trains.
+    """
+    for network in [*(network for _, network in networks.parts()), *networks.teachers()]:
+        for block in _blocks(network):
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+
+
+def write(folder: Path, module: Any) -> None:
+    """Write this worker's shards of a state into its own folder. All workers call it together."""
+    dcp.save(_state(module), checkpoint_id=str(folder))
+
+
+def read(folder: Path, module: Any) -> None:
+    """Put a state back, written by any number of workers. All workers call it together."""
+    state = _state(module)
+    dcp.load(state, checkpoint_id=str(folder))
+    with torch.no_grad():
+        trained = module.networks.trainable()
+        for name, tensor in state["trained"].items():
+            trained[name].copy_(tensor)
+    set_optimizer_state_dict(module.networks, module.optimizer, state["optimizer"])
+
+
+def read_weights(folder: Path, into: dict[str, torch.nn.Parameter], averaged: bool) -> None:
+    """Read whole weights in one process, which needs no workers."""
+    name = "average" if averaged else "trained"
+    state = {name: {key: parameter.detach() for key, parameter in into.items()}}
+    dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+
+
+def _state(module: Any) -> dict[str, Any]:
+    trained = {name: p.detach() for name, p in module.networks.trainable().items()}
+    optimizer = get_optimizer_state_dict(module.networks, module.optimizer)
+    found = {"trained": trained, "optimizer": optimizer}
+    return found | ({"average": module.average} if module.average else {})
+
+
+def _blocks(network: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The repeated parts: the UNet's residual and transformer blocks, an encoder's layers."""
+    for module in network.modules():
+        is_layer = type(module).__name__ == "CLIPEncoderLayer"
+        if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)) or is_layer:
+            yield module

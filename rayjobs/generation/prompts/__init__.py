@@ -1,0 +1,1 @@
+"""Where prompts come from: files, columns, templates, and the snapshot of them."""

@@ -1,0 +1,191 @@
+"""Where a job's prompts come from: any supported file, read once and kept with the data set.
+
+Owns the snapshots that workers read, of prompts and of init images' names. Knows nothing of files'
+formats, of seeds or of shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, overload
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.dataset.records import OVERRIDES
+from rayjobs.generation.prompts.columns import Kinds, checked, prompt_column
+from rayjobs.generation.prompts.files import Chunk, read_chunks
+
+if TYPE_CHECKING:
+    from rayjobs.generation.config import PromptsConfig
+
+ROWS_PER_GROUP = 4096
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".gif")
+NAMES = pa.schema([("name", pa.string())])
+
+
+def write_snapshot(config: PromptsConfig, path: str) -> int:
+    """Write the prompts as parquet at the local `path`; return how many there are.
+
+    Columns are `prompt`, the override columns that the source has, and what else it has; blank rows
+    are left out. Raises BadInput or StorageError when the source cannot be read.
+    """
+    kinds = Kinds()
+    try:
+        total = _write(config, kinds, path)
+        if total is None:  # A column or its type showed late in the file; now all are known.
+            total = _write(config, kinds, path)
+    except pa.ArrowException as error:
+        raise BadInput(f"prompts.uri: {config.uri}: {error}") from None
+    if total is None:
+        raise BadInput(f"prompts.uri: {config.uri} changed while it was read; start again")
+    if total == 0:
+        raise BadInput(f"prompts: there is no prompt in {config.uri or 'prompts.inline'}")
+    return total
+
+
+def write_names(names: Iterable[str], path: str) -> int:
+    """Write init images' names as parquet at the local `path`; return how many there are."""
+    names, total = iter(names), 0
+    with pq.ParquetWriter(path, NAMES) as writer:
+        while some := list(islice(names, ROWS_PER_GROUP)):
+            writer.write_table(pa.table([some], schema=NAMES), row_group_size=ROWS_PER_GROUP)
+            total += len(some)
+    return total
+
+
+class Snapshot:
+    """Random access to a snapshot's rows, a row group at a time."""
+
+    def __init__(self, uri: str):
+        self._groups = _Groups(uri)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def row(self, number: int) -> dict[str, Any]:
+        group = self._groups.read(number // ROWS_PER_GROUP)
+        return dict(group.slice(number % ROWS_PER_GROUP, 1).to_pylist()[0])
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._groups.schema.names)
+
+    @property
+    def passed_through(self) -> list[pa.Field]:
+        """The source's columns that mean nothing to the job and go along into the records."""
+        known = {"prompt", *OVERRIDES}
+        return [field for field in self._groups.schema if field.name not in known]
+
+
+class Names(Sequence[str]):
+    """The names that `write_names` wrote, a row group of them in memory at a time."""
+
+    def __init__(self, uri: str):
+        self._groups = _Groups(uri)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        numbers = range(len(self))[index]
+        if isinstance(numbers, range):
+            return [self[number] for number in numbers]
+        group = self._groups.read(numbers // ROWS_PER_GROUP)
+        return str(group.column(0)[numbers % ROWS_PER_GROUP].as_py())
+
+
+class Inline:
+    """Prompts of the configuration itself, as rows; templates alone fill in one empty prompt."""
+
+    columns = ("prompt",)
+
+    def __init__(self, config: PromptsConfig):
+        self._prompts = config.inline or ("",)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def row(self, number: int) -> dict[str, Any]:
+        return {"prompt": self._prompts[number]}
+
+
+def list_pictures(uri: str) -> list[str]:
+    """Names of the pictures in a folder and below, sorted."""
+    names = [name for name in storage.list_files(uri) if name.lower().endswith(PICTURES)]
+    if not names:
+        raise BadInput(f"init.uri: {uri} holds no picture ({', '.join(PICTURES)})")
+    return names
+
+
+class _Groups:
+    """A parquet file, local or not, of which the row groups read last are kept."""
+
+    def __init__(self, uri: str):
+        self._uri = uri
+        self._file = pq.ParquetFile(storage.open_input(uri))
+        self.schema: pa.Schema = self._file.schema_arrow
+        self.read = lru_cache(maxsize=4)(self._read)
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def _read(self, number: int) -> pa.Table:
+        return storage.through(self._uri, lambda: self._file.read_row_group(number))
+
+
+def _write(config: PromptsConfig, kinds: Kinds, path: str) -> int | None:
+    """Write all rows; None when a later row changed the types, which `kinds` then knows."""
+    chunks = _chunks(config)
+    first = next(chunks, None)
+    if first is None:
+        return 0
+    kinds.learn(first)
+    schema, total = kinds.schema, 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in _groups(_tables(chain([first], chunks), kinds, schema)):
+            writer.write_table(group, row_group_size=ROWS_PER_GROUP)
+            total += len(group)
+    return total if kinds.schema == schema else None
+
+
+def _tables(chunks: Iterable[Chunk], kinds: Kinds, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows as tables of `schema`; once it does not hold any more, none."""
+    for chunk in chunks:
+        kinds.learn(chunk)
+        if kinds.schema == schema:
+            yield kinds.table(chunk)
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in full row groups: those are found by division."""
+    rest = None
+    for table in tables:
+        rest = table if rest is None else pa.concat_tables([rest, table])
+        while len(rest) >= ROWS_PER_GROUP:
+            yield rest.slice(0, ROWS_PER_GROUP).combine_chunks()
+            rest = rest.slice(ROWS_PER_GROUP)
+    if rest is not None and len(rest):
+        yield rest.combine_chunks()
+
+
+def _chunks(config: PromptsConfig) -> Iterator[Chunk]:
+    """Chunks with `prompt` first, whatever the source."""
+    if config.uri is None:
+        prompts = list(config.inline or ("",))
+        yield Chunk({"prompt": prompts}, range(1, len(prompts) + 1), "prompts.inline", "prompt")
+        return
+    column = None
+    for chunk in read_chunks(config.uri):
+        column = column or prompt_column(config.column, chunk)
+        chunk = checked(chunk, column)
+        if len(chunk):
+            yield chunk

@@ -1,0 +1,1 @@
+"""What a job is: its records by arithmetic, its plan, and its part of the lock."""

@@ -1,0 +1,88 @@
+"""The determinism class: everything outside a request that may move a bit of a picture's bytes.
+
+Owns what is pinned in a process, what is recorded of it, and how two classes are compared. Knows
+nothing of jobs or of Ray.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+from typing import Any
+
+from rayjobs.config import BadInput
+from rayjobs.dataset.records import canonical_json
+from rayjobs.generation.config import GenerateConfig
+
+LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "pyarrow", "numpy")
+CODECS = ("zlib", "libjpeg_turbo", "webp")
+
+
+def pin(config: GenerateConfig) -> None:
+    """Set what torch would otherwise decide by itself, by the machine or by the moment."""
+    import torch
+
+    torch.set_num_threads(num_threads(config))
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def num_threads(config: GenerateConfig) -> int:
+    """As many as CPUs were asked for: their number moves the last bits of a picture."""
+    return max(1, int(config.workers.num_cpus))
+
+
+def current(config: GenerateConfig) -> dict[str, Any]:
+    """The class of a worker of this job on this machine."""
+    from PIL import features
+
+    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found |= {name: features.version(name) for name in CODECS}
+    return found | {
+        "device": _device(config.model.device),
+        "threads": num_threads(config),
+        "tf32": False,
+        "cudnn_benchmark": False,
+        "attention": config.model.attention,
+        "compile": config.model.compile,
+        "watermark": False,
+    }
+
+
+def identify(determinism: dict[str, Any]) -> str:
+    """A short name of a class."""
+    return hashlib.sha256(canonical_json(determinism)).hexdigest()[:12]
+
+
+def check_same(found: dict[str, Any], wanted: dict[str, Any], allowed: bool) -> bool:
+    """Whether a data set's class is this worker's; raises BadInput when it is not and must be."""
+    changed = [
+        f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if changed and not allowed:
+        raise BadInput(
+            "this machine cannot make the same bits as those that the data set was begun with; go "
+            "on with the same versions and hardware, or set engine.allow_class_change=true to mark "
+            "the shards made from now on:\n" + "\n".join(changed)
+        )
+    return not changed
+
+
+def _device(wanted: str) -> str:
+    """The kind of processor, as far as it may move bits."""
+    import torch
+
+    from rayjobs.diffusion import onednn
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        linear = "oneDNN" if onednn.is_faster() else "MKL"
+        return f"{onednn.cpu_vendor()} {torch.backends.cpu.get_cpu_capability()}, {linear}"
+    if not torch.cuda.is_available():
+        raise BadInput(f"model.device is {wanted!r}, but there is no such device here; use cpu")
+    major, minor = torch.cuda.get_device_capability()
+    name, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
+    return f"{name} ({major}.{minor}), CUDA {torch.version.cuda}, cuDNN {cudnn}"

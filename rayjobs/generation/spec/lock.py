@@ -1,0 +1,55 @@
+"""A job and its part of a data set's lock: from the one to the other and back.
+
+Owns what of a configuration decides records, and how a segment's records are found again. What a
+lock is and where it lies is `dataset.lock`'s.
+"""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
+from rayjobs.dataset.records import SCORES, schema
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.prompts.snapshot import Names, Snapshot
+from rayjobs.generation.spec.records import Spec
+
+FREE = ("workers",)
+"""Parts of a configuration that change how a job runs, but not what it makes."""
+
+
+def job_part(config: GenerateConfig) -> dict[str, Any]:
+    whole = config.model_dump(mode="json", exclude=set(FREE))
+    for key in ("uri", "most_images"):
+        whole["output"].pop(key)
+    whole["engine"].pop("allow_class_change")
+    whole["model"].pop("device")
+    return whole
+
+
+def config_of(
+    segment: Segment, output_uri: str, current: GenerateConfig | None = None
+) -> GenerateConfig:
+    """A segment's configuration again; how it runs is taken from `current`."""
+    values = json.loads(json.dumps(segment.job))
+    values["output"]["uri"] = output_uri
+    if current is not None:
+        values["workers"] = current.workers.model_dump()
+        values["engine"]["allow_class_change"] = current.engine.allow_class_change
+        values["model"]["device"] = current.model.device
+    return GenerateConfig.model_validate(values)
+
+
+def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:
+    """The records of a segment, from the snapshots that lie with the data set."""
+    uri = config.output.uri
+    names = Names(names_uri(uri, number)) if segment.init_sha256 is not None else ()
+    rows = Snapshot(snapshot_uri(uri, number))
+    return Spec(config, rows, names, segment.first_prompt, segment.first_seed)
+
+
+def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
+    """The columns of a job's records."""
+    scores = [name for name in SCORES if getattr(config.quality, name) is not None]
+    return schema(rows.passed_through, scores)

@@ -1,0 +1,223 @@
+"""The plan of a job: what it would make and cost, by arithmetic, before anything is made.
+
+Owns counts, sizes, times and how they are told. Reads no weights and knows neither torch nor Ray.
+"""
+
+import json
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.diffusion.weights import STARTER
+from rayjobs.generation.config import GenerateConfig, OutputConfig
+from rayjobs.generation.prompts.snapshot import Inline, Snapshot, list_pictures, write_snapshot
+from rayjobs.generation.spec.records import Spec
+
+LOSSLESS = {"png": 1.3, "webp-lossless": 0.9}
+LOSSY = {
+    "jpeg": ((50, 80, 95, 100), (0.08, 0.14, 0.30, 0.63)),
+    "webp": ((50, 80, 95, 100), (0.055, 0.095, 0.24, 0.33)),
+}
+"""Bytes a pixel, by quality. All were measured on photographs of 512 pixels; those of 1024 are
+about a tenth smaller, flat drawings many times."""
+USUAL_SIDE = 1024
+MOST_COMPARED = 20_000
+"""Texts that are looked at to count the different ones."""
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a job would make; what is not known, such as hours without a rate, is None."""
+
+    num_prompts: int
+    num_texts: int
+    """Texts made of each prompt."""
+    num_parameters: int
+    """Combinations of the parameter axes."""
+    num_inits: int
+    """Init images; 1 without any in the configuration."""
+    num_seeds: int
+    num_records: int
+    num_shards: int
+    num_unique_prompts: int | None
+    """Different texts, where counting them is cheap."""
+    num_bytes: int
+    """Estimate for all images."""
+    num_workers: int
+    """Workers that the job can keep busy."""
+    device_hours: float | None
+    wall_hours: float | None
+    cost: float | None
+    assumptions: tuple[str, ...]
+
+
+def plan(config: GenerateConfig, *, rate: float | None = None, price: float | None = None) -> Plan:
+    """Count what the job would make.
+
+    `rate` is images a second of one worker, `price` that of a device-hour: of a GPU where workers
+    have GPUs, else of a worker. Raises BadInput or StorageError as the job itself would.
+    """
+    for name, value in (("--rate", rate), ("--price", price)):
+        if value is not None and not 0 < value < float("inf"):
+            raise BadInput(f"{name} is {value}; it must be a number above 0")
+    with _opened(config) as spec:
+        return _plan(spec, rate, price)
+
+
+def record(config: GenerateConfig, number: int) -> dict[str, Any]:
+    """Record `number` of the job and its shard, as plain JSON values."""
+    with _opened(config) as spec:
+        if not 0 <= number < spec.num_records:
+            raise BadInput(f"--record is {number}; the job has records 0 .. {spec.num_records - 1}")
+        found = asdict(spec.record(number))
+    found["shard"] = number // config.output.images_per_shard
+    values: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return values
+
+
+def describe(found: Plan) -> str:
+    """The plan in lines for people."""
+    factors = {
+        "prompt": found.num_prompts,
+        "text": found.num_texts,
+        "parameter combination": found.num_parameters,
+        "init image": found.num_inits,
+        "seed": found.num_seeds,
+    }
+    told = [_counted(count, name) for name, count in factors.items() if count > 1]
+    lines = [("records", f"{found.num_records:,} = {' x '.join(told or ['1 prompt'])}")]
+    if found.num_unique_prompts is not None:
+        lines.append(("texts", f"{found.num_unique_prompts:,} different"))
+    lines.append(("shards", f"{found.num_shards:,}"))
+    each = _amount(found.num_bytes / found.num_records)
+    lines.append(("bytes", f"about {_amount(found.num_bytes)}, {each} an image"))
+    if found.device_hours is None or found.wall_hours is None:
+        lines.append(("device-hours", "give --rate, or --probe to measure it"))
+    else:
+        workers = _counted(found.num_workers, "worker")
+        lines.append(("device-hours", f"{found.device_hours:,.2f}"))
+        lines.append(("wall time", f"{_time(found.wall_hours)} with {workers}"))
+    if found.cost is not None:
+        lines.append(("cost", f"{found.cost:,.2f}"))
+    lines += [("assumed" if n == 0 else "", text) for n, text in enumerate(found.assumptions)]
+    return "\n".join(f"{name:<14}{text}" for name, text in lines)
+
+
+def bytes_per_pixel(output: OutputConfig) -> float:
+    """Of a picture like a photograph, in the format of the output."""
+    if output.image_format in LOSSLESS:
+        return LOSSLESS[output.image_format]
+    return float(np.interp(output.quality, *LOSSY[output.image_format]))
+
+
+@contextmanager
+def _opened(config: GenerateConfig) -> Generator[Spec]:
+    """The job's spec; only prompt files need a snapshot, which is gone afterwards."""
+    for uri in (config.prompts.uri, config.init.uri):
+        if uri is not None and storage.is_remote(uri):
+            storage.check(uri)
+    inits = list_pictures(config.init.uri) if config.init.uri is not None else ()
+    if config.prompts.uri is None:
+        yield Spec(config, Inline(config.prompts), inits)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "snapshot.parquet")
+        write_snapshot(config.prompts, path)
+        yield Spec(config, Snapshot(path), inits)
+
+
+def _plan(spec: Spec, rate: float | None, price: float | None) -> Plan:
+    config = spec.config
+    pixels, assumptions = _pixels(spec)
+    workers = min(config.workers.most, spec.num_shards)
+    device_hours = wall_hours = None
+    if rate is not None:
+        device_hours = spec.num_records / rate / HOUR_S * (config.workers.num_gpus or 1)
+        rounds = -(-spec.num_shards // workers)
+        shard = min(config.output.images_per_shard, spec.num_records)
+        wall_hours = rounds * shard / rate / HOUR_S
+        assumptions.append(f"{rate:.3g} images a second of each worker, from start to end")
+    return Plan(
+        num_prompts=spec.num_prompts,
+        num_texts=spec.num_texts,
+        num_parameters=spec.num_parameters,
+        num_inits=spec.num_inits,
+        num_seeds=spec.num_seeds,
+        num_records=spec.num_records,
+        num_shards=spec.num_shards,
+        num_unique_prompts=_num_unique(spec),
+        num_bytes=spec.num_records * round(pixels * bytes_per_pixel(config.output)),
+        num_workers=workers,
+        device_hours=device_hours,
+        wall_hours=wall_hours,
+        cost=None if device_hours is None or price is None else device_hours * price,
+        assumptions=tuple(assumptions),
+    )
+
+
+def _pixels(spec: Spec) -> tuple[float, list[str]]:
+    """Mean pixels of an image, and what had to be assumed about them and their bytes."""
+    config, output = spec.config, spec.config.output
+    quality = f" of quality {output.quality}" if output.image_format in LOSSY else ""
+    per_pixel = bytes_per_pixel(output)
+    told = [f"{per_pixel:.2g} bytes a pixel, as {output.image_format}{quality} of photographs have"]
+    widths = config.parameters.width or (config.image.width,)
+    heights = config.parameters.height or (config.image.height,)
+    own = _model_side(config.model.uri)
+    side = own or USUAL_SIDE
+    if None in (*widths, *heights):
+        known = "as the model's configuration says" if own else "since the model is not at hand"
+        told.append(f"images of {side} pixels where no size is given, {known}")
+    if {"width", "height"} & set(spec.rows.columns):
+        told.append("rows with a size of their own are counted like the others")
+    if len(widths) == len(heights):  # of which longer ones are pairs
+        sizes = list(zip(widths, heights, strict=True))
+    else:
+        sizes = [(width, height) for width in widths for height in heights]
+    return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), told
+
+
+def _model_side(uri: str) -> int | None:
+    """The model's own size, where its configuration lies on this machine."""
+    folder = STARTER if uri == "starter" else Path(uri)
+    try:
+        unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+        vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * int(scale)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _num_unique(spec: Spec) -> int | None:
+    """Different texts, counted by looking at them where they are few."""
+    if spec.num_prompts * spec.num_texts > MOST_COMPARED:
+        return None
+    each = spec.num_parameters * spec.num_inits * spec.num_seeds
+    return len({spec.record(first).prompt for first in range(0, spec.num_records, each)})
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}{'s' if count > 1 else ''}"
+
+
+def _amount(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB", "TB", "PB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} EB"
+
+
+def _time(hours: float) -> str:
+    if hours < 2:
+        return f"{hours * 60:.1f} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"

@@ -1,0 +1,1 @@
+"""What is done with a finished data set: verify, filter, export."""

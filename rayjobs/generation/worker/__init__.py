@@ -1,0 +1,1 @@
+"""How records are made: the generator, shards, and the workers on Ray."""

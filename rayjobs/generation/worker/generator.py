@@ -1,0 +1,247 @@
+"""Records made: one engine, fed with what records ask for, giving their finished rows.
+
+Owns the way from a record to its row: init image, request, encoded picture, columns, identity.
+Knows nothing of shards, of storage layout or of Ray.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+
+from rayjobs import storage
+from rayjobs.dataset.records import ENGINE_VERSION, SCORES, image_id
+from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.diffusion.request import Lora, Request, Result
+from rayjobs.diffusion.sampler import EDM, resolve
+from rayjobs.generation import exports
+from rayjobs.generation.config import GenerateConfig, ModelConfig, QualityConfig
+from rayjobs.generation.spec.records import Record
+from rayjobs.images.encode import encode_picture, parameters_text
+from rayjobs.images.sandbox import Decoder
+from rayjobs.quality import pixels
+
+Row = dict[str, Any]
+BATCHES_AHEAD = 2
+"""Init images are read and decoded this much ahead, and finished pictures wait this much."""
+
+
+@dataclass(frozen=True)
+class Init:
+    """An init image: its file's hash and its picture, or why there is none."""
+
+    sha256: str
+    image: Image.Image | None
+    error: str | None = None
+
+
+class Maker:
+    """Holds the model and makes records; rows come in the order in which they finish.
+
+    `guided` says whether any record may use guidance: it decides the shape of every UNet call.
+    """
+
+    def __init__(self, config: GenerateConfig, model_name: str, guided: bool):
+        self.config = config
+        self.model_name = model_name
+        self.model = load(config.model)
+        size = config.engine.batch_size
+        self.engine = Engine(self.model, size, places=2 * size if guided else size)
+        self.loras = tuple(
+            Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
+        )
+        self.lora_ids = [[self.engine.loras.load(lora.path), lora.scale] for lora in self.loras]
+        self.scorer = load_scorer(config.quality, self.model)
+        self._ahead = BATCHES_AHEAD * size
+        self._decoder = Decoder()
+        self._init = lru_cache(maxsize=4)(self._read_init)
+        self._reading = ThreadPoolExecutor(2, thread_name_prefix="reading")
+        threads = max(1, min(4, int(config.workers.num_cpus)))
+        self._encoding = ThreadPoolExecutor(threads, thread_name_prefix="encoding")
+
+    def make(self, records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
+        """Make `records`, drawn from only as the engine has room; failed ones are rows too."""
+        pending: dict[Request, tuple[Record, Init | None]] = {}
+        rows: deque[Future[tuple[Record, Row]]] = deque()
+        for result in self.engine.generate(self._requests(records, pending)):
+            record, init = pending.pop(result.request)
+            scores = self._score(record, result)
+            rows.append(self._encoding.submit(self._row, record, init, result, scores))
+            while rows and (rows[0].done() or len(rows) > self._ahead):
+                yield rows.popleft().result()
+        for row in rows:
+            yield row.result()
+
+    def image_id(self, record: Record, init_sha256: str | None) -> str:
+        """Over everything that decides the pixels, and nothing else."""
+        sampler, model = self.config.sampler, self.config.model
+        own = type(self.model.scheduler).__name__
+        sampler_class, options = resolve(record.sampler or own, sampler.options, own in EDM)
+        side = self.model.default_side if init_sha256 is None else None
+        return image_id(
+            {
+                "prompt": record.prompt,
+                "negative_prompt": record.negative_prompt,
+                "seed": record.seed,
+                "sampler": sampler_class.__name__,
+                "sampler_options": options,
+                "steps": record.steps,
+                "guidance_scale": self._guidance(record),
+                "guidance_rescale": record.guidance_rescale,
+                "clip_skip": record.clip_skip,
+                "width": record.width or side,
+                "height": record.height or side,
+                "strength": None if init_sha256 is None else record.strength,
+                "init_sha256": init_sha256,
+                "model_sha256": self.model.sha256,
+                "loras": self.lora_ids,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "vae": [str(self.model.vae.dtype), model.vae_slicing, model.vae_tiling],
+                "batch_size": self.config.engine.batch_size,
+                "places": self.engine.num_places,
+                "engine": ENGINE_VERSION,
+            }
+        )
+
+    def _requests(
+        self, records: Iterable[Record], pending: dict[Request, tuple[Record, Init | None]]
+    ) -> Iterator[Request]:
+        """What the engine is asked for, with init images read ahead."""
+        waiting: deque[tuple[Record, Future[Init] | None]] = deque()
+
+        def ready() -> Request:
+            record, future = waiting.popleft()
+            init = None if future is None else future.result()
+            request = self._request(record, init)
+            pending[request] = (record, init)
+            return request
+
+        for record in records:
+            uri = record.init_uri
+            waiting.append((record, self._reading.submit(self._init, uri) if uri else None))
+            if uri is None or len(waiting) > self._ahead:
+                yield ready()
+        while waiting:
+            yield ready()
+
+    def _request(self, record: Record, init: Init | None) -> Request:
+        return Request(
+            prompt=record.prompt,
+            negative_prompt=record.negative_prompt,
+            seed=record.seed,
+            steps=record.steps,
+            sampler=record.sampler,
+            sampler_options=self.config.sampler.options,
+            guidance_scale=record.guidance_scale,
+            guidance_rescale=record.guidance_rescale,
+            clip_skip=record.clip_skip,
+            width=record.width,
+            height=record.height,
+            # Empty bytes fail at once; the row then has the init image's own reason.
+            init_image=None if init is None else init.image or b"",
+            strength=record.strength,
+            loras=self.loras,
+        )
+
+    def _read_init(self, uri: str) -> Init:
+        try:
+            data = storage.read_bytes(uri)
+        except storage.Unavailable:
+            raise
+        except storage.NotThere:
+            return Init("", None, "init image cannot be read: it is missing")
+        except storage.StorageError:
+            return Init("", None, "init image cannot be read: access to it is refused")
+        sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            return Init(sha256, self._decoder.decode(data))
+        except ValueError as error:
+            return Init(sha256, None, str(error))
+
+    def _score(self, record: Record, result: Result) -> Row:
+        # Not beside the engine: on a CPU two teams of threads slow each other down.
+        if self.scorer is None or result.image is None:
+            return {}
+        scores: Row = self.scorer.score(result.image, record.prompt)
+        return scores
+
+    def _row(
+        self, record: Record, init: Init | None, result: Result, scores: Row
+    ) -> tuple[Record, Row]:
+        error = init.error if init is not None and init.error else result.error
+        row = self.columns(record, init) | scores
+        row["warnings"] = "; ".join(result.warnings) or None
+        if result.image is None or error:
+            return record, row | {"status": "failed", "error": error}
+        row |= {"width": result.image.width, "height": result.image.height}
+        row |= pixels.measure(result.image)
+        output = self.config.output
+        text = parameters_text(row) if output.image_format == "png" else None
+        data = encode_picture(result.image, output.image_format, output.quality, text)
+        row["image"] = {"bytes": data, "path": None}
+        row["image_sha256"] = hashlib.sha256(data).hexdigest()
+        return record, row
+
+    def columns(self, record: Record, init: Init | None) -> Row:
+        """The row of a record as far as it is known before its picture is."""
+        side = None if init is not None else self.model.default_side
+        return {
+            "image": None,
+            "image_id": self.image_id(record, init.sha256 if init else None),
+            "image_sha256": None,
+            "record": record.number,
+            "prompt": record.prompt,
+            "negative_prompt": record.negative_prompt,
+            "seed": record.seed,
+            "sampler": record.sampler or type(self.model.scheduler).__name__,
+            "steps": record.steps,
+            "guidance_scale": self._guidance(record),
+            "guidance_rescale": record.guidance_rescale,
+            "clip_skip": record.clip_skip,
+            "strength": record.strength if record.init_image is not None else None,
+            "width": record.width or side,
+            "height": record.height or side,
+            "init_image": record.init_image,
+            "model": self.model_name,
+            "model_sha256": self.model.sha256,
+            "status": "ok",
+            "error": None,
+            **record.passed_through,
+        }
+
+    def _guidance(self, record: Record) -> float:
+        given = record.guidance_scale
+        return self.model.default_guidance_scale if given is None else given
+
+
+def load(config: ModelConfig) -> Model:
+    """The model of a configuration, fetched to this machine first when it is elsewhere."""
+    options = ModelOptions(
+        dtype=config.dtype,
+        device=config.device,
+        vae_dtype=config.vae_dtype,
+        attention=config.attention,
+        channels_last=config.channels_last,
+        compile=config.compile,
+        vae_slicing=config.vae_slicing,
+        vae_tiling=config.vae_tiling,
+    )
+    parts = None if config.config is None else storage.to_local(config.config)
+    return exports.teach(load_model(storage.to_local(config.uri), options, config=parts), config)
+
+
+def load_scorer(config: QualityConfig, model: Model) -> Any:
+    """The encoders that a configuration names, or None."""
+    uris = {name: getattr(config, name) for name in SCORES}
+    if not any(uris.values()):
+        return None
+    from rayjobs.quality.scores import Scorer
+
+    local = {name: None if uri is None else storage.to_local(uri) for name, uri in uris.items()}
+    return Scorer(**local, device=str(model.device), dtype=model.dtype)

@@ -1,0 +1,1 @@
+"""Pictures as bytes: decoded, encoded, with their parameters. PIL only."""

@@ -1,0 +1,288 @@
+"""The data set's report: index.html and the scripts under report/, made from what is finished.
+
+Owns which shards are read, what was read before, and the order of pages. Reads through the manifest
+and knows nothing of how images were made.
+"""
+
+import hashlib
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from rayjobs import storage
+from rayjobs.dataset.lock import Lock, read_lock
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.reports import contact_sheet
+from rayjobs.reports.history import History, rows_shown
+from rayjobs.reports.page import Facts, render
+
+MOST_PICTURES = 20_000
+"""Of a larger data set a sample is shown, spread evenly over its shards."""
+MOST_FAILED_SHARDS = 2_000
+"""Shards that are read for the reasons of their failures alone."""
+MOST_SHAPES = 1_000
+READERS = 4
+PROMPTS_PER_FILE = 5_000
+LARGEST_GROUPS = 12
+PICTURES_PER_GROUP = 6
+
+BROKEN = (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException)
+"""What reading a damaged or missing shard may raise; a report shows the others."""
+
+Sheets = dict[str, dict[str, Any]]
+
+
+def write(output_uri: str, most_pictures: int = MOST_PICTURES) -> str:
+    """Write the report of what is finished of the data set; return the URI of its index.html.
+
+    Made again after a resume, it reads only shards that it has not read. A data set with more than
+    `most_pictures` is shown by a sample.
+    """
+    history = History()
+    for entry in Manifest(output_uri).entries():
+        history.add(entry)
+    folder = storage.join(output_uri, "report")
+    there = set(storage.list_files(folder)) if storage.is_folder(folder) else set()
+    sheets, unreadable = _read(output_uri, _plan(history, most_pictures), there, history.suffix)
+    pages = list(_pages(sheets))
+    lock = read_lock(output_uri)
+    alike, largest = _duplicates(output_uri, history.suffix, there)
+    index = _write_prompts(folder, sheets, pages, there)
+    data = index | {"pages": pages, "suffix": history.suffix, "duplicates": largest}
+    facts = _facts(output_uri, lock, sheets, pages)
+    facts |= {"alike": alike, "unreadable": unreadable}
+    html = render(history, Facts(**facts), contact_sheet.as_json(data))
+    uri = storage.join(output_uri, "index.html")
+    storage.write_bytes(uri, html.encode())
+    _remove_old(folder, there, sheets, [*index["prompts"], largest])
+    return uri
+
+
+def _plan(history: History, most: int) -> dict[str, tuple[int, int, int]]:
+    """What to read, by the name of what will come of it: shard, rows shown, rows."""
+    total = history.total("rows")
+    shards, digests = history.column("shard"), history.column("digest")
+    rows, failed = history.column("rows"), history.column("failed")
+    limit = rows_shown(most) if total > most else max(total, 1)
+    plan = {}
+    pictured = history.pictured(most)
+    for at in pictured:
+        shown = min(int(rows[at]), limit)
+        part = f"of{shown}-" if shown < rows[at] else ""
+        name = f"{shards[at]:08d}-{part}{digests[at]:016x}-v{contact_sheet.VERSION}"
+        plan[name] = (int(shards[at]), shown, int(rows[at]))
+    only_failed = np.setdiff1d(np.flatnonzero(failed), pictured, assume_unique=True)
+    evenly = only_failed[:: max(1, -(-len(only_failed) // MOST_FAILED_SHARDS))]
+    for at in evenly:
+        name = f"{shards[at]:08d}-failures-{digests[at]:016x}-v{contact_sheet.VERSION}"
+        plan[name] = (int(shards[at]), 0, int(rows[at]))
+    return plan
+
+
+def _read(
+    output_uri: str, plan: dict[str, tuple[int, int, int]], there: set[str], suffix: str
+) -> tuple[Sheets, list[str]]:
+    """What is known of each planned shard, from an earlier report or read now; what is broken."""
+    known = _known(output_uri) if "state.json" in there else {}
+    sheets = {
+        key: known[key]
+        for key in plan
+        if key in known and all(f"{file['name']}.js" in there for file in known[key]["files"])
+    }
+    unreadable: list[str] = []
+
+    def read(key: str) -> None:
+        shard, shown, total = plan[key]
+        try:
+            if shown:
+                sheet = contact_sheet.make(output_uri, shard, suffix, key, shown, total)
+            else:
+                sheet = contact_sheet.read_failures(output_uri, shard, suffix)
+            sheets[key] = sheet
+        except BROKEN as error:
+            unreadable.append(f"Shard {shard} cannot be read: {error}"[:300])
+
+    missing = [key for key in plan if key not in sheets]
+    pool = ThreadPoolExecutor(READERS)
+    every_s = 0.5 if sys.stderr.isatty() else 10
+    try:
+        done = pool.map(read, missing)
+        for _ in tqdm(
+            done, "report", len(missing), unit=" shards", delay=every_s, mininterval=every_s
+        ):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if missing or len(known) != len(sheets):
+            state = json.dumps(sheets, separators=(",", ":")).encode()
+            storage.write_bytes(storage.join(output_uri, "report", "state.json"), state)
+    return {key: sheets[key] for key in plan if key in sheets}, unreadable
+
+
+def _known(output_uri: str) -> Sheets:
+    try:
+        known: Sheets = json.loads(
+            storage.read_bytes(storage.join(output_uri, "report", "state.json"))
+        )
+    except ValueError:  # nothing that cannot be made again
+        return {}
+    return known
+
+
+def _pages(sheets: Sheets) -> Iterator[list[str]]:
+    """Names of the scripts of each page: whole ones, until a page is full."""
+    page: list[str] = []
+    shown = 0
+    for sheet in sheets.values():
+        for file in sheet["files"]:
+            if page and shown + file["shown"] > contact_sheet.PICTURES_PER_FILE:
+                yield page
+                page, shown = [], 0
+            page.append(file["name"])
+            shown += file["shown"]
+    if page:
+        yield page
+
+
+def _write_prompts(
+    folder: str, sheets: Sheets, pages: list[list[str]], there: set[str]
+) -> dict[str, Any]:
+    """Write the index of prompts in parts, each named by what is in it; return their names."""
+    page_of = {name: number for number, page in enumerate(pages) for name in page}
+    found = dict.fromkeys(
+        (text, page_of[file["name"]])
+        for sheet in sheets.values()
+        for file in sheet["files"]
+        for text in file["prompts"]
+    )
+    names, every = [], list(found)
+    for start in range(0, len(every), PROMPTS_PER_FILE):
+        part = every[start : start + PROMPTS_PER_FILE]
+        name = f"prompts-{hashlib.sha256(repr(part).encode()).hexdigest()[:16]}"
+        if f"{name}.js" not in there:
+            contact_sheet.write_script(folder, name, part)
+        names.append(name)
+    return {"prompts": names, "numPrompts": len(found)}
+
+
+def _facts(
+    output_uri: str, lock: Lock | None, sheets: Sheets, pages: list[list[str]]
+) -> dict[str, Any]:
+    files = [file for sheet in sheets.values() for file in sheet["files"]]
+    reasons = _reasons(sheets, pages)
+    return {
+        "title": output_uri.rstrip("/").rsplit("/", 1)[-1] or "Generated images",
+        "recipe": _recipe(lock) if lock else "",
+        "expected": (lock.num_records, lock.num_shards) if lock else None,
+        "shown": sum(file["shown"] for file in files),
+        "flagged": sum(file["flagged"] for file in files),
+        "reasons": reasons,
+        "num_reasons_read": sum(reason["count"] for reason in reasons),
+    }
+
+
+def _reasons(sheets: Sheets, pages: list[list[str]]) -> list[dict[str, Any]]:
+    """Failures of all shards by reason, the most frequent first, with a few examples each."""
+    page_of = {name: number for number, page in enumerate(pages, 1) for name in page}
+    found: dict[str, dict[str, Any]] = {}
+    for sheet in sheets.values():
+        shown = {
+            record: page_of[file["name"]] for file in sheet["files"] for record in file["failed"]
+        }
+        for shape, one in sheet["failures"].items():
+            key = shape if shape in found or len(found) < MOST_SHAPES else "other"
+            text = "other reasons" if key == "other" else one["text"]
+            reason = found.setdefault(key, {"text": text, "count": 0, "examples": []})
+            reason["count"] += one["count"]
+            room = contact_sheet.EXAMPLES - len(reason["examples"])
+            for example in one["examples"][: max(room, 0)]:
+                place = {"page": shown.get(example["record"]), "file": sheet["file"]}
+                reason["examples"].append(example | place)
+    return sorted(found.values(), key=lambda one: -one["count"])
+
+
+def _recipe(lock: Lock) -> str:
+    job = lock.segments[-1].job
+    sampler = job["sampler"]
+    name = sampler["name"] or "its own sampler"
+    return f"{lock.segments[-1].model_name}, {name}, {sampler['steps']} steps"
+
+
+def _duplicates(
+    output_uri: str, suffix: str, there: set[str]
+) -> tuple[tuple[int, int] | None, str | None]:
+    """Groups of near-duplicates and images in them; the script with the largest ones' pictures."""
+    uri = storage.join(output_uri, "duplicates.parquet")
+    if not storage.exists(uri):
+        return None, None
+    with storage.open_input(uri) as file:
+        counts = pq.read_table(file, columns=["group"])["group"].value_counts()
+    number, size = counts.field("values").to_numpy(), counts.field("counts").to_numpy()
+    order = np.lexsort((number, -size))[:LARGEST_GROUPS]
+    largest = {int(number[at]): int(size[at]) for at in order}
+    alike = (len(number), int(size.sum()))
+    if not largest:
+        return alike, None
+    with storage.open_input(uri) as file:
+        names = ["group", "record", "image_id", "file"]
+        table = pq.read_table(file, columns=names, filters=[("group", "in", list(largest))])
+    members = _members(table.to_pylist(), largest)
+    name = f"duplicates-{hashlib.sha256(repr(members).encode()).hexdigest()[:16]}"
+    if f"{name}.js" not in there:
+        pictures = _pictures(
+            output_uri, suffix, [one for group in members.values() for one in group]
+        )
+        groups = [
+            {
+                "size": largest[group],
+                "rows": [pictures[one["record"]] for one in chosen if one["record"] in pictures],
+            }
+            for group, chosen in members.items()
+        ]
+        contact_sheet.write_script(storage.join(output_uri, "report"), name, groups)
+    return alike, name
+
+
+def _members(
+    rows: list[dict[str, Any]], largest: dict[int, int]
+) -> dict[int, list[dict[str, Any]]]:
+    """The first few members of each of the largest groups."""
+    members: dict[int, list[dict[str, Any]]] = {group: [] for group in largest}
+    for row in rows:
+        if len(members[row["group"]]) < PICTURES_PER_GROUP:
+            members[row["group"]].append(row)
+    return members
+
+
+def _pictures(
+    output_uri: str, suffix: str, rows: list[dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    wanted: dict[int, set[int]] = {}
+    for row in rows:
+        wanted.setdefault(contact_sheet.shard_of(row["file"]), set()).add(row["record"])
+
+    def find(shard: int) -> list[dict[str, Any]]:
+        try:
+            return contact_sheet.find(output_uri, shard, suffix, wanted[shard])
+        except BROKEN:  # it is named where the shards are read
+            return []
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return {one["record"]: one for found in pool.map(find, wanted) for one in found}
+
+
+def _remove_old(folder: str, there: set[str], sheets: Sheets, others: list[str | None]) -> None:
+    """Remove scripts that no page names any more: of shards made again, or no longer shown."""
+    names = {file["name"] for sheet in sheets.values() for file in sheet["files"]}
+    keep = {f"{name}{end}.js" for name in names for end in ("", "-large")}
+    keep |= {f"{name}.js" for name in others} | {"state.json"}
+    for name in there - keep:
+        storage.remove_folder(storage.join(folder, name))

@@ -1,0 +1,287 @@
+"""The report's page: its summary, its charts and the frame that contact sheets are shown in.
+
+Owns the HTML. Is given facts and knows nothing of storage or of shards' contents.
+"""
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from rayjobs.reports.history import History
+
+BINS = 120
+WORKER_BINS = 48
+MOST_WORKERS = 30
+MOST_REASONS = 30
+SLOW = 0.6
+"""A worker below this share of the median speed is pointed out."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a page says, beside the manifest's history."""
+
+    title: str
+    recipe: str
+    expected: tuple[int, int] | None
+    """Images and shards of the whole job, where known."""
+    shown: int
+    flagged: int
+    """Blank or warned of, among those shown."""
+    reasons: Sequence[Mapping[str, Any]]
+    """Failures by reason, the most frequent first: text, count, examples."""
+    num_reasons_read: int
+    """Failed images whose reason was read."""
+    alike: tuple[int, int] | None
+    """Groups of near-duplicates and the images in them, where they were sought."""
+    unreadable: Sequence[str]
+    """What could not be read, and why."""
+
+
+def render(history: History, facts: Facts, data: str) -> str:
+    """The whole page; `data` is the JSON that its script works from."""
+    here = files("rayjobs.reports")
+    parts = {name: (here / f"page.{name}").read_text() for name in ("html", "css", "js")}
+    summary = "\n".join(
+        (
+            _tiles(history, facts),
+            _look(history, facts),
+            _speed(history),
+            _reasons(history, facts),
+            _workers(history),
+            _duplicates(facts),
+        )
+    )
+    return Template(parts["html"]).substitute(
+        title=escape(facts.title),
+        recipe=escape(facts.recipe),
+        summary=summary,
+        shown=escape(_what_is_shown(history, facts)),
+        data=data,
+        style=parts["css"],
+        script=parts["js"],
+    )
+
+
+def _tiles(history: History, facts: Facts) -> str:
+    images, failed, shards = history.total("rows"), history.total("failed"), len(history)
+    tiles = [(f"{images:,}", "images finished" if _is_partial(history, facts) else "images", "")]
+    tiles.append(
+        (f"{failed:,}", f"failed ({_percent(failed, images)})", "bad" if failed else "good")
+    )
+    of = f" of {facts.expected[1]:,}" if facts.expected else ""
+    bar = (
+        f'<progress max="{facts.expected[1]}" value="{shards}"></progress>'
+        if facts.expected
+        else ""
+    )
+    tiles.append((f"{shards:,}{of}", f"shards{bar}", ""))
+    if history.active_s:
+        tiles.append((_number(images / history.active_s), "images/s", ""))
+        tiles.append((_duration(history.active_s), "of work, without pauses", ""))
+        tiles.append((f"{len(history.workers()):,}", "workers", ""))
+    tiles.append((_size(history.total("bytes")), "in all", ""))
+    if facts.alike:
+        tiles.append(
+            (f"{facts.alike[0]:,}", "groups of near-duplicates", "bad" if facts.alike[0] else "")
+        )
+    cells = (
+        f'<div class="{kind}"><b>{value}</b><span>{label}</span></div>'
+        for value, label, kind in tiles
+    )
+    return f'<section class="tiles" aria-label="Counts">{"".join(cells)}</section>'
+
+
+def _look(history: History, facts: Facts) -> str:
+    """What a person should look at before calling the data set good."""
+    points = []
+    if facts.expected and _is_partial(history, facts):
+        missing = facts.expected[1] - len(history)
+        points.append(f"{missing:,} of {facts.expected[1]:,} shards are not finished yet.")
+    if history.num_class_changed:
+        points.append(
+            f"{history.num_class_changed:,} shards are of workers of another determinism class."
+        )
+    if facts.flagged:
+        points.append(
+            f"{facts.flagged:,} of the {facts.shown:,} images below are blank or have a warning."
+        )
+    if facts.alike and facts.alike[0]:
+        points.append(f"{facts.alike[1]:,} images have a near-duplicate.")
+    slow = _slow(history)
+    if slow:
+        points.append(f"{slow:,} workers had less than {SLOW:.0%} of the median worker's speed.")
+    points += facts.unreadable[:5]
+    if len(facts.unreadable) > 5:
+        points.append(f"{len(facts.unreadable) - 5:,} more shards cannot be read.")
+    if not points:
+        return ""
+    items = "".join(f"<li>{escape(point)}</li>" for point in points)
+    return f'<h2>To look at</h2><ul class="look">{items}</ul>'
+
+
+def _speed(history: History) -> str:
+    if history.span is None:
+        return ""
+    speed, failures = history.speed(BINS), history.failures(BINS)
+    ends = f"<span>{_moment(history.span[0])}</span><span>{_moment(history.span[1])} UTC</span>"
+    note = f"images/s, at most {_number(speed.max())}"
+    note += f"; in red {history.total('failed'):,} failures" if failures.any() else ""
+    return (
+        '<h2>Speed and failures over time</h2><figure class="chart">'
+        f"{_chart(speed, failures, 'images per second over time')}"
+        f"<figcaption>{ends}</figcaption><figcaption>{note}</figcaption></figure>"
+    )
+
+
+def _chart(speed: np.ndarray, failures: np.ndarray, label: str, top: float | None = None) -> str:
+    """Bars without gaps, one for each part of the time, as one path; failures hang from the top."""
+    height, high = 100, float(top or speed.max() or 1)
+    steps = [f"V{height - height * min(value / high, 1) * 0.92:.1f}h1" for value in speed]
+    most = float(failures.max()) or 1.0
+    drops = [f"V{(6 + 24 * count / most) * (count > 0):.1f}h1" for count in failures]
+    return (
+        f'<svg viewBox="0 0 {len(speed)} {height}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}"><path class="speed" d="M0 {height}{"".join(steps)}V{height}z"/>'
+        f'<path class="failures" d="M0 0{"".join(drops)}V0z"/></svg>'
+    )
+
+
+def _reasons(history: History, facts: Facts) -> str:
+    failed = history.total("failed")
+    if not failed:
+        return ""
+    blocks = [_reason(reason) for reason in facts.reasons[:MOST_REASONS]]
+    rest = len(facts.reasons) - MOST_REASONS
+    if rest > 0:
+        blocks.append(f'<p class="quiet">{rest:,} rarer reasons are left out.</p>')
+    read = facts.num_reasons_read
+    some = (
+        f" of {read:,} of the {failed:,} failures, from shards spread evenly"
+        if read < failed
+        else ""
+    )
+    head = f"<h2>Why images failed</h2><p class='quiet'>Reasons{some}, by frequency.</p>"
+    return head + "".join(blocks)
+
+
+def _reason(reason: Mapping[str, Any]) -> str:
+    items = []
+    for example in reason["examples"]:
+        text = f"record {example['record']}, seed {example['seed']}: {example['prompt'][:120]}"
+        where = f'<a href="{escape(example["file"])}">{escape(example["file"])}</a>'
+        if example.get("page"):
+            link = f"#page={example['page']}&amp;record={example['record']}"
+            where = f'<a href="{link}">shown below</a>, {where}'
+        items.append(f"<li>{escape(text)} ({where})</li>")
+    return (
+        f'<details class="reason"><summary><b>{reason["count"]:,}</b> {escape(reason["text"])}'
+        f"</summary><ul>{''.join(items)}</ul></details>"
+    )
+
+
+def _workers(history: History) -> str:
+    """A table of workers, on one scale of time and speed."""
+    if history.span is None or not len(history):
+        return ""
+    workers = history.workers()
+    drawn = [(one, history.of_worker(one["number"])) for one in workers[:MOST_WORKERS]]
+    speeds = [history.speed(WORKER_BINS, where) for _, where in drawn]
+    top = max(float(speed.max()) for speed in speeds)
+    lines = []
+    for (one, where), speed in zip(drawn, speeds, strict=True):
+        failures = history.failures(WORKER_BINS, where)
+        chart = _chart(speed, failures, f"speed of worker {escape(one['worker'])} over time", top)
+        bad = ' class="bad"' if one["failed"] else ""
+        lines.append(
+            f"<tr><td>{escape(one['worker'])}</td><td>{escape(one['node'])}</td>"
+            f"<td>{one['shards']:,}</td><td>{one['images']:,}</td><td{bad}>{one['failed']:,}</td>"
+            f"<td>{_number(one['images_per_s'])}</td><td>{chart}</td></tr>"
+        )
+    rest = len(workers) - len(drawn)
+    more = (
+        f'<p class="quiet">and {rest:,} more, with fewer failures and faster</p>'
+        if rest > 0
+        else ""
+    )
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("worker", "node", "shards", "images", "failed", "images/s", "over time")
+    )
+    return (
+        f"<details{' open' if len(workers) <= 8 else ''}><summary><h2>Workers</h2> "
+        f"({len(workers):,})</summary>"
+        "<p class='quiet'>Those with failures first, then the slowest.</p>"
+        f"<div class='scroll'><table class='facts'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{more}</details>"
+    )
+
+
+def _duplicates(facts: Facts) -> str:
+    if facts.alike is None or not facts.alike[0]:
+        return ""
+    groups, images = facts.alike
+    return (
+        f"<h2>Near-duplicates</h2><p class='quiet'>{images:,} images in {groups:,} groups, listed "
+        "in <a href='duplicates.parquet'>duplicates.parquet</a>; the largest groups:</p>"
+        "<div id='duplicates'></div>"
+    )
+
+
+def _what_is_shown(history: History, facts: Facts) -> str:
+    total = history.total("rows")
+    if facts.shown >= total:
+        return f"All {total:,} images are shown."
+    return (
+        f"A sample: {facts.shown:,} of {total:,} images ({_percent(facts.shown, total)}), "
+        "from shards spread evenly over the data set."
+    )
+
+
+def _is_partial(history: History, facts: Facts) -> bool:
+    return facts.expected is not None and len(history) < facts.expected[1]
+
+
+def _slow(history: History) -> int:
+    speeds = [one["images_per_s"] for one in history.workers()] if history.span else []
+    return sum(speed < SLOW * float(np.median(speeds)) for speed in speeds)
+
+
+def _percent(part: int, whole: int) -> str:
+    share = part / whole if whole else 0.0
+    return f"{share:.0%}" if share in (0.0, 1.0) else f"{share:.2%}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{_number(num_bytes)} {unit}"
+        num_bytes /= 1000
+    return f"{_number(num_bytes)} TB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = seconds / 3600, seconds / 60
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return (
+        f"{hours:.1f} h"
+        if hours >= 2
+        else f"{minutes:.1f} min"
+        if minutes >= 2
+        else f"{seconds:.1f} s"
+    )
+
+
+def _moment(unix_s: float) -> str:
+    return dt.datetime.fromtimestamp(unix_s, dt.UTC).strftime("%Y-%m-%d %H:%M:%S")

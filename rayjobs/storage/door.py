@@ -1,0 +1,391 @@
+"""The one door to bytes: local paths and `s3://`, with the same calls and the same errors.
+
+Owns access, atomic creation, patience with a server that is away, and the copies of remote folders
+on this machine. Endpoint and credentials come from the standard AWS variables. Knows nothing of
+what the bytes mean.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
+
+import fsspec
+
+from rayjobs.storage import local, s3
+from rayjobs.storage.s3 import HOW_TO_ALLOW, NotThere, StorageError, Unavailable
+
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
+LONGEST_WAIT_S = 15.0
+_AWAY = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
+_patience_s = 0.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def be_patient(seconds: float) -> None:
+    """From now on every call of this process waits this long for a server that is away."""
+    global _patience_s
+    _patience_s = seconds
+
+
+def _patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """The call, made again with growing pauses while the storage is Unavailable."""
+
+    @wraps(call)
+    def wait_for(uri: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        deadline, wait_s = time.monotonic() + _patience_s, 0.5
+        while True:
+            try:
+                return call(uri, *args, **kwargs)
+            except Unavailable as error:
+                if time.monotonic() + wait_s > deadline:
+                    raise
+                logging.getLogger("rayjobs").warning("%s; waiting for it", error)
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    return wait_for
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def to_local(uri: str) -> str:
+    """What a library can load: what is on S3 as a local path, fetched first; all else as it is."""
+    return str(fetch(uri)) if is_remote(uri) else uri
+
+
+def absolute(uri: str) -> str:
+    """The same place from any working directory: local paths made absolute, others as they are."""
+    return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
+
+
+def check(uri: str, write: bool = False) -> None:
+    """Raise StorageError within 15 s unless `uri`'s place can be reached, and written if asked."""
+    scheme = uri.split("://")[0] if is_remote(uri) else ""
+    if scheme not in ("", "s3"):
+        raise StorageError(f"{uri}: unknown kind of storage {scheme!r}; use a path or s3://")
+    if scheme == "s3":
+        s3.check(uri, write)
+    elif write:
+        local.check_writable(absolute(uri))
+
+
+@_patient
+def exists(uri: str) -> bool:
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        return bool(fs.exists(path))
+
+
+@_patient
+def is_folder(uri: str) -> bool:
+    fs, path = _open(uri)
+    with _told(uri):
+        return bool(fs.isdir(path))
+
+
+@_patient
+def list_files(uri: str) -> list[str]:
+    """Paths of all files below `uri`, relative to it, sorted; none when there is no such folder."""
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        found = fs.find(path)
+    return sorted(os.path.relpath(name, path) for name in found)
+
+
+@_patient
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders right below `uri`, sorted; none when there is no such folder."""
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+    return sorted(
+        os.path.basename(e["name"].rstrip("/")) for e in found if e["type"] == "directory"
+    )
+
+
+def link(uri: str, seconds: int) -> str:
+    """A URL by which anybody can read an object on S3 for so long."""
+    fs, path = _open(uri)
+    with _told(uri):
+        signed: str = fs.sign(path, expiration=seconds)
+        return signed
+
+
+@_patient
+def open_input(uri: str) -> IO[bytes]:
+    """A seekable binary file for reading."""
+    fs, path = _open(uri)
+    with _told(uri):
+        file: IO[bytes] = fs.open(path, "rb")
+        return file
+
+
+@_patient
+def through(uri: str, read: Callable[[], T]) -> T:
+    """`read()` on a file that `open_input` opened, with this door's errors and patience."""
+    with _told(uri):
+        return read()
+
+
+@_patient
+def read_bytes(uri: str) -> bytes:
+    fs, path = _open(uri)
+    with _told(uri):
+        data: bytes = fs.cat_file(path)
+        return data
+
+
+@_patient
+def write_bytes(uri: str, data: bytes, staging: str | None = None, durable: bool = True) -> None:
+    """Replace whatever is at `uri`; a reader sees the old bytes or the new ones, never a part.
+
+    `staging` is as for `create_bytes`; what is not `durable` need not outlive a power cut.
+    """
+    fs, path = _open(uri)
+    with _told(uri):
+        if is_remote(uri):
+            fs.pipe_file(path, data)
+        else:
+            local.write(path, data, staging, durable)
+
+
+@_patient
+def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
+    """Write `data` unless something is at `uri` already; then leave that and return False.
+
+    Locally the bytes are first written in the folder `staging` of the same file system (else beside
+    the file), so that a killed writer leaves nothing half done where others look.
+    """
+    fs, path = _open(uri)
+    with _told(uri):
+        if not is_remote(uri):
+            return local.create(path, data, staging)
+        return _put_if(fs, path, data, IfNoneMatch="*")
+
+
+@_patient
+def etag(uri: str) -> str | None:
+    """A mark of the object's present state, for `replace_bytes`; None when nothing is there."""
+    fs, path = _open(uri)
+    with _told(uri):
+        if not is_remote(uri):
+            return local.mark(path)
+        try:
+            return str(fs.info(path)["ETag"])
+        except FileNotFoundError:
+            return None
+
+
+@_patient
+def replace_bytes(uri: str, data: bytes, mark: str, staging: str | None = None) -> bool:
+    """Write `data` if the object is still in the state that `etag` told; else return False."""
+    fs, path = _open(uri)
+    with _told(uri):
+        if not is_remote(uri):
+            return local.replace(path, data, mark, staging)
+        # AWS and others write ETags in quotes; Ceph compares with the bare one.
+        for written in dict.fromkeys((mark, mark.strip('"'))):
+            if _put_if(fs, path, data, IfMatch=written):
+                return True
+        return False
+
+
+@_patient
+def remove(uri: str) -> None:
+    """Remove one file; nothing happens when it is not there."""
+    fs, path = _open(uri)
+    with _told(uri), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+@_patient
+def remove_folder(uri: str) -> None:
+    """Remove a folder and all in it; nothing happens when it is not there."""
+    fs, path = _open(uri)
+    with _told(uri):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+
+@_patient
+def put_file(uri: str, path: str | Path, staging: str | None = None) -> None:
+    """Copy the local file at `path` to `uri`, replacing what is there."""
+    fs, target = _open(uri)
+    with _told(uri):
+        if is_remote(uri):
+            fs.put_file(str(path), target)
+        else:
+            local.write(target, Path(path), staging)
+
+
+@_patient
+def get_file(uri: str, path: str | Path) -> None:
+    """Copy `uri` to the local file at `path`, whose folder is there."""
+    fs, source = _open(uri)
+    with _told(uri):
+        fs.get_file(source, str(path))
+
+
+@_patient
+def put_folder(uri: str, files: dict[str, bytes], staging: str) -> None:
+    """Write a folder of files, by their names in it, replacing what is there.
+
+    A local folder appears at once and whole; on S3 its objects appear in the order given.
+    """
+    fs, path = _open(uri)
+    with _told(uri):
+        if is_remote(uri):
+            for name, data in files.items():
+                fs.pipe_file(f"{path}/{name}", data)
+            return
+        local.put_folder(path, files, staging)
+
+
+def state(uri: str) -> str:
+    """A mark of a source's present state: it changes when the file or folder does."""
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+    facts = [(n, i["size"], str(i.get("ETag") or i.get("mtime"))) for n, i in found.items()]
+    return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()
+
+
+def fetch(uri: str) -> Path:
+    """A local path with the content of `uri`: itself when local, else one copy for this machine.
+
+    The copy is made under a lock, so that many workers fetch once, and has a name of its own for
+    each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
+    """
+    if not is_remote(uri):
+        return Path(uri.removeprefix("file://"))
+    fs, path = _open(uri)
+    with _told(uri):
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+        if not found:
+            raise StorageError(f"{uri}: nothing is there")
+    state = sorted((name, info["size"], str(info.get("ETag"))) for name, info in found.items())
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
+    target = cache / key
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = Path(tempfile.mkdtemp(dir=cache))
+            _download(fs, path, found, partial)
+            partial.rename(target)
+    return target / os.path.basename(path) if list(found) == [path] else target
+
+
+def _download(fs: Any, root: str, found: dict[str, Any], folder: Path) -> None:
+    for name, info in found.items():
+        relative = os.path.basename(name) if name == root else os.path.relpath(name, root)
+        local = folder / relative
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with _told(name):
+            fs.get_file(name, str(local))
+        if local.stat().st_size != info["size"]:
+            shutil.rmtree(folder)
+            raise StorageError(f"{name}: got {local.stat().st_size} of {info['size']} bytes")
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    if uri.startswith("s3://"):
+        return _s3(), uri.removeprefix("s3://").rstrip("/")
+    check(uri)
+    return fsspec.filesystem("file"), os.path.abspath(uri.removeprefix("file://"))
+
+
+def forget_connections() -> None:
+    """Read the AWS variables again at the next call."""
+    _s3.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _s3() -> Any:
+    return fsspec.filesystem(
+        "s3",
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S},
+    )
+
+
+@contextlib.contextmanager
+def _told(uri: str) -> Generator[None]:
+    """Turn a file system's error into one that says what to do."""
+    try:
+        yield
+    except (StorageError, FileExistsError):
+        raise
+    except FileNotFoundError as error:
+        raise NotThere(f"{uri}: no such file, folder or bucket") from error
+    except PermissionError as error:
+        way_out = HOW_TO_ALLOW if is_remote(uri) else "change its owner or mode, or use another"
+        raise StorageError(f"{uri}: access denied; {way_out}") from error
+    except OSError as error:
+        if is_remote(uri) and error.errno in _AWAY:
+            raise Unavailable(f"{uri}: {error}") from error
+        raise StorageError(f"{uri}: {error.strerror or error}") from error
+    except Exception as error:
+        if type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            raise Unavailable(f"{uri}: {error}") from error
+        raise
+
+
+def _put_if(fs: Any, path: str, data: bytes, **condition: str) -> bool:
+    """Put an object on a condition, in one part: not all servers take one for the last of many.
+
+    What is there already and equal counts as put: the answer to an earlier try may have been lost.
+    """
+    place, _, key = path.partition("/")
+    for pause_s in (0.2, 1.0, 5.0, None):
+        try:
+            fs.call_s3("put_object", Bucket=place, Key=key, Body=data, **condition)
+            return True
+        except OSError as error:
+            # s3fs tells a failed condition by a plain OSError, or by FileExistsError.
+            told = repr(error) + repr(error.__cause__)
+            if "ConditionalRequestConflict" in told and pause_s is not None:
+                time.sleep(pause_s)  # two at the same moment: nobody may have won
+                continue
+            absent = "IfMatch" in condition and "NoSuchKey" in told
+            unmet = isinstance(error, FileExistsError) or "PreconditionFailed" in told
+            if not (absent or unmet or "At least one of the pre-conditions" in told):
+                raise
+            return "IfMatch" in condition and _holds(fs, path, data)
+    return False
+
+
+def _holds(fs: Any, path: str, data: bytes) -> bool:
+    try:
+        return bool(fs.cat_file(path) == data)
+    except FileNotFoundError:
+        return False

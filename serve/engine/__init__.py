@@ -1,0 +1,1 @@
+"""The engine side of serving. Knows neither HTTP nor Ray."""

@@ -1,0 +1,216 @@
+"""From what a caller sent to what the engine is asked for.
+
+Owns the limits of this installation and the choices that callers leave open. Knows nothing of HTTP.
+Everything is refused here that can be refused before any work.
+"""
+
+import secrets
+from typing import Any
+
+from rayjobs.diffusion.request import check_side, check_strength
+from rayjobs.diffusion.sampler_names import check_name
+from serve import images
+from serve.config import LimitsConfig, ServeConfig
+from serve.errors import ApiError
+from serve.ingress.schemas import EditBody, GenerateBody
+from serve.protocol import Ask, Pixels
+from serve.registry import Entry, Facts, Registry
+
+STEPS, STRENGTH = 30, 0.6
+"""Where callers say nothing."""
+
+
+class Asks:
+    """Builds asks for one installation. Every method raises ApiError for what is not served."""
+
+    def __init__(self, config: ServeConfig, registry: Registry):
+        self.config = config
+        self.limits = config.limits
+        self.registry = registry
+
+    def entry(self, name: str | None) -> Entry:
+        found = self.registry.default() if name is None else self.registry.find(name)
+        if found is None or found.weights is None:
+            message = f"The model {name!r} does not exist; GET /v1/models lists those that do."
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return found
+
+    def generation(self, body: GenerateBody, caller: str, request_id: str) -> Ask:
+        entry = self.entry(body.model)
+        size = body.width_height
+        if size is None and entry.facts.side is not None:
+            size = (entry.facts.side, entry.facts.side)
+        return self._ask(body, entry, size, caller=caller, id=request_id)
+
+    def edit(
+        self, body: EditBody, image: Pixels, mask: Pixels | None, caller: str, request_id: str
+    ) -> Ask:
+        entry = self.entry(body.model)
+        size = body.width_height or self._size_like(image, entry.facts)
+        strength = body.strength
+        if strength is None:
+            strength = STRENGTH if mask is None else 1.0
+        self._named("strength", lambda: check_strength(strength, self._steps(body)))
+        return self._ask(
+            body,
+            entry,
+            size,
+            caller=caller,
+            id=request_id,
+            init=images.fitted(image, *size),
+            mask=None if mask is None else images.fitted(mask, *size),
+            strength=strength,
+        )
+
+    def check(self, body: GenerateBody) -> None:
+        """Refuse what is refused without knowing the pictures, before they are read."""
+        entry, limits = self.entry(body.model), self.limits
+        if body.background == "transparent":
+            raise ApiError(400, "Transparent backgrounds are not made here.", param="background")
+        if body.response_format == "url" and self.config.results.uri is None:
+            message = "Links are not configured here; use response_format b64_json."
+            raise ApiError(400, message, param="response_format")
+        if body.partial_images and not body.stream:
+            raise ApiError(400, "partial_images needs stream=true.", param="partial_images")
+        _most("n", body.n or 1, limits.max_n)
+        _most("num_inference_steps", self._steps(body), limits.max_steps)
+        _most("guidance_scale", body.guidance_scale or 0, limits.max_guidance_scale)
+        for name in ("prompt", "negative_prompt"):
+            length = len(getattr(body, name) or "")
+            if length > limits.max_prompt_chars:
+                message = f"{name} has {length} characters; at most {limits.max_prompt_chars}."
+                raise ApiError(400, message, param=name)
+        self._check_size(body.width_height, entry.facts)
+        if body.sampler is not None:
+            self._check_sampler(body.sampler, entry.facts)
+        self._check_loras(body, entry)
+
+    def _ask(
+        self, body: GenerateBody, entry: Entry, size: tuple[int, int] | None, **more: Any
+    ) -> Ask:
+        first = secrets.randbits(32) if body.seed is None else body.seed
+        seeds = tuple((first + number) % 2**63 for number in range(body.n or 1))
+        width, height = size or (None, None)
+        deadline_s = min(body.deadline_s or float("inf"), self.limits.max_deadline_s)
+        return Ask(
+            model=entry.name,
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            seeds=seeds,
+            steps=self._steps(body),
+            sampler=body.sampler,
+            guidance_scale=body.guidance_scale,
+            guidance_rescale=body.guidance_rescale or 0.0,
+            clip_skip=body.clip_skip,
+            width=width,
+            height=height,
+            loras=tuple((use.name, use.scale) for use in body.loras or ()),
+            partial_images=body.partial_images or 0,
+            progress=bool(body.progress and body.stream),
+            deadline_s=deadline_s,
+            **more,
+        )
+
+    def _steps(self, body: GenerateBody) -> int:
+        return body.num_inference_steps or min(STEPS, self.limits.max_steps)
+
+    def _check_size(self, size: tuple[int, int] | None, facts: Facts) -> None:
+        if size is None:
+            return
+        for name, pixels in zip(("width", "height"), size, strict=True):
+            self._named("size", lambda name=name, pixels=pixels: check_side(name, pixels))
+            _most("size", pixels, self.limits.max_side)
+        if size[0] * size[1] > self.limits.max_pixels:
+            message = f"{size[0]}x{size[1]} are {size[0] * size[1]} pixels; "
+            raise ApiError(400, f"{message}at most {self.limits.max_pixels}.", param="size")
+
+    def _check_sampler(self, name: str, facts: Facts) -> None:
+        if facts.family is None:
+            return  # a model whose files are not known here: its replica says
+        self._named("sampler", lambda: check_name(name, facts.is_edm))
+
+    def _check_loras(self, body: GenerateBody, entry: Entry) -> None:
+        uses = body.loras or []
+        _most("loras", len(uses), self.limits.max_loras)
+        for use in uses:
+            found = self.registry.find(use.name)
+            if found is None or found.lora is None:
+                message = f"The LoRA {use.name!r} does not exist; GET /v1/models lists them."
+                raise ApiError(404, message, param="loras", code="model_not_found")
+            uris = {each.weights.uri for each in (found, entry) if each.weights is not None}
+            if len(uris) > 1:
+                raise ApiError(
+                    400, f"The LoRA {use.name!r} is for another model, {found.base}.", param="loras"
+                )
+            _most("loras", abs(use.scale), self.limits.max_lora_scale)
+
+    def _size_like(self, image: Pixels, facts: Facts) -> tuple[int, int]:
+        """The image's own shape, at about as many pixels as the model was trained on."""
+        side = facts.side or 512
+        multiple = max(facts.multiple, side // 16 // facts.multiple * facts.multiple)
+        scale = side / (image.width * image.height) ** 0.5
+        most = self.limits.max_side // multiple * multiple
+        width, height = (
+            min(most, max(multiple, round(pixels * scale / multiple) * multiple))
+            for pixels in (image.width, image.height)
+        )
+        return width, height
+
+    def _named(self, param: str, check: Any) -> None:
+        try:
+            check()
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", param=param, code="invalid_value") from None
+
+
+def samplers(facts: Facts) -> list[str]:
+    """Names of the samplers that fit a model."""
+    from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
+
+    return sorted(n for n, (kind, _) in SAMPLERS.items() if (kind in EDM) == facts.is_edm)
+
+
+def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]:
+    """A model as `/v1/models` lists it: OpenAI's fields, and what it can do."""
+    side = entry.facts.side
+    ratios = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
+    return {
+        "id": entry.name,
+        "object": "model",
+        "created": entry.created,
+        "owned_by": "rayjobs",
+        "kind": entry.kind,
+        "base": entry.base,
+        "family": entry.facts.family,
+        "default_size": None if side is None else f"{side}x{side}",
+        "sizes": [] if side is None else [_size(side, *r, entry.facts.multiple) for r in ratios],
+        "limits": {
+            "max_pixels": limits.max_pixels,
+            "min_side": entry.facts.multiple,
+            "max_side": limits.max_side,
+            "size_multiple": entry.facts.multiple,
+            "max_steps": limits.max_steps,
+            "max_n": limits.max_n,
+        },
+        "defaults": {
+            "num_inference_steps": STEPS,
+            "guidance_scale": entry.facts.guidance_scale,
+            "strength": STRENGTH,
+        },
+        "samplers": samplers(entry.facts),
+        "loaded": loaded,
+        "prompt_hint": entry.hint,
+    }
+
+
+def _size(side: int, wide: int, high: int, multiple: int) -> str:
+    """About side x side pixels in that shape, in the steps that models were trained in."""
+    step = max(multiple, side // 16 // multiple * multiple)
+    scale = side / (wide * high) ** 0.5
+    width, height = (round(part * scale / step) * step for part in (wide, high))
+    return f"{width}x{height}"
+
+
+def _most(param: str, value: float, most: float) -> None:
+    if value > most:
+        raise ApiError(400, f"{param} is {value:g}; at most {most:g} here.", param=param)

@@ -1,0 +1,1 @@
+"""Which replica a call goes to, and how many replicas there are."""

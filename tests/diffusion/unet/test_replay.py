@@ -1,0 +1,111 @@
+"""A recording gives the module's own bits, and steps aside where it cannot."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from rayjobs.diffusion import onednn
+from rayjobs.diffusion.model import Model, load_model
+from rayjobs.diffusion.unet.replay import Replay
+
+
+@pytest.fixture
+def model() -> Model:
+    return load_model("starter")
+
+
+def call(places: int, height: int = 16, width: int = 16) -> tuple[Any, ...]:
+    draw = torch.Generator().manual_seed(places + height)
+    added = {
+        "text_embeds": torch.randn(places, 64, generator=draw),
+        "time_ids": torch.full((places, 6), 64.0),
+    }
+    text = torch.randn(places, 77, 128, generator=draw)
+    x = torch.randn(places, 4, height, width, generator=draw)
+    steps = torch.linspace(1, 999, places)
+    return x, steps, {"encoder_hidden_states": text, "added_cond_kwargs": added}
+
+
+def plain(model: Model, x: Any, t: Any, arguments: Any) -> torch.Tensor:
+    noise: torch.Tensor = model.unet(x, t, return_dict=False, **arguments)[0]
+    return noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", ["mkl", "onednn"])
+def test_the_same_bits_in_every_shape(model: Model, linear: str) -> None:
+    if linear == "onednn":
+        onednn.use_for_linear(model.unet)
+    replay = Replay(model.unet)
+    for places in (2, 1, 3, 8):
+        for sides in ((16, 16), (24, 16), (8, 32)):
+            inputs = call(places, *sides)
+            expected = plain(model, *inputs)
+            assert torch.equal(replay(*inputs), expected)  # the module's own, and the proof
+            assert torch.equal(replay(*inputs), expected)  # the recording's
+    assert all(replay._is_proven.values())
+    assert len(replay._is_proven) == 12
+
+
+@torch.no_grad()
+def test_sides_that_the_recording_is_not_for(model: Model) -> None:
+    replay = Replay(model.unet)
+    replay(*call(2))
+    odd = call(2, 15, 17)
+    assert torch.equal(replay(*odd), plain(model, *odd))
+    assert torch.equal(replay(*odd), plain(model, *odd))
+    assert replay._is_proven == {(2, 4, 16, 16): True, (2, 4, 15, 17): False}
+
+
+@torch.no_grad()
+def test_python_is_left_out(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay(model.unet)
+    inputs = call(2)
+    expected = replay(*inputs)
+    monkeypatch.setattr(model.unet, "forward", None)
+    assert torch.equal(replay(*inputs), expected)
+
+
+@torch.no_grad()
+def test_errors_are_of_the_module_s_kind(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = Replay(model.unet)
+    inputs = call(2)
+    expected = replay(*inputs)
+
+    def out_of_memory(*args: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("in the interpreter: none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.unet, "forward", out_of_memory)
+        patch.setattr(replay, "_recording", broken)
+        with pytest.raises(torch.OutOfMemoryError, match="none left"):
+            replay(*inputs)
+    assert torch.equal(replay(*inputs), expected)
+    assert replay._is_proven[2, 4, 16, 16]
+
+
+@torch.no_grad()
+def test_what_is_not_finite_proves_nothing(model: Model) -> None:
+    replay = Replay(model.unet)
+    x, steps, arguments = call(2)
+    replay(x * float("nan"), steps, arguments)
+    assert not replay._is_proven
+    replay(x, steps, arguments)
+    assert replay._is_proven[2, 4, 16, 16]
+
+
+@torch.no_grad()
+def test_weights_are_those_of_the_moment(model: Model) -> None:
+    replay = Replay(model.unet)
+    inputs = call(2)
+    replay(*inputs)
+    before = replay(*inputs)
+    model.unet.conv_out.weight.mul_(2)
+    model.unet.conv_in.weight = torch.nn.Parameter(3 * model.unet.conv_in.weight, False)
+    after = replay(*inputs)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, plain(model, *inputs))

@@ -1,0 +1,216 @@
+"""Export: what is chosen, converted and split; resume; what other software loads."""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.dataset import records
+from rayjobs.dataset.formats import FORMATS
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.generation import job
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.tools import export
+from rayjobs.generation.tools.export import ExportConfig
+from rayjobs.generation.worker.shards import ShardWorker
+from rayjobs.quality import duplicates
+
+PROMPTS = "prompt,width,topic\na red star,,sky\na blue ring,,shape\na wide star,70,sky\n"
+
+
+def configure(folder: Path, **output: Any) -> GenerateConfig:
+    values: dict[str, Any] = {
+        "model": {"uri": "starter"},
+        "prompts": {"uri": str(folder / "p.csv")},
+        "seeds": {"count": 6},
+        "sampler": {"name": "euler", "steps": 2, "guidance_scale": 1.0},
+        "output": {"uri": str(folder / "source"), "images_per_shard": 4} | output,
+        "engine": {"batch_size": 4},
+        "workers": {"num_cpus": 2},
+    }
+    return GenerateConfig.model_validate(values)
+
+
+def generate(folder: Path, num_shards: int = 5, **output: Any) -> str:
+    """A data set of 18 records in 5 shards, of which the last 6 records failed."""
+    (folder / "p.csv").write_text(PROMPTS)
+    config = configure(folder, **output)
+    lock = job.prepare(config)
+    list(ShardWorker(config, lock).make(range(num_shards)))
+    return config.output.uri
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = generate(tmp_path_factory.mktemp("source"))
+    duplicates.write(uri)
+    return uri
+
+
+def rows(uri: str, form: str = "parquet") -> list[dict[str, Any]]:
+    manifest = Manifest(uri, form)
+    shards = [entry["shard"] for entry in manifest.entries() if entry["rows"]]
+    return [row for shard in shards for row in FORMATS[form].read(manifest.data, shard)]
+
+
+def configure_export(target: str | Path, **changes: Any) -> ExportConfig:
+    output = {"uri": str(target)} | changes.pop("output", {})
+    return ExportConfig.model_validate({"output": output} | changes)
+
+
+def test_good_records_as_they_are(source: str, tmp_path: Path) -> None:
+    summary = export.run(source, configure_export(tmp_path / "out"))
+    assert (summary.num_records, summary.num_missing, summary.splits) == (12, 0, {"train": 12})
+    assert rows(str(tmp_path / "out")) == [r for r in rows(source) if r["status"] == "ok"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "data").iterdir()}
+    assert export.run(source, configure_export(tmp_path / "out")).num_records == 12
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (["prompt contains star"], range(6)),
+        (["seed in 1, 3", "topic == sky"], [1, 3]),
+        (["seed >= 2.5", "blank == false", "topic != 'sky'"], [9, 10, 11]),
+        (["status == failed"], range(12, 18)),
+        (["status in ok, failed", "seed < 1"], [0, 6, 12]),
+        (["error contains width"], []),
+        (["negative_prompt != x"], []),
+    ],
+)
+def test_conditions(source: str, tmp_path: Path, where: list[str], expected: Any) -> None:
+    export.run(source, configure_export(tmp_path, where=where))
+    assert [row["record"] for row in rows(str(tmp_path))] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"where": ["clip_score > 0.2"]}, "no column 'clip_score'; there are image, image_id"),
+        ({"where": ["seed == red"]}, "'seed == red' does not fit .* int64"),
+        ({"where": ["blank > true"]}, "blank.*bool"),
+        ({"where": ["seed contains 1"]}, "'seed', which is int64"),
+        ({"where": ["image == x"]}, "image"),
+        ({"columns": ["topics"]}, "columns: there is no 'topics'; there are"),
+    ],
+)
+def test_what_does_not_fit_is_named(source: str, tmp_path: Path, changes: Any, named: str) -> None:
+    with pytest.raises(BadInput, match=named):
+        export.run(source, configure_export(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists() or not storage.list_files(str(tmp_path / "out"))
+
+
+def test_overrides_and_their_mistakes() -> None:
+    config = export.load(
+        ["output.uri=out", "where=[seed >= 1, prompt contains star]", "splits={a: 0.5, b: 0.5}"]
+    )
+    assert config.where == ("seed >= 1", "prompt contains star")
+    assert config.splits == {"a": 0.5, "b": 0.5}
+    for overrides, named in [
+        (["splits={a: 0.5}"], "splits: the shares sum to 0.5"),
+        (["where=seed = 1"], "'seed = 1' is no condition"),
+        (["output.sizes=3"], "unknown key; did you mean 'size'"),
+    ]:
+        with pytest.raises(BadInput, match=named) as caught:
+            export.load(["output.uri=out", *overrides])
+        assert "/dev/null" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset", "folder"])
+def test_others_load_its_splits(source: str, tmp_path: Path, form: str) -> None:
+    target = tmp_path / "out"
+    output = {"format": form, "image_format": "jpeg", "size": 32}
+    config = configure_export(target, output=output, splits={"train": 0.6, "test": 0.4})
+    summary = export.run(source, config)
+    assert sum(summary.splits.values()) == 12
+    assert min(summary.splits.values()) > 0
+    loaded = datasets.load_dataset(str(target), cache_dir=str(tmp_path / "cache"))
+    assert {name: part.num_rows for name, part in loaded.items()} == summary.splits
+    for part in loaded.values():
+        image = part[0]["jpg" if form == "webdataset" else "image"]
+        assert image.size == (32, 32)
+    for row in rows(str(target), form):
+        data = row["image"]["bytes"]
+        assert (row["width"], Image.open(io.BytesIO(data)).format) == (32, "JPEG")
+        assert row["image_sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_part_of_the_columns_without_duplicates(source: str, tmp_path: Path) -> None:
+    config = configure_export(tmp_path / "out", columns=["seed"], drop_duplicates=True)
+    summary = export.run(source, config)
+    found = rows(str(tmp_path / "out"))
+    assert list(found[0]) == ["image", "record", "prompt", "seed"]
+    groups = pq.read_table(Path(source) / "duplicates.parquet")["group"].to_pylist()
+    assert summary.num_records == 12 - (len(groups) - len(set(groups)))
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(BadInput, match=r"duplicates.parquet is missing; `rayjobs report"):
+        export.run(generate(other, 0), config)
+
+
+def test_only_the_first_of_a_group_is_kept(tmp_path: Path) -> None:
+    uri = generate(tmp_path)
+    members = {"group": [0, 0, 0, 1, 1], "record": [7, 2, 5, 3, 11]}
+    rest = {"image_id": [""] * 5, "file": [""] * 5, "distance": [0] * 5}
+    pq.write_table(pa.table(members | rest), Path(uri) / "duplicates.parquet")
+    export.run(uri, configure_export(tmp_path / "out", drop_duplicates=True))
+    left = [row["record"] for row in rows(str(tmp_path / "out"))]
+    assert left == [0, 1, 2, 3, 4, 6, 8, 9, 10]
+
+
+def test_another_export_is_refused_with_the_difference(source: str, tmp_path: Path) -> None:
+    export.run(source, configure_export(tmp_path / "out", where=["seed == 1"]))
+    with pytest.raises(BadInput, match=r"where: \['seed == 1'\] there, \['seed == 2'\] now"):
+        export.run(source, configure_export(tmp_path / "out", where=["seed == 2"]))
+    with pytest.raises(BadInput, match="holds a generated data set"):
+        export.run(source, configure_export(source))
+
+
+def test_it_goes_on_and_follows_shards_that_were_made_again(tmp_path: Path) -> None:
+    uri = generate(tmp_path, 2, format="webdataset", image_format="jpeg")
+    config = configure_export(tmp_path / "out", where=["status in ok, failed", "seed == 0"])
+    assert (s := export.run(uri, config)).num_missing == 3
+    assert s.num_records == 2
+    generate(tmp_path, 5, format="webdataset", image_format="jpeg")
+    assert (s := export.run(uri, config)).num_missing == 0
+    assert s.num_records == 3
+    assert [row["topic"] for row in rows(config.output.uri)] == ["sky", "shape", "sky"]
+    # The next generation of some shards: the conditions hold of all of their records, or of none.
+    source = Manifest(uri, "webdataset")
+    schema = records.schema([pa.field("topic", pa.string())])
+    for shard, seed in ((0, 0), (1, 1), (2, 0)):
+        old = source.entry(shard)
+        assert old is not None
+        changed = [
+            r | {"seed": seed} for r in source.format.read(source.data, shard, schema=schema)
+        ]
+        facts = {k: old[k] for k in ("rows", "failed", "seconds", "finished_at", "class")}
+        source.replace(old, source.format.encode(shard, changed, schema), facts)
+    export.run(uri, config)
+    assert [row["record"] for row in rows(config.output.uri)] == [0, 1, 2, 3, 8, 9, 10, 11, 12]
+    data = {name.split(".")[0] for name in storage.list_files(str(tmp_path / "out" / "data"))}
+    assert data == {f"shard-{number:08d}" for number in (0, 2, 3)}
+
+
+def test_splits_on_s3(source: str, bucket: str) -> None:
+    target = storage.join(bucket, "out")
+    splits = {"train": 0.5, "val": 0.25, "test": 0.25}
+    summary = export.run(source, configure_export(target, splits=splits))
+    assert summary.num_records == 12
+    card = storage.read_bytes(storage.join(target, "README.md")).decode()
+    assert "data/shard-0000000[0-9].parquet" in card
+    by_split: dict[int, set[str]] = {}
+    for entry in Manifest(target).entries():
+        if entry["rows"]:
+            found = FORMATS["parquet"].read(storage.join(target, "data"), entry["shard"])
+            by_split.setdefault(entry["shard"] // 10, set()).update(r["image_id"] for r in found)
+    assert sum(map(len, by_split.values())) == len(set.union(*by_split.values())) == 12

@@ -1,0 +1,155 @@
+"""A worker without Ray: shards, records, failures, identity, resume; locally and on S3."""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rayjobs import storage
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.generation import job
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.worker.shards import ShardWorker
+from rayjobs.reports import dataset_report
+
+
+def configure(output: str, **changes: Any) -> GenerateConfig:
+    values: dict[str, Any] = {
+        "model": {"uri": "starter"},
+        "prompts": {"inline": ["a red star", "a blue ring", "a green heart"]},
+        "seeds": {"start": 1, "count": 2},
+        "sampler": {"name": "euler", "steps": 2, "guidance_scale": 3.0},
+        "output": {"uri": output, "images_per_shard": 4},
+        "engine": {"batch_size": 4},
+        "workers": {"num_cpus": 2},
+    }
+    return GenerateConfig.model_validate(values | changes)
+
+
+def make(config: GenerateConfig, shards: list[int] | None = None) -> list[dict[str, Any]]:
+    lock = job.prepare(config)
+    worker = ShardWorker(config, lock)
+    return list(worker.make(range(lock.num_shards) if shards is None else shards))
+
+
+def rows(config: GenerateConfig) -> list[dict[str, Any]]:
+    uri, found = config.output.uri, []
+    for entry in Manifest(uri).entries():
+        with storage.open_input(storage.join(uri, entry["file"])) as file:
+            found += pq.read_table(file).to_pylist()
+    return found
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "out")
+    return storage.join(request.getfixturevalue("bucket"), "out")
+
+
+def test_a_data_set_and_its_bytes(output: str, tmp_path: Path) -> None:
+    config = configure(output)
+    entries = make(config)
+    assert [entry["rows"] for entry in entries] == [4, 2]
+    assert storage.list_files(storage.join(output, "data")) == [
+        "shard-00000000.parquet",
+        "shard-00000001.parquet",
+    ]
+    records = rows(config)
+    assert [(r["prompt"], r["seed"]) for r in records] == [
+        (prompt, seed) for prompt in config.prompts.inline for seed in (1, 2)
+    ]
+    for record in records:
+        image = Image.open(io.BytesIO(record["image"]["bytes"]))
+        assert image.size == (64, 64)
+        assert record["status"] == "ok"
+        assert hashlib.sha256(record["image"]["bytes"]).hexdigest() == record["image_sha256"]
+    assert len({record["image_id"] for record in records}) == 6
+
+    # The same job elsewhere, its shards in another order: the same bytes.
+    other = configure(str(tmp_path / "other"))
+    make(other, [1, 0])
+    for entry in entries:
+        theirs = storage.read_bytes(storage.join(other.output.uri, entry["file"]))
+        assert hashlib.sha256(theirs).hexdigest() == entry["sha256"]
+
+    # Run again: nothing is made; a lost entry brings back just that shard.
+    before = Manifest(output).sha256(0)
+    assert [entry["generation"] for entry in make(config)] == [0, 0]
+    assert Manifest(output).sha256(0) == before
+    storage.forget_connections()
+    storage.remove(storage.join(output, "manifest", "00000001.json"))
+    assert [entry["shard"] for entry in make(config)] == [0, 1]
+    assert storage.list_files(storage.join(output, "attempts")) == []
+    assert "4 images" not in dataset_report.write(output)
+    assert storage.exists(storage.join(output, "index.html"))
+
+
+def test_a_run_that_ended_before_its_snapshot_goes_on(tmp_path: Path) -> None:
+    config = configure(str(tmp_path / "out"))
+    job.prepare(config)
+    snapshot = tmp_path / "out" / "prompts" / "segment-000.parquet"
+    snapshot.unlink()
+    assert [entry["rows"] for entry in make(config)] == [4, 2]
+    assert snapshot.is_file()
+
+
+def test_another_job_is_refused_with_the_difference(tmp_path: Path) -> None:
+    make(configure(str(tmp_path / "out")), [])
+    changed = configure(str(tmp_path / "out"), sampler={"name": "euler", "steps": 3})
+    with pytest.raises(ValueError, match=r"job.sampler.steps: 2 there, 3 now"):
+        job.prepare(changed)
+    job.prepare(configure(str(tmp_path / "out"), workers={"min": 2}))  # how, not what
+
+
+def test_image_to_image_from_a_folder_and_bad_pictures(tmp_path: Path, picture: Any) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    picture(1).save(pictures / "a.png")
+    whole = (pictures / "a.png").read_bytes()
+    (pictures / "b.png").write_bytes(whole[:300])
+    config = configure(
+        str(tmp_path / "out"),
+        prompts={"inline": ["a red star"]},
+        seeds={"count": 1},
+        init={"uri": str(pictures), "strength": 0.5},
+    )
+    (entry,) = make(config)
+    assert (entry["rows"], entry["failed"]) == (2, 1)
+    good, bad = rows(config)
+    assert (good["status"], good["init_image"], good["strength"]) == ("ok", "a.png", 0.5)
+    assert (bad["status"], bad["image"]) == ("failed", None)
+    assert "init image cannot be read" in bad["error"]
+    assert str(tmp_path) not in bad["error"]
+
+
+def test_rows_with_bad_values_fail_alone(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.csv"
+    long = "word " * 200
+    prompts.write_text(
+        f"prompt,width,init_image,steps,topic\ngood,64,,2,x\nwide,70,,2,x\n"
+        f"gone,,none.png,2,y\n{long},,,2,y\n"
+    )
+    config = configure(str(tmp_path / "out"), prompts={"uri": str(prompts)}, seeds={"count": 1})
+    make(config)
+    good, wide, gone, long_row = rows(config)
+    assert (good["status"], good["topic"], good["warnings"]) == ("ok", "x", None)
+    assert "width is 70; it must be a multiple of 8" in wide["error"]
+    assert "init image cannot be read" in gone["error"]
+    assert "cut after 75 tokens" in long_row["warnings"]
+    assert long_row["status"] == "ok"
+
+
+def test_huggingface_loads_it_as_images(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    config = configure(str(tmp_path / "out"))
+    make(config)
+    loaded = datasets.load_dataset(
+        "parquet", data_files=f"{tmp_path}/out/data/*", cache_dir=str(tmp_path / "cache")
+    )["train"]
+    assert len(loaded) == 6
+    assert loaded[0]["image"].size == (64, 64)

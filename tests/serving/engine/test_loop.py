@@ -1,0 +1,273 @@
+"""The engine loop with the starter model: shared steps, leaving, deadlines, full replicas."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.faults import DeviceLost
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.request import Request
+from rayjobs.diffusion.vae import worker
+from serve.config import ServeConfig
+from serve.engine.loop import EngineLoop
+from serve.images import to_image
+from serve.protocol import Ask, Event, Failed, Finished, Partial, Step, Waiting
+from serve.registry import Registry
+
+STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
+
+
+@asynccontextmanager
+async def running(**engine: Any) -> AsyncIterator[EngineLoop]:
+    config = ServeConfig.model_validate(STARTER | {"engine": engine})
+    loop = EngineLoop(config.engine, Registry(config))
+    try:
+        await loop.warm_up("starter")
+        yield loop
+    finally:
+        await loop.close()
+        assert loop.failure is None, loop.failure
+
+
+def ask(**keys: Any) -> Ask:
+    values = {"id": "1", "caller": "me", "model": "starter", "prompt": "a red star", "steps": 6}
+    return Ask(**{**values, **keys})
+
+
+async def all_of(loop: EngineLoop, what: Ask) -> list[Event]:
+    return [event async for event in loop.generate(what)]
+
+
+def of_kind(events: list[Event], kind: type) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+async def eventually(holds: Callable[[], bool], seconds: float = 10) -> None:
+    end_s = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end_s, "it did not come true"
+        await asyncio.sleep(0.01)
+
+
+def run(work: Awaitable[Any]) -> Any:
+    async def main() -> Any:
+        return await work
+
+    return asyncio.run(main())
+
+
+def test_images_are_the_engine_s_own(starter: Model) -> None:
+    async def work() -> list[list[Event]]:
+        async with running() as loop:
+            asks = [
+                ask(seeds=(1, 2), steps=5, sampler="euler"),
+                ask(seeds=(3,), steps=9, guidance_scale=1.0, sampler="ddim"),
+                ask(seeds=(4,), steps=4, width=96, height=64),
+            ]
+            return await asyncio.gather(*(all_of(loop, each) for each in asks))
+
+    answers = run(work())
+    alone = [
+        Request(prompt="a red star", seed=2, steps=5, sampler="euler"),
+        Request(prompt="a red star", seed=3, steps=9, guidance_scale=1.0, sampler="ddim"),
+        Request(prompt="a red star", seed=4, steps=4, width=96, height=64),
+    ]
+    for events, request in zip(answers, alone, strict=True):
+        made = {event.seed: event for event in of_kind(events, Finished)}
+        (result,) = Engine(starter, max_rows=1).generate([request])
+        expected = np.asarray(result.image, int)
+        got = np.asarray(to_image(made[request.seed].pixels), int)
+        assert np.abs(got - expected).max() <= 1
+    assert len(of_kind(answers[0], Finished)) == 2
+
+
+def test_a_caller_sees_the_picture_form() -> None:
+    async def work() -> list[Event]:
+        async with running() as loop:
+            return await all_of(loop, ask(partial_images=3, progress=True, steps=8))
+
+    events = run(work())
+    assert [event.index for event in of_kind(events, Partial)] == [0, 1, 2]
+    assert [event.done for event in of_kind(events, Step)] == list(range(1, 9))
+    assert isinstance(events[0], Waiting)
+    assert isinstance(events[-1], Finished)
+
+
+def test_a_caller_who_leaves_takes_the_rows_along() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            stream = loop.generate(ask(steps=900, seeds=(1, 2, 3), progress=True))
+            async for event in stream:
+                if isinstance(event, Step):
+                    break
+            (loaded,) = loop.models.loaded.values()
+            assert len(loaded.engine.rows) == 3
+            await stream.aclose()
+            await eventually(lambda: not loaded.engine.rows)
+            await eventually(lambda: loaded.users == 0)
+            assert 'outcome="cancelled"} 1.0' in loop.metrics.text()
+            assert "cancelled_rows_total 3.0" in loop.metrics.text()
+            assert not loaded.batcher.tickets
+
+    run(work())
+
+
+def test_a_short_ask_is_not_stuck_behind_long_ones() -> None:
+    async def work() -> float:
+        async with running(max_rows=2) as loop:
+            long = [asyncio.create_task(all_of(loop, ask(steps=300))) for _ in range(6)]
+            await asyncio.sleep(0.3)
+            started_s = time.monotonic()
+            await all_of(loop, ask(steps=3))
+            short_s = time.monotonic() - started_s
+            assert not any(task.done() for task in long)
+            for task in long:
+                task.cancel()
+            await asyncio.gather(*long, return_exceptions=True)
+            return short_s
+
+    assert run(work()) < 5
+
+
+def test_a_deadline_ends_the_rows() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            events = await all_of(loop, ask(steps=1000, deadline_s=0.3))
+            assert [event.kind for event in of_kind(events, Failed)] == ["deadline"]
+            (loaded,) = loop.models.loaded.values()
+            await eventually(lambda: not loaded.engine.rows)
+
+    run(work())
+
+
+def test_a_full_replica_says_when_to_come_again() -> None:
+    async def work() -> None:
+        async with running(max_pending_s=2.0) as loop:
+            asks = [ask(steps=200, seeds=tuple(range(8))) for _ in range(20)]
+            tasks = [asyncio.create_task(all_of(loop, each)) for each in asks]
+            await asyncio.sleep(1)
+            answers = [task.result() for task in tasks if task.done()]
+            refused = [event for events in answers for event in of_kind(events, Failed)]
+            assert refused
+            assert all(event.kind == "busy" and event.retry_after_s > 0 for event in refused)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await eventually(lambda: loop.pending_s() == 0)
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"model": "nobody"}, "the model 'nobody' does not exist"),
+        ({"loras": (("nobody", 1.0),)}, "a LoRA of this request does not exist"),
+        ({"sampler": "edm_euler"}, "does not fit a model that is not EDM"),
+        ({"width": 12}, "multiple of 8"),
+    ],
+)
+def test_what_cannot_be_served_is_told(keys: dict[str, Any], told: str) -> None:
+    async def work() -> list[Event]:
+        async with running() as loop:
+            return await all_of(loop, ask(**keys))
+
+    (failed,) = run(work())
+    assert failed.kind == "invalid"
+    assert told in failed.message
+
+
+def test_nothing_is_left_of_many_who_leave() -> None:
+    async def leave(loop: EngineLoop, number: int) -> None:
+        stream = loop.generate(ask(steps=50, seeds=(number,), progress=True))
+        async for _ in stream:
+            if number % 3:
+                break
+        await stream.aclose()
+
+    async def work() -> None:
+        async with running() as loop:
+            for first in range(0, 200, 20):
+                await asyncio.gather(
+                    *(leave(loop, first + n) for n in range(20) if (first + n) % 3)
+                )
+            (loaded,) = loop.models.loaded.values()
+            await eventually(lambda: not loaded.engine.rows)
+            assert loop.pending_s() == 0
+            assert not loaded.batcher.tickets
+            assert loaded.users == 0
+            assert len(asyncio.all_tasks()) == 2
+
+    run(work())
+
+
+def test_a_failed_engine_answers_at_once() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            (loaded,) = loop.models.loaded.values()
+
+            def fail() -> None:
+                raise DeviceLost("the device is gone")
+
+            task = asyncio.create_task(all_of(loop, ask(steps=900)))
+            await asyncio.sleep(0.2)
+            loaded.engine.step = fail  # type: ignore[method-assign,assignment]
+            assert [event.kind for event in of_kind(await task, Failed)] == ["broken"]
+            (late,) = await all_of(loop, ask())
+            assert isinstance(late, Failed)
+            assert late.kind == "broken"
+            assert isinstance(loop.failure, DeviceLost)
+            loop.stepper.failure = None
+
+    run(work())
+
+
+def test_a_step_that_fails_ends_its_own_rows_only() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            (loaded,) = loop.models.loaded.values()
+            predict, calls = loaded.engine._predict_noise, [0]
+
+            def fail_once(rows: list[Any]) -> Any:
+                calls[0] += 1
+                if calls[0] == 3:
+                    raise RuntimeError("shapes do not match")
+                return predict(rows)
+
+            loaded.engine._predict_noise = fail_once  # type: ignore[method-assign]
+            (failed,) = of_kind(await all_of(loop, ask(steps=20)), Failed)
+            assert failed.kind == "broken"
+            assert of_kind(await all_of(loop, ask(steps=3)), Finished)
+            assert not loaded.engine.rows
+            assert not loaded.batcher.tickets
+
+    run(work())
+
+
+def test_a_picture_that_does_not_fit_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = worker.decode_latents
+
+    def full(z_BCHW: Any, model: Any) -> Any:
+        if z_BCHW.shape[-1] == 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(z_BCHW, model)
+
+    monkeypatch.setattr(worker, "decode_latents", full)
+
+    async def work() -> None:
+        async with running() as loop:
+            large, small = await asyncio.gather(
+                all_of(loop, ask(width=96, height=64)), all_of(loop, ask(steps=30))
+            )
+            (failed,) = of_kind(large, Failed)
+            assert "out of memory" in failed.message
+            assert of_kind(small, Finished)
+
+    run(work())

@@ -1,0 +1,92 @@
+"""Keys and their limits."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from serve.config import AuthConfig, KeyConfig, ServeConfig
+from serve.errors import ApiError
+from serve.ingress.api import create_app
+from serve.ingress.auth import Gate
+from serve.protocol import Ask, Event
+
+KEY = KeyConfig(name="team", key="k" * 20, max_concurrent=1, images_per_minute=3)
+CONFIG = {"models": [{"name": "starter", "uri": "starter"}], "auth": {"keys": [KEY.model_dump()]}}
+
+
+def test_a_key_s_images_of_a_minute() -> None:
+    gate = Gate(AuthConfig(keys=(KEY,)))
+    gate.take(KEY, 2)
+    with pytest.raises(ApiError) as refused:
+        gate.take(KEY, 2)
+    assert refused.value.status == 429
+    assert 0 < float(refused.value.headers["retry-after"]) <= 20
+    gate.take(KEY, 1)
+    gate.take("127.0.0.1", 1000)
+
+
+def test_a_key_s_requests_at_once() -> None:
+    gate = Gate(AuthConfig(keys=(KEY,)))
+    with gate.admitted(KEY):
+        with pytest.raises(ApiError, match="1 requests of this key"), gate.admitted(KEY):
+            pass
+        with gate.admitted("127.0.0.1"), gate.admitted("127.0.0.1"):
+            pass
+    with gate.admitted(KEY):
+        pass
+
+
+class Nobody:
+    """No engine is ever asked."""
+
+    async def events(self, ask: Ask, streamed: bool) -> AsyncIterator[Event]:
+        raise AssertionError("it was asked")
+        yield
+
+    async def states(self) -> dict[str, dict[str, object]]:
+        return {}
+
+
+async def post(app: FastAPI, receive: Callable[[], Awaitable[Any]]) -> int:
+    """The status of a request whose body comes by `receive`."""
+    headers = {"authorization": f"Bearer {KEY.key}", "content-type": "application/json"}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/images/generations",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1),
+    }
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return int(sent[0]["status"])
+
+
+def test_a_full_key_s_body_is_not_read() -> None:
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def unread() -> Any:
+        raise AssertionError("it was read")
+
+    async def empty() -> Any:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def main() -> None:
+        app = create_app(ServeConfig.model_validate(CONFIG), Nobody())
+        first = asyncio.create_task(post(app, never))
+        await asyncio.sleep(0.1)
+        assert await post(app, unread) == 429
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert await post(app, empty) == 400  # its place is free again
+
+    asyncio.run(main())
