@@ -48,7 +48,7 @@ class Bench:
             "eager": paths.eager,
             "replay": paths.replay,
             "more": paths.more_blocks,
-            "whole": paths.whole,
+            "whole": paths.Whole,
         }
         return made[base](unet)
 

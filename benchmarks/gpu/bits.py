@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import paths
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import call, take, unet_inputs
-from rayjobs.diffusion.latents import decode_latents
+from rayjobs.diffusion.vae.latents import decode_latents
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import scheduler
@@ -61,7 +61,7 @@ def _engine(bench: Bench, work: str, requests: list[Request]) -> dict[str, Any]:
 def _diffusers(bench: Bench, steps: tuple[int, ...], num: int) -> Iterator[dict[str, Any]]:
     """As its guide to fast inference says: bfloat16, channels last, fused QKV, both compiled."""
     model = bench.model
-    vae: AutoencoderKL = model.vae
+    vae: Any = model.vae
     pipeline: Any = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=model.text_encoders[0],
@@ -78,7 +78,7 @@ def _diffusers(bench: Bench, steps: tuple[int, ...], num: int) -> Iterator[dict[
         if compiled:
             whole: Any = bench.way("whole")
             pipeline.unet = whole.unet
-            vae.decode = torch.compile(vae.decode, fullgraph=True)  # type: ignore[method-assign]
+            vae.decode = torch.compile(vae.decode, fullgraph=True)
         for n in steps:
 
             def make(n: int = n) -> int:
@@ -107,7 +107,7 @@ def _diffusers(bench: Bench, steps: tuple[int, ...], num: int) -> Iterator[dict[
                 "images_per_s": num / seconds,
                 "row_steps_per_s": calls / seconds,
             }
-    vae.decode = plain  # type: ignore[method-assign]
+    vae.decode = plain
 
 
 def _timed(bench: Bench, make: Callable[[], int]) -> tuple[float, int]:

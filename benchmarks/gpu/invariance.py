@@ -66,17 +66,18 @@ def _by_layer(bench: Bench, num: int) -> dict[str, list[int]]:
 
     leaves = [m for m in unet.modules() if not list(m.children())]
     handles = [leaf.register_forward_hook(hook) for leaf in leaves]
-    attention = F.scaled_dot_product_attention
+    functional: Any = F
+    attention = functional.scaled_dot_product_attention
 
     def probed(query: Any, key: Any, value: Any, **rest: Any) -> Any:
         compare("attention", lambda *a: attention(*a, **rest), query, key, value)
         return attention(query, key, value, **rest)
 
-    F.scaled_dot_product_attention = probed
+    functional.scaled_dot_product_attention = probed
     try:
         call(unet, unet_inputs(bench.model, num, bench.side))
     finally:
-        F.scaled_dot_product_attention = attention
+        functional.scaled_dot_product_attention = attention
         for handle in handles:
             handle.remove()
     return {key: [count, seen[key]] for key, count in varying.items() if count}

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu import timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import call, unet_inputs
-from rayjobs.diffusion.latents import decode_latents
+from rayjobs.diffusion.vae.latents import decode_latents
 
 GIB = 2**30
 

@@ -4,7 +4,7 @@ Owns the shapes. What such a model draws is noise; what it costs is what SDXL co
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -58,11 +58,9 @@ THIN_TEXT = [
 ]
 
 
-def build(
-    device: str, small: bool, options: ModelOptions | None = None, dtype: torch.dtype | None = None
-) -> Model:
+def build(device: str, small: bool, held: Literal["float32", "auto"] = "auto") -> Model:
     """Random SDXL on `device`, in bfloat16 there and float32 on a CPU; `small`: a thin one."""
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = torch.float32 if held == "float32" or device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -82,8 +80,8 @@ def build(
     pipeline = SimpleNamespace(
         **parts, **tokenizers, scheduler=scheduler(), config=SimpleNamespace()
     )
-    options = options or ModelOptions(onednn=False)
-    return assemble("random", pipeline, "0" * 64, dtype, device, options, family="sdxl")
+    options = ModelOptions(device=device, dtype=held, onednn=False)
+    return assemble("random", pipeline, "0" * 64, options, family="sdxl")
 
 
 def scheduler() -> EulerDiscreteScheduler:
@@ -101,17 +99,17 @@ def _encoders(small: bool) -> list[Any]:
     made: list[Any] = []
     kinds: list[Any] = [CLIPTextModel, CLIPTextModelWithProjection]
     for kind, shape in zip(kinds, THIN_TEXT if small else TEXT, strict=True):
-        shape = dict(shape)
+        rest: dict[str, Any] = dict(shape)
         config = CLIPTextConfig(
             vocab_size=49408,
             max_position_embeddings=77,
             bos_token_id=0,
             eos_token_id=2,
             pad_token_id=1,
-            num_attention_heads=shape.pop("heads"),
-            projection_dim=shape["hidden_size"],
+            num_attention_heads=rest.pop("heads"),
+            projection_dim=rest["hidden_size"],
             hidden_act="gelu",
-            **shape,
+            **rest,
         )
         made.append(kind(config))
     return made

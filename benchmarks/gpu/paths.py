@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 from benchmarks.gpu.model import call
-from rayjobs.diffusion.replay import Replay
+from rayjobs.diffusion.unet.replay import Replay
 
 Path = Callable[[Any], torch.Tensor]
 
@@ -40,21 +40,20 @@ def more_blocks(unet: Any) -> Path:
     return blocks(unet, (BasicTransformerBlock, ResnetBlock2D))
 
 
-def whole(unet: Any, *, fused: bool = True) -> Path:
-    """The whole UNet compiled at once, with the number of places left open."""
-    compiled = twin(unet)
-    if fused:
-        compiled.fuse_qkv_projections()
-    function = torch.compile(compiled, fullgraph=True)
+class Whole:
+    """The whole UNet compiled at once, with fused QKV and the number of places left open."""
 
-    def run(inputs: Any) -> torch.Tensor:
+    def __init__(self, unet: Any):
+        fused = twin(unet)
+        fused.fuse_qkv_projections()
+        self.unet: Any = torch.compile(fused, fullgraph=True)
+
+    def __call__(self, inputs: Any) -> torch.Tensor:
         if len(inputs[0]) > 1:
+            dynamo: Any = torch._dynamo
             for tensor in tensors(inputs):
-                torch._dynamo.mark_dynamic(tensor, 0)
-        return call(function, inputs)
-
-    run.unet = function  # type: ignore[attr-defined]
-    return run
+                dynamo.mark_dynamic(tensor, 0)
+        return call(self.unet, inputs)
 
 
 class Graphs:
@@ -110,7 +109,7 @@ def twin(unet: Any) -> Any:
     return copy.deepcopy(unet, memo)
 
 
-def first_call_s(path: Path, inputs: Any, device: str) -> float:
+def first_call_s(path: Callable[[Any], Any], inputs: Any, device: str) -> float:
     """Seconds of a first call: compiling, recording or proving."""
     started_s = time.perf_counter()
     path(inputs)

@@ -10,7 +10,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import build, unet_inputs
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.networks import Networks, Text
+from rayjobs.dreambooth.training.networks import Networks, Text
 
 GIB = 2**30
 
@@ -50,8 +50,7 @@ def _step(bench: Bench, method: str, batch: int, checkpointing: bool) -> dict[st
         }
     )
     compute = torch.bfloat16 if bench.on_gpu else torch.float32
-    held = torch.float32 if method == "full" else compute
-    model = build(bench.device, bench.small, dtype=held)
+    model = build(bench.device, bench.small, "float32" if method == "full" else "auto")
     networks = Networks(model, config, compute)
     networks.train()
     before = torch.cuda.memory_allocated() if bench.on_gpu else 0

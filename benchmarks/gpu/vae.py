@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu import paths, timing
 from benchmarks.gpu.bench import Bench
-from rayjobs.diffusion.latents import decode_latents
+from rayjobs.diffusion.vae.latents import decode_latents
 
 
 @torch.no_grad()

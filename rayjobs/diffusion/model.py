@@ -115,8 +115,7 @@ def load_model(
         ValueError: nothing is there, it cannot be read, it is a pickle, or it is another family.
     """
     options = options or ModelOptions()
-    device = _choose_device(options.device)
-    dtype = _choose_dtype(options.dtype, device)
+    dtype = _choose_dtype(options.dtype, _choose_device(options.device))
     weights = locate(uri)
     try:
         pipeline = _load_pipeline(weights, dtype if alone else torch.float32, config)
@@ -127,20 +126,15 @@ def load_model(
             f"model {uri!r}: its UNet takes {pipeline.unet.config.in_channels} channels, not 4 "
             "(inpainting models are not supported)"
         )
-    return assemble(uri, pipeline, weights.sha256, dtype, device, options)
+    return assemble(uri, pipeline, weights.sha256, options)
 
 
 def assemble(
-    uri: str,
-    pipeline: Any,
-    sha256: str,
-    dtype: torch.dtype,
-    device: str,
-    options: ModelOptions,
-    *,
-    family: str | None = None,
+    uri: str, pipeline: Any, sha256: str, options: ModelOptions, *, family: str | None = None
 ) -> Model:
     """A model of a pipeline's parts, which need no pipeline around them if `family` is given."""
+    device = _choose_device(options.device)
+    dtype = _choose_dtype(options.dtype, device)
     vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype)
     pipeline.unet.to(device=device, dtype=dtype)
     pipeline.vae.to(device=device, dtype=vae_dtype)
