@@ -31,10 +31,12 @@ class Engine:
 
     With `fixed_shape` every UNet call has `places` rows (by default two for each request, for
     guidance), every text-encoder call `max_rows` and every autoencoder call one: short calls are
-    padded and a request's bits do not depend on its neighbours. Without it calls are as large as
-    needed, which saves the padding and promises a tolerance only. A `batcher` of one's own decides
-    who goes into the next call. Where the autoencoder runs out of memory, `spares_others` lets
-    that row fail alone.
+    padded and a request's bits do not depend on its neighbours. On CUDA, where its bits depend on
+    its place in a call, each row and each text then has a call of its own: still one step of all
+    rows, at 0.8 to 0.85 of the speed at 1024 px (measured on an H200). Without `fixed_shape` calls
+    are as large as needed, which saves that and promises a tolerance only. A `batcher` of one's own
+    decides who goes into the next call. Where the autoencoder runs out of memory, `spares_others`
+    lets that row fail alone.
     """
 
     def __init__(
@@ -51,12 +53,15 @@ class Engine:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model = model
         self.loras = LoraBank(model)
+        alone = fixed_shape and model.device.startswith("cuda")
         self.prompts = PromptEncoder(
-            model, self.loras, max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
+            model, self.loras, 1 if alone else max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
         )
         self.rows: dict[int, Row] = {}
         self._batcher: Choosing[Row] = Batcher(max_rows) if batcher is None else batcher
-        self._places = Places(model, self.loras, places or 2 * max_rows, fixed_shape)
+        self._places = Places(
+            model, self.loras, places or 2 * max_rows, fixed_shape=fixed_shape, alone=alone
+        )
         self._side = Side(model, spares_others)
         self._previewer = Previewer(model)
         self._failed: list[Result] = []

@@ -7,6 +7,7 @@ steps or of requests. Legend: P places, C H W latent channels and size, L tokens
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,28 @@ KERNELS = {
 
 
 class Places:
-    """Lays rows out in calls of `num_places`; with `fixed_shape` the last call is padded to it."""
+    """Lays rows out in calls of `num_places`.
 
-    def __init__(self, model: Model, loras: LoraBank, num_places: int, fixed_shape: bool):
+    With `fixed_shape` the last call is padded to that size. A row `alone` has a call to itself, of
+    as many places as it needs: on CUDA cuDNN's convolutions give the same numbers other bits in
+    another place of a call (measured on an H200: calls of 4, 8 and 16), so that there a fixed
+    number of places is not enough for a row's bits to be its own.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loras: LoraBank,
+        num_places: int,
+        *,
+        fixed_shape: bool,
+        alone: bool = False,
+    ):
         self.model = model
         self.loras = loras
-        self.num_places = num_places
+        self.num_places = 2 if alone else num_places
         self.fixed_shape = fixed_shape
+        self.alone = alone
         self.replay = Replay(model.unet)
         self._conditions_of: tuple[int, ...] = ()
         self._conditions: list[dict[str, Any]] = []
@@ -50,22 +66,20 @@ class Places:
             timesteps += [row.sampler.timestep] * row.num_places
         x_PCHW = torch.cat(inputs)
         t_P = torch.stack([t.float() for t in timesteps]).to(self.model.device, non_blocking=True)
-        outputs = [
-            self._call(x_PCHW[first : first + self.num_places], t_P, first, condition)
-            for first, condition in zip(
-                range(0, len(x_PCHW), self.num_places), self._all_conditions(rows), strict=True
-            )
-        ]
+        outputs, first = [], 0
+        for condition in self._all_conditions(rows):
+            end = first + condition["num_places"]
+            outputs.append(self._call(x_PCHW[first:end], t_P[first:end], condition))
+            first = end
         return self._guide(rows, torch.cat(outputs))
 
     def _call(
-        self, x_PCHW: torch.Tensor, t_P: torch.Tensor, first: int, condition: dict[str, Any]
+        self, x_PCHW: torch.Tensor, t_P: torch.Tensor, condition: dict[str, Any]
     ) -> torch.Tensor:
         """One UNet call, padded by repeating its last place; the padding is cut off again."""
         num = len(x_PCHW)
         uses = condition["loras"]
         padding = len(uses) - num
-        t_P = t_P[first : first + num]
         if padding:
             x_PCHW = torch.cat([x_PCHW, x_PCHW[-1:].expand(padding, -1, -1, -1)])
             t_P = torch.cat([t_P, t_P[-1:].expand(padding)])
@@ -83,17 +97,24 @@ class Places:
         """What the calls of these rows are conditioned on; kept while the rows stay the same."""
         ids = tuple(row.id for row in rows)
         if ids != self._conditions_of:
-            places = [(row, place) for row in rows for place in range(row.num_places)]
-            chunks = [
-                places[first : first + self.num_places]
-                for first in range(0, len(places), self.num_places)
-            ]
-            self._conditions = [self._condition(chunk) for chunk in chunks]
+            self._conditions = [self._condition(places) for places in self._layout(rows)]
             self._conditions_of = ids
         return self._conditions
 
+    def _layout(self, rows: Sequence[Row]) -> list[list[tuple[Row, int]]]:
+        """Who has which place of which call."""
+        by_row = [[(row, place) for place in range(row.num_places)] for row in rows]
+        if self.alone:
+            return by_row
+        places = list(itertools.chain.from_iterable(by_row))
+        return [
+            places[first : first + self.num_places]
+            for first in range(0, len(places), self.num_places)
+        ]
+
     def _condition(self, places: list[tuple[Row, int]]) -> dict[str, Any]:
-        if self.fixed_shape:
+        num_places = len(places)
+        if self.fixed_shape and not self.alone:
             places = places + [places[-1]] * (self.num_places - len(places))
         embeddings = [row.embeddings[place] for row, place in places if row.embeddings]
         arguments: dict[str, Any] = {
@@ -110,7 +131,8 @@ class Places:
             }
         if self.model.unet.config.time_cond_proj_dim is not None:
             arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in places])
-        return {"arguments": arguments, "loras": [row.loras for row, _ in places]}
+        loras = [row.loras for row, _ in places]
+        return {"arguments": arguments, "loras": loras, "num_places": num_places}
 
     def _guidance_embedding(self, rows: list[Row]) -> torch.Tensor:
         """Guidance as an input, for UNets distilled with it (LCM)."""

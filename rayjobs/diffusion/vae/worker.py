@@ -35,8 +35,10 @@ class Side:
     def __init__(self, model: Model, spares_others: bool = False):
         self.model = model
         self.spares_others = spares_others
-        cuda = model.device.startswith("cuda")
-        self._place: _Place = _Stream(model.device) if cuda else _Between()
+        # torch's choice of an attention kernel holds for all threads, and the autoencoder's wide
+        # heads have none but the default: such a model's pictures are made between its steps.
+        beside = model.device.startswith("cuda") and model.options.attention == "auto"
+        self._place: _Place = _Stream(model.device) if beside else _Between()
         self._encoding: dict[Future[None], Row] = {}
         self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}
 
