@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from PIL import Image
@@ -23,8 +23,9 @@ from rayjobs.diffusion.sampler import EDM, resolve
 from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig, ModelConfig, QualityConfig
 from rayjobs.generation.spec.records import Record
+from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture, parameters_text
-from rayjobs.images.sandbox import Decoder
+from rayjobs.images.sandbox import Sandbox
 from rayjobs.quality import pixels
 
 Row = dict[str, Any]
@@ -59,8 +60,7 @@ class Maker:
         self.lora_ids = [[self.engine.loras.load(lora.path), lora.scale] for lora in self.loras]
         self.scorer = load_scorer(config.quality, self.model)
         self._ahead = BATCHES_AHEAD * size
-        self._decoder = Decoder()
-        self._init = lru_cache(maxsize=4)(self._read_init)
+        self._init = lru_cache(maxsize=4)(partial(read_init, sandbox=Sandbox()))
         self._reading = ThreadPoolExecutor(2, thread_name_prefix="reading")
         threads = max(1, min(4, int(config.workers.num_cpus)))
         self._encoding = ThreadPoolExecutor(threads, thread_name_prefix="encoding")
@@ -149,21 +149,6 @@ class Maker:
             loras=self.loras,
         )
 
-    def _read_init(self, uri: str) -> Init:
-        try:
-            data = storage.read_bytes(uri)
-        except storage.Unavailable:
-            raise
-        except storage.NotThere:
-            return Init("", None, "init image cannot be read: it is missing")
-        except storage.StorageError:
-            return Init("", None, "init image cannot be read: access to it is refused")
-        sha256 = hashlib.sha256(data).hexdigest()
-        try:
-            return Init(sha256, self._decoder.decode(data))
-        except ValueError as error:
-            return Init(sha256, None, str(error))
-
     def _score(self, record: Record, result: Result) -> Row:
         # Not beside the engine: on a CPU two teams of threads slow each other down.
         if self.scorer is None or result.image is None:
@@ -218,6 +203,23 @@ class Maker:
     def _guidance(self, record: Record) -> float:
         given = record.guidance_scale
         return self.model.default_guidance_scale if given is None else given
+
+
+def read_init(uri: str, sandbox: Sandbox) -> Init:
+    """The init image at `uri`. Raises storage.Unavailable when the storage does not answer."""
+    try:
+        data = storage.read_bytes(uri)
+    except storage.Unavailable:
+        raise
+    except storage.NotThere:
+        return Init("", None, "init image cannot be read: it is missing")
+    except storage.StorageError:
+        return Init("", None, "init image cannot be read: access to it is refused")
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        return Init(sha256, sandbox.decode(data).on_white())
+    except UnreadableImage as error:
+        return Init(sha256, None, f"init image cannot be read: it {error}")
 
 
 def load(config: ModelConfig) -> Model:
