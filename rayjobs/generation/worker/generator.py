@@ -17,15 +17,15 @@ from PIL import Image
 from rayjobs import storage
 from rayjobs.dataset.records import ENGINE_VERSION, SCORES, image_id
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
-from rayjobs.diffusion.sampler import EDM, resolve
-from rayjobs.generation import exports
-from rayjobs.generation.config import GenerateConfig, ModelConfig, QualityConfig
+from rayjobs.diffusion.sampler import resolve
+from rayjobs.generation.config import GenerateConfig, QualityConfig
 from rayjobs.generation.spec.records import Record
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture, parameters_text
 from rayjobs.images.sandbox import Sandbox
+from rayjobs.models import loading
 from rayjobs.quality import pixels
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ class Maker:
     def __init__(self, config: GenerateConfig, model_name: str, guided: bool):
         self.config = config
         self.model_name = model_name
-        self.model = load(config.model)
+        self.model = loading.load(config.model)
         size = config.engine.batch_size
         self.engine = Engine(self.model, size, slots=2 * size if guided else size)
         self.loras = tuple(
@@ -82,7 +82,7 @@ class Maker:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
         own = type(self.model.scheduler).__name__
-        sampler_class, options = resolve(record.sampler or own, sampler.options, own in EDM)
+        sampler_class, options = resolve(record.sampler or own, sampler.options, self.model.is_edm)
         side = self.model.default_side if init_sha256 is None else None
         return image_id(
             {
@@ -220,22 +220,6 @@ def read_init(uri: str, sandbox: Sandbox) -> Init:
         return Init(sha256, sandbox.decode(data).on_white())
     except UnreadableImage as error:
         return Init(sha256, None, f"init image cannot be read: it {error}")
-
-
-def load(config: ModelConfig) -> Model:
-    """The model of a configuration, fetched to this machine first when it is elsewhere."""
-    options = ModelOptions(
-        dtype=config.dtype,
-        device=config.device,
-        vae_dtype=config.vae_dtype,
-        attention=config.attention,
-        channels_last=config.channels_last,
-        compile=config.compile,
-        vae_slicing=config.vae_slicing,
-        vae_tiling=config.vae_tiling,
-    )
-    parts = None if config.config is None else storage.to_local(config.config)
-    return exports.teach(load_model(storage.to_local(config.uri), options, config=parts), config)
 
 
 def load_scorer(config: QualityConfig, model: Model) -> Any:
