@@ -65,7 +65,7 @@ class PrioritizedRow(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def num_places(self) -> int: ...
+    def num_slots(self) -> int: ...
     @property
     def share_left(self) -> float: ...
     @property
@@ -150,8 +150,8 @@ class FairBatcher(Generic[R]):
 
     def _usage(self, rows: list[R]) -> BatchUsage:
         priorities = [self._priority(row) for row in rows]
-        callers = [(p.caller, row.num_places) for p, row in zip(priorities, rows, strict=True)]
-        slots = sum(row.num_places for row in rows)
+        callers = [(p.caller, row.num_slots) for p, row in zip(priorities, rows, strict=True)]
+        slots = sum(row.num_slots for row in rows)
         oldest_s = min(priority.arrived_s for priority in priorities)
         return BatchUsage(rows[0].shape, len(rows), slots, oldest_s, tuple(callers))
 
@@ -167,10 +167,10 @@ class FairBatcher(Generic[R]):
         while callers and len(batch) < self.max_rows:
             for caller in list(callers):
                 row = waiting[caller][-1]
-                if (row.num_places > room and batch) or len(batch) == self.max_rows:
+                if (row.num_slots > room and batch) or len(batch) == self.max_rows:
                     return batch
                 batch.append(waiting[caller].pop())
-                room -= row.num_places
+                room -= row.num_slots
                 if not waiting[caller]:
                     callers.remove(caller)
         return batch

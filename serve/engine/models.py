@@ -194,10 +194,10 @@ class ModelCache:
         engine = Engine(
             model,
             self.config.max_rows,
-            places=self.forecast.max_slots,
+            slots=self.forecast.max_slots,
             fixed_shape=False,
             batcher=batcher,
-            spares_others=True,
+            isolate_oom=True,
         )
         return LoadedModel(weights, engine, batcher, num_bytes)
 

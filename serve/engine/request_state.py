@@ -83,8 +83,8 @@ class RequestState:
         total = len(row.sampler.timesteps)
         self.images[row_id] = image
         self.shape = row.shape
-        self.slots = row.num_places
-        self.left[row_id] = total * row.num_places
+        self.slots = row.num_slots
+        self.left[row_id] = total * row.num_slots
         # No preview after the last step: the finished image follows.
         self.num_partials = count = min(self.request.partial_images, max(0, total - 1))
         self.preview_steps[row_id] = [round(total * (n + 1) / (count + 1)) for n in range(count)]

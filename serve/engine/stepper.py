@@ -215,7 +215,7 @@ class Stepper:
 
     def _step(self, loaded: LoadedModel) -> None:
         engine, batcher = loaded.engine, loaded.batcher
-        vae_s, trace_warmup_s = engine.side_s, engine.proving_s
+        vae_s, trace_warmup_s = engine.side_s, engine.trace_warmup_s
         is_decoding = self._uses_autoencoder()
         batcher.usage = None
         self._pacer.begin()
@@ -241,7 +241,7 @@ class Stepper:
             loaded=loaded,
             usage=batcher.usage,
             vae_s=engine.side_s - vae_s,
-            trace_warmup_s=engine.proving_s - trace_warmup_s,
+            trace_warmup_s=engine.trace_warmup_s - trace_warmup_s,
             num_results=len(results),
         )
         for over, seconds in self._pacer.end(step):
@@ -289,7 +289,7 @@ class Stepper:
         self._pacer.clear()
         if len(rows) > 1:
             key = loaded.key(rows[0].shape)
-            self.forecast.observe_oom(key, sum(row.num_places for row in rows))
+            self.forecast.observe_oom(key, sum(row.num_slots for row in rows))
             return
         message = "the image does not fit the device's memory; request a smaller size"
         for row in rows:
@@ -305,7 +305,7 @@ class Stepper:
             state.started = True
             self.metrics.started(time.monotonic() - state.arrived_s)
         done, total = loaded.engine.progress(row_id)
-        state.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_places
+        state.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_slots
         image = state.images[row_id]
         if state.request.progress:
             since_s = time.monotonic() - state.arrived_s

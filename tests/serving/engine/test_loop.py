@@ -114,7 +114,7 @@ def test_a_caller_who_leaves_takes_the_rows_along() -> None:
             await eventually(lambda: loaded.users == 0)
             assert 'outcome="cancelled"} 1.0' in loop.metrics.text()
             assert "cancelled_rows_total 3.0" in loop.metrics.text()
-            assert not loaded.batcher.tickets
+            assert not loaded.batcher.priorities
 
     run(work())
 
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_many_who_leave() -> None:
             (loaded,) = loop.models.loaded.values()
             await eventually(lambda: not loaded.engine.rows)
             assert loop.pending_s() == 0
-            assert not loaded.batcher.tickets
+            assert not loaded.batcher.priorities
             assert loaded.users == 0
             assert len(asyncio.all_tasks()) == 2
 
@@ -246,7 +246,7 @@ def test_a_step_that_fails_ends_its_own_rows_only() -> None:
             assert failed.kind == "broken"
             assert of_kind(await all_of(loop, make_request(steps=3)), Finished)
             assert not loaded.engine.rows
-            assert not loaded.batcher.tickets
+            assert not loaded.batcher.priorities
 
     run(work())
 
