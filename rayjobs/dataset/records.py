@@ -67,16 +67,6 @@ def image_id(decides: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def moments_name(shard: int) -> str:
-    """The file of a shard's latent moments, below latents/ of its data set."""
-    return f"shard-{shard:08d}.safetensors"
-
-
-def prompt_key(prompt: str) -> str:
-    """A prompt's name among cached embeddings."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:32]
-
-
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 

@@ -127,15 +127,6 @@ def measure_rate(config: GenerateConfig) -> float:
         return pool.ask(config, probe.rate)
 
 
-def write_moments(config: GenerateConfig) -> int:
-    """Have the pictures' latents and the prompts' embeddings written where workers run."""
-    config = anywhere(config)
-    from rayjobs.generation.worker import moments, pool
-
-    with pool.session(config):
-        return pool.ask(config, moments.write)
-
-
 def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
     with check(config) as draft:
         from rayjobs.generation.worker import pool  # takes seconds, and bad input is told before

@@ -57,8 +57,6 @@ class PriorConfig(Config):
     """Good images of each prompt."""
     job_seed: int = 0
     """What the seeds are derived from."""
-    latents: bool = False
-    """Store the autoencoder's moments and the prompts' embeddings too, for training."""
     sampler: SamplerConfig = SamplerConfig()
     image: ImageConfig = ImageConfig()
     output: OutputConfig
@@ -119,8 +117,6 @@ def run(config: PriorConfig) -> Summary:
             f"after {ROUNDS} rounds there still are images to refuse ({_words(reasons)}); "
             "give more varied prompts or class synonyms, or another sampler"
         )
-    if config.latents:
-        job.write_moments(_job(config, config.prompts))
     signatures = duplicates.pack(image.signature for image in found if image.signature)
     diversity = duplicates.diversity(signatures)
     seconds = time.monotonic() - started
