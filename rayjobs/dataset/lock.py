@@ -6,6 +6,7 @@ asks for. Knows a job only as the keys and values that it was resolved to.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
@@ -51,6 +52,28 @@ class Segment(Config):
     def shards(self) -> range:
         return range(self.first_shard, self.first_shard + self.num_shards)
 
+    @property
+    def records(self) -> range:
+        return range(self.first_record, self.first_record + self.num_records)
+
+    @property
+    def images_per_shard(self) -> int:
+        return int(self.job["output"]["images_per_shard"])
+
+    def records_of(self, shard: int) -> range:
+        """The records of one of its shards."""
+        start = self.first_record + (shard - self.first_shard) * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.records.stop))
+
+    def shard_of(self, record: int) -> int:
+        return self.first_shard + (record - self.first_record) // self.images_per_shard
+
+    def count_records(self, shards: Sequence[int]) -> int:
+        """Records of some of its shards, in ascending order: only the last may be a short one."""
+        if not len(shards):
+            return 0
+        return (len(shards) - 1) * self.images_per_shard + len(self.records_of(int(shards[-1])))
+
     def identity(self) -> dict[str, Any]:
         """What decides the records of the whole job, wherever its files lie; flat, by key."""
         parts = self.model_dump(
@@ -87,9 +110,13 @@ class Lock(Config):
     def format(self) -> str:
         return str(self.segments[0].job["output"]["format"])
 
-    def segment_of(self, shard: int) -> int:
-        """Which segment a shard belongs to."""
-        return next(n for n, segment in enumerate(self.segments) if shard in segment.shards)
+    def segment_of(self, shard: int) -> Segment:
+        """The segment that a shard belongs to."""
+        return next(segment for segment in self.segments if shard in segment.shards)
+
+    def segment_of_record(self, record: int) -> Segment:
+        """The segment that a record belongs to."""
+        return next(segment for segment in self.segments if record in segment.records)
 
 
 def lock_uri(output_uri: str) -> str:

@@ -13,6 +13,8 @@ import pyarrow as pa
 ENGINE_VERSION = 1
 """Raised whenever a change to the engine may move a bit of a picture."""
 
+Row = dict[str, Any]
+"""A record's columns by name."""
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """The image feature of Hugging Face data sets."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
-from rayjobs.dataset.lock import Lock, Segment
+from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import GROUP, Manifest
 from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
@@ -119,12 +119,12 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 def measure_rate(config: GenerateConfig) -> float:
     """Images per second of one worker, measured where a worker would run."""
     config = anywhere(config)
-    from rayjobs.generation.worker import pool, probe
+    from rayjobs.generation.worker import pool
 
     if cluster.is_own():
-        return probe.rate(config)
+        return pool.measure_rate(config)
     with pool.session(config):
-        return pool.ask(config, probe.rate)
+        return pool.run_on_worker(config, pool.measure_rate)
 
 
 def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
@@ -137,7 +137,7 @@ def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
             determinism.check_same(lock.determinism, determinism.current(config), allowed)
             return lock
         stack.enter_context(pool.session(config))
-        return enter(draft, lambda: pool.ask(config, determinism.current), extend)
+        return enter(draft, lambda: pool.run_on_worker(config, determinism.current), extend)
 
 
 def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:
@@ -161,19 +161,14 @@ def _missing(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
     done = manifest.committed(lock.num_shards)
     found = []
     for number, segment in enumerate(lock.segments):
-        size = segment.job["output"]["images_per_shard"]
         shards = np.arange(segment.first_shard, segment.shards.stop)
         if limit is not None:
-            shards = shards[: -(-max(0, limit - segment.first_record) // size)]
+            wanted = max(0, limit - segment.first_record)
+            shards = shards[: -(-wanted // segment.images_per_shard)]
         shards = shards[~done[shards]]
         if len(shards):
-            found.append(_Work(number, shards, None, _num_images(segment, shards, size)))
+            found.append(_Work(number, shards, None, segment.count_records(shards.tolist())))
     return found
-
-
-def _num_images(segment: Segment, shards: np.ndarray, size: int) -> int:
-    short = segment.num_shards * size - segment.num_records
-    return len(shards) * size - (short if shards[-1] == segment.shards.stop - 1 else 0)
 
 
 def _again(lock: Lock, manifest: Manifest) -> list[_Work]:

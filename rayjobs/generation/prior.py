@@ -243,11 +243,9 @@ def _replace(config: PriorConfig, bad: list[_Found], seeds: _Seeds) -> int:
     """Make each refused image's record again, with the next seed of its prompt."""
     lock = read_lock(config.output.uri)
     assert lock is not None
-    size = config.output.images_per_shard
     redo: dict[int, dict[int, int]] = {}
     for image in bad:
-        segment = next(s for s in reversed(lock.segments) if s.first_record <= image.record)
-        shard = segment.first_shard + (image.record - segment.first_record) // size
+        shard = lock.segment_of_record(image.record).shard_of(image.record)
         redo.setdefault(shard, {})[image.record] = seeds.next(image.key[0])
     print(f"replacing {len(bad)} of the class images", file=sys.stderr)
     return job.make_again(_job(config, config.prompts), lock, redo)

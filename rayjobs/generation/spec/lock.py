@@ -5,6 +5,7 @@ lock is and where it lies is `dataset.lock`'s.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
 from rayjobs.dataset.records import SCORES, schema
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import Names, Snapshot
-from rayjobs.generation.spec.records import Spec
+from rayjobs.generation.spec.records import Record, Spec
 
 FREE = ("workers",)
 """Parts of a configuration that change how a job runs, but not what it makes."""
@@ -47,6 +48,11 @@ def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:
     names = Names(names_uri(uri, number)) if segment.init_sha256 is not None else ()
     rows = Snapshot(snapshot_uri(uri, number))
     return Spec(config, rows, names, segment.first_prompt, segment.first_seed)
+
+
+def record_of(spec: Spec, segment: Segment, number: int) -> Record:
+    """Record `number` of the data set, which is one of that segment's."""
+    return replace(spec.record(number - segment.first_record), number=number)
 
 
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:

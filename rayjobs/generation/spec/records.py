@@ -98,11 +98,6 @@ class Spec:
     def num_shards(self) -> int:
         return -(-self.num_records // self.config.output.images_per_shard)
 
-    def shard(self, number: int) -> range:
-        """The records of shard `number`."""
-        size = self.config.output.images_per_shard
-        return range(number * size, min((number + 1) * size, self.num_records))
-
     def record(self, number: int) -> Record:
         """Record `number`, from its number alone."""
         if not 0 <= number < self.num_records:

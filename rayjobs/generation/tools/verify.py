@@ -18,7 +18,7 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
+from rayjobs.generation.spec.lock import config_of, open_spec, record_of, record_schema
 
 READERS = 4
 MOST_TOLD = 100
@@ -80,10 +80,7 @@ def _check_strays(manifest: Manifest, entries: list[Entry], found: Findings) -> 
 
 def _shard_faults(lock: Lock, manifest: Manifest, entry: Entry) -> Iterator[str]:
     shard = entry["shard"]
-    segment = lock.segments[lock.segment_of(shard)]
-    size = segment.job["output"]["images_per_shard"]
-    first = segment.first_record + (shard - segment.first_shard) * size
-    numbers = range(first, min(first + size, segment.first_record + segment.num_records))
+    numbers = lock.segment_of(shard).records_of(shard)
     sha256 = manifest.sha256(shard)
     if sha256 is None:
         yield f"shard {shard}: {entry['file']} is missing"
@@ -140,7 +137,7 @@ def _regenerate(
 ) -> None:
     """Make random records of a segment again and compare them bit by bit."""
     from rayjobs.generation.spec import determinism
-    from rayjobs.generation.worker.generator import Maker
+    from rayjobs.generation.worker.generator import RecordGenerator
 
     number, segment = numbered
     determinism.pin(config)
@@ -148,15 +145,14 @@ def _regenerate(
     schema = record_schema(config, spec.rows)
     manifest = Manifest(config.output.uri, config.output.format)
     rows = _choose(manifest, entries, schema, dice)
-    maker = Maker(config, segment.model_name, segment.guided)
-    first, size = segment.first_record, config.output.images_per_shard
-    again = (replace(spec.record(k - first), number=k, seed=row["seed"]) for k, row in rows.items())
-    for record, row in maker.make(again):
+    generator = RecordGenerator(config, segment.model_name, segment.guided)
+    again = (replace(record_of(spec, segment, k), seed=row["seed"]) for k, row in rows.items())
+    for record, row in generator.generate(again):
         found.num_regenerated += 1
         old = rows[record.number]
         differing = [name for name in schema.names if row.get(name) != old.get(name)]
         if differing:
-            shard = segment.first_shard + (record.number - first) // size
+            shard = segment.shard_of(record.number)
             found.faults.append(
                 f"shard {shard}, record {record.number}: made again it differs in "
                 + ", ".join(differing)

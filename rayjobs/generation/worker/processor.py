@@ -4,8 +4,6 @@ Owns the step's keys, how its rows become records, and the refusal of plans that
 would not protect. Writes nothing and knows nothing of data sets on storage: that is the job.
 """
 
-import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +14,7 @@ from pydantic import Field
 
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
-from rayjobs.dataset.records import OVERRIDES, SCORES, schema
-from rayjobs.diffusion.faults import DeviceLost
+from rayjobs.dataset.records import OVERRIDES, SCORES, Row, schema
 from rayjobs.generation.config import (
     EngineConfig,
     GenerateConfig,
@@ -29,10 +26,9 @@ from rayjobs.generation.config import (
 )
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.records import Record, derived_seed
-from rayjobs.generation.worker.generator import Maker, Row
+from rayjobs.generation.worker.generator import RecordGenerator
+from rayjobs.generation.worker.pool import STORAGE_PATIENCE_S, exit_if_device_lost
 
-PATIENCE_S = 900.0
-"""How long workers wait for a storage server that is away."""
 UserFunction = Callable[[dict[str, Any]], dict[str, Any]]
 Processor = Callable[[ray.data.Dataset], ray.data.Dataset]
 
@@ -108,13 +104,13 @@ class ImageStep:
     """What Ray Data calls: holds the model, takes a batch of rows and yields it in parts."""
 
     def __init__(self, config: dict[str, Any]):
-        storage.be_patient(PATIENCE_S)
+        storage.be_patient(STORAGE_PATIENCE_S)
         self.config = ProcessorConfig.model_validate(config)
         job = self.config.job()
         determinism.pin(job)
         uri = job.model.uri
         name = Path(uri).name if Path(uri).exists() else uri
-        self.maker = Maker(job, name, self.config.guided)
+        self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]
         whole = schema(scores=scores)
         # Rows have no number here: which one would it be?
@@ -125,12 +121,8 @@ class ImageStep:
         if not len(batch):
             yield self._joined(batch, [])
             return
-        try:
+        with exit_if_device_lost():
             yield from self._parts(batch)
-        except DeviceLost:
-            # An error would end the program; the end of this process makes Ray start another one.
-            logging.getLogger("rayjobs").exception("the device is lost; ending this worker")
-            os._exit(1)
 
     def _parts(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Rows in the batch's order, passed on a UNet batch at a time."""
@@ -155,7 +147,7 @@ class ImageStep:
                 records.append(self._record(number, row))
             except ValueError as error:
                 yield number, {"status": "failed", "error": str(error)}
-        for record, row in self.maker.make(records):
+        for record, row in self.generator.generate(records):
             yield record.number, row
 
     def _record(self, number: int, row: dict[str, Any]) -> Record:

@@ -63,7 +63,6 @@ def test_every_combination_once_in_order() -> None:
     records = [spec.record(k) for k in range(len(spec))]
     assert [(r.prompt, r.init_image, r.seed) for r in records] == expected
     assert records[0].init_uri == "pics/a.png"
-    assert [k for s in range(spec.num_shards) for k in spec.shard(s)] == list(range(len(spec)))
     with pytest.raises(IndexError):
         spec.record(len(spec))
 
@@ -314,7 +313,6 @@ def test_more_records_than_len_can_hold() -> None:
     spec = build({"templates": ["{a}{b} {c}{d}{e}"], "axes": axes}, seeds={"derive": 10**15})
     assert spec.num_records == 10**30 > sys.maxsize
     assert spec.num_shards == 2 * 10**29
-    assert spec.shard(spec.num_shards - 1)[-1] == 10**30 - 1
     assert spec.record(10**30 - 1).prompt == "999999 999999999"
 
 
