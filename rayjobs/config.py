@@ -5,6 +5,7 @@ each job's model lives beside its code.
 """
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -75,6 +76,24 @@ class BadInput(ValueError):
 
 class JobFailed(RuntimeError):
     """The job cannot go on; what is finished stays, and the same command continues."""
+
+
+def differences(before: Any, after: Any, now: str = "now", key: str = "") -> list[str]:
+    """A line for each value that differs between two nested mappings, named by its dotted key."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            line
+            for name in sorted(before.keys() | after.keys())
+            for line in differences(
+                before.get(name), after.get(name), now, f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if before == after else [f"  {key}: {_short(before)} there, {_short(after)} {now}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 C = TypeVar("C", bound=Config)

@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import Field
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config
+from rayjobs.config import BadInput, Config, differences
 from rayjobs.dataset.records import ENGINE_VERSION, canonical_json
 
-PLACES = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
-PLACES += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
-"""Where things lie: they may move, since the lock holds hashes of what they are."""
+LOCATIONS = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
+LOCATIONS += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
+"""Keys that may change, since the lock holds hashes of what lies there."""
 
 
 class Segment(Config):
@@ -82,7 +82,7 @@ class Segment(Config):
             | {"model_sha256", "loras_sha256", "scorers_sha256", "guided", "engine_version"},
         )
         flat = _flat(parts)
-        return {k: v for k, v in flat.items() if k.removeprefix("job.") not in PLACES}
+        return {k: v for k, v in flat.items() if k.removeprefix("job.") not in LOCATIONS}
 
 
 class Lock(Config):
@@ -155,33 +155,19 @@ def replace_lock(lock: Lock, mark: str, output_uri: str) -> bool:
     return storage.replace_bytes(uri, _encoded(lock), mark, _staging(output_uri))
 
 
-def find(lock: Lock, wanted: Segment, output_uri: str) -> int:
-    """The segment that is the wanted job; raises BadInput with the difference when there is none.
+def find_segment(lock: Lock, wanted: Segment, output_uri: str) -> int:
+    """The number of the segment that is the wanted job.
 
-    The difference is that to the last one.
+    Raises BadInput with the difference from the last segment when there is none.
     """
     for number, segment in enumerate(lock.segments):
         if segment.identity() == wanted.identity():
             return number
-    changed = _changes(lock.segments[-1], wanted)
+    changed = differences(lock.segments[-1].identity(), wanted.identity())
     raise BadInput(
         f"{output_uri} holds another job; choose another output.uri, append this one with --extend,"
         " or go back to:\n" + "\n".join(changed)
     )
-
-
-def _changes(found: Segment, wanted: Segment) -> list[str]:
-    before, after = found.identity(), wanted.identity()
-    return [
-        f"  {key}: {_short(before.get(key))} there, {_short(after.get(key))} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _encoded(lock: Lock) -> bytes:

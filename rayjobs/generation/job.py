@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -16,12 +15,11 @@ from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import GROUP, Manifest
-from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.draft import check
 from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
-from rayjobs.generation.spec.segments import enter
+from rayjobs.generation.spec.segments import ensure_segment, open_draft
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
@@ -56,8 +54,9 @@ def prepare(config: GenerateConfig, extend: bool = False) -> Lock:
 
     A new data set gets this machine's determinism class.
     """
-    with check(config) as draft:
-        return enter(draft, lambda: determinism.current(config), extend)
+    config = resolve(config)
+    with open_draft(config) as draft:
+        return ensure_segment(draft, lambda: determinism.current(config), extend)
 
 
 def run(
@@ -73,9 +72,9 @@ def run(
     StorageError before a worker starts when the job cannot be, JobFailed when it cannot go on.
     """
     started = time.monotonic()
-    config = anywhere(config)
+    config = resolve(config)
     with ExitStack() as stack:
-        lock = _enter(config, extend, stack)
+        lock = _lock(config, extend, stack)
         manifest = Manifest(config.output.uri, lock.format)
         manifest.recover()
         manifest.compact()
@@ -102,7 +101,7 @@ def _session(config: GenerateConfig) -> AbstractContextManager[None]:
 
 def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     """Make records of finished shards again: `redo` maps shards to records and their seeds."""
-    config = anywhere(config)
+    config = resolve(config)
     from rayjobs.generation.worker import pool
 
     manifest, made = Manifest(config.output.uri, lock.format), 0
@@ -118,7 +117,7 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 
 def measure_rate(config: GenerateConfig) -> float:
     """Images per second of one worker, measured where a worker would run."""
-    config = anywhere(config)
+    config = resolve(config)
     from rayjobs.generation.worker import pool
 
     if cluster.is_own():
@@ -127,17 +126,19 @@ def measure_rate(config: GenerateConfig) -> float:
         return pool.run_on_worker(config, pool.measure_rate)
 
 
-def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
-    with check(config) as draft:
+def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
+    with open_draft(config) as draft:
         from rayjobs.generation.worker import pool  # takes seconds, and bad input is told before
 
         if cluster.is_own():
-            lock = enter(draft, lambda: determinism.current(config), extend)
+            lock = ensure_segment(draft, lambda: determinism.current(config), extend)
             allowed = config.engine.allow_class_change
             determinism.check_same(lock.determinism, determinism.current(config), allowed)
             return lock
         stack.enter_context(pool.session(config))
-        return enter(draft, lambda: pool.run_on_worker(config, determinism.current), extend)
+        return ensure_segment(
+            draft, lambda: pool.run_on_worker(config, determinism.current), extend
+        )
 
 
 def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:
@@ -145,7 +146,7 @@ def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -
     from rayjobs.generation.worker import pool
 
     segment = lock.segments[work.segment]
-    mine = anywhere(config_of(segment, config.output.uri, config))
+    mine = config_of(segment, config.output.uri, config)
     done = manifest.committed(lock.num_shards)
     made = 0
     for entry in pool.make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
@@ -196,17 +197,3 @@ def _finish(
     if manifest.committed(lock.num_shards).all():
         manifest.clean()
     return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)
-
-
-def anywhere(config: GenerateConfig) -> GenerateConfig:
-    """The job as a worker in any working directory can read it: with absolute local paths."""
-    config = exports.resolve(config)
-    values = config.model_dump()
-    places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
-    places += [(part, "uri") for key in ("loras", "words") for part in values["model"][key]]
-    if Path(config.model.uri).exists():
-        places.append((values["model"], "uri"))
-    for part, key in places:
-        if part[key] is not None:
-            part[key] = storage.absolute(part[key])
-    return GenerateConfig.model_validate(values)

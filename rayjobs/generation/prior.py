@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config, JobFailed
+from rayjobs.config import BadInput, Config, JobFailed, differences
 from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import canonical_json
@@ -165,12 +165,10 @@ def _check_same_settings(config: PriorConfig) -> None:
     for part in (before, after):
         part.pop("prompts")
         part["model"] = {k: v for k, v in part["model"].items() if k not in ("uri", "config")}
-    changed = [key for key in after if before.get(key) != after[key]]
-    if changed:
+    if changed := differences(before, after):
         raise BadInput(
-            f"{config.output.uri} holds class images made with other settings of "
-            f"{', '.join(changed)}; choose another output.uri, or go back to: "
-            + "; ".join(f"{key}: {json.dumps(before.get(key))}" for key in changed)
+            f"{config.output.uri} holds class images made with other settings; choose another "
+            "output.uri, or go back to:\n" + "\n".join(changed)
         )
 
 

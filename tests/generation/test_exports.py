@@ -12,8 +12,9 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
-from rayjobs.generation import exports, job
+from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import resolve
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.models import exported
@@ -62,7 +63,7 @@ def export(folder: Path, **facts: Any) -> Path:
 
 def make(uri: str, output: Path) -> dict[str, Any]:
     """The one record of a job with this model."""
-    config = job.anywhere(GenerateConfig.model_validate(values(uri, str(output))))
+    config = resolve(GenerateConfig.model_validate(values(uri, str(output))))
     lock = job.prepare(config)
     list(ShardWorker(config, lock).make([0]))
     manifest = Manifest(str(output))
@@ -86,11 +87,11 @@ def test_the_same_picture_from_a_folder_and_from_s3(tmp_path: Path, bucket: str)
 
 def test_what_the_uri_stands_for(tmp_path: Path) -> None:
     folder = str(export(tmp_path / "export"))
-    config = exports.resolve(GenerateConfig.model_validate(values(folder, "out")))
+    config = resolve(GenerateConfig.model_validate(values(folder, "out")))
     assert config.model.uri == "starter"
     assert [lora.uri for lora in config.model.loras] == [f"{folder}/{exported.LORA_FILE}"]
     assert config.model.words == ()
-    again = exports.resolve(config)
+    again = resolve(config)
     assert again == config
 
 
@@ -98,7 +99,7 @@ def test_a_base_model_that_is_elsewhere(tmp_path: Path) -> None:
     folder = export(tmp_path / "export", base_uri="/absent/model")
     config = GenerateConfig.model_validate(values(str(folder), "out"))
     with pytest.raises(BadInput, match=r"an adapter for the model /absent/model, which is not"):
-        exports.resolve(config)
+        resolve(config)
 
 
 def test_a_note_of_another_sort(tmp_path: Path) -> None:

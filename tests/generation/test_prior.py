@@ -74,7 +74,7 @@ def test_what_is_missing_is_made_and_what_is_no_use_replaced(tmp_path: Path) -> 
     assert verify(str(output), regenerate=4).faults == []
     assert 0 < mended.diversity <= 1
 
-    with pytest.raises(BadInput, match=r"made with other settings of sampler"):
+    with pytest.raises(BadInput, match=r"other settings; .*\n  sampler.steps: 6 there, 7 now"):
         prior.run(configure(output, [star], 6, sampler={"name": "euler", "steps": 7}))
 
 

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-from rayjobs.config import BadInput
+from rayjobs.config import BadInput, differences
 from rayjobs.dataset.records import canonical_json
 from rayjobs.generation.config import GenerateConfig
 
@@ -38,9 +38,9 @@ def current(config: GenerateConfig) -> dict[str, Any]:
     """The class of a worker of this job on this machine."""
     from PIL import features
 
-    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    found |= {name: features.version(name) for name in CODECS}
-    return found | {
+    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions |= {name: features.version(name) for name in CODECS}
+    return versions | {
         "device": _device(config.model.device),
         "threads": num_threads(config),
         "tf32": False,
@@ -56,13 +56,9 @@ def identify(determinism: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(determinism)).hexdigest()[:12]
 
 
-def check_same(found: dict[str, Any], wanted: dict[str, Any], allowed: bool) -> bool:
+def check_same(locked: dict[str, Any], mine: dict[str, Any], allowed: bool) -> bool:
     """Whether a data set's class is this worker's; raises BadInput when it is not and must be."""
-    changed = [
-        f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
+    changed = differences(locked, mine, now="here")
     if changed and not allowed:
         raise BadInput(
             "this machine cannot make the same bits as those that the data set was begun with; go "

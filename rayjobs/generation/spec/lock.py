@@ -14,14 +14,15 @@ from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
 from rayjobs.dataset.records import SCORES, schema
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import Names, Snapshot
+from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Record, Spec
 
-FREE = ("workers",)
+NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
 
 
 def job_part(config: GenerateConfig) -> dict[str, Any]:
-    whole = config.model_dump(mode="json", exclude=set(FREE))
+    whole = config.model_dump(mode="json", exclude=NOT_LOCKED)
     for key in ("uri", "most_images"):
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
@@ -31,7 +32,7 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
 
 def config_of(
     segment: Segment, output_uri: str, current: GenerateConfig | None = None
-) -> GenerateConfig:
+) -> ResolvedConfig:
     """A segment's configuration again; how it runs is taken from `current`."""
     values = json.loads(json.dumps(segment.job))
     values["output"]["uri"] = output_uri
@@ -39,7 +40,7 @@ def config_of(
         values["workers"] = current.workers.model_dump()
         values["engine"]["allow_class_change"] = current.engine.allow_class_change
         values["model"]["device"] = current.model.device
-    return GenerateConfig.model_validate(values)
+    return ResolvedConfig.model_validate(values)
 
 
 def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config, load_config
+from rayjobs.config import BadInput, Config, differences, load_config
 from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
 from rayjobs.dataset.manifest import Entry, Manifest
@@ -189,17 +189,11 @@ def _enter(source_uri: str, lock: Lock, config: ExportConfig) -> None:
     if storage.exists(storage.join(uri, "spec.lock.json")):
         raise BadInput(f"{uri} holds a generated data set; choose another output.uri")
     wanted = _identity(source_uri, lock, config)
-    place = storage.join(uri, "export.lock.json")
+    lock_uri = storage.join(uri, "export.lock.json")
     data = json.dumps(wanted, indent=2, ensure_ascii=False).encode() + b"\n"
-    if storage.create_bytes(place, data, storage.join(uri, "tmp")):
+    if storage.create_bytes(lock_uri, data, storage.join(uri, "tmp")):
         return
-    found = json.loads(storage.read_bytes(place))
-    changed = [
-        f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
-    if changed:
+    if changed := differences(json.loads(storage.read_bytes(lock_uri)), wanted):
         raise BadInput(
             f"{uri} holds another export; choose another output.uri, or go back to:\n"
             + "\n".join(changed)

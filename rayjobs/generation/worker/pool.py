@@ -23,10 +23,9 @@ from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.diffusion.faults import DeviceLost
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.prompts.snapshot import Names, Snapshot
+from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.draft import Draft, check
-from rayjobs.generation.spec.records import Spec
+from rayjobs.generation.spec.segments import JobDraft, open_draft
 from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.generation.worker.shards import Redo, ShardWorker
 from rayjobs.progress import Progress
@@ -136,7 +135,7 @@ def session(config: GenerateConfig) -> Generator[None]:
         yield
 
 
-def run_on_worker(config: GenerateConfig, function: Callable[[GenerateConfig], T]) -> T:
+def run_on_worker(config: ResolvedConfig, function: Callable[[ResolvedConfig], T]) -> T:
     """`function(config)` as a task wherever the cluster would place a worker."""
     workers = config.workers
     task = ray.remote(function).options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
@@ -147,19 +146,18 @@ def run_on_worker(config: GenerateConfig, function: Callable[[GenerateConfig], T
     return result
 
 
-def measure_rate(config: GenerateConfig) -> float:
+def measure_rate(config: ResolvedConfig) -> float:
     """Images per second of one worker in this process, once it is warm; they are thrown away.
 
     Raises BadInput or StorageError when the job cannot be.
     """
     determinism.pin(config)
-    with check(config, confirmed=True) as draft:
-        return _measure(config, draft)
+    with open_draft(config, confirmed=True) as draft:
+        return _measure(draft)
 
 
-def _measure(config: GenerateConfig, draft: Draft) -> float:
-    names = Names(str(draft.names)) if draft.names is not None else ()
-    spec = Spec(config, Snapshot(str(draft.prompts)), names)
+def _measure(draft: JobDraft) -> float:
+    config, spec = draft.config, draft.spec()
     generator = RecordGenerator(config, draft.segment.model_name, draft.segment.guided)
     size = config.engine.batch_size
     # Spread over the job, which may have slower parts; again and again when it is a small one.

@@ -5,7 +5,6 @@ would not protect. Writes nothing and knows nothing of data sets on storage: tha
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -24,6 +23,7 @@ from rayjobs.generation.config import (
     SamplerConfig,
     WorkersConfig,
 )
+from rayjobs.generation.resolved import model_name
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.records import Record, derived_seed
 from rayjobs.generation.worker.generator import RecordGenerator
@@ -108,8 +108,7 @@ class ImageStep:
         self.config = ProcessorConfig.model_validate(config)
         job = self.config.job()
         determinism.pin(job)
-        uri = job.model.uri
-        name = Path(uri).name if Path(uri).exists() else uri
+        name = model_name(job.model.uri)
         self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]
         whole = schema(scores=scores)
