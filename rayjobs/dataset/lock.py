@@ -1,7 +1,7 @@
-"""The lock of a data set: what exactly it is made of, written before anything else.
+"""The lock of a data set: its resolved jobs, written before anything else.
 
-Owns the resolved jobs of its segments, their fingerprint, and the comparison with what a later run
-asks for. Knows a job only as the keys and values that it was resolved to.
+Owns its segments, the arithmetic of their shards and records, their fingerprint, and the comparison
+with a later run's job. Knows a job only as the keys and values that it was resolved to.
 """
 
 import hashlib

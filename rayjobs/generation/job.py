@@ -1,4 +1,4 @@
-"""The generation job: check everything, lock it, have the missing shards made, tell of it.
+"""The generation job: resolve and check it, lock it, have missing shards made, write the reports.
 
 Owns the order of events of one run. What a worker does is in `worker`, what is made in `spec`, how
 workers are run in `worker.pool`.
@@ -23,8 +23,8 @@ from rayjobs.generation.spec.segments import ensure_segment, open_draft
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
-FEW = 100_000
-"""Records: of so many the near-duplicates are looked for at the end of each run."""
+MAX_DEDUPLICATED = 100_000
+"""Records up to which near-duplicates are searched for at the end of each run."""
 Redo = Mapping[int, Mapping[int, int]]
 
 
@@ -78,7 +78,7 @@ def run(
         manifest = Manifest(config.output.uri, lock.format)
         manifest.recover()
         manifest.compact()
-        work = _again(lock, manifest) if retry_failed else _missing(lock, manifest, limit)
+        work = _failed(lock, manifest) if retry_failed else _unfinished(lock, manifest, limit)
         if work:
             stack.enter_context(_session(config))
         made = 0
@@ -128,7 +128,8 @@ def measure_rate(config: GenerateConfig) -> float:
 
 def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
     with open_draft(config) as draft:
-        from rayjobs.generation.worker import pool  # takes seconds, and bad input is told before
+        # Takes seconds, which bad input need not wait for.
+        from rayjobs.generation.worker import pool
 
         if cluster.is_own():
             lock = ensure_segment(draft, lambda: determinism.current(config), extend)
@@ -158,9 +159,9 @@ def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -
     return made if work.redo is None else work.num_images
 
 
-def _missing(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
+def _unfinished(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
     done = manifest.committed(lock.num_shards)
-    found = []
+    work = []
     for number, segment in enumerate(lock.segments):
         shards = np.arange(segment.first_shard, segment.shards.stop)
         if limit is not None:
@@ -168,20 +169,20 @@ def _missing(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
             shards = shards[: -(-wanted // segment.images_per_shard)]
         shards = shards[~done[shards]]
         if len(shards):
-            found.append(_Work(number, shards, None, segment.count_records(shards.tolist())))
-    return found
+            work.append(_Work(number, shards, None, segment.count_records(shards.tolist())))
+    return work
 
 
-def _again(lock: Lock, manifest: Manifest) -> list[_Work]:
+def _failed(lock: Lock, manifest: Manifest) -> list[_Work]:
     """Finished shards with failed records."""
     failed = {e["shard"]: e["failed"] for e in manifest.entries() if e["failed"]}
-    found = []
+    work = []
     for number, segment in enumerate(lock.segments):
         mine = [shard for shard in failed if shard in segment.shards]
         if mine:
             num_images = sum(failed[shard] for shard in mine)
-            found.append(_Work(number, np.array(mine), {}, num_images))
-    return found
+            work.append(_Work(number, np.array(mine), {}, num_images))
+    return work
 
 
 def _finish(
@@ -191,7 +192,7 @@ def _finish(
     failed = sum(entry["failed"] for entry in manifest.entries())
     spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
     card.write(config.output.uri, config.model.uri, lock, record_schema(config, spec.rows))
-    if lock.num_records <= FEW:  # of a larger one `rayjobs report` makes it, when asked to
+    if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
         duplicates.write(uri)
     dataset_report.write(uri)
     if manifest.committed(lock.num_shards).all():

@@ -37,7 +37,7 @@ MIXER = np.uint64(0x9E3779B97F4A7C15)
 FAR_BITS = 16
 FAR_LEVELS = 64
 """From here on two pictures have nothing to do with each other, for `diversity`."""
-MOST_COMPARED = 2048
+MAX_COMPARED = 2048
 READERS = 16
 NO_HASHES = np.empty(0, np.uint64)
 NO_COLOURS = np.empty((0, 27), np.uint8)
@@ -217,10 +217,10 @@ def diversity(signatures: Signatures) -> float:
     That is its difference from the picture nearest to it: the share of FAR_BITS in which their
     hashes differ, or of FAR_LEVELS by which the colour of some cell does, whichever is more, and 1
     at most. A copy brings 0, so a set in which every picture is there twice has 0; the mean over
-    all pairs would hardly notice. One picture alone is 1. Of more than MOST_COMPARED pictures as
+    all pairs would hardly notice. One picture alone is 1. Of more than MAX_COMPARED pictures as
     many are looked at, evenly spaced, so compare sets of about the same size.
     """
-    chosen = np.linspace(0, len(signatures) - 1, min(len(signatures), MOST_COMPARED)).astype(int)
+    chosen = np.linspace(0, len(signatures) - 1, min(len(signatures), MAX_COMPARED)).astype(int)
     if len(chosen) < 2:
         return 1.0
     hashes, colours = signatures.hashes[chosen], signatures.colours[chosen]

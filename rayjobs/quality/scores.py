@@ -75,7 +75,7 @@ class Clip:
     def __init__(self, uri: str, device: str, dtype: torch.dtype):
         _check_kind("quality.clip", uri, "clip")
         self.model, self.processor = _load("quality.clip", uri, CLIPModel, dtype)
-        self.tokenizer = _told("quality.clip", uri, AutoTokenizer)
+        self.tokenizer = _pretrained("quality.clip", uri, AutoTokenizer)
         self.model.to(device)
 
     def embed_image(self, image: Image.Image) -> torch.Tensor:
@@ -160,7 +160,7 @@ def _load(key: str, uri: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
         raise BadInput(f"{key}: {error}") from error
 
 
-def _told(key: str, uri: str, kind: Any) -> Any:
+def _pretrained(key: str, uri: str, kind: Any) -> Any:
     try:
         return pretrained(uri, kind)
     except ValueError as error:
@@ -176,9 +176,9 @@ def _load_safety(uri: str, device: str, dtype: torch.dtype) -> Safety:
 
 def _check_kind(key: str, uri: str, wanted: str) -> None:
     """Refuse a model of another type by name, before its weights say something unclear."""
-    found = _told(key, uri, AutoConfig).model_type
-    if found != wanted:
-        raise BadInput(f"{key}: {uri} is a model of type {found}; expected is type {wanted}")
+    model_type = _pretrained(key, uri, AutoConfig).model_type
+    if model_type != wanted:
+        raise BadInput(f"{key}: {uri} is a model of type {model_type}; expected is type {wanted}")
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

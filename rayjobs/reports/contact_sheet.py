@@ -27,7 +27,7 @@ SMALL_BYTES = 4096
 PICTURES_PER_FILE = 192
 ROWS_TOGETHER = 16
 """Where not all of a shard is shown, so many neighbours are: a prompt's pictures stay together."""
-MOST_LETTERS = 240
+MAX_TEXT_LENGTH = 240
 """Of a prompt in the index, a reason or a value; sheets hold whole prompts once each."""
 EXAMPLES = 5
 BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset", "": "folder"}
@@ -42,14 +42,14 @@ def make(
 
     Returns what the index needs to know of it. The scripts' names begin with `key`.
     """
-    maker = _Maker(output_uri, key, shard, suffix)
+    writer = _SheetWriter(output_uri, key, shard, suffix)
     for position, row in enumerate(rows(output_uri, shard, suffix)):
         if row["status"] != "ok":
-            add_failure(maker.facts["failures"], row)
+            add_failure(writer.facts["failures"], row)
         if is_shown(position, shown, total):
-            maker.add(row)
-    maker.flush()
-    return maker.facts
+            writer.add(row)
+    writer.flush()
+    return writer.facts
 
 
 def read_failures(output_uri: str, shard: int, suffix: str) -> dict[str, Any]:
@@ -87,30 +87,30 @@ def is_shown(position: int, shown: int, total: int) -> bool:
 
 def add_failure(failures: dict[str, Any], row: dict[str, Any]) -> None:
     """Count a failed record under its reason: numbers and names in it make no other reason."""
-    text = (row["error"] or "no reason was given").strip()[:MOST_LETTERS]
+    text = (row["error"] or "no reason was given").strip()[:MAX_TEXT_LENGTH]
     shape = re.sub(r"'[^']*'|\"[^\"]*\"|\S+\.(?:png|jpe?g|webp|gif|bmp|tiff)|\d+", "…", text)
     reason = failures.setdefault(shape, {"text": text, "count": 0, "examples": []})
     reason["count"] += 1
     if len(reason["examples"]) < EXAMPLES:
-        example = {"record": row["record"], "prompt": row["prompt"][:MOST_LETTERS]}
+        example = {"record": row["record"], "prompt": row["prompt"][:MAX_TEXT_LENGTH]}
         reason["examples"].append(example | {"seed": _exact(row["seed"])})
 
 
 def find(output_uri: str, shard: int, suffix: str, records: set[int]) -> list[dict[str, Any]]:
     """Thumbnails of some of a shard's records, with their prompts and seeds."""
-    found: list[dict[str, Any]] = []
+    thumbs: list[dict[str, Any]] = []
     for row in rows(output_uri, shard, suffix, ("image", "record", "prompt", "seed")):
         if row["record"] in records and row["image"] is not None:
             thumb = thumbnails(row["image"]["bytes"], with_large=False)[0]
-            prompt = row["prompt"][:MOST_LETTERS]
+            prompt = row["prompt"][:MAX_TEXT_LENGTH]
             one = {"record": row["record"], "prompt": prompt, "seed": _exact(row["seed"])}
-            found.append(one | {"thumb": thumb})
-            if len(found) == len(records):
+            thumbs.append(one | {"thumb": thumb})
+            if len(thumbs) == len(records):
                 break
-    return found
+    return thumbs
 
 
-class _Maker:
+class _SheetWriter:
     """Fills one script after the other with a shard's rows."""
 
     def __init__(self, output_uri: str, key: str, shard: int, suffix: str):
@@ -140,7 +140,7 @@ class _Maker:
                 thumb, large = thumbnails(row["image"]["bytes"], self._with_large)
                 self._extension = self._extension or extension_of(row["image"]["bytes"])
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                of |= {"status": "unreadable", "error": f"the picture: {error}"[:MOST_LETTERS]}
+                of |= {"status": "unreadable", "error": f"the picture: {error}"[:MAX_TEXT_LENGTH]}
         if row["status"] != "ok":
             self._failed.append(row["record"])
         self._num_flagged += bool(row.get("blank") or row.get("warnings"))
@@ -163,7 +163,7 @@ class _Maker:
             "shown": len(self._rows),
             "flagged": self._num_flagged,
             "failed": self._failed,
-            "prompts": [text[:MOST_LETTERS] for text in self._prompts],
+            "prompts": [text[:MAX_TEXT_LENGTH] for text in self._prompts],
         }
         self.facts["files"].append(facts)
         self._begin()
@@ -211,7 +211,7 @@ def _plain(value: Any) -> Any:
         return float(f"{value:.7g}") if math.isfinite(value) else str(value)
     if isinstance(value, bool) or value is None:
         return value
-    return _exact(value) if isinstance(value, int) else str(value)[:MOST_LETTERS]
+    return _exact(value) if isinstance(value, int) else str(value)[:MAX_TEXT_LENGTH]
 
 
 def _exact(value: int | None) -> int | str | None:

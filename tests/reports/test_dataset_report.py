@@ -204,7 +204,7 @@ def test_a_sample_says_so_and_still_counts_every_failure(
     for shard in range(40):
         rows = [row(8 * shard + n, small(n) if n else None) for n in range(8)]
         put(uri, shard, rows)
-    dataset_report.write(uri, most_pictures=80)
+    dataset_report.write(uri, max_pictures=80)
     page, data = page_data(uri)
     assert "A sample: 80 of 320 images (25.00%)" in page
     assert "<summary><b>40</b>" in page

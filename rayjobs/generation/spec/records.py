@@ -13,7 +13,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import OVERRIDES
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.prompts.templates import Texts
+from rayjobs.generation.prompts.templates import TemplateTexts
 
 NUM_SEEDS = 2**63
 
@@ -73,7 +73,7 @@ class Spec:
         self.first_prompt = first_prompt
         self.first_seed = first_seed
         prompts = config.prompts
-        self._texts = Texts(
+        self._texts = TemplateTexts(
             prompts.templates, prompts.axes, prompts.mode, prompts.samples, prompts.sample_seed
         )
         self._parameters = [

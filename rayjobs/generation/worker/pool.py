@@ -84,7 +84,7 @@ def make(
 ) -> Iterator[Entry]:
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
-    max_workers = min(workers.most, len(shards))
+    max_workers = min(workers.max_workers, len(shards))
     with Progress(num_images, "images") as progress:
         rows = blocks(shards, max_workers).map_batches(
             RayShardWorker,
@@ -105,7 +105,7 @@ def make(
         try:
             yield from rows.iter_rows()
         except ray.exceptions.RayError as error:
-            raise cluster.told(error) from None
+            raise cluster.unwrap_error(error) from None
 
 
 def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
@@ -126,7 +126,7 @@ def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
 def session(config: GenerateConfig) -> Generator[None]:
     """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
     workers = config.workers
-    with cluster.session(workers.most * workers.num_cpus):
+    with cluster.session(workers.max_workers * workers.num_cpus):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.verbose_progress = False
@@ -142,7 +142,7 @@ def run_on_worker(config: ResolvedConfig, function: Callable[[ResolvedConfig], T
     try:
         result: T = ray.get(task.remote(config))
     except ray.exceptions.RayError as error:
-        raise cluster.told(error) from None
+        raise cluster.unwrap_error(error) from None
     return result
 
 

@@ -89,7 +89,7 @@ def build_processor(
         dataset = dataset.map_batches(
             ImageStep,
             fn_constructor_args=(config.model_dump(mode="json"),),
-            compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.most),
+            compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.max_workers),
             batch_size=config.rows_per_batch,
             batch_format="pyarrow",
             num_cpus=workers.num_cpus,
@@ -154,8 +154,8 @@ class ImageStep:
         prompt = _value("prompt", row["prompt"], pa.string())
         if prompt is None:
             raise ValueError("there is no prompt")
-        found = {name: _value(name, row.get(name), kind) for name, kind in OVERRIDES.items()}
-        given = {name: value for name, value in found.items() if value is not None}
+        values = {name: _value(name, row.get(name), kind) for name, kind in OVERRIDES.items()}
+        given = {name: value for name, value in values.items() if value is not None}
         if "seed" not in given:
             index = _value("index", row.get("index"), pa.int64()) or 0
             given["seed"] = derived_seed(self.config.job_seed, prompt, index)
