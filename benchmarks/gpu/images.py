@@ -62,7 +62,8 @@ def _diffusers(bench: Bench, steps: tuple[int, ...], num: int) -> Iterator[dict[
     """As its guide to fast inference says: bfloat16, channels last, fused QKV, both compiled."""
     model = bench.model
     vae: Any = model.vae
-    pipeline: Any = StableDiffusionXLPipeline(
+    make_pipeline: Any = StableDiffusionXLPipeline
+    pipeline = make_pipeline(
         vae=vae,
         text_encoder=model.text_encoders[0],
         text_encoder_2=model.text_encoders[1],

@@ -85,10 +85,10 @@ def _by_layer(bench: Bench, num: int) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _no_split_k() -> Generator[None]:
-    matmul = torch.backends.cuda.matmul
+    matmul: Any = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
     try:
-        matmul.allow_bf16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]
+        matmul.allow_bf16_reduced_precision_reduction = (False, False)
     except (TypeError, ValueError, RuntimeError):
         matmul.allow_bf16_reduced_precision_reduction = False
     try:

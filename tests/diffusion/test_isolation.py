@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.request import Request, Result
 
 SAMPLERS = ["euler", "ddim", "dpmpp_2m", "heun", "euler_a", "pndm"]
@@ -101,3 +101,33 @@ def test_without_a_fixed_shape_the_difference_stays_small(
     for result in engine.generate(requests, keep_pixels=True):
         difference = (result.pixels - fixed[result.request.seed].pixels).abs().max()
         assert difference < 1e-4
+
+
+def test_rows_with_calls_of_their_own(starter: Model, requests: list[Request]) -> None:
+    """What a CUDA device gets, where a row's place in a call moves its bits."""
+    engine, seen = Engine(starter), []
+    unet_batch = engine._unet_batch
+    unet_batch.alone = True
+    hook = starter.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    unet_batch.replay = lambda x, t, arguments: starter.unet(x, t, return_dict=False, **arguments)[
+        0
+    ]
+    try:
+        together = by_seed(list(engine.generate(requests, keep_pixels=True)))
+    finally:
+        hook.remove()
+    assert sorted(set(seen)) == [1, 2]  # guided rows have two places, and no call is padded
+    fixed = by_seed(list(Engine(starter).generate(requests, keep_pixels=True)))
+    for seed, result in fixed.items():
+        assert (result.pixels - together[seed].pixels).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_place_moves_no_bits(requests: list[Request]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = load_model("starter", ModelOptions(device="cuda"))
+    together = by_seed(list(Engine(model).generate(requests, keep_pixels=True)))
+    for request in requests:
+        (alone,) = Engine(model).generate([request], keep_pixels=True)
+        assert torch.equal(alone.pixels, together[request.seed].pixels)

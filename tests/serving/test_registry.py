@@ -1,6 +1,7 @@
 """Models and adapters by name: listed, found, added while running, shared by rows."""
 
 import asyncio
+import io
 import json
 import shutil
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from rayjobs import storage
@@ -292,3 +295,26 @@ def test_an_export_in_another_s_place_is_noticed(tmp_path: Path, starter: Model)
     first, same, other = asyncio.run(main())
     assert np.array_equal(first, same)
     assert np.abs(first - other).mean() > 1
+
+
+def test_an_export_of_an_earlier_version() -> None:
+    """Its pictures are those that `generate` made with it at that time."""
+    written = Path(__file__).parents[1] / "fixtures" / "before_rooms"
+    asked = Ask(
+        id="1",
+        caller="me",
+        model="sks",
+        prompt="a photo of a sks star on a pink background",
+        seeds=(5, 6, 7),
+        steps=8,
+        sampler="euler_a",
+        guidance_scale=4.0,
+    )
+    (events,) = made_with(lambda _: [asked], config(written / "runs"))
+    made = {event.seed: event.pixels for event in events if isinstance(event, Finished)}
+    rows = pq.read_table(written / "tuned" / "data").to_pylist()
+    old = {row["seed"]: row["image"]["bytes"] for row in rows if row["prompt"] == asked.prompt}
+    assert sorted(made) == sorted(old) == [5, 6, 7]
+    for seed in asked.seeds:
+        picture = np.asarray(Image.open(io.BytesIO(old[seed])), int)
+        assert np.abs(np.asarray(to_image(made[seed]), int) - picture).max() <= 1
