@@ -1,4 +1,4 @@
-"""Which shards are finished: one small object for each, written last, is the only commit marker.
+"""Which shards are finished: one small object each, written last, is the only commit marker.
 
 Owns the data set's layout, the commit, the replacement of a shard by its next generation, and the
 compaction of a thousand entries into one file. Knows nothing of what is in a shard.

@@ -86,7 +86,7 @@ def schema(passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = ()) 
 
 
 def feature(kind: pa.DataType) -> dict[str, Any]:
-    """A column's type in the words of Hugging Face data sets."""
+    """A column's type as a feature of Hugging Face `datasets`."""
     if kind == IMAGE:
         return {"_type": "Image"}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

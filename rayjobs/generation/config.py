@@ -166,7 +166,7 @@ class ParametersConfig(Config):
 
     @property
     def axes(self) -> list[tuple[str, ...]]:
-        """Names of the keys that vary, slowest first; those of one axis vary together."""
+        """ImageNames of the keys that vary, slowest first; those of one axis vary together."""
         given = [name for name in type(self).model_fields if getattr(self, name)]
         sizes = {"width", "height"} <= set(given)
         names = [(name, "height") if sizes and name == "width" else (name,) for name in given]

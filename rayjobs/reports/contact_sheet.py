@@ -35,7 +35,7 @@ NOT_SHOWN = ("image", "image_sha256", "prompt", "model", "model_sha256", "phash"
 FAILURE_COLUMNS = ("record", "prompt", "seed", "status", "error")
 
 
-def make(
+def write_sheet(
     output_uri: str, shard: int, suffix: str, key: str, shown: int, total: int
 ) -> dict[str, Any]:
     """Write the scripts of one shard, with about `shown` of its `total` rows.
@@ -96,7 +96,9 @@ def add_failure(failures: dict[str, Any], row: dict[str, Any]) -> None:
         reason["examples"].append(example | {"seed": _exact(row["seed"])})
 
 
-def find(output_uri: str, shard: int, suffix: str, records: set[int]) -> list[dict[str, Any]]:
+def read_thumbnails(
+    output_uri: str, shard: int, suffix: str, records: set[int]
+) -> list[dict[str, Any]]:
     """Thumbnails of some of a shard's records, with their prompts and seeds."""
     thumbs: list[dict[str, Any]] = []
     for row in rows(output_uri, shard, suffix, ("image", "record", "prompt", "seed")):
@@ -133,18 +135,21 @@ class _SheetWriter:
         prompt = self._prompts.setdefault(row["prompt"], len(self._prompts))
         plain = {name: _plain(value) for name, value in row.items() if name not in NOT_SHOWN}
         # By identity: 0 is a seed, and equal to False.
-        of = {k: v for k, v in plain.items() if v is not None and v is not False and v != ""}
+        shown = {k: v for k, v in plain.items() if v is not None and v is not False and v != ""}
         thumb = large = None
         if row["image"] is not None:
             try:
                 thumb, large = thumbnails(row["image"]["bytes"], self._with_large)
                 self._extension = self._extension or extension_of(row["image"]["bytes"])
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                of |= {"status": "unreadable", "error": f"the picture: {error}"[:MAX_TEXT_LENGTH]}
+                shown |= {
+                    "status": "unreadable",
+                    "error": f"the picture: {error}"[:MAX_TEXT_LENGTH],
+                }
         if row["status"] != "ok":
             self._failed.append(row["record"])
         self._num_flagged += bool(row.get("blank") or row.get("warnings"))
-        self._rows.append({"of": of, "p": prompt, "thumb": thumb})
+        self._rows.append({"of": shown, "p": prompt, "thumb": thumb})
         self._large.append(large)
         if len(self._rows) == PICTURES_PER_FILE:
             self.flush()

@@ -1,4 +1,4 @@
-"""How a data set came to be: counts, speed and failures over time, from its manifest alone.
+"""A data set's history: counts, speed and failures over time, from its manifest alone.
 
 Owns the columns kept of each finished shard, 64 bytes, and the arithmetic over them. Knows
 nothing of pictures or of pages.

@@ -1,6 +1,6 @@
-"""The report's page: its summary, its charts and the frame that contact sheets are shown in.
+"""The report's page: its summary, its charts and the frame around the contact sheets.
 
-Owns the HTML. Is given facts and knows nothing of storage or of shards' contents.
+Owns the HTML. Knows nothing of storage or of shards' contents.
 """
 
 import datetime as dt
@@ -25,7 +25,7 @@ SLOW = 0.6
 
 @dataclass(frozen=True)
 class Facts:
-    """What a page says, beside the manifest's history."""
+    """What a page shows beside the manifest's history."""
 
     title: str
     recipe: str

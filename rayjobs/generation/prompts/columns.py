@@ -1,7 +1,7 @@
-"""What the columns of a prompt file mean: which is the prompt, which override, which pass through.
+"""The columns of a prompt file: which is the prompt, which override, which pass through.
 
 Owns their types and the checks of single values. Knows neither the files' formats nor the job. A
-value that is merely useless, such as a width of 70, is no mistake here: its records will fail.
+value of the right type that no image can have, such as a width of 70, passes: its records fail.
 """
 
 from collections.abc import Sequence

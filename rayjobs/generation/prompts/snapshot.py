@@ -1,7 +1,7 @@
-"""Where a job's prompts come from: any supported file, read once and kept with the data set.
+"""Snapshots of a job's prompts and init images' names: read once, then stored with the data set.
 
-Owns the snapshots that workers read, of prompts and of init images' names. Knows nothing of files'
-formats, of seeds or of shards.
+Owns how they are written and read at random. Knows nothing of prompt files' formats, of seeds or of
+shards.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class Snapshot:
 
     @property
     def passed_through(self) -> list[pa.Field]:
-        """The source's columns that mean nothing to the job and go along into the records."""
+        """The source's columns that the job does not use and copies into the records."""
         known = {"prompt", *OVERRIDES}
         return [field for field in self._groups.schema if field.name not in known]
 
 
-class Names(Sequence[str]):
+class ImageNames(Sequence[str]):
     """The names that `write_names` wrote, a row group of them in memory at a time."""
 
     def __init__(self, uri: str):
@@ -119,7 +119,7 @@ class InlinePrompts:
 
 
 def list_pictures(uri: str) -> list[str]:
-    """Names of the pictures in a folder and below, sorted."""
+    """ImageNames of the pictures in a folder and below, sorted."""
     names = [name for name in storage.list_files(uri) if name.lower().endswith(PICTURES)]
     if not names:
         raise BadInput(f"init.uri: {uri} holds no picture ({', '.join(PICTURES)})")
@@ -127,7 +127,7 @@ def list_pictures(uri: str) -> list[str]:
 
 
 class _RowGroups:
-    """A parquet file, local or not, of which the row groups read last are kept."""
+    """A parquet file, local or remote, with a small cache of row groups."""
 
     def __init__(self, uri: str):
         self._uri = uri

@@ -106,7 +106,7 @@ def check_placeholders(
 
 
 def placeholders(template: str) -> list[str]:
-    """Names of the placeholders in a template, each once, in their order."""
+    """ImageNames of the placeholders in a template, each once, in their order."""
     try:
         parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:

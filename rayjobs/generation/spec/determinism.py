@@ -1,7 +1,7 @@
-"""The determinism class: everything outside a request that may move a bit of a picture's bytes.
+"""The determinism class: everything outside a request that may change a bit of a picture.
 
 Owns what is pinned in a process, what is recorded of it, and how two classes are compared. Knows
-nothing of jobs or of Ray.
+nothing of Ray.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ CODECS = ("zlib", "libjpeg_turbo", "webp")
 
 
 def pin(config: GenerateConfig) -> None:
-    """Set what torch would otherwise decide by itself, by the machine or by the moment."""
+    """Set what torch would otherwise choose by the machine or by measuring."""
     import torch
 
     torch.set_num_threads(num_threads(config))
@@ -30,7 +30,7 @@ def pin(config: GenerateConfig) -> None:
 
 
 def num_threads(config: GenerateConfig) -> int:
-    """As many as CPUs were asked for: their number moves the last bits of a picture."""
+    """As many as a worker has CPUs: their number changes the last bits of a picture."""
     return max(1, int(config.workers.num_cpus))
 
 
@@ -69,7 +69,7 @@ def check_same(locked: dict[str, Any], mine: dict[str, Any], allowed: bool) -> b
 
 
 def _device(wanted: str) -> str:
-    """The kind of processor, as far as it may move bits."""
+    """The kind of processor, as far as it may change bits."""
     import torch
 
     from rayjobs.diffusion import onednn

@@ -1,7 +1,7 @@
-"""A job and its part of a data set's lock: from the one to the other and back.
+"""From a job's configuration to its segment in a data set's lock, and back.
 
-Owns what of a configuration decides records, and how a segment's records are found again. What a
-lock is and where it lies is `dataset.lock`'s.
+Owns which keys decide records, and opens a segment's records again. The lock itself is
+`dataset.lock`'s.
 """
 
 import json
@@ -13,7 +13,7 @@ import pyarrow as pa
 from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
 from rayjobs.dataset.records import SCORES, schema
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.prompts.snapshot import Names, Snapshot
+from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Record, Spec
 
@@ -22,6 +22,7 @@ NOT_LOCKED = {"workers"}
 
 
 def job_part(config: GenerateConfig) -> dict[str, Any]:
+    """The keys that decide what is made, as the lock has them."""
     whole = config.model_dump(mode="json", exclude=NOT_LOCKED)
     for key in ("uri", "most_images"):
         whole["output"].pop(key)
@@ -44,9 +45,9 @@ def config_of(
 
 
 def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:
-    """The records of a segment, from the snapshots that lie with the data set."""
+    """The records of a segment, from the snapshots stored with the data set."""
     uri = config.output.uri
-    names = Names(names_uri(uri, number)) if segment.init_sha256 is not None else ()
+    names = ImageNames(names_uri(uri, number)) if segment.init_sha256 is not None else ()
     rows = Snapshot(snapshot_uri(uri, number))
     return Spec(config, rows, names, segment.first_prompt, segment.first_seed)
 

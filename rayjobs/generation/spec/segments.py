@@ -31,7 +31,7 @@ from rayjobs.diffusion import weights
 from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
-    Names,
+    ImageNames,
     Snapshot,
     list_pictures,
     write_names,
@@ -58,7 +58,7 @@ class JobDraft:
     """Of init images, where there are any."""
 
     def spec(self, first_prompt: int = 0, first_seed: int = 0) -> Spec:
-        names = () if self.names is None else Names(str(self.names))
+        names = () if self.names is None else ImageNames(str(self.names))
         return Spec(self.config, Snapshot(str(self.prompts)), names, first_prompt, first_seed)
 
 
@@ -82,7 +82,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if config.init.uri is not None:
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
-        spec = Spec(config, rows, Names(str(names)) if names.exists() else ())
+        spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
         check_schema(config.output.format, record_schema(config, rows))

@@ -1,7 +1,7 @@
 """A step for Ray Data programs: rows with prompts in, the same rows with images out.
 
-Owns the step's keys, how its rows become records, and the refusal of plans that Ray's checkpoints
-would not protect. Writes nothing and knows nothing of data sets on storage: that is the job.
+Owns the step's keys, how its rows become records, and the check that Ray's checkpoints would work.
+Writes nothing and knows nothing of data sets on storage.
 """
 
 from collections.abc import Callable, Iterator
@@ -112,7 +112,7 @@ class ImageStep:
         self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]
         whole = schema(scores=scores)
-        # Rows have no number here: which one would it be?
+        # Rows have no record number here.
         self.schema = pa.schema([field for field in whole if field.name != "record"])
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -150,7 +150,7 @@ class ImageStep:
             yield record.number, row
 
     def _record(self, number: int, row: dict[str, Any]) -> Record:
-        """What a row asks for; raises ValueError naming a value that is of no use."""
+        """A row's record; raises ValueError naming a value that cannot be used."""
         prompt = _value("prompt", row["prompt"], pa.string())
         if prompt is None:
             raise ValueError("there is no prompt")
@@ -159,11 +159,11 @@ class ImageStep:
         if "seed" not in given:
             index = _value("index", row.get("index"), pa.int64()) or 0
             given["seed"] = derived_seed(self.config.job_seed, prompt, index)
-        asked = self._settings() | given
-        return Record(number=number, prompt=prompt, init_uri=asked["init_image"], **asked)
+        settings = self._settings() | given
+        return Record(number=number, prompt=prompt, init_uri=settings["init_image"], **settings)
 
     def _settings(self) -> dict[str, Any]:
-        """What rows ask for that do not say otherwise."""
+        """The settings of rows without overrides."""
         sampler, image = self.config.sampler, self.config.image
         return {
             "init_image": None,
