@@ -201,7 +201,7 @@ def run_without_engine(num_shards: int, output: str) -> dict[str, Any]:
     hook = {"worker_process_setup_hook": without_engine}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, runtime_env=hook)
     try:
-        with session(config):
+        with session(config.workers):
             watch = Watch()
             summary = job.run(config)
     finally:

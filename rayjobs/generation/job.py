@@ -96,7 +96,7 @@ def run(
 def _session(config: GenerateConfig) -> AbstractContextManager[None]:
     from rayjobs.generation.worker import pool
 
-    return pool.session(config)
+    return pool.session(config.workers)
 
 
 def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
@@ -105,7 +105,7 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     from rayjobs.generation.worker import pool
 
     manifest, made = Manifest(config.output.uri, lock.format), 0
-    with pool.session(config):
+    with pool.session(config.workers):
         for number, segment in enumerate(lock.segments):
             mine = {shard: seeds for shard, seeds in redo.items() if shard in segment.shards}
             if mine:
@@ -122,7 +122,7 @@ def measure_rate(config: GenerateConfig) -> float:
 
     if cluster.is_own():
         return pool.measure_rate(config)
-    with pool.session(config):
+    with pool.session(config.workers):
         return pool.run_on_worker(config, pool.measure_rate)
 
 
@@ -136,7 +136,7 @@ def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
             allowed = config.engine.allow_class_change
             determinism.check_same(lock.determinism, determinism.current(config), allowed)
             return lock
-        stack.enter_context(pool.session(config))
+        stack.enter_context(pool.session(config.workers))
         return ensure_segment(
             draft, lambda: pool.run_on_worker(config, determinism.current), extend
         )

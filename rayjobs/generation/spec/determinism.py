@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-from rayjobs.config import BadInput, differences
+from rayjobs.config import BadInput, Workers, differences
 from rayjobs.dataset.records import canonical_json
 from rayjobs.generation.config import GenerateConfig
 
@@ -17,11 +17,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "pyarrow", "numpy")
 CODECS = ("zlib", "libjpeg_turbo", "webp")
 
 
-def pin(config: GenerateConfig) -> None:
+def pin(workers: Workers) -> None:
     """Set what torch would otherwise choose by the machine or by measuring."""
     import torch
 
-    torch.set_num_threads(num_threads(config))
+    torch.set_num_threads(_num_threads(workers))
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
@@ -29,9 +29,9 @@ def pin(config: GenerateConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def num_threads(config: GenerateConfig) -> int:
+def _num_threads(workers: Workers) -> int:
     """As many as a worker has CPUs: their number changes the last bits of a picture."""
-    return max(1, int(config.workers.num_cpus))
+    return max(1, int(workers.num_cpus))
 
 
 def current(config: GenerateConfig) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def current(config: GenerateConfig) -> dict[str, Any]:
     versions |= {name: features.version(name) for name in CODECS}
     return versions | {
         "device": _device(config.model.device),
-        "threads": num_threads(config),
+        "threads": _num_threads(config.workers),
         "tf32": False,
         "cudnn_benchmark": False,
         "attention": config.model.attention,

@@ -140,7 +140,7 @@ def _regenerate(
     from rayjobs.generation.worker.generator import RecordGenerator
 
     number, segment = numbered
-    determinism.pin(config)
+    determinism.pin(config.workers)
     spec = open_spec(config, segment, number)
     schema = record_schema(config, spec.rows)
     manifest = Manifest(config.output.uri, config.output.format)

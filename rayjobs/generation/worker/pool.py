@@ -18,7 +18,7 @@ import ray.data
 import ray.exceptions
 
 from rayjobs import cluster, storage
-from rayjobs.config import BadInput
+from rayjobs.config import BadInput, Workers
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.diffusion.faults import DeviceLost
@@ -123,9 +123,8 @@ def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
 
 
 @contextmanager
-def session(config: GenerateConfig) -> Generator[None]:
+def session(workers: Workers) -> Generator[None]:
     """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
-    workers = config.workers
     with cluster.session(workers.max_workers * workers.num_cpus):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -151,7 +150,7 @@ def measure_rate(config: ResolvedConfig) -> float:
 
     Raises BadInput or StorageError when the job cannot be.
     """
-    determinism.pin(config)
+    determinism.pin(config.workers)
     with open_draft(config, confirmed=True) as draft:
         return _measure(draft)
 

@@ -107,7 +107,7 @@ class ImageStep:
         storage.be_patient(STORAGE_PATIENCE_S)
         self.config = ProcessorConfig.model_validate(config)
         job = self.config.job()
-        determinism.pin(job)
+        determinism.pin(job.workers)
         name = model_name(job.model.uri)
         self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]

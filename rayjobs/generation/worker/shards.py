@@ -124,7 +124,7 @@ class ShardWorker:
         redo: Redo | None = None,
         report: Callable[[int, int], None] = lambda images, failed: None,
     ):
-        determinism.pin(config)
+        determinism.pin(config.workers)
         mine = determinism.current(config)
         allowed = config.engine.allow_class_change
         changed = not determinism.check_same(lock.determinism, mine, allowed)

@@ -55,7 +55,7 @@ def step() -> ImageStep:
 def made(asked: list[tuple[str, int, int]]) -> list[bytes]:
     """The pictures that a job's generator gives for these prompts, seeds and steps."""
     job = CONFIG.job()
-    determinism.pin(job)
+    determinism.pin(job.workers)
     generator = RecordGenerator(job, "starter", guided=True)
     settings: dict[str, Any] = {
         "negative_prompt": None,
