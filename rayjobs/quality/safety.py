@@ -1,7 +1,7 @@
-"""The probability that a picture is unsafe, by an image classifier.
+"""Whether a picture is safe to hand out, as an image classifier sees it.
 
 Owns what its labels mean, and the loading of such models without running any code of theirs. Knows
-nothing of thresholds or of what happens to an unsafe picture.
+nothing of thresholds or of what is done about an unsafe picture.
 """
 
 import re

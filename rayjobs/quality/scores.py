@@ -54,7 +54,7 @@ class Scorer:
 
         `clip_score` is the cosine of the angle between the picture's embedding and the prompt's,
         cut to the model's length; -1..1, for fitting pictures usually 0.2 to 0.4.
-        `aesthetic_score` is the predictor's value of the picture's embedding; LAION's gives
+        `aesthetic_score` is what the predictor makes of the picture's embedding; LAION's gives
         about 1..10. `unsafe_score` is the probability of an unsafe label; 0..1.
         """
         image = image.convert("RGB")
@@ -75,7 +75,7 @@ class Clip:
     def __init__(self, uri: str, device: str, dtype: torch.dtype):
         _check_kind("quality.clip", uri, "clip")
         self.model, self.processor = _load("quality.clip", uri, CLIPModel, dtype)
-        self.tokenizer = _pretrained("quality.clip", uri, AutoTokenizer)
+        self.tokenizer = _told("quality.clip", uri, AutoTokenizer)
         self.model.to(device)
 
     def embed_image(self, image: Image.Image) -> torch.Tensor:
@@ -99,7 +99,7 @@ def load_predictor(path: str, width: int) -> nn.Sequential:
 
     The file has LAION's names (`layers.0.weight`, `layers.0.bias`, then 2, 4, 6 and 7: between them
     was dropout), the same with another prefix, or one layer (`weight` and `bias`, perhaps after a
-    name). Numbers further apart mean an activation between, which the file does not name.
+    name). Numbers further apart tell of an activation, which the file does not name.
     """
     tensors = _tensors(path)
     names = sorted({name.rpartition(".")[0] for name in tensors}, key=_number)
@@ -160,7 +160,7 @@ def _load(key: str, uri: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
         raise BadInput(f"{key}: {error}") from error
 
 
-def _pretrained(key: str, uri: str, kind: Any) -> Any:
+def _told(key: str, uri: str, kind: Any) -> Any:
     try:
         return pretrained(uri, kind)
     except ValueError as error:
@@ -175,10 +175,10 @@ def _load_safety(uri: str, device: str, dtype: torch.dtype) -> Safety:
 
 
 def _check_kind(key: str, uri: str, wanted: str) -> None:
-    """Refuse a model of another type, before its weights raise an unclear error."""
-    model_type = _pretrained(key, uri, AutoConfig).model_type
-    if model_type != wanted:
-        raise BadInput(f"{key}: {uri} is a model of type {model_type}; expected is type {wanted}")
+    """Refuse a model of another type by name, before its weights say something unclear."""
+    found = _told(key, uri, AutoConfig).model_type
+    if found != wanted:
+        raise BadInput(f"{key}: {uri} is a model of type {found}; expected is type {wanted}")
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
