@@ -146,7 +146,7 @@ def test_prompts_are_text_whatever_is_in_them(
     sheet = found[data["pages"][0][0]]
     assert sheet["prompts"] == [NASTY]
     assert sheet["rows"][0]["of"]["seed"] == str(seed)  # a browser's number would be rounded
-    assert found[data["prompts"][0]] == [[NASTY[: contact_sheet.MOST_LETTERS], 0]]
+    assert found[data["prompts"][0]] == [[NASTY[: contact_sheet.MAX_TEXT_LENGTH], 0]]
 
 
 def test_made_again_it_reads_only_what_is_new(

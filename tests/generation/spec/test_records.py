@@ -249,7 +249,7 @@ def test_two_owners_of_one_value_are_refused(tmp_path: Path) -> None:
     [
         (
             {"templates": "{a} {b}", "axes": {"a": "xy", "b": "x"}, "mode": "zip"},
-            "'{a} {b}' have a 2, b 1 words",
+            "'{a} {b}' have a 2, b 1 values",
         ),
         ({"mode": "sample", "samples": 5}, "samples is 5, but '{a} {b}' has only 4 combinations"),
         ({"samples": 3}, "samples needs prompts.mode sample, but it is product"),
