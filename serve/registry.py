@@ -4,21 +4,23 @@ Owns what a name stands for. Knows neither torch nor Ray: names are looked up in
 name can mean a place outside the folder.
 """
 
-import json
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rayjobs import storage
-from rayjobs.config import BadInput, HowToLoad
-from rayjobs.diffusion.weights import STARTER, first_line
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.config import BadInput
+from rayjobs.diffusion.weights import first_line
+from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
+from rayjobs.models.facts import ModelFacts, is_folder, read_facts
+from rayjobs.models.options import LoadOptions, WordConfig
 from rayjobs.storage import StorageError
 from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
+
+NO_FACTS = ModelFacts()
 
 
 @dataclass(frozen=True)
@@ -27,30 +29,10 @@ class Weights:
 
     uri: str
     config: str | None = None
-    how: HowToLoad = field(default_factory=HowToLoad)
-    words: tuple[tuple[str, str], ...] = ()
-    """Files of learned embeddings, and the word of each."""
+    how: LoadOptions = field(default_factory=LoadOptions)
+    words: tuple[WordConfig, ...] = ()
     version: str = ""
     """Changes when another export takes an export's place."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What can be told of a model from its configuration files."""
-
-    family: str | None = None
-    side: int | None = None
-    """Pixels of the pictures that it was trained on."""
-    multiple: int = 8
-    """Sides must be multiples of it."""
-    is_edm: bool = False
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """What each family's makers recommend: Playground v2.5, SDXL and Stable Diffusion."""
-        if self.family is None:
-            return None
-        return 3.0 if self.is_edm else 5.0 if self.family == "sdxl" else 7.5
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ class Entry:
     """The adapter's file; a `model` that is one loads it at strength 1."""
     base: str | None = None
     """The name of the model that an adapter is for."""
-    facts: Facts = Facts()
+    facts: ModelFacts = NO_FACTS
     hint: str | None = None
     """A prompt that the model was taught."""
     created: int = 0
@@ -115,7 +97,7 @@ class Registry:
             self.refresh()
             time.sleep(self.config.registry.refresh_s)
 
-    def learn(self, facts: dict[str, Facts]) -> None:
+    def learn(self, facts: dict[str, ModelFacts]) -> None:
         """What replicas tell of models whose files are not to be seen from here: the hub's."""
         for name, found in facts.items():
             known = self._fixed.get(name)
@@ -154,14 +136,14 @@ class Registry:
     def _read(self, uri: str, name: str) -> tuple[str, Entry] | None:
         """The export of one folder, with a mark that changes with it; as it was, if it has not."""
         for place in (storage.join(uri, name, "export"), storage.join(uri, name)):
-            mark = storage.etag(storage.join(place, exported.FILE))
+            mark = storage.etag(storage.join(place, exports.FILE))
             if mark is None:
                 continue
             known = self._found.get(name)
             if known is not None and known[0] == mark:
                 return known
             try:
-                note = exported.read(place)
+                note = exports.read(place)
                 entry = None if note is None else self._entry(name, place, note, mark)
             except storage.Unavailable:
                 raise
@@ -173,28 +155,24 @@ class Registry:
         return None
 
     def _entry(
-        self, name: str, place: str, note: Exported, mark: str, how: HowToLoad | None = None
+        self, name: str, place: str, note: ExportNote, mark: str, how: LoadOptions | None = None
     ) -> Entry:
         """What an export means: a model of its own, or an adapter or words for its base."""
         base = next((m for m in self.config.models if m.uri == note.base_uri), None)
+        parts = exports.parts_of(place, note)
         if note.kind == "full":
-            weights = Weights(place, None, how or HowToLoad(), version=mark)
+            weights = Weights(place, None, how or LoadOptions(), version=mark)
         else:
-            uri = note.base_uri
-            if uri.startswith("/") and not Path(uri).exists():
-                raise BadInput(f"it is for the model {uri}, which is not here")
-            like = how or (_how(base) if base else HowToLoad())
-            weights = Weights(uri, base.config if base else None, like)
-        learned = storage.join(place, exported.EMBEDDINGS_FILE)
-        if note.tokens:
-            words = tuple((learned, word) for word in note.tokens)
-            weights = replace(weights, words=words, version=mark)
+            like = how or (_how(base) if base else LoadOptions())
+            weights = Weights(parts.base_uri, base.config if base else None, like)
+        if parts.words:
+            weights = replace(weights, words=parts.words, version=mark)
         is_lora = note.kind == "lora"
         return Entry(
             name=name,
             kind="lora" if is_lora else "model",
             weights=weights,
-            lora=storage.join(place, exported.LORA_FILE) if is_lora else None,
+            lora=parts.lora_uri,
             base=base.name if base else None,
             facts=read_facts(weights.uri),
             hint=note.instance_prompt,
@@ -203,7 +181,7 @@ class Registry:
 
     def _configured(self) -> Iterator[Entry]:
         for model in self.config.models:
-            note = exported.read(model.uri) if _is_folder(model.uri) else None
+            note = exports.read(model.uri) if is_folder(model.uri) else None
             if note is not None:
                 entry = self._entry(model.name, model.uri, note, "", _how(model))
                 yield replace(entry, kind="model")
@@ -214,7 +192,7 @@ class Registry:
             yield self._lora(lora)
 
     def _lora(self, lora: LoraConfig) -> Entry:
-        note = exported.read(lora.uri) if _is_folder(lora.uri) else None
+        note = exports.read(lora.uri) if is_folder(lora.uri) else None
         if note is not None and note.kind != "lora":
             raise BadInput(f"loras: {lora.uri} is an export of kind {note.kind}; list it in models")
         base = next((m for m in self.config.models if m.name == lora.base), None)
@@ -223,37 +201,9 @@ class Registry:
             raise BadInput(f"loras: base {lora.base!r} is no model; there are {known}")
         weights = None if base is None else Weights(base.uri, base.config, _how(base))
         hint = None if note is None else note.instance_prompt
-        facts = Facts() if base is None else read_facts(base.uri)
+        facts = ModelFacts() if base is None else read_facts(base.uri)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
 
 
-def read_facts(uri: str) -> Facts:
-    """Of a diffusers folder, local or s3://, from its configuration files alone; else none."""
-    folder = str(STARTER) if uri == "starter" else uri
-    if not _is_folder(folder):
-        return Facts()
-    try:
-        index = _json(folder, "model_index.json")
-        blocks = _json(folder, "vae", "config.json").get("block_out_channels", [0] * 4)
-        scale = 2 ** (len(blocks) - 1)
-        latents = int(_json(folder, "unet", "config.json").get("sample_size", 128))
-        sampler = str(_json(folder, "scheduler", "scheduler_config.json").get("_class_name"))
-    except (StorageError, ValueError):
-        return Facts()
-    family = "sdxl" if "XL" in str(index.get("_class_name")) else "sd"
-    return Facts(family, latents * scale, max(8, scale), sampler.startswith("EDM"))
-
-
-def _json(folder: str, *parts: str) -> dict[str, Any]:
-    values = json.loads(storage.read_bytes(storage.join(folder, *parts)))
-    if not isinstance(values, dict):
-        raise ValueError(f"{'/'.join(parts)} is no JSON object")
-    return values
-
-
-def _is_folder(uri: str) -> bool:
-    return storage.is_remote(uri) or Path(uri).is_dir()
-
-
-def _how(model: ModelConfig) -> HowToLoad:
-    return HowToLoad(**{name: getattr(model, name) for name in HowToLoad.model_fields})
+def _how(model: ModelConfig) -> LoadOptions:
+    return LoadOptions(**{name: getattr(model, name) for name in LoadOptions.model_fields})

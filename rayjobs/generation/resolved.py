@@ -1,17 +1,13 @@
 """A generation job's entrance: what its configuration names is looked up here, once.
 
-Owns `ResolvedConfig`, and what a DreamBooth export's URI in place of a model's stands for. Nothing
-further in looks for exports or makes paths absolute again.
+Owns `ResolvedConfig`. Nothing further in looks for exports or makes paths absolute again.
 """
 
 from pathlib import Path
-from typing import Any
 
 from rayjobs import storage
-from rayjobs.config import BadInput
-from rayjobs.generation.config import GenerateConfig, LoraConfig, ModelConfig, WordConfig
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.models import exports
 
 
 class ResolvedConfig(GenerateConfig):
@@ -23,7 +19,7 @@ class ResolvedConfig(GenerateConfig):
 
 def resolve(config: GenerateConfig) -> ResolvedConfig:
     """Raises BadInput when an export's base model is not to be had."""
-    values = config.model_copy(update={"model": _resolve_export(config.model)}).model_dump()
+    values = config.model_copy(update={"model": exports.resolve(config.model)}).model_dump()
     parts = [values["output"], values["prompts"], values["init"]]
     parts += [part for key in ("loras", "words") for part in values["model"][key]]
     for part in parts:
@@ -36,35 +32,3 @@ def resolve(config: GenerateConfig) -> ResolvedConfig:
 def model_name(uri: str) -> str:
     """The model's name in records, the same wherever a local copy of it lies."""
     return Path(uri).name if Path(uri).exists() else uri
-
-
-def _resolve_export(model: ModelConfig) -> ModelConfig:
-    """The base model with the adapter and words of an export; a full export is a model as it is."""
-    uri = model.uri
-    if not (storage.is_remote(uri) or Path(uri).is_dir()):
-        return model
-    note = exported.read(uri)
-    if note is None:
-        return model
-    changes: dict[str, Any] = {"words": (*_learned_words(note, uri), *model.words)}
-    if note.kind != "full":
-        changes["uri"] = _base_of(note, uri)
-    if note.kind == "lora":
-        adapter = LoraConfig(uri=storage.join(uri, exported.LORA_FILE))
-        changes["loras"] = (adapter, *model.loras)
-    return model.model_copy(update=changes)
-
-
-def _base_of(note: Exported, uri: str) -> str:
-    base = note.base_uri
-    if base.startswith("/") and not Path(base).exists():
-        raise BadInput(
-            f"model.uri: {uri} is an adapter for the model {base}, which is not here; give that "
-            "model as model.uri and this export under model.loras"
-        )
-    return base
-
-
-def _learned_words(note: Exported, uri: str) -> tuple[WordConfig, ...]:
-    file = storage.join(uri, exported.EMBEDDINGS_FILE)
-    return tuple(WordConfig(uri=file, word=word) for word in note.tokens)

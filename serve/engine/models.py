@@ -22,9 +22,10 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.lora import Adapter, weight_file
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
-from rayjobs.diffusion.text.inversion import load_word
-from rayjobs.diffusion.weights import first_line, locate
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.weights import first_line
+from rayjobs.models.facts import find_weights
+from rayjobs.models.loading import load_weights, teach
 from serve.config import EngineConfig
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
@@ -168,10 +169,7 @@ class Models:
 
     def _read(self, weights: Weights, base: Loaded | None) -> Model:
         if base is None:
-            options = ModelOptions(**weights.how.model_dump())
-            parts = None if weights.config is None else storage.to_local(weights.config)
-            path = storage.to_local(weights.uri)
-            model = load_model(path, options, config=parts, alone=False)
+            model = load_weights(weights.uri, weights.how, weights.config, alone=False)
         else:
             # Words change the text encoders only: the rest is shared with the model as it was.
             model = replace(
@@ -180,9 +178,7 @@ class Models:
                 tokenizers=copy.deepcopy(base.engine.model.tokenizers),
                 words={},
             )
-        for uri, word in weights.words:
-            load_word(model, storage.to_local(uri), word)
-        return model
+        return teach(model, weights.words)
 
     def _with_engine(self, weights: Weights, model: Model, num_bytes: int) -> Loaded:
         batcher: FairBatcher[Any] = FairBatcher(
@@ -229,7 +225,7 @@ def _memory(config: EngineConfig) -> float:
 
 def _size_of(uri: str) -> int:
     """About as many bytes as a model will take, by its files; fetches it first."""
-    path = locate(storage.to_local(uri)).path
+    path = find_weights(uri).path
     files = [path] if path.is_file() else path.glob("*/*.safetensors")
     return sum(file.stat().st_size for file in files)
 

@@ -28,7 +28,6 @@ from rayjobs.dataset.lock import (
 )
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
-from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
@@ -40,6 +39,8 @@ from rayjobs.generation.prompts.snapshot import (
 from rayjobs.generation.resolved import ResolvedConfig, model_name
 from rayjobs.generation.spec.lock import config_of, job_part, record_schema
 from rayjobs.generation.spec.records import Spec
+from rayjobs.models import exports
+from rayjobs.models.facts import find_weights
 
 T = TypeVar("T")
 SEED_KEYS = {"job.seeds.count", "job.seeds.values", "job.seeds.derive"}
@@ -93,7 +94,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
             init_sha256=weights.sha256_of(names) if names.exists() else None,
             model_name=model_name(config.model.uri),
             model_sha256=_named(
-                "model.words", lambda: exports.identity(model.sha256, config.model)
+                "model.words", lambda: exports.identity(model.sha256, config.model.words)
             ),
             loras_sha256=loras_sha256,
             scorers_sha256=scorers_sha256,
@@ -214,9 +215,7 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
-    uri = config.model.uri
-    local = _named("model.uri", lambda: storage.to_local(uri))
-    model = _named("model.uri", lambda: weights.locate(local))
+    model = find_weights(config.model.uri)
     from rayjobs.diffusion.sampler import resolve
 
     own = config.sampler.name or model.scheduler_name
