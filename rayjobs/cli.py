@@ -57,7 +57,11 @@ class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Any,
+        values: Any,
+        option_string: Any = None,
     ) -> None:
         from importlib.metadata import version
 

@@ -76,14 +76,19 @@ class LimitsConfig(Config):
     max_pixels: int = Field(default=1536 * 1536, ge=64)
     """Of an image made."""
     max_side: int = Field(default=2048, ge=8)
+    """Pixels of the width or height of an image made."""
     max_steps: int = Field(default=150, ge=1, le=1000)
+    """Denoising steps."""
     max_n: int = Field(default=10, ge=1)
     """Images of one request."""
     max_prompt_chars: int = Field(default=4000, ge=1)
+    """Characters of a prompt."""
     max_loras: int = Field(default=8, ge=0)
     """Of one request."""
     max_lora_scale: float = Field(default=4.0, gt=0)
+    """Of an adapter's scale, either sign."""
     max_guidance_scale: float = Field(default=50.0, gt=0)
+    """Of guidance_scale."""
     max_upload_bytes: int = Field(default=50 * 2**20, ge=1024)
     """Of a picture sent."""
     max_upload_pixels: int = Field(default=50_000_000, ge=64)
@@ -102,6 +107,7 @@ class KeyConfig(Config):
     max_concurrent: int = Field(default=64, ge=1)
     """Requests of this key that are worked on or wait."""
     images_per_minute: float | None = Field(default=None, gt=0)
+    """More are refused with 429; without it there is no such limit."""
 
     @model_validator(mode="after")
     def _given(self) -> "KeyConfig":
@@ -123,10 +129,13 @@ class ScalingConfig(Config):
     min: int = Field(default=1, ge=0)
     """Engine replicas; 0 lets all of them go when nothing is asked."""
     max: int = Field(default=1, ge=1)
+    """Engine replicas at most."""
     target_s: float = Field(default=5.0, gt=0)
     """Seconds of waiting work for each replica that is wanted."""
     upscale_delay_s: float = Field(default=3.0, ge=0)
+    """More replicas must be wanted for so long before they are started."""
     downscale_delay_s: float = Field(default=120.0, ge=0)
+    """Fewer replicas must be wanted for so long before some are stopped."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of an engine replica."""
     num_cpus: float = Field(default=1.0, ge=0)
@@ -134,6 +143,7 @@ class ScalingConfig(Config):
     ingress: int = Field(default=1, ge=1)
     """Ingress replicas: HTTP and picture formats."""
     ingress_cpus: float = Field(default=0.1, ge=0)
+    """CPUs of an ingress replica."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "ScalingConfig":
@@ -158,9 +168,11 @@ class ResultsConfig(Config):
 
 class ServeConfig(Config):
     models: tuple[ModelConfig, ...] = ()
+    """What is served by name."""
     default_model: str | None = None
     """For requests that name none; without it the first."""
     loras: tuple[LoraConfig, ...] = ()
+    """Adapters by name, for requests that ask for them."""
     registry: RegistryConfig = RegistryConfig()
     serves: tuple[Kind, ...] = ("text-to-image", "image-to-image")
     """What this application answers; two applications may share the work."""
