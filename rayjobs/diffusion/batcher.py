@@ -18,7 +18,7 @@ class _Row(Protocol):
 R = TypeVar("R", bound=_Row)
 
 
-class Choosing(Protocol[R]):
+class BatchPolicy(Protocol[R]):
     """What the engine needs of whoever chooses the rows of a call."""
 
     max_rows: int

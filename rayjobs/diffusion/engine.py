@@ -11,16 +11,16 @@ from time import perf_counter
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.batcher import Batcher, Choosing
+from rayjobs.diffusion.batcher import Batcher, BatchPolicy
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.text.encoder import PromptEncoder
-from rayjobs.diffusion.unet.batch import Places
+from rayjobs.diffusion.unet.batch import UNetBatch
 from rayjobs.diffusion.vae.preview import Previewer
-from rayjobs.diffusion.vae.worker import Side
+from rayjobs.diffusion.vae.worker import VaeWorker
 
 PROMPT_CACHE = 512
 """Texts whose embeddings are kept."""
@@ -29,13 +29,13 @@ PROMPT_CACHE = 512
 class Engine:
     """Turns requests into images; `max_rows` requests of one size share a UNet call.
 
-    With `fixed_shape` every UNet call has `places` rows (by default two for each request, for
+    With `fixed_shape` every UNet call has `slots` slots (by default two for each request, for
     guidance), every text-encoder call `max_rows` and every autoencoder call one: short calls are
     padded and a request's bits do not depend on its neighbours. On CUDA, where its bits depend on
-    its place in a call, each row and each text then has a call of its own: still one step of all
+    its slot in a call, each row and each text then has a call of its own: still one step of all
     rows, at 0.8 to 0.85 of the speed at 1024 px (measured on an H200). Without `fixed_shape` calls
     are as large as needed, which saves that and promises a tolerance only. A `batcher` of one's own
-    decides who goes into the next call. Where the autoencoder runs out of memory, `spares_others`
+    decides who goes into the next call. Where the autoencoder runs out of memory, `isolate_oom`
     lets that row fail alone.
     """
 
@@ -44,10 +44,10 @@ class Engine:
         model: Model,
         max_rows: int = 8,
         *,
-        places: int | None = None,
+        slots: int | None = None,
         fixed_shape: bool = True,
-        batcher: Choosing[Row] | None = None,
-        spares_others: bool = False,
+        batcher: BatchPolicy[Row] | None = None,
+        isolate_oom: bool = False,
     ):
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
@@ -58,11 +58,11 @@ class Engine:
             model, self.loras, 1 if alone else max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
         )
         self.rows: dict[int, Row] = {}
-        self._batcher: Choosing[Row] = Batcher(max_rows) if batcher is None else batcher
-        self._places = Places(
-            model, self.loras, places or 2 * max_rows, fixed_shape=fixed_shape, alone=alone
+        self._batcher: BatchPolicy[Row] = Batcher(max_rows) if batcher is None else batcher
+        self._unet_batch = UNetBatch(
+            model, self.loras, slots or 2 * max_rows, fixed_shape=fixed_shape, alone=alone
         )
-        self._side = Side(model, spares_others)
+        self._vae = VaeWorker(model, isolate_oom)
         self._previewer = Previewer(model)
         self._failed: list[Result] = []
         self._ids = count()
@@ -72,14 +72,14 @@ class Engine:
         its steps is not counted."""
 
     @property
-    def num_places(self) -> int:
+    def num_slots(self) -> int:
         """Rows of a UNet call in a fixed shape."""
-        return self._places.num_places
+        return self._unet_batch.num_slots
 
     @property
-    def proving_s(self) -> float:
-        """Spent on recording the UNet: what steps took longer than such steps do."""
-        return self._places.replay.proving_s
+    def trace_warmup_s(self) -> float:
+        """Seconds spent on recording the UNet, over what those steps take afterwards."""
+        return self._unet_batch.replay.trace_warmup_s
 
     @property
     def num_pending(self) -> int:
@@ -87,11 +87,11 @@ class Engine:
         return len(self.rows) + len(self._failed)
 
     def add(self, request: Request) -> int:
-        """Take a request in; it joins at a next step. What is wrong with it is its result."""
+        """Queue a request; it joins at the next step. An invalid one comes back as a failure."""
         row_id = next(self._ids)
         try:
             row = prepare_row(row_id, request, self.model, self.loras)
-        except Exception as error:  # whatever is wrong with a request, the others go on
+        except Exception as error:  # an invalid request must not stop the others
             reason = row_reason(error)
             self._failed.append(Result(id=row_id, request=request, error=reason))
             return row_id
@@ -99,15 +99,15 @@ class Engine:
         if row.is_ready:
             self._batcher.add(row)
         else:
-            self._side.encode(row)
+            self._vae.encode(row)
         return row_id
 
     def cancel(self, row_id: int) -> bool:
-        """Drop a request and free its place; False when it is unknown or already returned."""
+        """Drop a request and free its slots; False when it is unknown or already returned."""
         row = self.rows.pop(row_id, None)
         if row is not None:
             self._batcher.discard(row)
-            self._side.cancel(row)
+            self._vae.cancel(row)
         return row is not None
 
     def progress(self, row_id: int) -> tuple[int, int]:
@@ -123,9 +123,9 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Result]:
-        """One UNet call for the rows whose turn it is; returns the requests that are finished."""
+        """One denoising step of the rows that the batcher chooses; returns finished requests."""
         started_s = perf_counter()
-        self._side.proceed(to_an_end=not len(self._batcher))
+        self._vae.poll(block=not len(self._batcher))
         self._join_encoded()
         self.side_s += perf_counter() - started_s
         rows = self._batcher.choose()
@@ -136,7 +136,7 @@ class Engine:
         return self._collect()
 
     def generate(self, requests: Iterable[Request], keep_pixels: bool = False) -> Iterator[Result]:
-        """Make all `requests`, drawn from only as places fall free, in the order they finish."""
+        """Make all `requests`, drawn from only as slots become free, in the order they finish."""
         self.keep_pixels = keep_pixels
         remaining = iter(requests)
         while True:
@@ -150,14 +150,14 @@ class Engine:
     def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
         try:
             self._encode_prompts(rows)
-            return self._places.predict_noise(rows)
+            return self._unet_batch.predict_noise(rows)
         except (RuntimeError, MemoryError) as error:
             check(error)
             raise
 
     def _join_encoded(self) -> None:
-        """Rows whose init image is encoded by now join; those whose image was bad leave."""
-        for row, error in self._side.encoded():
+        """Rows whose init image is encoded join the batch; those whose image failed leave."""
+        for row, error in self._vae.encoded():
             if row.id not in self.rows:
                 continue
             if error is None:
@@ -166,7 +166,7 @@ class Engine:
                 self._fail(row, error)
 
     def _encode_prompts(self, rows: list[Row]) -> None:
-        """Embeddings for rows that have none yet, with those of the rows that wait behind them."""
+        """Embed the prompts of new rows, and of waiting rows as far as the encoder's batch goes."""
         new = [row for row in rows if row.embeddings is None]
         if not new:
             return
@@ -192,12 +192,12 @@ class Engine:
         for row in rows:
             if row.is_done and row.id in self.rows:
                 self._batcher.discard(row)
-                self._side.decode(row)
+                self._vae.decode(row)
 
     def _collect(self) -> list[Result]:
         """Failures and decoded pictures since the last step."""
         results, self._failed = self._failed, []
-        for row, pixels_CHW, image, error in self._side.decoded():
+        for row, pixels_CHW, image, error in self._vae.decoded():
             if self.rows.pop(row.id, None) is None:
                 continue
             pixels = pixels_CHW if self.keep_pixels else None

@@ -2,7 +2,7 @@
 
 Owns reading adapter files and the gathered low-rank products: row b of a layer's output gets
 `scale_b * (x_b A_b^T) B_b^T` (arXiv 2106.09685, eq. 3), with the factors of the row's own adapters.
-Knows nothing of requests. Legend: P places, K adapters of a row, R rank, T tokens, I in, O out.
+Knows nothing of requests. Legend: P slots, K adapters of a row, R rank, T tokens, I in, O out.
 """
 
 import contextlib
@@ -102,7 +102,7 @@ class LoraBank:
         return sum(layer.down.nbytes + layer.up.nbytes for layer in layers)
 
     def forget(self, sha256: str) -> None:
-        """Give an adapter's place to the next one; no row may be using it."""
+        """Free an adapter's index for the next one; no row may be using it."""
         self._release(self._numbers.pop(sha256))
         self._paths = {path: known for path, known in self._paths.items() if known != sha256}
 
@@ -119,7 +119,7 @@ class LoraBank:
 
     @contextlib.contextmanager
     def applied(self, uses: Sequence[LoraUse]) -> Generator[None]:
-        """Within this context, place p of every call runs with the adapters of `uses[p]`."""
+        """Within this context, slot p of every call runs with the adapters of `uses[p]`."""
         if not any(uses):
             yield
             return
@@ -174,8 +174,8 @@ class LoraBank:
             if match is None:
                 raise ValueError(f"LoRA {file.name} has {key!r}, which is no plain LoRA factor")
             half = "down" if match["factor"] in ("A", "down") else "up"
-            place = (match["part"], _plain(match["part"], match["module"]))
-            halves.setdefault(place, {})[half] = tensor
+            key = (match["part"], _plain(match["part"], match["module"]))
+            halves.setdefault(key, {})[half] = tensor
         alphas = {_of_alpha(key): alpha for key, alpha in (alphas or {}).items()}
         if not halves or any(len(pair) != 2 for pair in halves.values()):
             raise ValueError(f"{file} is not a LoRA: it has no pairs of down and up factors")
@@ -227,7 +227,7 @@ class _LoraLayer:
     def add(
         self, x: torch.Tensor, y: torch.Tensor, numbers_PK: torch.Tensor, scales_PK: torch.Tensor
     ) -> torch.Tensor:
-        """`y` plus each place's own low-rank product of `x`."""
+        """`y` plus each slot's own low-rank product of `x`."""
         known = numbers_PK < len(self.down)  # later adapters do not touch this layer
         numbers_PK = numbers_PK * known
         down = self.down[numbers_PK].flatten(1, 2)  # (P, K R, I...)
@@ -244,11 +244,11 @@ class _LoraLayer:
 
 
 def _grouped_conv(x: torch.Tensor, down: torch.Tensor, module: torch.nn.Conv2d) -> torch.Tensor:
-    """Each place convolved with its own kernels: places become groups of one call."""
-    places, rank = down.shape[:2]
+    """Each slot convolved with its own kernels: slots become groups of one call."""
+    slots, rank = down.shape[:2]
     x = x.reshape(1, -1, *x.shape[2:])
-    h = F.conv2d(x, down.flatten(0, 1), None, module.stride, module.padding, groups=places)
-    return h.view(places, rank, *h.shape[2:])
+    h = F.conv2d(x, down.flatten(0, 1), None, module.stride, module.padding, groups=slots)
+    return h.view(slots, rank, *h.shape[2:])
 
 
 def _plain(part: str, name: str) -> str:
@@ -280,8 +280,8 @@ def _strength(
     alpha = alphas.get(f"{part}.{name}")
     if alpha is None:
         patterns = (metadata or {}).get(f"{part}.alpha_pattern") or {}
-        found = [value for key, value in patterns.items() if name.endswith(key)]
-        alpha = found[0] if found else (metadata or {}).get(f"{part}.lora_alpha", rank)
+        matching = [value for key, value in patterns.items() if name.endswith(key)]
+        alpha = matching[0] if matching else (metadata or {}).get(f"{part}.lora_alpha", rank)
     return float(alpha) / rank
 
 
@@ -291,8 +291,8 @@ def _find_module(model: Model, part: str, name: str) -> torch.nn.Module | None:
     root: Any = model.unet if part == "unet" else encoders.get(part)
     for candidate in (name, name.removeprefix("text_model."), f"text_model.{name}"):
         try:
-            found: torch.nn.Module = root.get_submodule(candidate)
-            return found
+            layer: torch.nn.Module = root.get_submodule(candidate)
+            return layer
         except AttributeError:
             continue
     return None

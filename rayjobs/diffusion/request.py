@@ -36,7 +36,7 @@ class Request:
     `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name;
     without one the model's own is used. `sampler_options` are that class's config options, and
     `eta`.
-    `guidance_scale` above 1 costs a second place in every UNet call; without one the family's usual
+    `guidance_scale` above 1 costs a second slot in every UNet call; without one the family's usual
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
     image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a

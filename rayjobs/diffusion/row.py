@@ -1,4 +1,4 @@
-"""A row: one request's place in the batch, with everything that is its own.
+"""A row: one request in the batch, with everything that is its own.
 
 Owns the request's texts, sampler, generator and latents. Knows nothing of the other rows.
 """
@@ -19,7 +19,7 @@ from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
 from rayjobs.images.decode import open_image
 
 
-class Seen(NamedTuple):
+class LastStep(NamedTuple):
     """A step: what the UNet saw (1, C, H, W), the guided prediction for it, and the timestep."""
 
     input_1CHW: torch.Tensor
@@ -47,7 +47,7 @@ class Row:
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
     embeddings: list[Embedding] | None = field(default=None)
-    seen: Seen | None = None
+    last_step: LastStep | None = None
     """The last step, for a preview."""
 
     @property
@@ -64,8 +64,8 @@ class Row:
         return 1 - self.sampler.position / len(self.sampler.timesteps)
 
     @property
-    def num_places(self) -> int:
-        """Places in a UNet call: two with guidance, one without."""
+    def num_slots(self) -> int:
+        """UNetBatch in a UNet call: two with guidance, one without."""
         return len(self.texts)
 
     def scaled_latents(self) -> torch.Tensor:
@@ -94,14 +94,14 @@ class Row:
     def advance(self, noise_1CHW: torch.Tensor) -> None:
         """One step of this row's own sampler."""
         assert self.latents is not None
-        self.seen = Seen(self._shown, noise_1CHW, self.sampler.timestep)
+        self.last_step = LastStep(self._shown, noise_1CHW, self.sampler.timestep)
         self.latents = self.sampler.advance(noise_1CHW, self.latents)
         if self.inpainting is not None:
             self.latents = self.inpainting.blend(self.latents, self.sampler)
 
     def result(self, **outcome: Any) -> Result:
-        found = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
-        return Result(id=self.id, request=self.request, warnings=tuple(found), **outcome)
+        warnings = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
+        return Result(id=self.id, request=self.request, warnings=tuple(warnings), **outcome)
 
 
 def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) -> Row:

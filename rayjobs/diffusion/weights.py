@@ -77,10 +77,10 @@ class Weights:
         else:
             index = _read_json(self.path / "model_index.json")
             parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
-            found = [file for part in parts for file in (self.path / part).rglob("*")]
-            found = [file for file in found if file.is_file() and file.suffix in IDENTITY]
-            found.append(self.path / "model_index.json")
-            files = [(file.relative_to(self.path).as_posix(), file) for file in found]
+            paths = [path for part in parts for path in (self.path / part).rglob("*")]
+            paths = [path for path in paths if path.is_file() and path.suffix in IDENTITY]
+            paths.append(self.path / "model_index.json")
+            files = [(path.relative_to(self.path).as_posix(), path) for path in paths]
         hashes = sorted([name, sha256_of(file)] for name, file in files)
         return hashlib.sha256(json.dumps(hashes, separators=(",", ":")).encode()).hexdigest()
 

@@ -65,7 +65,7 @@ class TicketRow(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def num_places(self) -> int: ...
+    def num_slots(self) -> int: ...
     @property
     def share_left(self) -> float: ...
     @property
@@ -150,8 +150,8 @@ class FairBatcher(Generic[R]):
 
     def _receipt(self, rows: list[R]) -> Receipt:
         tickets = [self._ticket(row) for row in rows]
-        callers = [(t.caller, row.num_places) for t, row in zip(tickets, rows, strict=True)]
-        places = sum(row.num_places for row in rows)
+        callers = [(t.caller, row.num_slots) for t, row in zip(tickets, rows, strict=True)]
+        places = sum(row.num_slots for row in rows)
         oldest_s = min(ticket.arrived_s for ticket in tickets)
         return Receipt(rows[0].shape, len(rows), places, oldest_s, tuple(callers))
 
@@ -167,10 +167,10 @@ class FairBatcher(Generic[R]):
         while callers and len(dealt) < self.max_rows:
             for caller in list(callers):
                 row = waiting[caller][-1]
-                if (row.num_places > room and dealt) or len(dealt) == self.max_rows:
+                if (row.num_slots > room and dealt) or len(dealt) == self.max_rows:
                     return dealt
                 dealt.append(waiting[caller].pop())
-                room -= row.num_places
+                room -= row.num_slots
                 if not waiting[caller]:
                     callers.remove(caller)
         return dealt

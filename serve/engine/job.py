@@ -83,8 +83,8 @@ class Job:
         total = len(row.sampler.timesteps)
         self.images[row_id] = image
         self.shape = row.shape
-        self.places = row.num_places
-        self.left[row_id] = total * row.num_places
+        self.places = row.num_slots
+        self.left[row_id] = total * row.num_slots
         # No preview after the last step: the picture itself comes then.
         self.num_partials = count = min(self.ask.partial_images, max(0, total - 1))
         self.owed[row_id] = [round(total * (n + 1) / (count + 1)) for n in range(count)]

@@ -191,10 +191,10 @@ class Models:
         engine = Engine(
             model,
             self.config.max_rows,
-            places=self.forecast.most_places,
+            slots=self.forecast.most_places,
             fixed_shape=False,
             batcher=batcher,
-            spares_others=True,
+            isolate_oom=True,
         )
         return Loaded(weights, engine, batcher, num_bytes)
 

@@ -22,7 +22,7 @@ class Made:
     receipt: Receipt | None
     """None where no row was stepped, such as while a picture was decoded."""
     side_s: float
-    proving_s: float
+    trace_warmup_s: float
     num_results: int
 
 

@@ -210,7 +210,7 @@ class Stepper:
 
     def _step(self, loaded: Loaded) -> None:
         engine, batcher = loaded.engine, loaded.batcher
-        side_s, proving_s = engine.side_s, engine.proving_s
+        side_s, trace_warmup_s = engine.side_s, engine.trace_warmup_s
         batcher.receipt = None
         self._pacer.begin()
         try:
@@ -227,10 +227,10 @@ class Stepper:
             self._tell_progress(loaded, row.id)
         for result in results:
             self._tell_result(loaded, result)
-        side_s, proving_s = engine.side_s - side_s, engine.proving_s - proving_s
-        made = Made(loaded, batcher.receipt, side_s, proving_s, len(results))
+        side_s, trace_warmup_s = engine.side_s - side_s, engine.trace_warmup_s - trace_warmup_s
+        made = Made(loaded, batcher.receipt, side_s, trace_warmup_s, len(results))
         for step, seconds in self._pacer.end(made):
-            self._learn(step, seconds - step.proving_s)
+            self._learn(step, seconds - step.trace_warmup_s)
 
     def _learn(self, step: Made, seconds: float) -> None:
         """Charge and remember a step, once it is known how long it took."""
@@ -261,7 +261,7 @@ class Stepper:
         self._pacer.clear()
         if len(rows) > 1:
             key = loaded.key(rows[0].shape)
-            self.forecast.ran_out(key, sum(row.num_places for row in rows))
+            self.forecast.ran_out(key, sum(row.num_slots for row in rows))
             return
         message = "the picture does not fit the device's memory; ask for a smaller one"
         for row in rows:
@@ -277,7 +277,7 @@ class Stepper:
             job.started = True
             self.metrics.started(time.monotonic() - job.arrived_s)
         done, total = loaded.engine.progress(row_id)
-        job.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_places
+        job.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_slots
         image = job.images[row_id]
         if job.ask.progress:
             since_s = time.monotonic() - job.arrived_s

@@ -108,7 +108,7 @@ def test_cancel_knows_what_it_cancels(starter: Model) -> None:
 def test_places_too_few_for_all_rows_make_more_calls_not_other_pictures(starter: Model) -> None:
     requests = [ask(seed=n) for n in range(5)]
     whole = {r.request.seed: r for r in Engine(starter).generate(requests, keep_pixels=True)}
-    engine = Engine(starter, places=3)
+    engine = Engine(starter, slots=3)
     for result in engine.generate(requests, keep_pixels=True):
         assert (result.pixels - whole[result.request.seed].pixels).abs().max() < 1e-4
 

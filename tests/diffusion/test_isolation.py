@@ -106,7 +106,7 @@ def test_without_a_fixed_shape_the_difference_stays_small(
 def test_rows_with_calls_of_their_own(starter: Model, requests: list[Request]) -> None:
     """What a CUDA device gets, where a row's place in a call moves its bits."""
     engine, seen = Engine(starter), []
-    unet_batch = engine._places
+    unet_batch = engine._unet_batch
     unet_batch.alone = True
     hook = starter.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     unet_batch.replay = lambda x, t, arguments: starter.unet(x, t, return_dict=False, **arguments)[

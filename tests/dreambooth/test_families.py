@@ -80,7 +80,7 @@ def settings(model: Path, photos: Path, mode: str = "images", **train: Any) -> D
     )
 
 
-class Seen(pl.Callback):
+class LastStep(pl.Callback):
     """The metrics of every step."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def fit(config: DreamBoothConfig) -> tuple[Networks, list[dict[str, float]]]:
     """Every step, in this process."""
     model = worker.load(config, "cpu", torch.float32)
     batches, module = worker.build(config, model, torch.float32)
-    seen = Seen()
+    seen = LastStep()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,

@@ -13,7 +13,7 @@ import torch
 
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.text.inversion import spoken
+from rayjobs.diffusion.text.inversion import expand_words
 
 WEIGHTED_WORDS = re.compile(r"\([^()]+:\s*\d+(\.\d+)?\)")
 
@@ -61,16 +61,16 @@ class PromptEncoder:
     def encode(self, texts: Sequence[Text]) -> list[Embedding]:
         """One embedding per text, in order; texts met before cost nothing."""
         texts = [self._canonical(text) for text in texts]
-        found = {text: self._cache[text] for text in texts if text in self._cache}
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        embeddings = {text: self._cache[text] for text in texts if text in self._cache}
+        missing = [text for text in dict.fromkeys(texts) if text not in embeddings]
         for group in self._groups(missing):
-            found |= zip(group, self._encode(group), strict=True)
+            embeddings |= zip(group, self._encode(group), strict=True)
         for text in texts:
-            self._cache[text] = found[text]
+            self._cache[text] = embeddings[text]
             self._cache.move_to_end(text)
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
-        return [found[text] for text in texts]
+        return [embeddings[text] for text in texts]
 
     def _canonical(self, text: Text) -> Text:
         if text.text is None and not self.model.force_zeros:
@@ -94,7 +94,7 @@ class PromptEncoder:
             for tokenizer, encoder in zip(
                 self.model.tokenizers, self.model.text_encoders, strict=True
             ):
-                said = [spoken(text.text or "", self.model.words) for text in padded]
+                said = [expand_words(text.text or "", self.model.words) for text in padded]
                 tokens, whole = _tokenize(tokenizer, said)
                 output = encoder(tokens.to(self.model.device), output_hidden_states=True)
                 states.append(self._pick_state(encoder, output, texts[0].clip_skip))

@@ -1,7 +1,8 @@
 """Learned words: tokens of their own with learned embeddings (textual inversion, arXiv 2208.01618).
 
-Owns how a word is put into a loaded model, what it is spoken as, and diffusers' files of them. A
-word of several vectors stands for as many tokens: w, w_1, w_2, ... Legend: N tokens, D width.
+Owns how a word is added to a loaded model, how it expands to tokens in a prompt, and diffusers'
+files of them. A word of several vectors is as many tokens: w, w_1, w_2, ... Legend: N tokens, D
+width.
 """
 
 import re
@@ -33,10 +34,10 @@ class GrownEmbedding(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         size = self.known.num_embeddings
-        found = F.embedding(ids.clamp(max=size - 1), self.known.weight)
-        learned_ND = torch.cat(list(self.learned)).to(found.dtype)
+        embedded = F.embedding(ids.clamp(max=size - 1), self.known.weight)
+        learned_ND = torch.cat(list(self.learned)).to(embedded.dtype)
         mine = F.embedding((ids - size).clamp(min=0), learned_ND)
-        return torch.where((ids >= size)[..., None], mine, found)
+        return torch.where((ids >= size)[..., None], mine, embedded)
 
 
 def add_word(model: Model, word: str, vectors: list[torch.Tensor]) -> list[torch.nn.Parameter]:
@@ -103,7 +104,7 @@ def to_tensors(model: Model, word: str, vectors: list[torch.Tensor]) -> dict[str
     }
 
 
-def spoken(text: str, words: dict[str, int]) -> str:
+def expand_words(text: str, words: dict[str, int]) -> str:
     """The text with each learned word as all of its tokens."""
     for word, count in words.items():
         tokens = " ".join([word, *(f"{word}_{number}" for number in range(1, count))])
@@ -114,12 +115,12 @@ def spoken(text: str, words: dict[str, int]) -> str:
 
 def initial_vectors(model: Model, like: str, count: int) -> list[torch.Tensor]:
     """(count, D) for each encoder: the mean embedding of a known word's tokens, `count` times."""
-    found = []
+    vectors = []
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
         ids = tokenizer(like, add_special_tokens=False, return_tensors="pt").input_ids[0]
         mean_D = _table(encoder).weight.detach().float().cpu()[ids].mean(0)
-        found.append(mean_D.repeat(count, 1))
-    return found
+        vectors.append(mean_D.repeat(count, 1))
+    return vectors
 
 
 def word_file(path: Path) -> Path:

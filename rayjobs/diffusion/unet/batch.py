@@ -1,7 +1,7 @@
-"""The UNet call: rows are laid out in places, predicted together, and guidance is applied.
+"""The UNet call: rows are laid out in slots, predicted together, and guidance is applied.
 
 Owns the batch tensors, their padding, and classifier-free guidance. Knows nothing of samplers'
-steps or of requests. Legend: P places, C H W latent channels and size, L tokens, D width.
+steps or of requests. Legend: P slots, C H W latent channels and size, L tokens, D width.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ KERNELS = {
 }
 
 
-class Places:
-    """Lays rows out in calls of `num_places`.
+class UNetBatch:
+    """Lays rows out in calls of `num_slots`.
 
     With `fixed_shape` the last call is padded to that size. A row `alone` has a call to itself, of
-    as many places as it needs: on CUDA cuDNN's convolutions give the same numbers other bits in
-    another place of a call (measured on an H200: calls of 4, 8 and 16), so that there a fixed
-    number of places is not enough for a row's bits to be its own.
+    as many slots as it needs: on CUDA cuDNN's convolutions give the same numbers other bits in
+    another slot of a call (measured on an H200: calls of 4, 8 and 16), so that there a fixed
+    number of slots is not enough for a row's bits to be its own.
     """
 
     def __init__(
         self,
         model: Model,
         loras: LoraBank,
-        num_places: int,
+        num_slots: int,
         *,
         fixed_shape: bool,
         alone: bool = False,
     ):
         self.model = model
         self.loras = loras
-        self.num_places = 2 if alone else num_places
+        self.num_slots = 2 if alone else num_slots
         self.fixed_shape = fixed_shape
         self.alone = alone
         self.replay = Replay(model.unet)
@@ -62,13 +62,13 @@ class Places:
         """The guided prediction (1, C, H, W) for each row, at each row's own timestep."""
         inputs, timesteps = [], []
         for row in rows:
-            inputs += [row.scaled_latents()] * row.num_places
-            timesteps += [row.sampler.timestep] * row.num_places
+            inputs += [row.scaled_latents()] * row.num_slots
+            timesteps += [row.sampler.timestep] * row.num_slots
         x_PCHW = torch.cat(inputs)
         t_P = torch.stack([t.float() for t in timesteps]).to(self.model.device, non_blocking=True)
         outputs, first = [], 0
         for condition in self._all_conditions(rows):
-            end = first + condition["num_places"]
+            end = first + condition["num_slots"]
             outputs.append(self._call(x_PCHW[first:end], t_P[first:end], condition))
             first = end
         return self._guide(rows, torch.cat(outputs))
@@ -76,7 +76,7 @@ class Places:
     def _call(
         self, x_PCHW: torch.Tensor, t_P: torch.Tensor, condition: dict[str, Any]
     ) -> torch.Tensor:
-        """One UNet call, padded by repeating its last place; the padding is cut off again."""
+        """One UNet call, padded by repeating its last slot; the padding is cut off again."""
         num = len(x_PCHW)
         uses = condition["loras"]
         padding = len(uses) - num
@@ -97,42 +97,41 @@ class Places:
         """What the calls of these rows are conditioned on; kept while the rows stay the same."""
         ids = tuple(row.id for row in rows)
         if ids != self._conditions_of:
-            self._conditions = [self._condition(places) for places in self._layout(rows)]
+            self._conditions = [self._condition(slots) for slots in self._layout(rows)]
             self._conditions_of = ids
         return self._conditions
 
     def _layout(self, rows: Sequence[Row]) -> list[list[tuple[Row, int]]]:
-        """Who has which place of which call."""
-        by_row = [[(row, place) for place in range(row.num_places)] for row in rows]
+        """Who has which slot of which call."""
+        by_row = [[(row, slot) for slot in range(row.num_slots)] for row in rows]
         if self.alone:
             return by_row
-        places = list(itertools.chain.from_iterable(by_row))
+        slots = list(itertools.chain.from_iterable(by_row))
         return [
-            places[first : first + self.num_places]
-            for first in range(0, len(places), self.num_places)
+            slots[first : first + self.num_slots] for first in range(0, len(slots), self.num_slots)
         ]
 
-    def _condition(self, places: list[tuple[Row, int]]) -> dict[str, Any]:
-        num_places = len(places)
+    def _condition(self, slots: list[tuple[Row, int]]) -> dict[str, Any]:
+        num_slots = len(slots)
         if self.fixed_shape and not self.alone:
-            places = places + [places[-1]] * (self.num_places - len(places))
-        embeddings = [row.embeddings[place] for row, place in places if row.embeddings]
+            slots = slots + [slots[-1]] * (self.num_slots - len(slots))
+        embeddings = [row.embeddings[slot] for row, slot in slots if row.embeddings]
         arguments: dict[str, Any] = {
             "encoder_hidden_states": torch.cat([e.text_1LD for e in embeddings])
         }
         device = self.model.device
         if self.model.family == "sdxl":
             # float32 up to the sinusoid: bfloat16 would round 1023 to 1024.
-            size_ids = torch.tensor([row.size_ids for row, _ in places], dtype=torch.float32)
+            size_ids = torch.tensor([row.size_ids for row, _ in slots], dtype=torch.float32)
             pooled = [e.pooled_1D for e in embeddings if e.pooled_1D is not None]
             arguments["added_cond_kwargs"] = {
                 "text_embeds": torch.cat(pooled),
                 "time_ids": size_ids.to(device),
             }
         if self.model.unet.config.time_cond_proj_dim is not None:
-            arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in places])
-        loras = [row.loras for row, _ in places]
-        return {"arguments": arguments, "loras": loras, "num_places": num_places}
+            arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in slots])
+        loras = [row.loras for row, _ in slots]
+        return {"arguments": arguments, "loras": loras, "num_slots": num_slots}
 
     def _guidance_embedding(self, rows: list[Row]) -> torch.Tensor:
         """Guidance as an input, for UNets distilled with it (LCM)."""
@@ -144,15 +143,15 @@ class Places:
         return embedding.to(self.model.device, self.model.dtype)
 
     def _guide(self, rows: Sequence[Row], noise_PCHW: torch.Tensor) -> list[torch.Tensor]:
-        """Classifier-free guidance, row by row where there are two places."""
-        guided, place = [], 0
+        """Classifier-free guidance, row by row where there are two slots."""
+        guided, slot = [], 0
         for row in rows:
-            noise = noise_PCHW[place : place + 1]
-            if row.num_places == 2:
-                text = noise_PCHW[place + 1 : place + 2]
+            noise = noise_PCHW[slot : slot + 1]
+            if row.num_slots == 2:
+                text = noise_PCHW[slot + 1 : slot + 2]
                 noise = noise + row.guidance_scale * (text - noise)
                 if row.request.guidance_rescale > 0:
                     noise = rescale_noise_cfg(noise, text, row.request.guidance_rescale)
             guided.append(noise)
-            place += row.num_places
+            slot += row.num_slots
         return guided

@@ -1,7 +1,7 @@
-"""The UNet's call without Python, which takes longer than the arithmetic of a small call.
+"""The UNet's call without Python, whose overhead exceeds the arithmetic of a small call.
 
 A recording (torch.jit.trace) is the operators of one call, replayed in C++: a third less time for
-small pictures on a CPU, and the same bits. Owns the recording and the proof that it gives them.
+small pictures on a CPU, and the same bits. Owns the recording and the check that it gives them.
 Knows nothing of rows. torch calls its tracer deprecated and names torch.export, which replays in
 Python and so spares nothing (measured), and torch.compile, which is the option `compile`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-MOST_PLACES = 63
+MAX_SLOTS = 63
 """From 64 on diffusers' Upsample2D takes another way."""
 
 
@@ -21,7 +21,7 @@ class Replay:
     """Calls `unet`, by its recording where that has given the same bits before.
 
     Whatever Python decides on the way is a constant in a recording. So every shape of a call is
-    proven first, by a call of either kind. Weights are inputs: a recording holds none.
+    verified first, by a call of either kind. Weights are inputs: a recording holds none.
     """
 
     def __init__(self, unet: Any):
@@ -33,11 +33,11 @@ class Replay:
             for name in tensors
             if tensors[name] is not None
         ]
-        self.proving_s = 0.0
+        self.trace_warmup_s = 0.0
         """What first calls of a shape took longer than its others will."""
         self._replayed_s = 0.0
         self._recording: Any = None
-        self._is_proven: dict[tuple[int, ...], bool] = {}
+        self._verified: dict[tuple[int, ...], bool] = {}
 
     def __call__(
         self, x_PCHW: torch.Tensor, t_P: torch.Tensor, arguments: Mapping[str, Any]
@@ -47,25 +47,25 @@ class Replay:
         """
         shape = tuple(x_PCHW.shape)
         inputs = (x_PCHW, t_P, *_flat(arguments))
-        if self._is_proven.get(shape):
+        if self._verified.get(shape):
             try:
                 return self._replay(inputs)
             except RuntimeError:  # whatever it is: the module tells it by an error of its kind
-                self._is_proven.pop(shape)
+                self._verified.pop(shape)
         started_s = perf_counter()
         noise_PCHW: torch.Tensor = self.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
-        if shape in self._is_proven or not noise_PCHW.isfinite().all():
+        if shape in self._verified or not noise_PCHW.isfinite().all():
             return noise_PCHW
         plain_s = perf_counter() - started_s
-        self._is_proven[shape] = proven = self._proves(inputs, arguments, noise_PCHW)
-        usual_s = self._replayed_s if proven else plain_s
-        self.proving_s += perf_counter() - started_s - usual_s
+        self._verified[shape] = verified = self._verify(inputs, arguments, noise_PCHW)
+        usual_s = self._replayed_s if verified else plain_s
+        self.trace_warmup_s += perf_counter() - started_s - usual_s
         return noise_PCHW
 
-    def _proves(
+    def _verify(
         self, inputs: tuple[torch.Tensor, ...], arguments: Mapping[str, Any], noise: torch.Tensor
     ) -> bool:
-        if len(noise) > MOST_PLACES:
+        if len(noise) > MAX_SLOTS:
             return False
         try:
             if self._recording is None:
@@ -109,14 +109,14 @@ class Replay:
 
 def _flat(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors of nested arguments, in order."""
-    found = []
+    tensors = []
     for value in arguments.values():
-        found += _flat(value) if isinstance(value, Mapping) else [value]
-    return found
+        tensors += _flat(value) if isinstance(value, Mapping) else [value]
+    return tensors
 
 
 def _shaped(arguments: Mapping[str, Any], tensors: Any) -> dict[str, Any]:
-    """Other tensors in the places of `arguments`."""
+    """Other tensors in place of those in `arguments`."""
     return {
         name: _shaped(value, tensors) if isinstance(value, Mapping) else next(tensors)
         for name, value in arguments.items()

@@ -30,7 +30,7 @@ class Previewer:
 
     def draw(self, row: Row) -> Image.Image | None:
         """What the row will look like, as far as its last step knows; None before the first."""
-        if row.seen is None:
+        if row.last_step is None:
             return None
         z_CHW = self.denoised(row)[0].float().cpu()
         colours = self._colours
@@ -44,8 +44,8 @@ class Previewer:
         preconditioning (arXiv 2206.00364, eq. 7), whatever the sampler: what the UNet saw has unit
         variance, and its timestep says how much of it is noise.
         """
-        assert row.seen is not None
-        scheduler, (x_1CHW, output_1CHW, timestep) = row.sampler.scheduler, row.seen
+        assert row.last_step is not None
+        scheduler, (x_1CHW, output_1CHW, timestep) = row.sampler.scheduler, row.last_step
         if self.model.is_edm:
             sigma, data = (4 * timestep.double()).exp().item(), scheduler.config.sigma_data
             return (x_1CHW * data + output_1CHW * sigma) * data / (sigma**2 + data**2) ** 0.5
@@ -74,8 +74,8 @@ class Previewer:
         factor = CELL * self.model.vae_scale
         pixels = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3) * 2 - 1
         mean, std = self.model.latents_mean_std
-        found = [encode_moments(picture[None], self.model)[0] for picture in pixels]
-        z_BCHW = (torch.cat(found) - mean) * self.model.vae.config.scaling_factor / std
+        means = [encode_moments(picture[None], self.model)[0] for picture in pixels]
+        z_BCHW = (torch.cat(means) - mean) * self.model.vae.config.scaling_factor / std
         # The latents of a cell in its middle, where its neighbours have no say.
         z_BCHW = z_BCHW.float().cpu().unfold(2, CELL, CELL).unfold(3, CELL, CELL)[..., 1:3, 1:3]
         z_NC = z_BCHW.mean(dim=(-2, -1)).permute(0, 2, 3, 1).flatten(0, 2)

@@ -1,9 +1,9 @@
-"""Work beside the steps: encoding init images and decoding finished latents.
+"""The autoencoder's work beside the steps: encoding init images and decoding finished latents.
 
-Owns when and where that work is done. On a GPU it has a thread and a stream of its own, so that no
-step waits for the autoencoder. A CPU has nothing idle to do it with, and two teams of threads on
-the same cores slow each other down (by a quarter, measured): there one picture is encoded or
-decoded between two steps, never more, so that other rows are held up by one at most.
+Owns when and on which thread that work runs. On a GPU it has a thread and a stream of its own, so
+that no step waits for the autoencoder. A CPU has nothing idle to do it with, and two teams of
+threads on the same cores slow each other down (by a quarter, measured): there one picture is
+encoded or decoded between two steps, never more, so that other rows wait for one at most.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ if TYPE_CHECKING:
 NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
 
-class Side:
+class VaeWorker:
     """Takes one picture a call, so that the autoencoder's shape never varies.
 
-    A picture that does not fit the memory ends everything, unless `spares_others`: then its row.
+    A picture that does not fit the memory ends everything, unless `isolate_oom`: then its row.
     """
 
-    def __init__(self, model: Model, spares_others: bool = False):
+    def __init__(self, model: Model, isolate_oom: bool = False):
         self.model = model
-        self.spares_others = spares_others
-        # torch's choice of an attention kernel holds for all threads, and the autoencoder's wide
-        # heads have none but the default: such a model's pictures are made between its steps.
+        self.isolate_oom = isolate_oom
+        # torch's choice of an attention kernel is global to the process, and the autoencoder's
+        # wide heads run on the default one only: with a chosen kernel it works between steps.
         beside = model.device.startswith("cuda") and model.options.attention == "auto"
-        self._place: _Place = _Stream(model.device) if beside else _Between()
+        self._executor: _Executor = _StreamExecutor(model.device) if beside else _InlineExecutor()
         self._encoding: dict[Future[None], Row] = {}
         self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}
 
     def encode(self, row: Row) -> None:
         """Make the first latents of an image-to-image row."""
-        self._encoding[self._place.submit(row.encode_init, self.model)] = row
+        self._encoding[self._executor.submit(row.encode_init, self.model)] = row
 
     def decode(self, row: Row) -> None:
         """Make the picture of a row that has taken its last step."""
-        self._decoding[self._place.submit(_decode, row, self.model)] = row
+        self._decoding[self._executor.submit(_decode, row, self.model)] = row
 
     def cancel(self, row: Row) -> None:
-        """Leave out what is not begun yet of a row that nobody wants any more."""
+        """Drop a cancelled row's work that has not started."""
         work: list[Any] = [self._encoding, self._decoding]
         for futures in work:
             for future in [future for future, other in futures.items() if other is row]:
                 future.cancel()
                 del futures[future]
 
-    def proceed(self, *, to_an_end: bool) -> None:
-        """Do a share of the work; `to_an_end` of one picture at least, if nothing else is left."""
-        self._place.proceed([*self._encoding, *self._decoding], to_an_end)
+    def poll(self, *, block: bool) -> None:
+        """Do a share of the work; `block` waits until one picture is done."""
+        self._executor.poll([*self._encoding, *self._decoding], block)
 
     def encoded(self) -> Iterator[tuple[Row, str | None]]:
         """Rows whose init image is encoded, with the reason where that failed."""
@@ -75,26 +75,26 @@ class Side:
         """Rows decoded, with pixels and picture, or the reason why not."""
         for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
-            told = None if error is None else self._reason(error)
-            yield (row, None, None, told) if told else (row, *future.result(), None)
+            reason = None if error is None else self._reason(error)
+            yield (row, None, None, reason) if reason else (row, *future.result(), None)
 
     def _reason(self, error: BaseException) -> str:
         try:
             return row_reason(error)
-        except OutOfMemory as found:
-            if not self.spares_others:
+        except OutOfMemory as shortage:
+            if not self.isolate_oom:
                 raise
-            return str(found)
+            return str(shortage)
 
 
-class _Place(Protocol):
-    """Where the work is done."""
+class _Executor(Protocol):
+    """Where the work runs."""
 
     def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]: ...
-    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None: ...
+    def poll(self, futures: list[Future[Any]], block: bool) -> None: ...
 
 
-class _Between:
+class _InlineExecutor:
     """In the caller's own thread, one piece at a time, first come first served."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class _Between:
         self._waiting.append((future, work, args))
         return future
 
-    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None:
+    def poll(self, futures: list[Future[Any]], block: bool) -> None:
         if not self._waiting:
             return
         future, work, args = self._waiting.popleft()
@@ -119,7 +119,7 @@ class _Between:
             future.set_exception(error)
 
 
-class _Stream:
+class _StreamExecutor:
     """In a thread and a CUDA stream of its own."""
 
     def __init__(self, device: str):
@@ -130,8 +130,8 @@ class _Stream:
         event = torch.cuda.current_stream(self._stream.device).record_event()
         return self._thread.submit(self._run, event, work, *args)
 
-    def proceed(self, futures: list[Future[Any]], to_an_end: bool) -> None:
-        if to_an_end and futures:
+    def poll(self, futures: list[Future[Any]], block: bool) -> None:
+        if block and futures:
             wait(futures, return_when=FIRST_COMPLETED)
 
     @torch.no_grad()

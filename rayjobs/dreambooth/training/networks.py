@@ -14,7 +14,7 @@ import torch
 
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.text import inversion
-from rayjobs.diffusion.text.inversion import spoken
+from rayjobs.diffusion.text.inversion import expand_words
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.training import lora
 
@@ -131,7 +131,7 @@ def encode(model: Model, captions: Sequence[str | None]) -> Text:
     sdxl, states, pooled_BP = model.family == "sdxl", [], None
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
         tokens_BL = tokenizer(
-            [spoken(caption or "", model.words) for caption in captions],
+            [expand_words(caption or "", model.words) for caption in captions],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,

@@ -52,7 +52,7 @@ class Maker:
         self.model_name = model_name
         self.model = load(config.model)
         size = config.engine.batch_size
-        self.engine = Engine(self.model, size, places=2 * size if guided else size)
+        self.engine = Engine(self.model, size, slots=2 * size if guided else size)
         self.loras = tuple(
             Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
@@ -104,7 +104,7 @@ class Maker:
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "vae": [str(self.model.vae.dtype), model.vae_slicing, model.vae_tiling],
                 "batch_size": self.config.engine.batch_size,
-                "places": self.engine.num_places,
+                "places": self.engine.num_slots,
                 "engine": ENGINE_VERSION,
             }
         )

@@ -13,9 +13,9 @@ from rayjobs.diffusion.model import ModelOptions, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.text.inversion import (
     add_word,
+    expand_words,
     initial_vectors,
     load_word,
-    spoken,
     to_tensors,
 )
 
@@ -98,6 +98,6 @@ def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) 
 
 
 def test_a_word_of_several_vectors_is_spoken_as_all_of_them() -> None:
-    assert spoken("a <s> star", {"<s>": 1}) == "a <s> star"
-    assert spoken("a <s> star", {"<s>": 3}) == "a <s> <s>_1 <s>_2 star"
-    assert spoken("a <s> <s>_1 star", {"<s>": 2}) == "a <s> <s>_1 star"
+    assert expand_words("a <s> star", {"<s>": 1}) == "a <s> star"
+    assert expand_words("a <s> star", {"<s>": 3}) == "a <s> <s>_1 <s>_2 star"
+    assert expand_words("a <s> <s>_1 star", {"<s>": 2}) == "a <s> <s>_1 star"

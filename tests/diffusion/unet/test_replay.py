@@ -44,8 +44,8 @@ def test_the_same_bits_in_every_shape(model: Model, linear: str) -> None:
             expected = plain(model, *inputs)
             assert torch.equal(replay(*inputs), expected)  # the module's own, and the proof
             assert torch.equal(replay(*inputs), expected)  # the recording's
-    assert all(replay._is_proven.values())
-    assert len(replay._is_proven) == 12
+    assert all(replay._verified.values())
+    assert len(replay._verified) == 12
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_sides_that_the_recording_is_not_for(model: Model) -> None:
     odd = call(2, 15, 17)
     assert torch.equal(replay(*odd), plain(model, *odd))
     assert torch.equal(replay(*odd), plain(model, *odd))
-    assert replay._is_proven == {(2, 4, 16, 16): True, (2, 4, 15, 17): False}
+    assert replay._verified == {(2, 4, 16, 16): True, (2, 4, 15, 17): False}
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_errors_are_of_the_module_s_kind(model: Model, monkeypatch: pytest.Monke
         with pytest.raises(torch.OutOfMemoryError, match="none left"):
             replay(*inputs)
     assert torch.equal(replay(*inputs), expected)
-    assert replay._is_proven[2, 4, 16, 16]
+    assert replay._verified[2, 4, 16, 16]
 
 
 @torch.no_grad()
@@ -93,9 +93,9 @@ def test_what_is_not_finite_proves_nothing(model: Model) -> None:
     replay = Replay(model.unet)
     x, steps, arguments = call(2)
     replay(x * float("nan"), steps, arguments)
-    assert not replay._is_proven
+    assert not replay._verified
     replay(x, steps, arguments)
-    assert replay._is_proven[2, 4, 16, 16]
+    assert replay._verified[2, 4, 16, 16]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from serve.engine.forecast import Forecast
 class Row:
     id: int
     shape: tuple[int, ...] = (4, 8, 8)
-    num_places: int = 2
+    num_slots: int = 2
     share_left: float = 1.0
     request: object = field(default_factory=object)
 
@@ -43,7 +43,7 @@ def test_a_call_is_full_and_no_fuller() -> None:
     for number in range(4):
         add(found, Row(number))
     assert len(found.choose()) == 2
-    add(found, Row(9, shape=(4, 16, 16), num_places=8))
+    add(found, Row(9, shape=(4, 16, 16), num_slots=8))
     found.charge(found.receipt, 1.0)
     assert ids(found.choose()) == [9]  # alone it may be larger than the bound
 
