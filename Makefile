@@ -5,6 +5,7 @@ BIN := .venv/bin
 test test-all: export OMP_WAIT_POLICY = passive
 
 .PHONY: demo demo-dreambooth serve test test-all check format bench starter setup clean
+.PHONY: reference pictures docs
 
 demo: setup ## make a data set with the starter model and say where to look
 	$(BIN)/python -m rayjobs generate configs/demo/generate.yaml
@@ -37,6 +38,16 @@ bench: setup ## the engine against diffusers' own pipeline, the job against the 
 
 starter: setup ## train the starter model again, from nothing
 	$(BIN)/python -m rayjobs.starter.train --out rayjobs/starter/model
+
+reference: setup ## docs/reference.md from the models' docstrings
+	$(BIN)/python -m docs.reference
+
+pictures: setup ## the README's pictures, by the starter model
+	$(BIN)/python -m docs.pictures
+
+docs: setup ## the site, into build/site
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 setup: .venv/installed
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayjobs.generation.config import GenerateConfig
 
+KINDS = ("generate", "prior", "dreambooth", "evaluate", "serve")
 DONE, FAILED, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -51,10 +52,27 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Any,
+        values: Any,
+        option_string: Any = None,
+    ) -> None:
+        from importlib.metadata import version
+
+        print(f"rayjobs {version('rayjobs')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayjobs", description="Image diffusion jobs on Ray, for SDXL and its family."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def job(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
@@ -72,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
+    init = commands.add_parser("init", help="write a commented starting configuration")
+    init.add_argument("kind", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
+    init.add_argument("file", metavar="FILE", nargs="?", help="its name; without it KIND.yaml")
+    init.set_defaults(command=_init)
+    demo = commands.add_parser("demo", help="make a small data set with the starter model")
+    demo.set_defaults(command=_demo)
     generate = job("generate", _generate, "make a data set of images from prompts")
     generate.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
     generate.add_argument("--extend", action="store_true", help="append a changed job")
@@ -91,6 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     export = reader("export", _export, "copy a data set: filtered, converted, resized, split")
     export.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
     return parser
+
+
+def _init(options: argparse.Namespace) -> int:
+    from rayjobs import starting
+
+    path = options.file or f"{options.kind}.yaml"
+    starting.write_starting(options.kind, path)
+    print(f"wrote {path}")
+    return DONE
+
+
+def _demo(_: argparse.Namespace) -> int:
+    from rayjobs import starting
+
+    return main(["generate", starting.demo_config()])
 
 
 def _generate(options: argparse.Namespace) -> int:

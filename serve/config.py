@@ -169,9 +169,11 @@ class ResultsConfig(Config):
 
 class ServeConfig(Config):
     models: tuple[ModelConfig, ...] = ()
+    """What is served by name."""
     default_model: str | None = None
     """The model of requests that name none; without it, the first."""
     loras: tuple[LoraConfig, ...] = ()
+    """Adapters by name, for requests that ask for them."""
     registry: RegistryConfig = RegistryConfig()
     serves: tuple[Kind, ...] = ("text-to-image", "image-to-image")
     """Which requests this application serves; two applications may share them."""

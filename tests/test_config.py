@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from rayjobs import keys
 from rayjobs.config import BadInput, load_config
 from rayjobs.generation.config import GenerateConfig
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 JOB = """
 model: {uri: starter}
 prompts: {inline: [a red star]}
@@ -103,6 +106,13 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         load(tmp_path, text="- a")
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("generate*.yaml")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
-    load_config(GenerateConfig, str(path))
+    model = keys.model_of(path.stem)
+    if path.stem != "serve":
+        load_config(model, str(path))
+        return
+    for application in yaml.safe_load(path.read_text("utf-8"))["applications"]:
+        model.model_validate(application["args"])

@@ -53,6 +53,7 @@ class PriorConfig(Config):
 
 class TrainConfig(Config):
     method: Literal["lora", "full"] = "lora"
+    """lora trains an adapter, full all of the UNet."""
     steps: int = Field(default=500, ge=1)
     """Optimizer steps."""
     global_batch_size: int = Field(default=4, ge=1)
@@ -61,6 +62,7 @@ class TrainConfig(Config):
     """Photographs that a worker takes at once; without it all of its share. Less memory, the same
     result."""
     learning_rate: float = Field(default=1e-4, gt=0)
+    """Of the UNet or its adapter."""
     text_encoders: bool = False
     """Train the text encoders too."""
     text_encoder_learning_rate: float | None = Field(default=None, gt=0)
@@ -68,14 +70,19 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     """adamw8bit needs bitsandbytes, prodigy needs prodigyopt (learning_rate 1)."""
     weight_decay: float = Field(default=1e-2, ge=0)
+    """Of the optimizer."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Of the first moment's average."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Of the second moment's average."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
     schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant"
     """Of the learning rate, as in diffusers."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises from 0, for schedules with a warmup."""
     resolution: int | None = Field(default=None, ge=8)
     """Side of a square with as many pixels as a training picture; without it the model's own."""
     buckets: bool = True
@@ -120,9 +127,11 @@ class TrainConfig(Config):
 
 class LoraConfig(Config):
     rank: int = Field(default=16, ge=1)
+    """Of the adapter; its size grows with it."""
     alpha: float | None = Field(default=None, gt=0)
     """The adapter acts with alpha / rank; without it alpha is rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapter's input, in training."""
     targets: Literal["attention", "transformer"] = "attention"
     """Attention projections, or these and the feed-forward layers."""
 
@@ -135,6 +144,7 @@ class InversionConfig(Config):
     initial: str | None = None
     """A word whose embedding they start from; without it the class word's."""
     learning_rate: float = Field(default=5e-3, gt=0)
+    """Of the new tokens."""
     alone: bool = False
     """Train nothing but the tokens."""
 
@@ -150,6 +160,7 @@ class WorkersConfig(Workers):
 
 class CheckpointConfig(Config):
     every_n_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints that stay: the best one, where there is validation, and the latest."""
 
@@ -171,10 +182,14 @@ class ValidationConfig(Config):
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
     steps: int = Field(default=30, ge=1, le=1000)
+    """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
+    """Of the pictures; without it the model's usual one."""
     encoders: EncodersConfig = EncodersConfig()
     num_gpus: float = Field(default=0, ge=0)
+    """GPUs of the process that validates."""
     num_cpus: float = Field(default=1, gt=0)
+    """CPUs of the process that validates."""
 
 
 class RunConfig(Config):

@@ -45,7 +45,9 @@ class ModelConfig(Config):
     uri: str
     """An export of `dreambooth`, local or s3://, or any model."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     dtype: Dtype = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
 
 
 class OutputConfig(Config):
@@ -62,7 +64,9 @@ class EvaluateConfig(Config):
     num_class_images: int = Field(default=32, ge=2)
     """Pictures of the class without identifier, for preservation and diversity."""
     steps: int = Field(default=30, ge=1, le=1000)
+    """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
+    """Of the pictures; without it the model's usual one."""
     encoders: EncodersConfig
     workers: WorkersConfig = WorkersConfig()
     output: OutputConfig
