@@ -6,7 +6,7 @@ each job's model lives beside its code.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,27 +18,6 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
-
-
-class HowToLoad(Config):
-    """How a model's weights are held: speed and memory, but not what they draw."""
-
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: as dtype, but float32 where the autoencoder overflows in float16."""
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
-    """torch's scaled-dot-product kernel."""
-    channels_last: bool = True
-    """Memory format of the convolutions; the other one is slower on CPUs and GPUs alike."""
-    compile: Literal["no", "blocks", "full"] = "no"
-    """torch.compile of the UNet: each repeated block once, or the whole."""
-    vae_slicing: bool = False
-    """Decode in slices, for less memory."""
-    vae_tiling: bool = False
-    """Decode in tiles, for less memory at large sizes."""
 
 
 class Workers(Config):

@@ -9,13 +9,14 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config, HowToLoad
+from rayjobs.config import Config
+from rayjobs.models.options import LoadOptions
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Kind = Literal["text-to-image", "image-to-image"]
 
 
-class ModelConfig(HowToLoad):
+class ModelConfig(LoadOptions):
     name: str
     """The name that requests use."""
     uri: str

@@ -4,21 +4,23 @@ Owns what a name refers to. Knows neither torch nor Ray. Names are looked up in 
 can refer to a path outside the folder.
 """
 
-import json
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rayjobs import storage
-from rayjobs.config import BadInput, HowToLoad
-from rayjobs.diffusion.weights import STARTER, first_line
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.config import BadInput
+from rayjobs.diffusion.weights import first_line
+from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
+from rayjobs.models.facts import ModelFacts, is_folder, read_facts
+from rayjobs.models.options import LoadOptions, WordConfig
 from rayjobs.storage import StorageError
 from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
+
+NO_FACTS = ModelFacts()
 
 
 @dataclass(frozen=True)
@@ -27,30 +29,11 @@ class Weights:
 
     uri: str
     config: str | None = None
-    how: HowToLoad = field(default_factory=HowToLoad)
-    embeddings: tuple[tuple[str, str], ...] = ()
-    """Files of learned embeddings, and the token of each."""
+    how: LoadOptions = field(default_factory=LoadOptions)
+    words: tuple[WordConfig, ...] = ()
+    """Learned embeddings, each with its token."""
     version: str = ""
     """Changes when an export is replaced."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a model's configuration files say."""
-
-    family: str | None = None
-    side: int | None = None
-    """Pixels along a side of the images that it was trained on."""
-    multiple: int = 8
-    """Widths and heights are multiples of this."""
-    is_edm: bool = False
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """The default that the authors of each family recommend: Playground v2.5, SDXL, SD."""
-        if self.family is None:
-            return None
-        return 3.0 if self.is_edm else 5.0 if self.family == "sdxl" else 7.5
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ class Entry:
     """The adapter's file; a `model` with one always uses it at scale 1."""
     base: str | None = None
     """The name of the model that an adapter belongs to."""
-    facts: Facts = Facts()
+    facts: ModelFacts = NO_FACTS
     hint: str | None = None
     """A prompt that the model was tuned on."""
     created: int = 0
@@ -86,8 +69,8 @@ class Registry:
         self._scan_lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
-        exports = {name: entry for name, (_, entry) in self._exports.items()}
-        return [*self._fixed.values(), *(e for n, e in exports.items() if n not in self._fixed)]
+        found = {name: entry for name, (_, entry) in self._exports.items()}
+        return [*self._fixed.values(), *(e for n, e in found.items() if n not in self._fixed)]
 
     def find(self, name: str) -> Entry | None:
         """The entry of a name; an unknown name is looked for in the registry folder first."""
@@ -115,7 +98,7 @@ class Registry:
             self.refresh()
             time.sleep(self.config.registry.refresh_s)
 
-    def add_facts(self, facts: dict[str, Facts]) -> None:
+    def add_facts(self, facts: dict[str, ModelFacts]) -> None:
         """Take facts from replicas, about models whose files are not readable here."""
         for name, reported in facts.items():
             known = self._fixed.get(name)
@@ -140,12 +123,12 @@ class Registry:
             return
         try:
             names = [name for name in storage.list_folders(uri) if NAME.fullmatch(name)]
-            exports = {name: self._read(uri, name) for name in names}
+            scanned = {name: self._read(uri, name) for name in names}
         except StorageError as error:
             self.problems["registry"] = str(error)
             return
         self.problems.pop("registry", None)
-        self._exports = {name: each for name, each in exports.items() if each is not None}
+        self._exports = {name: each for name, each in scanned.items() if each is not None}
 
     def _export(self, name: str) -> Entry | None:
         export = self._exports.get(name)
@@ -154,14 +137,14 @@ class Registry:
     def _read(self, uri: str, name: str) -> tuple[str, Entry] | None:
         """The export of one folder and its etag; reread only when the etag has changed."""
         for folder in (storage.join(uri, name, "export"), storage.join(uri, name)):
-            etag = storage.etag(storage.join(folder, exported.FILE))
+            etag = storage.etag(storage.join(folder, exports.FILE))
             if etag is None:
                 continue
             known = self._exports.get(name)
             if known is not None and known[0] == etag:
                 return known
             try:
-                note = exported.read(folder)
+                note = exports.read(folder)
                 entry = None if note is None else self._entry(name, folder, note, etag)
             except storage.Unavailable:
                 raise
@@ -173,28 +156,24 @@ class Registry:
         return None
 
     def _entry(
-        self, name: str, folder: str, note: Exported, etag: str, how: HowToLoad | None = None
+        self, name: str, folder: str, note: ExportNote, etag: str, how: LoadOptions | None = None
     ) -> Entry:
         """The entry of an export: a model of its own, or an adapter or embeddings for its base."""
         base = next((m for m in self.config.models if m.uri == note.base_uri), None)
+        parts = exports.parts_of(folder, note)
         if note.kind == "full":
-            weights = Weights(folder, None, how or HowToLoad(), version=etag)
+            weights = Weights(folder, None, how or LoadOptions(), version=etag)
         else:
-            uri = note.base_uri
-            if uri.startswith("/") and not Path(uri).exists():
-                raise BadInput(f"it belongs to the model {uri}, which does not exist")
-            like = how or (_how(base) if base else HowToLoad())
-            weights = Weights(uri, base.config if base else None, like)
-        embeddings_file = storage.join(folder, exported.EMBEDDINGS_FILE)
-        if note.tokens:
-            embeddings = tuple((embeddings_file, token) for token in note.tokens)
-            weights = replace(weights, embeddings=embeddings, version=etag)
+            like = how or (_how(base) if base else LoadOptions())
+            weights = Weights(parts.base_uri, base.config if base else None, like)
+        if parts.words:
+            weights = replace(weights, words=parts.words, version=etag)
         is_lora = note.kind == "lora"
         return Entry(
             name=name,
             kind="lora" if is_lora else "model",
             weights=weights,
-            lora=storage.join(folder, exported.LORA_FILE) if is_lora else None,
+            lora=parts.lora_uri,
             base=base.name if base else None,
             facts=read_facts(weights.uri),
             hint=note.instance_prompt,
@@ -203,7 +182,7 @@ class Registry:
 
     def _configured(self) -> Iterator[Entry]:
         for model in self.config.models:
-            note = exported.read(model.uri) if _is_folder(model.uri) else None
+            note = exports.read(model.uri) if is_folder(model.uri) else None
             if note is not None:
                 entry = self._entry(model.name, model.uri, note, "", _how(model))
                 yield replace(entry, kind="model")
@@ -214,7 +193,7 @@ class Registry:
             yield self._lora(lora)
 
     def _lora(self, lora: LoraConfig) -> Entry:
-        note = exported.read(lora.uri) if _is_folder(lora.uri) else None
+        note = exports.read(lora.uri) if is_folder(lora.uri) else None
         if note is not None and note.kind != "lora":
             raise BadInput(f"loras: {lora.uri} is an export of kind {note.kind}; list it in models")
         base = next((m for m in self.config.models if m.name == lora.base), None)
@@ -223,37 +202,9 @@ class Registry:
             raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
         weights = None if base is None else Weights(base.uri, base.config, _how(base))
         hint = None if note is None else note.instance_prompt
-        facts = Facts() if base is None else read_facts(base.uri)
+        facts = ModelFacts() if base is None else read_facts(base.uri)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
 
 
-def read_facts(uri: str) -> Facts:
-    """Facts of a diffusers folder, local or s3://, from its configuration files; else empty."""
-    folder = str(STARTER) if uri == "starter" else uri
-    if not _is_folder(folder):
-        return Facts()
-    try:
-        index = _json(folder, "model_index.json")
-        blocks = _json(folder, "vae", "config.json").get("block_out_channels", [0] * 4)
-        scale = 2 ** (len(blocks) - 1)
-        latents = int(_json(folder, "unet", "config.json").get("sample_size", 128))
-        sampler = str(_json(folder, "scheduler", "scheduler_config.json").get("_class_name"))
-    except (StorageError, ValueError):
-        return Facts()
-    family = "sdxl" if "XL" in str(index.get("_class_name")) else "sd"
-    return Facts(family, latents * scale, max(8, scale), sampler.startswith("EDM"))
-
-
-def _json(folder: str, *parts: str) -> dict[str, Any]:
-    values = json.loads(storage.read_bytes(storage.join(folder, *parts)))
-    if not isinstance(values, dict):
-        raise ValueError(f"{'/'.join(parts)} is not a JSON object")
-    return values
-
-
-def _is_folder(uri: str) -> bool:
-    return storage.is_remote(uri) or Path(uri).is_dir()
-
-
-def _how(model: ModelConfig) -> HowToLoad:
-    return HowToLoad(**{name: getattr(model, name) for name in HowToLoad.model_fields})
+def _how(model: ModelConfig) -> LoadOptions:
+    return LoadOptions(**{name: getattr(model, name) for name in LoadOptions.model_fields})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
+from rayjobs.models.options import Attention
 
 
 class ModelConfig(Config):
@@ -18,7 +19,7 @@ class ModelConfig(Config):
     """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
+    attention: Attention = "auto"
     """torch's scaled-dot-product kernel."""
 
 

@@ -8,34 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config, HowToLoad, Workers
+from rayjobs.config import Config, Workers
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.generation.prompts.templates import Texts, check_places
-
-
-class LoraConfig(Config):
-    uri: str
-    """A safetensors LoRA file or its folder, local or s3://."""
-    scale: float = 1.0
-    """How strongly it acts; 1 is as trained."""
-
-
-class WordConfig(Config):
-    uri: str
-    """A safetensors file of learned embeddings (textual inversion) or its folder."""
-    word: str
-    """The word in prompts that they stand for."""
-
-
-class ModelConfig(HowToLoad):
-    uri: str
-    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
-    config: str | None = None
-    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
-    loras: tuple[LoraConfig, ...] = ()
-    """Adapters applied to every image."""
-    words: tuple[WordConfig, ...] = ()
-    """Words that the text encoders are taught."""
+from rayjobs.models.options import ModelConfig
 
 
 class PromptsConfig(Config):

@@ -16,12 +16,12 @@ from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
 from rayjobs.dataset.lock import Lock, Segment
 from rayjobs.dataset.manifest import GROUP, Manifest
-from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.draft import check
 from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
 from rayjobs.generation.spec.segments import enter
+from rayjobs.models import exports
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
@@ -214,7 +214,7 @@ def _finish(
 
 def anywhere(config: GenerateConfig) -> GenerateConfig:
     """The job as a worker in any working directory can read it: with absolute local paths."""
-    config = exports.resolve(config)
+    config = config.model_copy(update={"model": exports.resolve(config.model)})
     values = config.model_dump()
     places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
     places += [(part, "uri") for key in ("loras", "words") for part in values["model"][key]]

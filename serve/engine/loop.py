@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from rayjobs.config import BadInput
 from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Lora
+from rayjobs.models.facts import ModelFacts
 from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.engine.forecast import Forecast
@@ -21,7 +22,7 @@ from serve.engine.safety import Safety
 from serve.engine.stepper import BROKEN, Stepper, too_late
 from serve.metrics import EngineMetrics
 from serve.protocol import Event, Failed, Finished, ImagesRequest
-from serve.registry import Entry, Facts, Registry, Weights
+from serve.registry import Entry, Registry, Weights
 
 LAG_EVERY_S = 0.1
 WARM_STEPS = 3
@@ -93,7 +94,7 @@ class EngineLoop:
             if (entry.weights in loaded_models if entry.lora is None else entry.lora in adapters)
         ]
 
-    def facts(self) -> dict[str, Facts]:
+    def facts(self) -> dict[str, ModelFacts]:
         """Of the models in memory, by their names."""
         loaded_models = dict(self.models.loaded)
         facts = {}
@@ -102,7 +103,9 @@ class EngineLoop:
             if loaded is not None:
                 model = loaded.engine.model
                 multiple = max(8, model.vae_scale)
-                facts[entry.name] = Facts(model.family, model.default_side, multiple, model.is_edm)
+                facts[entry.name] = ModelFacts(
+                    model.family, model.default_side, multiple, model.is_edm
+                )
         return facts
 
     async def warm_up(self, name: str) -> None:

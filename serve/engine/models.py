@@ -23,9 +23,10 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.lora import Adapter, weight_file
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
-from rayjobs.diffusion.text.inversion import load_word
-from rayjobs.diffusion.weights import first_line, locate
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.weights import first_line
+from rayjobs.models.facts import find_weights
+from rayjobs.models.loading import load_weights, teach
 from serve.config import EngineConfig
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
@@ -148,8 +149,8 @@ class ModelCache:
     async def _load(self, weights: Weights) -> LoadedModel:
         started_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        plain = replace(weights, embeddings=(), version="")
-        base = self.loaded.get(plain) if weights.embeddings else None
+        plain = replace(weights, words=(), version="")
+        base = self.loaded.get(plain) if weights.words else None
         if base is not None:
             base.users += 1
         try:
@@ -171,10 +172,7 @@ class ModelCache:
 
     def _read(self, weights: Weights, base: LoadedModel | None) -> Model:
         if base is None:
-            options = ModelOptions(**weights.how.model_dump())
-            parts = None if weights.config is None else storage.to_local(weights.config)
-            path = storage.to_local(weights.uri)
-            model = load_model(path, options, config=parts, alone=False)
+            model = load_weights(weights.uri, weights.how, weights.config, alone=False)
         else:
             # Learned embeddings change only the text encoders: the rest is shared with the base.
             model = replace(
@@ -183,9 +181,7 @@ class ModelCache:
                 tokenizers=copy.deepcopy(base.engine.model.tokenizers),
                 words={},
             )
-        for uri, token in weights.embeddings:
-            load_word(model, storage.to_local(uri), token)
-        return model
+        return teach(model, weights.words)
 
     def _with_engine(self, weights: Weights, model: Model, num_bytes: int) -> LoadedModel:
         batcher: FairBatcher[Any] = FairBatcher(
@@ -232,7 +228,7 @@ def _memory(config: EngineConfig) -> float:
 
 def _size_of(uri: str) -> int:
     """The size of a model's files, about what it will take in memory; fetches it first."""
-    path = locate(storage.to_local(uri)).path
+    path = find_weights(uri).path
     files = [path] if path.is_file() else path.glob("*/*.safetensors")
     return sum(file.stat().st_size for file in files)
 

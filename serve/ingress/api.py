@@ -17,6 +17,7 @@ from fastapi.sse import EventSourceResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from rayjobs.images.sandbox import SandboxPool
 from serve import images, metrics
 from serve.config import KeyConfig, ServeConfig
 from serve.errors import ApiError, translate_failure
@@ -30,6 +31,8 @@ from serve.protocol import Event, Failed, ImagesRequest
 from serve.registry import Registry
 
 WEB = Path(__file__).parents[1] / "web"
+UPLOADS_AT_ONCE = 2
+"""Uploads decoded at once; each takes a process of its own."""
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
@@ -56,6 +59,7 @@ class ImagesApi:
         self.builder = ImagesRequestBuilder(config, self.registry)
         self.keys = ApiKeys(config.auth)
         self.responses = ResponseEncoder(config.results)
+        self.sandboxes = SandboxPool(UPLOADS_AT_ONCE)
 
     def identify(self, request: Request) -> KeyConfig | str:
         host = request.client.host if request.client else None
@@ -134,10 +138,11 @@ class ImagesApi:
             param = "image" if len(sent) > 1 else "mask"
             raise ApiError(400, f"Send one {param}; this API accepts one only.", param=param)
         bounds = (limits.max_upload_bytes, limits.max_upload_pixels)
-        image = images.read_image(sent[0], "image", *bounds)
+        image = images.read_image(sent[0], "image", *bounds, self.sandboxes.decode)
         if not masks:
             return image, None
-        return image, images.read_mask(masks[0], (image.width, image.height), *bounds)
+        size = (image.width, image.height)
+        return image, images.read_mask(masks[0], size, *bounds, self.sandboxes.decode)
 
     async def look_up(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.lookups, work, *args)

@@ -9,12 +9,13 @@ from typing import Any
 
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.diffusion.sampler_names import check_name
+from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
 from serve.errors import ApiError
 from serve.ingress.schemas import EditBody, GenerateBody
 from serve.protocol import ImagesRequest, Pixels
-from serve.registry import Entry, Facts, Registry
+from serve.registry import Entry, Registry
 
 STEPS, STRENGTH = 30, 0.6
 """Defaults of num_inference_steps and strength."""
@@ -114,7 +115,7 @@ class ImagesRequestBuilder:
     def _steps(self, body: GenerateBody) -> int:
         return body.num_inference_steps or min(STEPS, self.limits.max_steps)
 
-    def _check_size(self, size: tuple[int, int] | None, facts: Facts) -> None:
+    def _check_size(self, size: tuple[int, int] | None, facts: ModelFacts) -> None:
         if size is None:
             return
         for name, pixels in zip(("width", "height"), size, strict=True):
@@ -124,7 +125,7 @@ class ImagesRequestBuilder:
             message = f"{size[0]}x{size[1]} are {size[0] * size[1]} pixels; "
             raise ApiError(400, f"{message}at most {self.limits.max_pixels}.", param="size")
 
-    def _check_sampler(self, name: str, facts: Facts) -> None:
+    def _check_sampler(self, name: str, facts: ModelFacts) -> None:
         if facts.family is None:
             return  # its files are not readable here: the replica will check
         self._check_field("sampler", lambda: check_name(name, facts.is_edm))
@@ -144,7 +145,7 @@ class ImagesRequestBuilder:
                 )
             _check_max("loras", abs(use.scale), self.limits.max_lora_scale)
 
-    def _size_like(self, image: Pixels, facts: Facts) -> tuple[int, int]:
+    def _size_like(self, image: Pixels, facts: ModelFacts) -> tuple[int, int]:
         """The image's aspect ratio, at about as many pixels as the model was trained on."""
         side = facts.side or 512
         multiple = max(facts.multiple, side // 16 // facts.multiple * facts.multiple)
@@ -163,7 +164,7 @@ class ImagesRequestBuilder:
             raise ApiError(400, f"{error}.", param=param, code="invalid_value") from None
 
 
-def samplers(facts: Facts) -> list[str]:
+def samplers(facts: ModelFacts) -> list[str]:
     """Names of the samplers that a model can use."""
     from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 

@@ -23,8 +23,8 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
 from serve.config import ServeConfig
 from serve.engine.loop import EngineLoop
 from serve.images import to_image
@@ -47,7 +47,7 @@ def export(folder: Path, model: Model, seed: int = 0, **facts: Any) -> Path:
         width = model.unet.get_submodule(layer.removeprefix("unet.")).in_features
         factors[f"{layer}.lora_A.weight"] = torch.randn(4, width)
         factors[f"{layer}.lora_B.weight"] = torch.randn(width, 4) * 0.5
-    save_file(factors, place / exported.LORA_FILE)
+    save_file(factors, place / exports.LORA_FILE)
     note = {
         "kind": "lora",
         "base_uri": "starter",
@@ -60,7 +60,7 @@ def export(folder: Path, model: Model, seed: int = 0, **facts: Any) -> Path:
         "files": {},
         "photos": {},
     }
-    exported.write(str(place), Exported(**{**note, **facts}))
+    exports.write(str(place), ExportNote(**{**note, **facts}))
     return place
 
 
@@ -79,7 +79,7 @@ def test_exports_are_found_by_their_folder_s_name(tmp_path: Path, starter: Model
     assert (found.kind, found.base, found.hint) == ("lora", "starter", "a photo of a sks star")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "damaged" / "export").mkdir(parents=True)
-    (tmp_path / "damaged" / "export" / exported.FILE).write_text("{")
+    (tmp_path / "damaged" / "export" / exports.FILE).write_text("{")
     time.sleep(0.2)
     registry.refresh()
     assert sorted(entry.name for entry in registry.entries()) == ["dog", "starter"]
@@ -181,7 +181,7 @@ def test_many_adapters_take_turns_in_memory(tmp_path: Path, starter: Model) -> N
 def test_a_learned_word_beside_its_base(tmp_path: Path, starter: Model) -> None:
     place = export(tmp_path / "word", starter, kind="words", tokens=("<sks>",))
     vectors = initial_vectors(starter, "red", 1)
-    save_file(to_tensors(starter, "<sks>", vectors), place / exported.EMBEDDINGS_FILE)
+    save_file(to_tensors(starter, "<sks>", vectors), place / exports.EMBEDDINGS_FILE)
     requests = [
         make_request("starter", 1, prompt="a photo of a red star"),
         make_request("word", 1, prompt="a photo of a <sks> star"),
@@ -251,7 +251,7 @@ def test_an_odd_note_hides_itself_only(tmp_path: Path, starter: Model) -> None:
     export(tmp_path / "dog", starter)
     for name, text in {"list": "[]", "null": '{"format": 1, "base_uri": null}'}.items():
         (tmp_path / name / "export").mkdir(parents=True)
-        (tmp_path / name / "export" / exported.FILE).write_text(text)
+        (tmp_path / name / "export" / exports.FILE).write_text(text)
     registry = Registry(config(tmp_path))
     assert registry.find("dog") is not None
     assert {"list", "null"} <= registry.problems.keys()
@@ -264,7 +264,7 @@ def test_a_damaged_adapter_harms_nobody_else(tmp_path: Path, starter: Model) -> 
         f"{LAYERS[0]}.lora_A.weight": torch.randn(4, 64),
         f"{LAYERS[0]}.lora_B.weight": torch.randn(64, 3),
     }
-    save_file(factors, place / exported.LORA_FILE)
+    save_file(factors, place / exports.LORA_FILE)
     requests = [
         make_request("bad", 1),
         make_request("good", 1),

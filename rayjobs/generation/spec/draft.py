@@ -18,7 +18,6 @@ from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import Segment
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
-from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     Names,
@@ -29,6 +28,8 @@ from rayjobs.generation.prompts.snapshot import (
 )
 from rayjobs.generation.spec.lock import job_part, record_schema
 from rayjobs.generation.spec.records import Spec
+from rayjobs.models import exports
+from rayjobs.models.facts import find_weights
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def check(config: GenerateConfig, confirmed: bool = False) -> Generator[Draft]:
     Raises BadInput or StorageError naming the key that is to be changed.
     """
     storage.check(config.output.uri, write=True)
-    config = exports.resolve(config)
+    config = config.model_copy(update={"model": exports.resolve(config.model)})
     loras = [lora.uri for lora in config.model.loras]
     scorers = [getattr(config.quality, name) for name in SCORES]
     for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers):
@@ -75,7 +76,9 @@ def check(config: GenerateConfig, confirmed: bool = False) -> Generator[Draft]:
             num_prompts=num_prompts,
             init_sha256=weights.sha256_of(names) if names.exists() else None,
             model_name=_model_name(config.model.uri),
-            model_sha256=named("model.words", lambda: exports.identity(model.sha256, config.model)),
+            model_sha256=named(
+                "model.words", lambda: exports.identity(model.sha256, config.model.words)
+            ),
             loras_sha256=loras_sha256,
             scorers_sha256=scorers_sha256,
             guided=_is_guided(config, rows),
@@ -108,9 +111,7 @@ def _model_name(uri: str) -> str:
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
-    uri = config.model.uri
-    local = named("model.uri", lambda: storage.to_local(uri))
-    model = named("model.uri", lambda: weights.locate(local))
+    model = find_weights(config.model.uri)
     from rayjobs.diffusion.sampler import resolve
 
     own = config.sampler.name or model.scheduler_name

@@ -15,10 +15,10 @@ import numpy as np
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import STARTER
 from rayjobs.generation.config import GenerateConfig, OutputConfig
 from rayjobs.generation.prompts.snapshot import Inline, Snapshot, list_pictures, write_snapshot
 from rayjobs.generation.spec.records import Spec
+from rayjobs.models.facts import read_facts
 
 LOSSLESS = {"png": 1.3, "webp-lossless": 0.9}
 LOSSY = {
@@ -187,14 +187,7 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
 
 def _model_side(uri: str) -> int | None:
     """The model's own size, where its configuration lies on this machine."""
-    folder = STARTER if uri == "starter" else Path(uri)
-    try:
-        unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        return int(unet["sample_size"]) * int(scale)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None if storage.is_remote(uri) else read_facts(uri).side
 
 
 def _num_unique(spec: Spec) -> int | None:

@@ -19,7 +19,7 @@ from rayjobs.diffusion.text.encoder import PromptEncoder, Text
 from rayjobs.diffusion.vae.latents import encode_moments, fitted
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.worker.generator import load
+from rayjobs.models.loading import load
 
 COLUMNS = ("record", "prompt", "status", "image")
 

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
+from rayjobs.models.facts import ModelFacts
 from serve.config import ServeConfig
 from serve.errors import ApiError
 from serve.ingress.requests import STEPS, ImagesRequestBuilder, describe
 from serve.ingress.schemas import EditBody, GenerateBody
 from serve.protocol import ImagesRequest, Pixels
-from serve.registry import Entry, Facts, Registry, Weights
+from serve.registry import Entry, Registry, Weights
 
-SDXL = Facts("sdxl", side=512, multiple=8)
+SDXL = ModelFacts("sdxl", side=512, multiple=8)
 LIMITS = {
     "max_pixels": 512 * 768,
     "max_side": 1024,
@@ -35,7 +36,7 @@ def builder() -> ImagesRequestBuilder:
     weights = {"sdxl": Weights("sdxl"), "hub": Weights("hub")}
     entries = [
         Entry("sdxl", "model", weights["sdxl"], facts=SDXL),
-        Entry("edm", "model", Weights("edm"), facts=Facts("sdxl", 512, 8, is_edm=True)),
+        Entry("edm", "model", Weights("edm"), facts=ModelFacts("sdxl", 512, 8, is_edm=True)),
         Entry("hub", "model", weights["hub"]),
         Entry("dog", "lora", weights["sdxl"], lora="dog", base="sdxl"),
         Entry("far", "lora", weights["hub"], lora="far", base="hub"),
