@@ -1,10 +1,11 @@
 """Configuration files: YAML and dotted overrides in, checked models out.
 
-Owns the loader, how a mistake is told, and the keys that several programs have. Knows no job's own:
-each job's model lives beside its code.
+Owns the loader, the error messages of bad values, and the keys that several programs share. A job's
+own keys are in a model beside its code.
 """
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,12 +34,12 @@ class Workers(Config):
     """CPUs of a worker; on a CPU also its threads."""
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         return self.max or self.min
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What the workers of another job would be given."""
+        """These keys alone, for another job's workers."""
         return {name: getattr(self, name) for name in Workers.model_fields}
 
     @model_validator(mode="after")
@@ -49,11 +50,29 @@ class Workers(Config):
 
 
 class BadInput(ValueError):
-    """What a user wrote cannot be used; the message names the value and the way out."""
+    """A value of the user's cannot be used; the message names it and says what to do."""
 
 
 class JobFailed(RuntimeError):
     """The job cannot go on; what is finished stays, and the same command continues."""
+
+
+def differences(before: Any, after: Any, now: str = "now", key: str = "") -> list[str]:
+    """A line for each value that differs between two nested mappings, named by its dotted key."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            line
+            for name in sorted(before.keys() | after.keys())
+            for line in differences(
+                before.get(name), after.get(name), now, f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if before == after else [f"  {key}: {_short(before)} there, {_short(after)} {now}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 C = TypeVar("C", bound=Config)
@@ -142,22 +161,22 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
     """One line for one pydantic error: where, what was there, what would do."""
-    place = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{place}: unknown key; {hint}"
+        return f"{key}: unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{place}: required, but not given"
+        return f"{key}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         if message.startswith("it is "):
-            return f"{place} {message.removeprefix('it ')}"
-        return f"{place}: {message}" if place else message
-    # YAML's words for Python's.
+            return f"{key} {message.removeprefix('it ')}"
+        return f"{key}: {message}" if key else message
+    # Python's type names as YAML calls them.
     message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
-    return f"{place} is {problem['input']!r}: {message}"
+    return f"{key} is {problem['input']!r}: {message}"
 
 
 def _known_keys(model: type[BaseModel], parents: tuple[Any, ...]) -> list[str]:

@@ -228,7 +228,7 @@ class DreamBoothConfig(Config):
     def _go_together(self) -> "DreamBoothConfig":
         self._check_prompts()
         self._check_inversion()
-        for name, count in (("min", self.workers.min), ("max", self.workers.most)):
+        for name, count in (("min", self.workers.min), ("max", self.workers.max_workers)):
             if self.train.global_batch_size % count:
                 raise ValueError(
                     f"train.global_batch_size is {self.train.global_batch_size}, which "

@@ -123,7 +123,7 @@ def _export(config: DreamBoothConfig, checkpoints: Checkpoints) -> None:
     try:
         ray.get(task.remote(config, chosen, export_uri(config), found))
     except ray.exceptions.RayError as error:
-        raise cluster.told(error) from None
+        raise cluster.unwrap_error(error) from None
     steps = [checkpoint.step for checkpoint in checkpoints.list()]
     checkpoints.prune(results.to_keep(steps, seen, config.checkpoint.keep, 0))
 
@@ -170,7 +170,7 @@ def _train(config: DreamBoothConfig, first: int) -> None:
         try:
             _fit(trainer)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise cluster.told(error) from None
+            raise cluster.unwrap_error(error) from None
         notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
         if worker.FATAL in notes:
             raise JobFailed(notes[worker.FATAL])
@@ -204,8 +204,8 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
         "use_gpu": workers.num_gpus > 0,
         "resources_per_worker": resources,
     }
-    if workers.most > workers.min:
-        settings["num_workers"] = (workers.min, workers.most)
+    if workers.max_workers > workers.min:
+        settings["num_workers"] = (workers.min, workers.max_workers)
         settings["elastic_resize_monitor_interval_s"] = workers.resize_interval_s
     return ScalingConfig(**settings)
 
@@ -213,7 +213,7 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
 def num_cpus(config: DreamBoothConfig) -> float:
     """CPUs of all that may run at once."""
     beside = config.validation.num_cpus if config.validation.every_n_steps else 0
-    return config.workers.most * config.workers.num_cpus + beside
+    return config.workers.max_workers * config.workers.num_cpus + beside
 
 
 def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:

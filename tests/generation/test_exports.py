@@ -14,6 +14,7 @@ from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import resolve
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.models import exports
@@ -63,7 +64,7 @@ def export(folder: Path, **facts: Any) -> Path:
 
 def make(uri: str, output: Path) -> dict[str, Any]:
     """The one record of a job with this model."""
-    config = job.anywhere(GenerateConfig.model_validate(values(uri, str(output))))
+    config = resolve(GenerateConfig.model_validate(values(uri, str(output))))
     lock = job.prepare(config)
     list(ShardWorker(config, lock).make([0]))
     manifest = Manifest(str(output))

@@ -187,7 +187,7 @@ def may_shard(config: DreamBoothConfig, device: str) -> bool:
     """Whether weights may be spread over the workers; by itself only full fine-tuning on GPUs."""
     if config.train.strategy != "auto":
         return config.train.strategy == "fsdp"
-    many = config.workers.most > 1
+    many = config.workers.max_workers > 1
     return many and config.train.method == "full" and device.startswith("cuda")
 
 

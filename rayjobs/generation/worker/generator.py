@@ -1,4 +1,4 @@
-"""Records made: one engine, fed with what records ask for, giving their finished rows.
+"""Generates records: one engine is fed with their requests and gives their finished rows.
 
 Owns the way from a record to its row: init image, request, encoded picture, columns, identity.
 Knows nothing of shards, of storage layout or of Ray.
@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from rayjobs import storage
-from rayjobs.dataset.records import ENGINE_VERSION, SCORES, image_id
+from rayjobs.dataset.records import ENGINE_VERSION, SCORES, Row, image_id
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
@@ -28,7 +28,6 @@ from rayjobs.images.sandbox import Sandbox
 from rayjobs.models import loading
 from rayjobs.quality import pixels
 
-Row = dict[str, Any]
 BATCHES_AHEAD = 2
 """Init images are read and decoded this much ahead, and finished pictures wait this much."""
 
@@ -42,8 +41,8 @@ class Init:
     error: str | None = None
 
 
-class Maker:
-    """Holds the model and makes records; rows come in the order in which they finish.
+class RecordGenerator:
+    """Holds the model and generates records; rows come in the order in which they finish.
 
     `guided` says whether any record may use guidance: it decides the shape of every UNet call.
     """
@@ -65,8 +64,8 @@ class Maker:
         threads = max(1, min(4, int(config.workers.num_cpus)))
         self._encoding = ThreadPoolExecutor(threads, thread_name_prefix="encoding")
 
-    def make(self, records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
-        """Make `records`, drawn from only as the engine has room; failed ones are rows too."""
+    def generate(self, records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
+        """Generate `records`, read only as the engine has room; failed ones are rows too."""
         pending: dict[Request, tuple[Record, Init | None]] = {}
         rows: deque[Future[tuple[Record, Row]]] = deque()
         for result in self.engine.generate(self._requests(records, pending)):

@@ -12,6 +12,7 @@ import torch
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.models.options import WordConfig
 from serve.config import EngineConfig
 from serve.engine import models
 from serve.engine.forecast import Forecast
@@ -21,6 +22,7 @@ from serve.registry import Weights
 WORDS: Any = ("a learned word",)
 A, B, C = Weights("a"), Weights("b"), Weights("c")
 GB = 2**30
+WORD = WordConfig(uri="file", word="<sks>")
 
 
 @dataclass
