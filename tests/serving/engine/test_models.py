@@ -19,7 +19,6 @@ from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
 from serve.registry import Weights
 
-WORDS: Any = ("a learned word",)
 A, B, C = Weights("a"), Weights("b"), Weights("c")
 GB = 2**30
 WORD = WordConfig(uri="file", word="<sks>")
@@ -161,7 +160,7 @@ def test_embeddings_share_a_loaded_base_and_keep_it() -> None:
     async def work() -> None:
         cache = Cache(1.5)
         base = await use(cache, A)
-        tuned = await cache.acquire(Weights("a", words=WORDS, version="1"))
+        tuned = await cache.acquire(Weights("a", words=(WORD,), version="1"))
         assert tuned.base is base
         assert tuned.num_bytes == GB // 4
         assert base.users == 1
@@ -203,7 +202,7 @@ def test_a_failed_load_releases_its_base() -> None:
         base = await use(cache, A)
         cache.errors["a"] = deque([ValueError("not an embedding")])
         with pytest.raises(BadInput):
-            await cache.acquire(Weights("a", words=WORDS))
+            await cache.acquire(Weights("a", words=(WORD,)))
         assert base.users == 0
 
     run(work())
