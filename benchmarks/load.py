@@ -1,6 +1,6 @@
-"""Requests of the serving benchmark, when they come, and what becomes of them.
+"""Load for the serving benchmark: requests, arrival times, and a client that records answers.
 
-Owns the mix, the arrivals and the client. Knows a side by its URL alone: all are asked alike.
+Knows a side by its URL alone, so that all get the same requests.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ MIX: dict[str, dict[Any, float]] = {
     "size": {0: 0.7, 1: 0.15, 2: 0.15},
 }
 """Drawn one by one. Sizes are the model's, its default first."""
-AS_IT_IS = 0.4
-"""Callers who leave all of it at the defaults: what batches of one key live on."""
+DEFAULT_SHARE = 0.4
+"""Share of callers with default settings: only these fill batches of one key."""
 DEFAULTS = {"steps": 30, "guidance": 5.0, "sampler": "euler", "edit": False, "size": 0}
 STRENGTH = 0.6
 BURST = 6
@@ -48,7 +48,7 @@ class Wanted:
 
 @dataclass
 class Answer:
-    """What a caller saw; seconds from the moment at which the request was to be sent."""
+    """What a caller saw; seconds count from the time at which the request should be sent."""
 
     number: int
     status: int
@@ -56,7 +56,7 @@ class Answer:
     end_s: float
     """From the first arrival."""
     first_s: float | None = None
-    """Until there was any picture to look at: a partial image, or the whole."""
+    """Until the first image, partial or whole."""
     image: bytes = b""
     retry_after_s: float | None = None
 
@@ -66,7 +66,7 @@ def draw_requests(number: int, sizes: Sequence[tuple[int, int]], seed: int = 0) 
     rng, pictures = random.Random(seed), np.random.default_rng(seed)
     wanted = []
     for place in range(number):
-        if rng.random() < AS_IT_IS:
+        if rng.random() < DEFAULT_SHARE:
             drawn: dict[str, Any] = DEFAULTS
         else:
             drawn = {name: rng.choices(*zip(*w.items(), strict=True))[0] for name, w in MIX.items()}
@@ -169,9 +169,9 @@ async def _ask(
         if stream and response.status == 200:
             await _watch(response, answer, due_s)
         else:
-            told = await response.read()
+            data = await response.read()
             if response.status == 200:
-                answer.image = base64.b64decode(json.loads(told)["data"][0]["b64_json"])
+                answer.image = base64.b64decode(json.loads(data)["data"][0]["b64_json"])
     now_s = time.monotonic()
     answer.seconds, answer.end_s = now_s - due_s, now_s - start_s
     if answer.first_s is None and answer.image:

@@ -1,4 +1,4 @@
-"""The serving application beyond what it can do: who is refused, and how the others fare.
+"""The serving application above its capacity: which requests are refused, and how the others fare.
 
 `python -m benchmarks.overload [--seconds 100]` measures what the application makes at saturation,
 then plays Poisson arrivals at 0.95 and at 3 times that, prints a table and writes overload.json.
@@ -19,10 +19,10 @@ from benchmarks.load import Answer
 from benchmarks.rivals import Setup
 
 LOADS = (0.95, 3.0)
-WANTED = "only 200 and 429; retry-after / truth in 0.5 .. 2; p99 at 3 within 1.2 of that at 0.95"
+TARGETS = "only 200 and 429; retry-after / truth in 0.5 .. 2; p99 at 3 within 1.2 of that at 0.95"
 
 
-def told(answers: list[Answer], moments: list[float]) -> dict[str, Any]:
+def summarize(answers: list[Answer], moments: list[float]) -> dict[str, Any]:
     """The numbers of one open loop; a refused request is one that was answered 429."""
     good = [answer for answer in answers if answer.status == 200]
     seconds = [answer.seconds for answer in good]
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     setup = Setup("starter", 1, 8, False, args.pending)
-    sizes, found = serving.SIZES["starter"], []
+    sizes, rows = serving.SIZES["starter"], []
     with serving.running(["ours"], setup) as (urls, _):
         url = urls["ours"]
         load.play_closed(url, load.draw_requests(serving.NUM_WARM, sizes), 4)
@@ -67,18 +67,18 @@ def main() -> None:
             number = int(times * rate * args.seconds)
             moments = load.arrivals("poisson", number, times * rate)
             wanted = load.draw_requests(number, sizes, seed=1)
-            row = {"load": times} | told(load.play(url, wanted, moments, False), moments)
-            found.append(row)
+            row = {"load": times} | summarize(load.play(url, wanted, moments, False), moments)
+            rows.append(row)
             shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
             print(shown, flush=True)
-    print(f"p99 at {LOADS[1]:g} / at {LOADS[0]:g}: {found[1]['p99_s'] / found[0]['p99_s']:.2f}")
-    print(f"wanted: {WANTED}")
-    out = {"settings": vars(args), "capacity_per_s": rate, "rows": found}
+    print(f"p99 at {LOADS[1]:g} / at {LOADS[0]:g}: {rows[1]['p99_s'] / rows[0]['p99_s']:.2f}")
+    print(f"targets: {TARGETS}")
+    out = {"settings": vars(args), "capacity_per_s": rate, "rows": rows}
     Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=2) + "\n")
 
 
 def saturated(url: str, args: argparse.Namespace) -> float:
-    """Images a second with callers who come again as soon as they may."""
+    """Images per second with callers that send the next request at once."""
     wanted = load.draw_requests(args.requests, serving.SIZES["starter"])
     answers = load.play_closed(url, wanted, args.clients)
     good = [answer for answer in answers if answer.status == 200]

@@ -55,7 +55,7 @@ PATTERNS, SATURATED = ("poisson", "bursty"), "saturated"
 NUM_WARM = 16
 ALIKE = 2.0
 """Levels of 255 by which pictures of two sides may differ, on average over a picture."""
-WANTED = "p50 0.5 and p99 0.7 of b's below saturation; images/s 1.3 of b's and 2 of a's at it"
+TARGETS = "p50 0.5 and p99 0.7 of b's below saturation; images/s 1.3 of b's and 2 of a's at it"
 
 # Of its own cluster whatever else runs on this machine; ended when its input is.
 PROGRAM = """
@@ -91,15 +91,15 @@ def application(side: str, setup: Setup) -> Application:
 
 
 class Watch:
-    """What is spent while a cell runs: by a side, and by jobs that are none of this benchmark's."""
+    """CPU time used while a cell runs: by a side, and by processes outside this benchmark."""
 
     def __init__(self, side: str, cluster: psutil.Process):
         self.cluster = cluster
         self.title = f"ray::ServeReplica:{side}:"
         self.before = self._now()
 
-    def told(self) -> dict[str, float]:
-        """CPU seconds of the side's replicas, and how many cores other jobs took."""
+    def usage(self) -> dict[str, float]:
+        """CPU seconds of the side's replicas, and how many cores other processes used."""
         clock, busy, own, every = (
             now - before for now, before in zip(self._now(), self.before, strict=True)
         )
@@ -126,9 +126,9 @@ class Side:
     url: str
     wanted: list[Wanted]
     pictures: dict[int, np.ndarray]
-    """What each request looks like, as the first side made it; shared by all sides."""
+    """The first side's image of each request; shared by all sides."""
     cluster: psutil.Process
-    """The one that started all others."""
+    """The process that started all others."""
 
     def warm_up(self) -> None:
         load.play_closed(self.url, self.wanted[:NUM_WARM], NUM_WARM)
@@ -137,23 +137,23 @@ class Side:
         """An open loop's numbers."""
         watch = Watch(self.name, self.cluster)
         answers = load.play(self.url, self.wanted, moments, self.name == "ours")
-        return self._told(answers, watch.told())
+        return self._summarize(answers, watch.usage())
 
     def closed(self, clients: int) -> dict[str, Any]:
         """A closed loop's."""
         watch = Watch(self.name, self.cluster)
         answers = load.play_closed(self.url, self.wanted, clients)
-        return self._told(answers, watch.told())
+        return self._summarize(answers, watch.usage())
 
     def alone_s(self) -> float:
-        """What the first requests take, one by one, if nobody else asks."""
+        """Seconds of the first requests, one by one, without other load."""
         return sum(each.seconds for each in load.play_closed(self.url, self.wanted[:NUM_WARM], 1))
 
-    def _told(self, answers: list[Answer], watched: dict[str, float]) -> dict[str, Any]:
+    def _summarize(self, answers: list[Answer], used: dict[str, float]) -> dict[str, Any]:
         good = [answer for answer in answers if answer.status == 200]
         if not good:
             statuses = {answer.status for answer in answers}
-            raise RuntimeError(f"{self.name} has answered nothing but {statuses}")
+            raise RuntimeError(f"no request to {self.name} succeeded; statuses: {statuses}")
         seconds = [answer.seconds for answer in good]
         firsts = [a.first_s for a in good if a.first_s and a.number % load.STREAMED_EVERY == 0]
         apart = [self._apart(answer) for answer in good]
@@ -163,8 +163,8 @@ class Side:
             "p50_s": float(np.percentile(seconds, 50)),
             "p99_s": float(np.percentile(seconds, 99)),
             "first_p50_s": float(np.median(firsts)),
-            "cpu_s": watched["cpu_s"] / len(good),
-            "others": watched["others"],
+            "cpu_s": used["cpu_s"] / len(good),
+            "others": used["others"],
             "refused": sum(answer.status == 429 for answer in answers),
             "failed": sum(answer.status not in (200, 429) for answer in answers),
             "no_picture": sum(each is None for each in apart),
@@ -296,7 +296,7 @@ def main() -> None:
     print()
     for found in results:
         compare(found, [side for side in args.sides if side != "ours"])
-    print(f"wanted: {WANTED}")
+    print(f"targets: {TARGETS}")
     facts = {**vars(args), "torch": torch.__version__, "cores": os.cpu_count()}
     out = {"settings": facts, "results": results}
     Path(__file__).with_suffix(".json").write_text(json.dumps(out, indent=2) + "\n")

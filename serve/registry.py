@@ -31,6 +31,7 @@ class Weights:
     config: str | None = None
     how: LoadOptions = field(default_factory=LoadOptions)
     words: tuple[WordConfig, ...] = ()
+    """Learned embeddings, each with its token."""
     version: str = ""
     """Changes when an export is replaced."""
 
@@ -46,7 +47,7 @@ class Entry:
     lora: str | None = None
     """The adapter's file; a `model` with one always uses it at scale 1."""
     base: str | None = None
-    """The name of the model that an adapter is for."""
+    """The name of the model that an adapter belongs to."""
     facts: ModelFacts = NO_FACTS
     hint: str | None = None
     """A prompt that the model was tuned on."""
@@ -68,8 +69,8 @@ class Registry:
         self._scan_lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
-        exports = {name: entry for name, (_, entry) in self._exports.items()}
-        return [*self._fixed.values(), *(e for n, e in exports.items() if n not in self._fixed)]
+        found = {name: entry for name, (_, entry) in self._exports.items()}
+        return [*self._fixed.values(), *(e for n, e in found.items() if n not in self._fixed)]
 
     def find(self, name: str) -> Entry | None:
         """The entry of a name; an unknown name is looked for in the registry folder first."""
@@ -122,12 +123,12 @@ class Registry:
             return
         try:
             names = [name for name in storage.list_folders(uri) if NAME.fullmatch(name)]
-            exports = {name: self._read(uri, name) for name in names}
+            scanned = {name: self._read(uri, name) for name in names}
         except StorageError as error:
             self.problems["registry"] = str(error)
             return
         self.problems.pop("registry", None)
-        self._exports = {name: each for name, each in exports.items() if each is not None}
+        self._exports = {name: each for name, each in scanned.items() if each is not None}
 
     def _export(self, name: str) -> Entry | None:
         export = self._exports.get(name)

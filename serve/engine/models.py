@@ -227,7 +227,7 @@ def _memory(config: EngineConfig) -> float:
 
 
 def _size_of(uri: str) -> int:
-    """About as many bytes as a model will take, by its files; fetches it first."""
+    """The size of a model's files, about what it will take in memory; fetches it first."""
     path = find_weights(uri).path
     files = [path] if path.is_file() else path.glob("*/*.safetensors")
     return sum(file.stat().st_size for file in files)
