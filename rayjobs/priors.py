@@ -8,11 +8,11 @@ import sys
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import read_lock
-from rayjobs.diffusion.weights import locate
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.generation import prior
 from rayjobs.generation.prior import PriorConfig
+from rayjobs.models.facts import find_weights
 
 
 def ready(config: DreamBoothConfig) -> DreamBoothConfig:
@@ -73,7 +73,7 @@ def _check_own(config: DreamBoothConfig, uri: str) -> None:
 
 def _warn_of_other_model(config: DreamBoothConfig, uri: str) -> None:
     made_by = read_lock(uri)
-    sha256 = locate(storage.to_local(config.model.uri)).sha256
+    sha256 = find_weights(config.model.uri).sha256
     if made_by is not None and made_by.segments[0].model_sha256 != sha256:
         print(
             f"warning: the class images in {uri} were made by another model than {config.model.uri}"

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
 from rayjobs.dreambooth.config import EncodersConfig, WorkersConfig
+from rayjobs.models.options import Dtype
 
 QUOTED = re.compile(r"""^\s*(['"])(?P<text>.+)\1\s*(\.format\(.*\))?\s*,?\s*$""")
 SECTIONS = {"object": "object prompts", "live": "live subject prompts"}
@@ -45,8 +46,8 @@ class ModelConfig(Config):
     """An export of `dreambooth`, local or s3://, or any model."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
+    dtype: Dtype = "auto"
 
 
 class OutputConfig(Config):

@@ -26,8 +26,8 @@ from rayjobs.dreambooth.training import callback, lora
 from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.training.networks import Networks
 from rayjobs.dreambooth.training.worker import load
-from rayjobs.models import exported
-from rayjobs.models.exported import EMBEDDINGS_FILE, LORA_FILE, Exported
+from rayjobs.models import exports
+from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
 
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
@@ -43,10 +43,10 @@ def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, floa
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         note = _note(config, networks.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-        storage.remove(storage.join(uri, exported.FILE))
+        storage.remove(storage.join(uri, exports.FILE))
         for path in files:
             storage.put_file(storage.join(uri, path.relative_to(folder).as_posix()), path)
-        exported.write(uri, dataclasses.replace(note, files=hashes))
+        exports.write(uri, dataclasses.replace(note, files=hashes))
     finally:
         shutil.rmtree(folder)
 
@@ -159,9 +159,11 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, float]) -> Exported:
+def _note(
+    config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, float]
+) -> ExportNote:
     photos = find_photos(config.instance.uri, config.instance.prompt)
-    return Exported(
+    return ExportNote(
         kind="words" if config.inversion.alone else config.train.method,
         tokens=(config.word,) if config.inversion.num_vectors else (),
         base_uri=config.model.uri,

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from rayjobs import cluster, storage
 from rayjobs.config import BadInput, JobFailed
-from rayjobs.diffusion.weights import Weights, locate
+from rayjobs.diffusion.weights import Weights
 from rayjobs.dreambooth import export, lock, report, results
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.data.photos import check_sizes, find_photos
@@ -29,7 +29,8 @@ from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.training import trackers, worker
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import Watch
-from rayjobs.models import exported
+from rayjobs.models import exports
+from rayjobs.models.facts import find_weights
 from rayjobs.progress import Progress
 
 MOST_TOKENS = 4
@@ -49,7 +50,7 @@ class Summary:
 def check(config: DreamBoothConfig) -> None:
     """Raise BadInput or StorageError for what can be known to be wrong before any work."""
     storage.check(config.output.uri, write=True)
-    weights = _locate(config)
+    weights = find_weights(config.model.uri)
     photos = find_photos(config.instance.uri, config.instance.prompt)
     trackers.check(config)
     _warn(_check_identifier(config, weights))
@@ -74,7 +75,7 @@ def anchored(config: DreamBoothConfig) -> DreamBoothConfig:
 
 
 def is_finished(config: DreamBoothConfig) -> bool:
-    return exported.read(export_uri(config)) is not None
+    return exports.read(export_uri(config)) is not None
 
 
 def run(config: DreamBoothConfig) -> Summary:
@@ -122,7 +123,7 @@ def _export(config: DreamBoothConfig, checkpoints: Checkpoints) -> None:
     try:
         ray.get(task.remote(config, chosen, export_uri(config), found))
     except ray.exceptions.RayError as error:
-        raise cluster.told(error) from None
+        raise cluster.unwrap_error(error) from None
     steps = [checkpoint.step for checkpoint in checkpoints.list()]
     checkpoints.prune(results.to_keep(steps, seen, config.checkpoint.keep, 0))
 
@@ -143,7 +144,10 @@ def _enter(config: DreamBoothConfig) -> None:
     priors = []
     if config.prior.mode != "none":
         priors = find_photos(str(config.prior.uri), str(config.prior.prompt))
-    lock.enter(config.output.uri, lock.describe(config, _locate(config).sha256, photos, priors))
+    lock.enter(
+        config.output.uri,
+        lock.describe(config, find_weights(config.model.uri).sha256, photos, priors),
+    )
 
 
 def _train(config: DreamBoothConfig, first: int) -> None:
@@ -166,7 +170,7 @@ def _train(config: DreamBoothConfig, first: int) -> None:
         try:
             _fit(trainer)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise cluster.told(error) from None
+            raise cluster.unwrap_error(error) from None
         notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
         if worker.FATAL in notes:
             raise JobFailed(notes[worker.FATAL])
@@ -200,8 +204,8 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
         "use_gpu": workers.num_gpus > 0,
         "resources_per_worker": resources,
     }
-    if workers.most > workers.min:
-        settings["num_workers"] = (workers.min, workers.most)
+    if workers.max_workers > workers.min:
+        settings["num_workers"] = (workers.min, workers.max_workers)
         settings["elastic_resize_monitor_interval_s"] = workers.resize_interval_s
     return ScalingConfig(**settings)
 
@@ -209,14 +213,7 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
 def num_cpus(config: DreamBoothConfig) -> float:
     """CPUs of all that may run at once."""
     beside = config.validation.num_cpus if config.validation.every_n_steps else 0
-    return config.workers.most * config.workers.num_cpus + beside
-
-
-def _locate(config: DreamBoothConfig) -> Weights:
-    try:
-        return locate(storage.to_local(config.model.uri))
-    except ValueError as error:
-        raise BadInput(f"model.uri: {error}") from None
+    return config.workers.max_workers * config.workers.num_cpus + beside
 
 
 def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
