@@ -46,8 +46,8 @@ class ModelConfig(Config):
     """An export of `dreambooth`, local or s3://, or any model."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
     dtype: Dtype = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
 
 
 class OutputConfig(Config):
