@@ -6,7 +6,7 @@ python examples/dreambooth.py [PHOTOS [STEPS]]
 import sys
 
 from rayjobs import Engine, Request, cli, load_model
-from rayjobs.models import exported
+from rayjobs.models import exports
 from rayjobs.starting import CONFIGS
 
 PHOTOS = CONFIGS / "demo" / "subject"
@@ -30,7 +30,7 @@ def main(photos: str, steps: str) -> None:
     )
     if code:
         raise SystemExit(code)
-    note = exported.read(f"{RUN}/export")
+    note = exports.read(f"{RUN}/export")
     assert note is not None
     engine = Engine(load_model(f"{RUN}/export"), max_rows=1)
     for result in engine.generate([Request(prompt=note.instance_prompt, seed=1, steps=12)]):
