@@ -21,9 +21,9 @@ from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import callback, lora
-from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
+from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.networks import Networks
 from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exported
@@ -32,16 +32,14 @@ from rayjobs.models.exported import EMBEDDINGS_FILE, LORA_FILE, Exported
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
 
-def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, float]) -> None:
-    """Export the checkpoint of a step to the folder `uri`, replacing what is there."""
-    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
-    (checkpoint,) = [each for each in checkpoints.list() if each.step == step]
-    folder = Path(tempfile.mkdtemp(prefix="export-"))
+def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
+    """Export the checkpoint of a step to the run's export folder, replacing what is there."""
+    uri, folder = run.export_uri, Path(tempfile.mkdtemp(prefix="export-"))
     try:
-        networks = rebuild(config, checkpoints, checkpoint)
-        save(config, networks, folder)
+        tuned = rebuild(run, step)
+        save(run.config, tuned, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        note = _note(config, networks.model, step, metrics)
+        note = _note(run, tuned.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
         storage.remove(storage.join(uri, exported.FILE))
         for path in files:
@@ -52,14 +50,15 @@ def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, floa
 
 
 def rebuild(
-    config: DreamBoothConfig,
-    checkpoints: Checkpoints,
-    checkpoint: Checkpoint,
-    device: str = "cpu",
-    compute: torch.dtype = torch.float32,
+    run: ResolvedRun, step: int, device: str = "cpu", compute: torch.dtype = torch.float32
 ) -> Networks:
-    """The tuned networks of a checkpoint, or their average where one is kept; to be used only."""
-    networks = Networks(load(config, device, compute), config, compute)
+    """The model as tuned after a step, or the average of its weights where one is kept.
+
+    For inference only.
+    """
+    checkpoints = Checkpoints(run.checkpoints_uri)
+    (checkpoint,) = [each for each in checkpoints.list() if each.step == step]
+    networks = Networks(load(run.config, device, compute), run.config, compute)
     callback.load_weights(checkpoints, checkpoint, networks)
     return networks.eval()
 
@@ -159,8 +158,8 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, float]) -> Exported:
-    photos = find_photos(config.instance.uri, config.instance.prompt)
+def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> Exported:
+    config = run.config
     return Exported(
         kind="words" if config.inversion.alone else config.train.method,
         tokens=(config.word,) if config.inversion.num_vectors else (),
@@ -172,6 +171,6 @@ def _note(config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, 
         step=step,
         seed=config.train.seed,
         files={},
-        photos={photo.name: photo.sha256 for photo in photos},
+        photos={photo.name: photo.sha256 for photo in run.photos},
         metrics=metrics,
     )

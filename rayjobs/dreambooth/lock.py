@@ -8,8 +8,7 @@ from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.resolved import ResolvedRun
 
 FILE = "run.lock.json"
 FREE = ("workers", "checkpoint", "validation", "output", "trackers")
@@ -23,11 +22,9 @@ FREE_IN = {
 """Where things lie moves nothing either: what lies there is in the lock, as hashes."""
 
 
-def describe(
-    config: DreamBoothConfig, model_sha256: str, photos: list[Photo], priors: list[Photo]
-) -> dict[str, Any]:
-    """All that decides what is trained."""
-    values = config.model_dump(mode="json")
+def describe(run: ResolvedRun) -> dict[str, Any]:
+    """All that decides what is trained, whatever machine or folder it is on."""
+    values = run.config.model_dump(mode="json")
     for key in FREE:
         values.pop(key)
     for key, names in FREE_IN.items():
@@ -35,9 +32,9 @@ def describe(
             values[key].pop(name)
     return {
         **values,
-        "model_sha256": model_sha256,
-        "photos": {photo.name: [photo.sha256, *photo.captions] for photo in photos},
-        "priors": sorted(photo.sha256 for photo in priors),
+        "model_sha256": run.model_sha256,
+        "photos": {photo.name: [photo.sha256, *photo.captions] for photo in run.photos},
+        "priors": sorted(image.sha256 for image in run.class_images),
     }
 
 

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -16,19 +17,21 @@ import yaml
 from rayjobs import storage
 from rayjobs.dreambooth import results
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.training.callback import METRICS
 
-MOST_PHOTOS = 24
+MAX_PHOTOS = 24
 PHOTO_HEIGHT = 160
 CURVE_POINTS = 400
 SMOOTHED_OVER = 0.05
 """Share of the run that the bold curve averages over."""
 
 
-def write(config: DreamBoothConfig) -> str:
+def write(run: ResolvedRun) -> str:
     """Write index.html in the run's folder; return its URI."""
+    config = run.config
     seen = results.read(config.output.uri)
     rows = _metrics(config.output.uri)
     page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
@@ -36,7 +39,7 @@ def write(config: DreamBoothConfig) -> str:
         title=html.escape(f"DreamBooth: {config.run.name}"),
         subtitle=html.escape(f"{config.instance.prompt} · {config.model.uri}"),
         tiles=_tiles(config, rows, seen),
-        photos=_photos(config),
+        photos=_photos(run.photos),
         pictures=_pictures(seen),
         curve=_curve([row["loss"] for row in rows]),
         table=_table(seen),
@@ -71,9 +74,9 @@ def _tiles(config: DreamBoothConfig, rows: list[dict[str, float]], seen: list[Re
     )
 
 
-def _photos(config: DreamBoothConfig) -> str:
+def _photos(photos: Sequence[Photo]) -> str:
     found = []
-    for photo in find_photos(config.instance.uri, config.instance.prompt)[:MOST_PHOTOS]:
+    for photo in photos[:MAX_PHOTOS]:
         image = photo.open()
         image.thumbnail((4 * PHOTO_HEIGHT, PHOTO_HEIGHT))
         buffer = io.BytesIO()

@@ -4,7 +4,7 @@ Owns the order of pictures, their frames and the random numbers of each row. A s
 one worker or eight, and after any interruption: nothing here remembers anything.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +55,16 @@ class Curriculum:
     """The rows of every step: `global_batch_size` photographs, and a class image with each."""
 
     def __init__(
-        self, config: TrainConfig, photos: list[Photo], priors: list[Photo], side: int, scale: int
+        self,
+        config: TrainConfig,
+        photos: Sequence[Photo],
+        class_images: Sequence[Photo],
+        side: int,
+        vae_scale: int,
     ):
         self.config = config
-        self.photos, self.priors = photos, priors
-        multiple = bucketing.bucket_multiple(side, scale)
+        self.photos, self.class_images = photos, class_images
+        multiple = bucketing.bucket_multiple(side, vae_scale)
         self._buckets = bucketing.list_buckets(side, multiple) if config.buckets else [(side, side)]
 
     @property
@@ -68,20 +73,20 @@ class Curriculum:
 
     @property
     def num_prior(self) -> int:
-        return self.config.global_batch_size if self.priors else 0
+        return self.config.global_batch_size if self.class_images else 0
 
     def rows(self, step: int, rank: int = 0, num_workers: int = 1) -> list[Row]:
         """What a worker trains on in a step: every num_workers-th photograph, with its prior."""
         found = []
         for position in range(rank, self.config.global_batch_size, num_workers):
             found.append(self._row(step, position, self.photos, False))
-            if self.priors:
-                found.append(self._row(step, position, self.priors, True))
+            if self.class_images:
+                found.append(self._row(step, position, self.class_images, True))
         return found
 
     def views(self) -> Iterator[View]:
         """Every view that any step may show; two crops of a picture may be the same."""
-        for pictures, is_prior in ((self.photos, False), (self.priors, True)):
+        for pictures, is_prior in ((self.photos, False), (self.class_images, True)):
             for photo in pictures:
                 bucket = bucketing.nearest_bucket(photo, self._buckets)
                 crops = bucketing.num_crops(photo, bucket, self.config.crops)
@@ -91,10 +96,10 @@ class Curriculum:
 
     def captions(self) -> list[str]:
         """Every caption, each once."""
-        pictures = self.photos + self.priors
-        return sorted({caption for photo in pictures for caption in photo.captions})
+        every = [*self.photos, *self.class_images]
+        return sorted({caption for photo in every for caption in photo.captions})
 
-    def _row(self, step: int, position: int, pictures: list[Photo], is_prior: bool) -> Row:
+    def _row(self, step: int, position: int, pictures: Sequence[Photo], is_prior: bool) -> Row:
         seed, kind = self.config.seed, "prior" if is_prior else "instance"
         number = step * self.config.global_batch_size + position
         epoch, place = divmod(number, len(pictures))

@@ -17,7 +17,7 @@ import torch
 
 from rayjobs import storage
 from rayjobs.dreambooth import results
-from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import fsdp, trackers
 from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.training.module import DreamBooth
@@ -38,12 +38,9 @@ class Saving(pl.Callback):
     earlier one are not taken for theirs.
     """
 
-    def __init__(
-        self, config: DreamBoothConfig, rank: int, num_workers: int, sharded: bool, attempt: str
-    ):
-        self.uri = config.output.uri
-        self.config = config
-        self.checkpoints = Checkpoints(storage.join(self.uri, "checkpoints"))
+    def __init__(self, run: ResolvedRun, rank: int, num_workers: int, sharded: bool, attempt: str):
+        self.uri, self.config = run.config.output.uri, run.config
+        self.checkpoints = Checkpoints(run.checkpoints_uri)
         self.rank, self.num_workers = rank, num_workers
         self.sharded, self.attempt = sharded, attempt
         self.logs = Path(tempfile.mkdtemp(prefix="logs-"))

@@ -22,8 +22,8 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.cache import Cache
-from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.data.schedule import Curriculum
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import trackers
 from rayjobs.dreambooth.training.batches import Batch, Batches
 from rayjobs.dreambooth.training.callback import Saving
@@ -50,7 +50,7 @@ def train(settings: dict[str, Any]) -> None:
     if FATAL in ray.get(counter.read.remote())[1]:
         return
     try:
-        _train(DreamBoothConfig.model_validate(settings["config"]), counter)
+        _train(settings["run"], counter)
     except Exception as error:
         _tell(error, counter)
         raise
@@ -68,7 +68,8 @@ def _tell(error: Exception, counter: Any) -> None:
     ray.get(counter.set.remote(done, **note))
 
 
-def _train(config: DreamBoothConfig, counter: Any) -> None:
+def _train(run: ResolvedRun, counter: Any) -> None:
+    config = run.config
     storage.be_patient(PATIENCE_S)
     _quiet()
     _pin(config)
@@ -78,10 +79,10 @@ def _train(config: DreamBoothConfig, counter: Any) -> None:
     model = load(config, str(device), compute)
     wants_shards = config.train.strategy == "fsdp" or model.family == "sdxl"
     sharded = wants_shards and may_shard(config, device.type)
-    batches, module = build(config, model, compute, sharded)
-    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
+    batches, module = build(run, model, compute, sharded)
+    checkpoints = Checkpoints(run.checkpoints_uri)
     first, attempt = _agree_on_start(checkpoints, rank)
-    saver = Saving(config, rank, num_workers, sharded, attempt)
+    saver = Saving(run, rank, num_workers, sharded, attempt)
     saver.resume(first)
     batches.fill_cache(rank, num_workers)
     _wait_for_all()
@@ -104,20 +105,17 @@ def _train(config: DreamBoothConfig, counter: Any) -> None:
 
 
 def build(
-    config: DreamBoothConfig, model: Model, compute: torch.dtype, sharded: bool = False
+    run: ResolvedRun, model: Model, compute: torch.dtype, sharded: bool = False
 ) -> tuple[Batches, DreamBooth]:
     """What makes the batches, and what trains on them."""
-    photos = find_photos(config.instance.uri, config.instance.prompt)
-    priors = []
-    if config.prior.mode != "none":
-        priors = find_photos(str(config.prior.uri), str(config.prior.prompt))
+    config = run.config
     side = config.train.resolution or model.default_side
-    curriculum = Curriculum(config.train, photos, priors, side, model.vae_scale)
+    curriculum = Curriculum(config.train, run.photos, run.class_images, side, model.vae_scale)
     aim = build_objective(model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas)
     networks = Networks(model, config, compute)
     cache = None
     if config.output.cache:
-        cache = Cache(storage.join(config.output.uri, "cache"), model.sha256)
+        cache = Cache(run.cache_uri, model.sha256)
     batches = Batches(curriculum, networks, aim, cache, config.train.noise_offset)
     counts = (curriculum.num_instance, curriculum.num_prior)
     module = DreamBooth(config, networks, aim, *counts, sharded)

@@ -76,7 +76,7 @@ def is_near(image: Image.Image, other: Image.Image, most: int = 12) -> bool:
 
 
 def sized(width: int, height: int) -> Photo:
-    return Photo("dog.png", Path("dog.png"), None, (SKS,), "0" * 64, width, height)
+    return Photo("dog.png", ".", "dog.png", None, (SKS,), "0" * 64, width, height)
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)

@@ -1,7 +1,6 @@
 """A step's rows are a function of its number: on any number of workers, at any time."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ def photos(count: int, kind: str = "photo") -> list[Photo]:
     made = []
     for number in range(count):
         name, size = f"{kind} {number}", SIZES[number % len(SIZES)]
-        made.append(Photo(f"{name}.png", Path("x"), None, (name,), f"hash of {name}", *size))
+        made.append(Photo(f"{name}.png", "x", "x.png", None, (name,), f"hash of {name}", *size))
     return made
 
 
@@ -157,7 +156,7 @@ def test_a_dropped_caption_moves_nothing_else() -> None:
 
 def test_each_of_a_pictures_captions_is_drawn() -> None:
     said = ("a sks dog", "sks dog, asleep", "sks dog on grass")
-    pictures = [Photo("dog.png", Path("x"), None, said, "dog", 64, 64)]
+    pictures = [Photo("dog.png", "x", "dog.png", None, said, "dog", 64, 64)]
     made = curriculum(pictures=pictures, priors=2)
     drawn = Counter(row.caption for step in range(300) for row in mixed(step, made)[0])
     assert set(drawn) == set(said)
@@ -166,7 +165,7 @@ def test_each_of_a_pictures_captions_is_drawn() -> None:
 
 
 def test_half_of_the_views_are_mirrored_and_every_crop_is_as_likely() -> None:
-    pictures = [Photo("dog.png", Path("x"), None, ("x",), "dog", 300, 100)]
+    pictures = [Photo("dog.png", "x", "dog.png", None, ("x",), "dog", 300, 100)]
     made = curriculum(pictures=pictures, priors=0, flip=True)
     seen = [row.view.frame for step in range(500) for row in made.rows(step)]
     assert sum(frame.mirrored for frame in seen) / 2000 == pytest.approx(0.5, abs=0.05)
