@@ -36,7 +36,7 @@ from rayjobs.dreambooth.config import CheckpointConfig, DreamBoothConfig, Output
 from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve
 from rayjobs.dreambooth.training.batches import Batch, Batches
-from rayjobs.dreambooth.training.callback import Saving
+from rayjobs.dreambooth.training.callback import CheckpointCallback
 from rayjobs.dreambooth.training.worker import build, choose_precision, load
 
 WARM_UP = 2
@@ -201,7 +201,7 @@ def stall(task: Task, method: str, batch: int, uri: str, num_steps: int) -> dict
         "checkpoint": CheckpointConfig(every_n_steps=SAVE_EVERY),
     }
     resolved = replace(ours.resolved, config=ours.resolved.config.model_copy(update=changed))
-    saving = Saving(resolved, 0, 1, False, "benchmark")
+    saving = CheckpointCallback(resolved, 0, 1, False, "benchmark")
     steps_s = ours.run(num_steps, saving, watch := _StallWatch(saving))[:, 0]
     wall_s = float(steps_s.sum())
     (latest,) = saving.checkpoints.list()[-1:]
@@ -219,7 +219,7 @@ def stall(task: Task, method: str, batch: int, uri: str, num_steps: int) -> dict
 class _StallWatch(pl.Callback):
     """How long training had waited when its last step was done."""
 
-    def __init__(self, saving: Saving):
+    def __init__(self, saving: CheckpointCallback):
         self._saving = saving
         self.in_training_s = 0.0
 

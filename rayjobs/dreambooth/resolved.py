@@ -104,7 +104,7 @@ def _check_trackers(config: DreamBoothConfig) -> None:
 
 def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
     """Warnings for an identifier that means something already, or is many tokens."""
-    word, folder = config.word, weights.path / "tokenizer"
+    word, folder = config.identifier, weights.path / "tokenizer"
     if config.inversion.num_vectors or not word or not folder.is_dir():
         return []
     from transformers import AutoTokenizer

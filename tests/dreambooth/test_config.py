@@ -8,7 +8,7 @@ from PIL import Image
 
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
-from rayjobs.dreambooth.config import DreamBoothConfig, identifier
+from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
 from rayjobs.dreambooth.resolved import resolve
 
 CONFIG = "configs/demo/dreambooth.yaml"
@@ -90,9 +90,9 @@ def test_an_identifier_that_means_something(
 
 
 def test_the_identifier_is_what_the_class_lacks() -> None:
-    assert identifier("a photo of sks dog", "a photo of a dog") == "sks"
-    assert identifier("a photo of a dog", "a photo of dog") == ""
-    assert identifier("my olis backpack", "a backpack") == "olis"
+    assert identifier_in("a photo of sks dog", "a photo of a dog") == "sks"
+    assert identifier_in("a photo of a dog", "a photo of dog") == ""
+    assert identifier_in("my olis backpack", "a backpack") == "olis"
 
 
 def test_every_default_is_shown(tmp_path: Path) -> None:
