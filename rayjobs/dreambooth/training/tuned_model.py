@@ -21,7 +21,6 @@ from rayjobs.diffusion.unet.batch import KERNELS
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.training import lora
 
-
 NO_KERNEL = ("No available kernel", "No viable backend")
 """In torch's messages, on CUDA and on a CPU, when the kernel does not take these tensors."""
 
