@@ -1,4 +1,4 @@
-"""What a run is: its settings and its data, written down once, compared ever after.
+"""A run's lock: its settings and data, written at its start and compared at every later one.
 
 Owns the run's lock and what may change between two starts of one run. Knows no torch and no Ray.
 """
@@ -11,23 +11,23 @@ from rayjobs.config import BadInput
 from rayjobs.dreambooth.resolved import ResolvedRun
 
 FILE = "run.lock.json"
-FREE = ("workers", "checkpoint", "validation", "output", "trackers")
-"""Keys that move no weight by more than rounding."""
-FREE_IN = {
+IGNORED_SECTIONS = ("workers", "checkpoint", "validation", "output", "trackers")
+"""Keys that change no weight by more than rounding."""
+IGNORED_KEYS = {
     "train": ("micro_batch_size", "gradient_checkpointing"),
     "model": ("uri", "device"),
     "instance": ("uri",),
     "prior": ("uri",),
 }
-"""Where things lie moves nothing either: what lies there is in the lock, as hashes."""
+"""Locations change no weight either: the lock has the hashes of what lies there."""
 
 
 def describe(run: ResolvedRun) -> dict[str, Any]:
     """All that decides what is trained, whatever machine or folder it is on."""
     values = run.config.model_dump(mode="json")
-    for key in FREE:
+    for key in IGNORED_SECTIONS:
         values.pop(key)
-    for key, names in FREE_IN.items():
+    for key, names in IGNORED_KEYS.items():
         for name in names:
             values[key].pop(name)
     return {
@@ -63,9 +63,9 @@ def enter(uri: str, run: dict[str, Any]) -> None:
 def _differences(there: Any, now: Any, place: str) -> list[tuple[str, Any, Any]]:
     if isinstance(there, dict) and isinstance(now, dict):
         return [
-            found
+            difference
             for key in sorted(there.keys() | now.keys())
-            for found in _differences(
+            for difference in _differences(
                 there.get(key), now.get(key), f"{place}.{key}" if place else key
             )
         ]

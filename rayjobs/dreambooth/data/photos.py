@@ -186,7 +186,7 @@ def _describe(uri: str, name: str, path: Path, captions: Captions) -> Photo:
 
 def _captions(folder: Path, files: list[Path]) -> dict[str, Captions]:
     """Captions by the picture's name: the lines of `name.txt` beside it, or of metadata.jsonl."""
-    found: dict[str, Captions] = {}
+    captions: dict[str, Captions] = {}
     for path in files:
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() == ".txt":
@@ -194,15 +194,15 @@ def _captions(folder: Path, files: list[Path]) -> dict[str, Captions]:
             text = tuple(line for line in lines if line)
             beside = [p for p in files if p.suffix.lower() in SUFFIXES and p.stem == path.stem]
             names = [p.relative_to(folder).as_posix() for p in beside if p.parent == path.parent]
-            found |= dict.fromkeys(names, text)
+            captions |= dict.fromkeys(names, text)
         elif path.name == "metadata.jsonl":
-            found |= _metadata(path, name)
-    return found
+            captions |= _metadata(path, name)
+    return captions
 
 
 def _metadata(path: Path, name: str) -> dict[str, Captions]:
     parent = "" if path.name == name else name.removesuffix(path.name)
-    found: dict[str, Captions] = {}
+    captions: dict[str, Captions] = {}
     for number, line in enumerate(_text(path, name).split("\n"), 1):
         try:
             row: dict[str, Any] = json.loads(line)
@@ -210,10 +210,10 @@ def _metadata(path: Path, name: str) -> dict[str, Captions]:
             if text is not None:
                 if not str(text).strip():
                     raise ValueError("empty")
-                found[parent + str(row["file_name"])] = (str(text),)
+                captions[parent + str(row["file_name"])] = (str(text),)
         except (ValueError, KeyError, AttributeError):
             raise BadInput(f"{name}, line {number}: not JSON with file_name and text") from None
-    return found
+    return captions
 
 
 def _text(path: Path, name: str) -> str:
