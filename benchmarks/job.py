@@ -73,8 +73,8 @@ class Sides:
         """The engine of a worker, given the requests that the worker would give it."""
         made = self._worker("bare", steps or self.steps, lambda *_: None)
         records = [made.record(number) for number in range(made.segment.num_records)]
-        requests = list(made.maker._requests(records, {}))
-        marks = [_now() for _ in made.maker.engine.generate(requests)]
+        requests = list(made.generator._requests(records, {}))
+        marks = [_now() for _ in made.generator.engine.generate(requests)]
         return self._rate(marks[self.args.batch - 1 :: self.args.batch])
 
     def worker(self) -> dict[str, float]:
@@ -153,14 +153,14 @@ def _told(row: dict[str, Any], kind: str, width: int) -> str:
 
 
 class NoEngine:
-    """Stands in for a worker's maker: each record is one pixel, at once."""
+    """Stands in for a worker's RecordGenerator: each record is one pixel, at once."""
 
     def __init__(self, config: GenerateConfig, model_name: str, guided: bool):
         self.model = SimpleNamespace(sha256=weights.locate(config.model.uri).sha256)
         self.row = dict.fromkeys(COLUMNS) | {"width": 1, "height": 1, "status": "ok"}
         self.row |= {"image": {"bytes": PIXEL, "path": None}, "sampler": "none", "steps": 1}
 
-    def make(self, records: Iterable[Record]) -> Iterator[tuple[Record, dict[str, Any]]]:
+    def generate(self, records: Iterable[Record]) -> Iterator[tuple[Record, dict[str, Any]]]:
         for record in records:
             own = {"record": record.number, "prompt": record.prompt, "seed": record.seed}
             yield record, self.row | own
@@ -168,7 +168,7 @@ class NoEngine:
 
 def without_engine() -> None:
     """Runs in each process that Ray starts, before anything else."""
-    workers.Maker = NoEngine  # ty: ignore[invalid-assignment]
+    workers.RecordGenerator = NoEngine  # ty: ignore[invalid-assignment]
 
 
 class Watch:
@@ -201,7 +201,7 @@ def run_without_engine(num_shards: int, output: str) -> dict[str, Any]:
     hook = {"worker_process_setup_hook": without_engine}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, runtime_env=hook)
     try:
-        with session(config):
+        with session(config.workers):
             watch = Watch()
             summary = job.run(config)
     finally:

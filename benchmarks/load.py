@@ -34,7 +34,7 @@ STRENGTH = 0.6
 BURST = 6
 STREAMED_EVERY = 4
 """Every so many requests are streams with a partial image, where the side has such."""
-MOST_WAIT_S = 900.0
+MAX_WAIT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def play_closed(url: str, wanted: Sequence[Wanted], clients: int) -> list[Answer
 
 
 def _session() -> aiohttp.ClientSession:
-    timeout = aiohttp.ClientTimeout(total=MOST_WAIT_S)
+    timeout = aiohttp.ClientTimeout(total=MAX_WAIT_S)
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
 
 

@@ -27,7 +27,7 @@ from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.weights import locate
 from serve.images import encode, to_pixels
 
-MOST_ONGOING = 4096
+MAX_ONGOING_REQUESTS = 4096
 """Requests in a replica: Ray's 5 would leave a batch of 8 unfilled, and make a queue of retries."""
 BATCH_WAIT_S = 0.05
 
@@ -171,7 +171,9 @@ KINDS: dict[str, type] = {"a": OneAtATime, "b": Batched, "keyed": Keyed}
 app = FastAPI()
 
 
-@ray_serve.deployment(max_ongoing_requests=MOST_ONGOING, ray_actor_options={"num_cpus": 0.1})
+@ray_serve.deployment(
+    max_ongoing_requests=MAX_ONGOING_REQUESTS, ray_actor_options={"num_cpus": 0.1}
+)
 @ray_serve.ingress(app)
 class Ingress:
     """Our two routes, as far as the benchmark's requests go."""
@@ -214,7 +216,7 @@ def build(kind: str, setup: Setup) -> Application:
     replica = deployment.options(
         name="Pipeline",
         num_replicas=1,
-        max_ongoing_requests=MOST_ONGOING,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": setup.threads},
     )
     return Ingress.bind(replica.bind(setup))

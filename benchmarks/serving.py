@@ -84,7 +84,7 @@ def application(side: str, setup: Setup) -> Application:
     values = {
         "models": [{"name": "model", "uri": setup.uri}],
         "engine": {"max_rows": setup.rows, "max_pending_s": setup.pending_s},
-        "limits": {"max_deadline_s": load.MOST_WAIT_S},
+        "limits": {"max_deadline_s": load.MAX_WAIT_S},
         "scaling": {"num_cpus": setup.threads},
     }
     return app.build(ServeConfig.model_validate(values))

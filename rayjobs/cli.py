@@ -1,7 +1,6 @@
-"""The command line: parse, load the configuration, import the job, run it, tell how it went.
+"""The command line: parse, load the configuration, import the job, run it, print its summary.
 
-Owns the commands and the exit codes. Imports a job only when it is to be run, so that help is
-instant.
+Owns the commands and the exit codes. Imports a job only to run it, so that `--help` is instant.
 """
 
 import argparse
@@ -197,14 +196,16 @@ def _plan(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from rayjobs.generation.tools import verify
 
-    found = verify.verify(options.uri, options.regenerate)
-    for fault in found.faults[: verify.MOST_TOLD]:
+    findings = verify.verify(options.uri, options.regenerate)
+    for fault in findings.faults[: verify.MAX_FAULTS_SHOWN]:
         print(fault)
-    again = f", {found.num_regenerated:,} made again" if options.regenerate else ""
-    missing = f", {found.num_missing:,} shards not finished" if found.num_missing else ""
-    wrong = f"{len(found.faults):,} faults" if found.faults else "all is well"
-    print(f"{found.num_shards:,} shards, {found.num_records:,} records{again}{missing}: {wrong}")
-    return SOME_FAILED if found.faults else DONE
+    again = f", {findings.num_regenerated:,} made again" if options.regenerate else ""
+    missing = f", {findings.num_missing:,} shards not finished" if findings.num_missing else ""
+    wrong = f"{len(findings.faults):,} faults" if findings.faults else "all is well"
+    print(
+        f"{findings.num_shards:,} shards, {findings.num_records:,} records{again}{missing}: {wrong}"
+    )
+    return SOME_FAILED if findings.faults else DONE
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -225,7 +226,7 @@ def _report(options: argparse.Namespace) -> int:
     storage.check(options.uri)
     if read_lock(options.uri) is None:
         raise BadInput(f"{options.uri} is no data set: it has no spec.lock.json")
-    found = duplicates.write(options.uri)
-    print(f"{found['members']:,} pictures look like another, in {found['groups']:,} groups")
+    counts = duplicates.write(options.uri)
+    print(f"{counts['members']:,} pictures look like another, in {counts['groups']:,} groups")
     print(dataset_report.write(options.uri))
     return DONE

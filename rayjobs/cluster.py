@@ -1,6 +1,6 @@
-"""The Ray session of a job, and what a dead worker said.
+"""The Ray session of a job, and the error of a failed worker.
 
-Owns which cluster is used and how it is left. Knows nothing of what runs there.
+Owns which cluster is used and when it is shut down. Knows nothing of what runs there.
 """
 
 import logging
@@ -21,9 +21,9 @@ from rayjobs.storage import StorageError
 
 @contextmanager
 def session(num_cpus: float) -> Generator[None]:
-    """The cluster that RAY_ADDRESS or a surrounding job names, else one of our own, ended after.
+    """The cluster that RAY_ADDRESS or a surrounding job names, else a local one, shut down after.
 
-    One of our own has room for `num_cpus`: what this machine has too little of, its workers share.
+    A local one has at least `num_cpus`; where the machine has fewer, workers share them.
     """
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -42,24 +42,24 @@ def session(num_cpus: float) -> Generator[None]:
 
 
 def is_own() -> bool:
-    """Whether the session will be, or is, one that only this job uses, on this machine."""
+    """Whether the session will be, or is, a local one that only this job uses."""
     return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
 
 
-def told(error: Exception) -> Exception:
-    """What ended a worker, in its own words."""
+def unwrap_error(error: Exception) -> Exception:
+    """The worker's own error inside one of Ray's, as BadInput or JobFailed."""
     for kind in (BadInput, StorageError):
-        words = rf"{kind.__module__}\.\w+: (.+?)(?=\n\n|\nFailed to apply|\Z)"
-        found = re.findall(words, str(error), re.DOTALL)
-        if found:
-            return BadInput(found[-1]) if kind is BadInput else JobFailed(found[-1])
+        pattern = rf"{kind.__module__}\.\w+: (.+?)(?=\n\n|\nFailed to apply|\Z)"
+        messages = re.findall(pattern, str(error), re.DOTALL)
+        if messages:
+            return BadInput(messages[-1]) if kind is BadInput else JobFailed(messages[-1])
     lines = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)\b", line)]
     reason = lines[-1] if lines else str(error).strip().splitlines()[-1]
     return JobFailed(reason.removeprefix("rayjobs.diffusion.faults."))
 
 
 def _init(options: dict[str, Any]) -> None:
-    """Start or join Ray; it takes SIGTERM for itself, which here means what the caller says."""
+    """Start or join Ray, keeping the caller's SIGTERM handler, which Ray replaces."""
     on_term = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():

@@ -1,12 +1,13 @@
 """Configuration files: YAML and dotted overrides in, checked models out.
 
-Owns the loader, how a mistake is told, and the keys that several programs have. Knows no job's own:
-each job's model lives beside its code.
+Owns the loader, the error messages of bad values, and the keys that several programs share. A job's
+own keys are in a model beside its code.
 """
 
 import difflib
+import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,27 +19,6 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
-
-
-class HowToLoad(Config):
-    """How a model's weights are held: speed and memory, but not what they draw."""
-
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """auto: as dtype, but float32 where the autoencoder overflows in float16."""
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
-    """torch's scaled-dot-product kernel."""
-    channels_last: bool = True
-    """Memory format of the convolutions; the other one is slower on CPUs and GPUs alike."""
-    compile: Literal["no", "blocks", "full"] = "no"
-    """torch.compile of the UNet: each repeated block once, or the whole."""
-    vae_slicing: bool = False
-    """Decode in slices, for less memory."""
-    vae_tiling: bool = False
-    """Decode in tiles, for less memory at large sizes."""
 
 
 class Workers(Config):
@@ -54,12 +34,12 @@ class Workers(Config):
     """CPUs of a worker; on a CPU also its threads."""
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         return self.max or self.min
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What the workers of another job would be given."""
+        """These keys alone, for another job's workers."""
         return {name: getattr(self, name) for name in Workers.model_fields}
 
     @model_validator(mode="after")
@@ -70,11 +50,29 @@ class Workers(Config):
 
 
 class BadInput(ValueError):
-    """What a user wrote cannot be used; the message names the value and the way out."""
+    """A value of the user's cannot be used; the message names it and says what to do."""
 
 
 class JobFailed(RuntimeError):
     """The job cannot go on; what is finished stays, and the same command continues."""
+
+
+def differences(before: Any, after: Any, now: str = "now", key: str = "") -> list[str]:
+    """A line for each value that differs between two nested mappings, named by its dotted key."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            line
+            for name in sorted(before.keys() | after.keys())
+            for line in differences(
+                before.get(name), after.get(name), now, f"{key}.{name}" if key else name
+            )
+        ]
+    return [] if before == after else [f"  {key}: {_short(before)} there, {_short(after)} {now}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 C = TypeVar("C", bound=Config)
@@ -163,22 +161,22 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _describe(model: type[BaseModel], problem: Any) -> str:
     """One line for one pydantic error: where, what was there, what would do."""
-    place = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{place}: unknown key; {hint}"
+        return f"{key}: unknown key; {hint}"
     if problem["type"] == "missing":
-        return f"{place}: required, but not given"
+        return f"{key}: required, but not given"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         if message.startswith("it is "):
-            return f"{place} {message.removeprefix('it ')}"
-        return f"{place}: {message}" if place else message
-    # YAML's words for Python's.
+            return f"{key} {message.removeprefix('it ')}"
+        return f"{key}: {message}" if key else message
+    # Python's type names as YAML calls them.
     message = message.replace("valid tuple", "list").replace("valid dictionary", "mapping")
-    return f"{place} is {problem['input']!r}: {message}"
+    return f"{key} is {problem['input']!r}: {message}"
 
 
 def _known_keys(model: type[BaseModel], parents: tuple[Any, ...]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Progress while a job runs: what all workers have done, the rate and the time left.
+"""Progress while a job runs: a counter that all workers report to, and the driver's bar.
 
-Owns the counter that workers report to and the bar that the driver shows.
+Knows nothing of what is counted.
 """
 
 import sys
@@ -89,9 +89,9 @@ class Progress:
 
     def _read(self) -> tuple[int, dict[str, Any]]:
         try:
-            found: tuple[int, dict[str, Any]] = ray.get(
+            read: tuple[int, dict[str, Any]] = ray.get(
                 self.counter.read.remote(), timeout=4 * POLL_S
             )
         except Exception:  # the bar is no reason for a job to fail
             return 0, {}
-        return found
+        return read

@@ -1,7 +1,7 @@
-"""The keys of a serving application.
+"""The configuration of a serving application.
 
-Owns their names, types, defaults and the checks that need nothing but the file. Imports neither
-torch nor ray: `serve run` reads it wherever it is started.
+Owns its keys, their types and defaults, and checks that need nothing but the file. Imports neither
+torch nor ray, because `serve run` reads it on any machine.
 """
 
 import re
@@ -9,104 +9,111 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config, HowToLoad
+from rayjobs.config import Config
+from rayjobs.models.options import LoadOptions
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Kind = Literal["text-to-image", "image-to-image"]
 
 
-class ModelConfig(HowToLoad):
+class ModelConfig(LoadOptions):
     name: str
-    """What callers say."""
+    """The name that requests use."""
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), a hub id, or an export
     of `dreambooth`."""
     config: str | None = None
     """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
     preload: bool = True
-    """Load it when a replica starts, not at its first request."""
+    """Load the model when a replica starts, not at the first request."""
     hint: str | None = None
-    """A prompt to try, shown on the page."""
+    """An example prompt, shown on the web page."""
 
     @field_validator("name")
     @classmethod
-    def _sayable(cls, name: str) -> str:
+    def _valid_name(cls, name: str) -> str:
         return check_name(name)
 
 
 class LoraConfig(Config):
     name: str
-    """What callers say."""
+    """The name that requests use."""
     uri: str
     """A safetensors LoRA file, its folder, or an export of `dreambooth`."""
     base: str | None = None
-    """The model that it is for; without it any."""
+    """The name of the model that it belongs to; without it, any model."""
 
     @field_validator("name")
     @classmethod
-    def _sayable(cls, name: str) -> str:
+    def _valid_name(cls, name: str) -> str:
         return check_name(name)
 
 
 class RegistryConfig(Config):
     uri: str | None = None
-    """A folder of DreamBooth runs or exports, local or s3://: each is served under its name."""
+    """A folder of DreamBooth runs or exports, local or s3://; each is served under its name."""
     refresh_s: float = Field(default=10.0, gt=0)
-    """How often it is looked through for new ones."""
+    """Seconds between two looks for new exports."""
 
 
 class EngineConfig(Config):
     max_rows: int = Field(default=8, ge=1)
-    """Images of one size that share a step."""
+    """Images of one size that can share a step."""
     max_step_s: float = Field(default=2.0, gt=0)
-    """Calls are made no larger than this: it is how long a newcomer waits to join."""
+    """Seconds; batches are kept small enough. A new request waits as long before it can join."""
     max_pending_s: float = Field(default=300.0, gt=0)
-    """Seconds of work that may wait on a replica; more is refused with 429."""
+    """Seconds of work that may wait on a replica; further requests are refused with 429."""
     model_memory_gb: float | None = Field(default=None, gt=0)
-    """For weights; without it 70 % of the GPU's memory, or half of the machine's."""
+    """GiB for weights; without it, 70 % of the GPU's memory, or half of the machine's."""
     max_loras: int = Field(default=64, ge=1)
-    """Adapters kept beside each model."""
+    """LoRAs kept in memory for each model."""
     num_threads: int | None = Field(default=None, ge=1)
-    """On a CPU; without it as many as the replica's CPUs."""
+    """CPU threads; without it, as many as the replica's CPUs."""
 
 
 class LimitsConfig(Config):
-    """Checked before any work, and before any picture is decoded."""
+    """Limits of a request, checked before any work and before images are decoded."""
 
     max_pixels: int = Field(default=1536 * 1536, ge=64)
-    """Of an image made."""
+    """Width times height of a generated image."""
     max_side: int = Field(default=2048, ge=8)
+    """Largest width and height of a generated image, in pixels."""
     max_steps: int = Field(default=150, ge=1, le=1000)
+    """Largest num_inference_steps."""
     max_n: int = Field(default=10, ge=1)
     """Images of one request."""
     max_prompt_chars: int = Field(default=4000, ge=1)
+    """Characters of a prompt, and of a negative prompt."""
     max_loras: int = Field(default=8, ge=0)
-    """Of one request."""
+    """LoRAs of one request."""
     max_lora_scale: float = Field(default=4.0, gt=0)
+    """Largest absolute scale of a LoRA."""
     max_guidance_scale: float = Field(default=50.0, gt=0)
+    """Largest guidance_scale."""
     max_upload_bytes: int = Field(default=50 * 2**20, ge=1024)
-    """Of a picture sent."""
+    """Bytes of an uploaded image."""
     max_upload_pixels: int = Field(default=50_000_000, ge=64)
-    """Of a picture sent, once decoded."""
+    """Width times height of an uploaded image."""
     max_deadline_s: float = Field(default=600.0, gt=0)
-    """No request is worked on for longer."""
+    """Seconds after which any request ends."""
 
 
 class KeyConfig(Config):
     name: str
-    """Whose key it is; limits and turns are by name."""
+    """Whose key it is; limits and fair sharing are by this name."""
     key: str | None = None
-    """The key itself; better sha256, which may be read by anybody."""
+    """The key itself; prefer sha256, which is safe to publish."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the key, in hex: `printf %s KEY | sha256sum`."""
+    """SHA-256 of the key in hex, from `printf %s KEY | sha256sum`."""
     max_concurrent: int = Field(default=64, ge=1)
-    """Requests of this key that are worked on or wait."""
+    """Requests of this key in progress or waiting."""
     images_per_minute: float | None = Field(default=None, gt=0)
+    """Images that this key may request per minute; without it, any number."""
 
     @model_validator(mode="after")
-    def _given(self) -> "KeyConfig":
+    def _one_secret(self) -> "KeyConfig":
         if (self.key is None) == (self.sha256 is None):
-            raise ValueError(f"key {self.name!r}: give key or sha256, one of them")
+            raise ValueError(f"key {self.name!r}: set either key or sha256")
         if self.key is not None and len(self.key) < 16:
             raise ValueError(f"key {self.name!r} has fewer than 16 characters; make it longer")
         return self
@@ -114,26 +121,30 @@ class KeyConfig(Config):
 
 class AuthConfig(Config):
     keys: tuple[KeyConfig, ...] = ()
-    """Without any, only callers on this machine are answered."""
+    """API keys; without any, only requests from this machine are answered."""
     allow_anyone: bool = False
-    """Answer all the world without keys, for networks that are closed by other means."""
+    """Answer requests without keys from any machine; for private networks."""
 
 
 class ScalingConfig(Config):
     min: int = Field(default=1, ge=0)
-    """Engine replicas; 0 lets all of them go when nothing is asked."""
+    """Fewest engine replicas; with 0, none runs while there are no requests."""
     max: int = Field(default=1, ge=1)
+    """Most engine replicas."""
     target_s: float = Field(default=5.0, gt=0)
-    """Seconds of waiting work for each replica that is wanted."""
+    """Seconds of pending work per engine replica; more work starts more replicas."""
     upscale_delay_s: float = Field(default=3.0, ge=0)
+    """Seconds before replicas are added."""
     downscale_delay_s: float = Field(default=120.0, ge=0)
+    """Seconds before replicas are removed."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs of an engine replica."""
     num_cpus: float = Field(default=1.0, ge=0)
     """CPUs of an engine replica."""
     ingress: int = Field(default=1, ge=1)
-    """Ingress replicas: HTTP and picture formats."""
+    """Ingress replicas, for HTTP and image formats."""
     ingress_cpus: float = Field(default=0.1, ge=0)
+    """CPUs of an ingress replica."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "ScalingConfig":
@@ -144,26 +155,26 @@ class ScalingConfig(Config):
 
 class SafetyConfig(Config):
     uri: str | None = None
-    """An image classifier (folder, s3:// or hub id) that every picture is shown to."""
+    """An image classifier (folder, s3:// or hub id) that checks every image."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    """A picture that is unsafe with a higher probability is not handed out."""
+    """An image that is unsafe with a higher probability is not returned."""
 
 
 class ResultsConfig(Config):
     uri: str | None = None
-    """Where pictures go for response_format url: an s3:// folder."""
+    """Where images are stored for response_format url: an s3:// folder."""
     expires_s: int = Field(default=3600, ge=60, le=7 * 86400)
-    """How long such a link is good."""
+    """Seconds for which such a link is valid."""
 
 
 class ServeConfig(Config):
     models: tuple[ModelConfig, ...] = ()
     default_model: str | None = None
-    """For requests that name none; without it the first."""
+    """The model of requests that name none; without it, the first."""
     loras: tuple[LoraConfig, ...] = ()
     registry: RegistryConfig = RegistryConfig()
     serves: tuple[Kind, ...] = ("text-to-image", "image-to-image")
-    """What this application answers; two applications may share the work."""
+    """Which requests this application serves; two applications may share them."""
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
     auth: AuthConfig = AuthConfig()
@@ -172,13 +183,13 @@ class ServeConfig(Config):
     results: ResultsConfig = ResultsConfig()
 
     @model_validator(mode="after")
-    def _together(self) -> "ServeConfig":
+    def _consistent(self) -> "ServeConfig":
         names = [each.name for each in (*self.models, *self.loras)]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"the name {name!r} is there twice; names are what callers say")
+                raise ValueError(f"the name {name!r} is used twice; names must differ")
         if not self.models and self.registry.uri is None:
-            raise ValueError("nothing to serve; give models or registry.uri")
+            raise ValueError("nothing to serve; set models or registry.uri")
         if self.default_model is not None and not self.registry.uri:
             known = [model.name for model in self.models]
             if self.default_model not in known:
@@ -186,14 +197,12 @@ class ServeConfig(Config):
                     f"default_model is {self.default_model!r}; models has {', '.join(known)}"
                 )
         if not self.serves:
-            raise ValueError("serves is empty; give text-to-image, image-to-image, or both")
+            raise ValueError("serves is empty; set text-to-image, image-to-image, or both")
         return self
 
 
 def check_name(name: str) -> str:
-    """A name that can be said in a URL and is no path."""
+    """The name, if it can be part of a URL and is not a path. Raises ValueError."""
     if not NAME.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is no name; use letters, digits, dot, dash and underscore, up to 100"
-        )
+        raise ValueError(f"{name!r} is not a valid name; use letters, digits, . - and _, up to 100")
     return name

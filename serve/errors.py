@@ -1,6 +1,6 @@
-"""Errors in OpenAI's words: one JSON shape for every status.
+"""Errors in OpenAI's format: one JSON shape for every status.
 
-Owns that shape and which status says what. Knows nothing of where errors come from.
+Owns that shape and the status of each failure. Knows nothing of where errors come from.
 """
 
 import math
@@ -22,7 +22,7 @@ CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exce
 
 
 class ApiError(Exception):
-    """An answer other than success. `param` names the field that is to blame."""
+    """An error response. `param` names the field that caused it."""
 
     def __init__(
         self,
@@ -48,16 +48,16 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come again, where that helps; OpenAI's clients obey these."""
+        """Whether and when to retry; OpenAI's clients follow these headers."""
         if self.retry_after_s is not None:
-            whole = max(1, math.ceil(self.retry_after_s))
-            precise = round(1000 * self.retry_after_s)
-            return {"retry-after": str(whole), "retry-after-ms": str(max(1, precise))}
+            seconds = max(1, math.ceil(self.retry_after_s))
+            milliseconds = max(1, round(1000 * self.retry_after_s))
+            return {"retry-after": str(seconds), "retry-after-ms": str(milliseconds)}
         return {} if self.status in (500, 502, 503) else {"x-should-retry": "false"}
 
 
-def of(failed: Failed) -> ApiError:
-    """What a failure in an engine replica is to a caller."""
+def translate_failure(failed: Failed) -> ApiError:
+    """The error response for a failure in an engine replica."""
     if failed.kind == "busy":
         return ApiError(429, failed.message, code="overloaded", retry_after_s=failed.retry_after_s)
     if failed.kind == "deadline":

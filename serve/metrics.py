@@ -1,7 +1,9 @@
-"""What an operator wants to know, in Prometheus' words.
+"""Prometheus metrics of the engine replicas.
 
-Owns the metrics' names. Each process has its own registry; the ingress collects them. Knows nothing
-of how requests are served.
+Owns the metrics' names. Each replica has a registry of its own, and the ingress merges their texts,
+so that `/metrics` of the API needs neither Ray's metrics agent nor its port. `ray.serve.metrics`
+would not keep these names: it prefixes them with `ray_`, adds labels, and exports through the agent
+on every node. Knows nothing of how requests are served.
 """
 
 from collections.abc import Iterable
@@ -18,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serve.protocol import Ask
+from serve.protocol import ImagesRequest
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 STEP_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -29,7 +31,7 @@ disable_created_metrics()
 
 
 def merge(texts: dict[str, str]) -> str:
-    """The metrics of several replicas as one text, each with its replica's name as a label."""
+    """The metrics of several replicas as one text, with the replica's name as a label."""
     families: dict[str, Metric] = {}
     for replica, text in texts.items():
         for family in text_string_to_metric_families(text):
@@ -53,27 +55,33 @@ class _Families(Collector):
 
 
 class EngineMetrics:
-    """Of one engine replica. Counters are given by any thread."""
+    """Metrics of one engine replica; any thread may update them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._asks = self._counter("requests", "Asks answered, by their end", "model", "outcome")
-        self._seconds = self._histogram("request_seconds", "From ask to end", SECONDS, "model")
-        self._queue = self._histogram("queue_seconds", "From ask to first step", SECONDS)
-        self._rows = self._histogram("rows_per_step", "Images that shared a step", ROWS, "model")
-        self._steps = self._histogram("step_seconds", "One step", STEP_SECONDS, "model")
+        self._requests = self._counter(
+            "requests", "Requests answered, by outcome", "model", "outcome"
+        )
+        self._seconds = self._histogram(
+            "request_seconds", "From arrival to the last event", SECONDS, "model"
+        )
+        self._queue = self._histogram("queue_seconds", "From arrival to the first step", SECONDS)
+        self._rows = self._histogram("rows_per_step", "Images in one step", ROWS, "model")
+        self._steps = self._histogram("step_seconds", "Duration of a step", STEP_SECONDS, "model")
         self._images = self._counter("images", "Images made", "model")
-        self._cancelled = self._counter("cancelled_rows", "Rows whose caller has left")
-        self._deadlines = self._counter("deadlines", "Asks that came to their deadline")
+        self._cancelled = self._counter("cancelled_rows", "Images whose caller disconnected")
+        self._deadlines = self._counter("deadlines", "Requests that reached their deadline")
         self._loads = self._counter("model_loads", "Models loaded", "model")
         self._load_s = self._histogram("model_load_seconds", "Loading a model", SECONDS)
-        self._pending = self._gauge("pending_seconds", "Work that waits, in seconds")
-        self._active = self._gauge("rows", "Images that are made or wait now")
-        self._lag = self._histogram("event_loop_lag_seconds", "Lateness of events", STEP_SECONDS)
+        self._pending = self._gauge("pending_seconds", "Seconds of work that waits")
+        self._active = self._gauge("rows", "Images in progress or waiting")
+        self._lag = self._histogram(
+            "event_loop_lag_seconds", "Delay of the event loop", STEP_SECONDS
+        )
 
-    def answered(self, ask: Ask, outcome: str, seconds: float) -> None:
-        self._asks.labels(ask.model, outcome).inc()
-        self._seconds.labels(ask.model).observe(seconds)
+    def request_finished(self, request: ImagesRequest, outcome: str, seconds: float) -> None:
+        self._requests.labels(request.model, outcome).inc()
+        self._seconds.labels(request.model).observe(seconds)
 
     def started(self, seconds: float) -> None:
         self._queue.observe(seconds)
@@ -91,11 +99,11 @@ class EngineMetrics:
     def expired(self) -> None:
         self._deadlines.inc()
 
-    def saw_load(self, weights: object, seconds: float) -> None:
+    def model_loaded(self, weights: object, seconds: float) -> None:
         self._loads.labels(getattr(weights, "uri", "")).inc()
         self._load_s.observe(seconds)
 
-    def state(self, pending_s: float, rows: int) -> None:
+    def set_load(self, pending_s: float, rows: int) -> None:
         self._pending.set(pending_s)
         self._active.set(rows)
 
@@ -105,13 +113,15 @@ class EngineMetrics:
     def text(self) -> str:
         return generate_latest(self.registry).decode()
 
-    def _counter(self, name: str, told: str, *labels: str) -> Counter:
-        return Counter(f"{PREFIX}_{name}", told, labels, registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"{PREFIX}_{name}", help_text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, told: str) -> Gauge:
-        return Gauge(f"{PREFIX}_{name}", told, registry=self.registry)
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", help_text, registry=self.registry)
 
-    def _histogram(self, name: str, told: str, buckets: Iterable[float], *labels: str) -> Histogram:
+    def _histogram(
+        self, name: str, help_text: str, buckets: Iterable[float], *labels: str
+    ) -> Histogram:
         return Histogram(
-            f"{PREFIX}_{name}", told, labels, buckets=tuple(buckets), registry=self.registry
+            f"{PREFIX}_{name}", help_text, labels, buckets=tuple(buckets), registry=self.registry
         )

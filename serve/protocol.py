@@ -1,7 +1,7 @@
-"""What the ingress and the engine replicas say to each other.
+"""Messages between the ingress and the engine replicas.
 
-Owns the words of an ask and of the events that answer it. Knows neither torch, Ray nor HTTP; what
-is here is pickled and sent between processes, so it is plain data.
+Owns the request and the events that answer it. Knows neither torch, Ray nor HTTP: these are plain
+data, pickled and sent between processes.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
-    """A picture as bytes, row by row: RGB, or L with one byte for each pixel."""
+    """An image as bytes, row by row: RGB, or L with one byte for each pixel."""
 
     width: int
     height: int
@@ -19,17 +19,16 @@ class Pixels:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Ask:
-    """One call of the API: `len(seeds)` images that differ in their seeds only.
+class ImagesRequest:
+    """One call of the API: `len(seeds)` images that differ only in their seeds.
 
     `model` and `loras` are names in the registry. With `init` it is image-to-image; `mask` (L, of
-    init's size) says how much of each pixel is to be made anew: 255 all, 0 nothing. None stands for
-    the model's own value.
+    init's size) is how much of each pixel changes: 255 all, 0 nothing. None is the model's default.
     """
 
     id: str
     caller: str
-    """Whose turn it is when several wait: an API key's name, or an address."""
+    """An API key's name or an address; waiting callers share the engine fairly."""
     model: str
     prompt: str
     negative_prompt: str | None = None
@@ -48,24 +47,24 @@ class Ask:
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
     progress: bool = False
-    """Whether waiting and steps are to be told."""
+    """Whether waiting and step events are wanted."""
     deadline_s: float | None = None
-    """Seconds from the ask's arrival after which nobody wants the answer."""
+    """Seconds from the request's arrival after which the answer is not wanted."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """No step of any image is made yet."""
+    """No step of any image has been made."""
 
     position: int
-    """Asks that are before this one."""
+    """Requests before this one."""
     seconds: float
-    """Until its first step, as far as can be told."""
+    """Estimated time until its first step."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of an image is made."""
+    """A step of an image has been made."""
 
     image: int
     done: int
@@ -75,7 +74,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Partial:
-    """What an image looks like by now."""
+    """A preview of an unfinished image."""
 
     image: int
     index: int
@@ -84,7 +83,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Finished:
-    """An image."""
+    """A finished image."""
 
     image: int
     seed: int
@@ -96,10 +95,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of an ask that has none of its images, or not all.
+    """The end of a request without all of its images.
 
-    invalid: the ask cannot be served, whatever the time. busy: come again in `retry_after_s`.
-    deadline: too late. refused: the safety checker's word. broken: the engine's own fault.
+    invalid: it can never be served. busy: retry after `retry_after_s`. deadline: too late.
+    refused: blocked by the safety checker. broken: the engine failed.
     """
 
     kind: Literal["invalid", "busy", "deadline", "refused", "broken"]

@@ -1,100 +1,82 @@
-"""Models and adapters by name: those of the configuration, and every export below a folder.
+"""Models and adapters by name: from the configuration, and every export in the registry folder.
 
-Owns what a name stands for. Knows neither torch nor Ray: names are looked up in a table, so that no
-name can mean a place outside the folder.
+Owns what a name refers to. Knows neither torch nor Ray. Names are looked up in a table, so no name
+can refer to a path outside the folder.
 """
 
-import json
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rayjobs import storage
-from rayjobs.config import BadInput, HowToLoad
-from rayjobs.diffusion.weights import STARTER, first_line
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.config import BadInput
+from rayjobs.diffusion.weights import first_line
+from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
+from rayjobs.models.facts import ModelFacts, is_folder, read_facts
+from rayjobs.models.options import LoadOptions, WordConfig
 from rayjobs.storage import StorageError
 from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
+
+NO_FACTS = ModelFacts()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a replica has to load."""
+    """What a replica loads."""
 
     uri: str
     config: str | None = None
-    how: HowToLoad = field(default_factory=HowToLoad)
-    words: tuple[tuple[str, str], ...] = ()
-    """Files of learned embeddings, and the word of each."""
+    how: LoadOptions = field(default_factory=LoadOptions)
+    words: tuple[WordConfig, ...] = ()
     version: str = ""
-    """Changes when another export takes an export's place."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What can be told of a model from its configuration files."""
-
-    family: str | None = None
-    side: int | None = None
-    """Pixels of the pictures that it was trained on."""
-    multiple: int = 8
-    """Sides must be multiples of it."""
-    is_edm: bool = False
-
-    @property
-    def guidance_scale(self) -> float | None:
-        """What each family's makers recommend: Playground v2.5, SDXL and Stable Diffusion."""
-        if self.family is None:
-            return None
-        return 3.0 if self.is_edm else 5.0 if self.family == "sdxl" else 7.5
+    """Changes when an export is replaced."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A name that callers can say."""
+    """A name that requests can use."""
 
     name: str
     kind: Literal["model", "lora"]
     weights: Weights | None
     """None for an adapter that fits any model."""
     lora: str | None = None
-    """The adapter's file; a `model` that is one loads it at strength 1."""
+    """The adapter's file; a `model` with one always uses it at scale 1."""
     base: str | None = None
     """The name of the model that an adapter is for."""
-    facts: Facts = Facts()
+    facts: ModelFacts = NO_FACTS
     hint: str | None = None
-    """A prompt that the model was taught."""
+    """A prompt that the model was tuned on."""
     created: int = 0
     version: str = ""
-    """Changes when another export takes its place."""
+    """Changes when its export is replaced."""
 
 
 class Registry:
-    """The names that can be served now; `refresh` looks for new exports."""
+    """The names that can be served; `refresh` looks for new exports."""
 
     def __init__(self, config: ServeConfig):
         self.config = config
         self.problems: dict[str, str] = {}
-        """Why an export that is there is not served, by its name."""
+        """Why an export is not served, by its name."""
         self._fixed = {entry.name: entry for entry in self._configured()}
-        self._found: dict[str, tuple[str, Entry]] = {}
-        self._looked_s = float("-inf")
-        self._looking = threading.Lock()
+        self._exports: dict[str, tuple[str, Entry]] = {}
+        self._scanned_s = float("-inf")
+        self._scan_lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
-        found = {name: entry for name, (_, entry) in self._found.items()}
-        return [*self._fixed.values(), *(e for n, e in found.items() if n not in self._fixed)]
+        exports = {name: entry for name, (_, entry) in self._exports.items()}
+        return [*self._fixed.values(), *(e for n, e in exports.items() if n not in self._fixed)]
 
     def find(self, name: str) -> Entry | None:
-        """What a name means; a name that is not known yet is looked for first."""
-        known = self._fixed.get(name) or self._of_folder(name)
+        """The entry of a name; an unknown name is looked for in the registry folder first."""
+        known = self._fixed.get(name) or self._export(name)
         if known is None and NAME.fullmatch(name) and self.config.registry.uri is not None:
             self.refresh(at_once=True)
-            known = self._of_folder(name)
+            known = self._export(name)
         return known
 
     def default(self) -> Entry | None:
@@ -106,7 +88,7 @@ class Registry:
         return next((entry for entry in self.entries() if entry.kind == "model"), None)
 
     def watch(self) -> None:
-        """Look for new, changed and removed exports from now on, in a thread of its own."""
+        """Keep looking for new, changed and removed exports, in a thread."""
         if self.config.registry.uri is not None:
             threading.Thread(target=self._follow, name="registry", daemon=True).start()
 
@@ -115,86 +97,82 @@ class Registry:
             self.refresh()
             time.sleep(self.config.registry.refresh_s)
 
-    def learn(self, facts: dict[str, Facts]) -> None:
-        """What replicas tell of models whose files are not to be seen from here: the hub's."""
-        for name, found in facts.items():
+    def add_facts(self, facts: dict[str, ModelFacts]) -> None:
+        """Take facts from replicas, about models whose files are not readable here."""
+        for name, reported in facts.items():
             known = self._fixed.get(name)
             if known is not None and known.facts.family is None:
-                self._fixed[name] = replace(known, facts=found)
+                self._fixed[name] = replace(known, facts=reported)
 
     def refresh(self, at_once: bool = False) -> None:
-        """Look for new, changed and removed exports, not more often than the configuration says.
+        """Look for new, changed and removed exports, at most as often as configured.
 
-        A storage server that is away changes nothing.
+        While the storage is not available, nothing changes.
         """
-        with self._looking:
+        with self._scan_lock:
             every_s = self.config.registry.refresh_s
             every_s = min(1.0, every_s) if at_once else every_s
-            if time.monotonic() - self._looked_s >= every_s:
-                self._look()
-                self._looked_s = time.monotonic()
+            if time.monotonic() - self._scanned_s >= every_s:
+                self._scan()
+                self._scanned_s = time.monotonic()
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         uri = self.config.registry.uri
         if uri is None:
             return
         try:
             names = [name for name in storage.list_folders(uri) if NAME.fullmatch(name)]
-            found = {name: self._read(uri, name) for name in names}
+            exports = {name: self._read(uri, name) for name in names}
         except StorageError as error:
             self.problems["registry"] = str(error)
             return
         self.problems.pop("registry", None)
-        self._found = {name: each for name, each in found.items() if each is not None}
+        self._exports = {name: each for name, each in exports.items() if each is not None}
 
-    def _of_folder(self, name: str) -> Entry | None:
-        found = self._found.get(name)
-        return None if found is None else found[1]
+    def _export(self, name: str) -> Entry | None:
+        export = self._exports.get(name)
+        return None if export is None else export[1]
 
     def _read(self, uri: str, name: str) -> tuple[str, Entry] | None:
-        """The export of one folder, with a mark that changes with it; as it was, if it has not."""
-        for place in (storage.join(uri, name, "export"), storage.join(uri, name)):
-            mark = storage.etag(storage.join(place, exported.FILE))
-            if mark is None:
+        """The export of one folder and its etag; reread only when the etag has changed."""
+        for folder in (storage.join(uri, name, "export"), storage.join(uri, name)):
+            etag = storage.etag(storage.join(folder, exports.FILE))
+            if etag is None:
                 continue
-            known = self._found.get(name)
-            if known is not None and known[0] == mark:
+            known = self._exports.get(name)
+            if known is not None and known[0] == etag:
                 return known
             try:
-                note = exported.read(place)
-                entry = None if note is None else self._entry(name, place, note, mark)
+                note = exports.read(folder)
+                entry = None if note is None else self._entry(name, folder, note, etag)
             except storage.Unavailable:
                 raise
-            except Exception as error:  # one odd export hides itself, and no other
+            except Exception as error:  # a damaged export must not hide the others
                 self.problems[name] = first_line(error)
                 return None
             self.problems.pop(name, None)
-            return None if entry is None else (mark, replace(entry, version=mark))
+            return None if entry is None else (etag, replace(entry, version=etag))
         return None
 
     def _entry(
-        self, name: str, place: str, note: Exported, mark: str, how: HowToLoad | None = None
+        self, name: str, folder: str, note: ExportNote, etag: str, how: LoadOptions | None = None
     ) -> Entry:
-        """What an export means: a model of its own, or an adapter or words for its base."""
+        """The entry of an export: a model of its own, or an adapter or embeddings for its base."""
         base = next((m for m in self.config.models if m.uri == note.base_uri), None)
+        parts = exports.parts_of(folder, note)
         if note.kind == "full":
-            weights = Weights(place, None, how or HowToLoad(), version=mark)
+            weights = Weights(folder, None, how or LoadOptions(), version=etag)
         else:
-            uri = note.base_uri
-            if uri.startswith("/") and not Path(uri).exists():
-                raise BadInput(f"it is for the model {uri}, which is not here")
-            like = how or (_how(base) if base else HowToLoad())
-            weights = Weights(uri, base.config if base else None, like)
-        learned = storage.join(place, exported.EMBEDDINGS_FILE)
-        if note.tokens:
-            words = tuple((learned, word) for word in note.tokens)
-            weights = replace(weights, words=words, version=mark)
+            like = how or (_how(base) if base else LoadOptions())
+            weights = Weights(parts.base_uri, base.config if base else None, like)
+        if parts.words:
+            weights = replace(weights, words=parts.words, version=etag)
         is_lora = note.kind == "lora"
         return Entry(
             name=name,
             kind="lora" if is_lora else "model",
             weights=weights,
-            lora=storage.join(place, exported.LORA_FILE) if is_lora else None,
+            lora=parts.lora_uri,
             base=base.name if base else None,
             facts=read_facts(weights.uri),
             hint=note.instance_prompt,
@@ -203,7 +181,7 @@ class Registry:
 
     def _configured(self) -> Iterator[Entry]:
         for model in self.config.models:
-            note = exported.read(model.uri) if _is_folder(model.uri) else None
+            note = exports.read(model.uri) if is_folder(model.uri) else None
             if note is not None:
                 entry = self._entry(model.name, model.uri, note, "", _how(model))
                 yield replace(entry, kind="model")
@@ -214,46 +192,18 @@ class Registry:
             yield self._lora(lora)
 
     def _lora(self, lora: LoraConfig) -> Entry:
-        note = exported.read(lora.uri) if _is_folder(lora.uri) else None
+        note = exports.read(lora.uri) if is_folder(lora.uri) else None
         if note is not None and note.kind != "lora":
             raise BadInput(f"loras: {lora.uri} is an export of kind {note.kind}; list it in models")
         base = next((m for m in self.config.models if m.name == lora.base), None)
         if lora.base is not None and base is None:
             known = ", ".join(model.name for model in self.config.models)
-            raise BadInput(f"loras: base {lora.base!r} is no model; there are {known}")
+            raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
         weights = None if base is None else Weights(base.uri, base.config, _how(base))
         hint = None if note is None else note.instance_prompt
-        facts = Facts() if base is None else read_facts(base.uri)
+        facts = ModelFacts() if base is None else read_facts(base.uri)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
 
 
-def read_facts(uri: str) -> Facts:
-    """Of a diffusers folder, local or s3://, from its configuration files alone; else none."""
-    folder = str(STARTER) if uri == "starter" else uri
-    if not _is_folder(folder):
-        return Facts()
-    try:
-        index = _json(folder, "model_index.json")
-        blocks = _json(folder, "vae", "config.json").get("block_out_channels", [0] * 4)
-        scale = 2 ** (len(blocks) - 1)
-        latents = int(_json(folder, "unet", "config.json").get("sample_size", 128))
-        sampler = str(_json(folder, "scheduler", "scheduler_config.json").get("_class_name"))
-    except (StorageError, ValueError):
-        return Facts()
-    family = "sdxl" if "XL" in str(index.get("_class_name")) else "sd"
-    return Facts(family, latents * scale, max(8, scale), sampler.startswith("EDM"))
-
-
-def _json(folder: str, *parts: str) -> dict[str, Any]:
-    values = json.loads(storage.read_bytes(storage.join(folder, *parts)))
-    if not isinstance(values, dict):
-        raise ValueError(f"{'/'.join(parts)} is no JSON object")
-    return values
-
-
-def _is_folder(uri: str) -> bool:
-    return storage.is_remote(uri) or Path(uri).is_dir()
-
-
-def _how(model: ModelConfig) -> HowToLoad:
-    return HowToLoad(**{name: getattr(model, name) for name in HowToLoad.model_fields})
+def _how(model: ModelConfig) -> LoadOptions:
+    return LoadOptions(**{name: getattr(model, name) for name in LoadOptions.model_fields})

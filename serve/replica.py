@@ -1,6 +1,6 @@
 """An engine replica: the engine loop, wrapped for Ray Serve.
 
-Owns what Serve asks of a replica: health, load, what it holds. What it does is the loop's.
+Owns what Serve calls: events of a request, health, load, models in memory. The loop does the work.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from ray import serve as ray_serve
 from serve.config import ServeConfig
 from serve.engine import safety
 from serve.engine.loop import EngineLoop
-from serve.protocol import Ask, Event
+from serve.protocol import Event, ImagesRequest
 from serve.registry import Registry
 from serve.router.autoscaling import PENDING
 
 
 class EngineReplica:
-    """Answers asks; every model that is to be preloaded is warm before the first one comes."""
+    """Answers requests; models with `preload` are loaded and warm before the first one."""
 
     async def __init__(self, config: ServeConfig):
         self.config = config
@@ -37,12 +37,12 @@ class EngineReplica:
             if model.preload:
                 await self.loop.warm_up(model.name)
 
-    async def generate(self, ask: Ask) -> AsyncIterator[Event]:
-        async for event in self.loop.generate(ask):
+    async def generate(self, request: ImagesRequest) -> AsyncIterator[Event]:
+        async for event in self.loop.generate(request):
             yield event
 
     async def state(self) -> dict[str, Any]:
-        """What this replica holds and has to do, for lists, metrics and waiting times."""
+        """Models in memory, pending work and metrics, for `/v1/models`, `/ready` and `/metrics`."""
         return {
             "replica": ray_serve.get_replica_context().replica_tag,
             "names": self.loop.names(),
@@ -60,8 +60,8 @@ class EngineReplica:
         return {"names": self.loop.names(), "pending_s": self.loop.pending_s()}
 
     async def _end_with_engine(self) -> None:
-        """A process whose engine has failed ends: asks are made again elsewhere at once."""
+        """End the process when its engine fails: its requests are then sent to another replica."""
         while self.loop.failure is None:
             await asyncio.sleep(0.5)
-        print(f"the engine has failed: {self.loop.failure!r}", file=sys.stderr, flush=True)
+        print(f"the engine failed: {self.loop.failure!r}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,22 +1,23 @@
-"""The lock of a data set: what exactly it is made of, written before anything else.
+"""The lock of a data set: its resolved jobs, written before anything else.
 
-Owns the resolved jobs of its segments, their fingerprint, and the comparison with what a later run
-asks for. Knows a job only as the keys and values that it was resolved to.
+Owns its segments, the arithmetic of their shards and records, their fingerprint, and the comparison
+with a later run's job. Knows a job only as the keys and values that it was resolved to.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config
+from rayjobs.config import BadInput, Config, differences
 from rayjobs.dataset.records import ENGINE_VERSION, canonical_json
 
-PLACES = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
-PLACES += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
-"""Where things lie: they may move, since the lock holds hashes of what they are."""
+LOCATIONS = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
+LOCATIONS += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
+"""Keys that may change, since the lock holds hashes of what lies there."""
 
 
 class Segment(Config):
@@ -51,6 +52,28 @@ class Segment(Config):
     def shards(self) -> range:
         return range(self.first_shard, self.first_shard + self.num_shards)
 
+    @property
+    def records(self) -> range:
+        return range(self.first_record, self.first_record + self.num_records)
+
+    @property
+    def images_per_shard(self) -> int:
+        return int(self.job["output"]["images_per_shard"])
+
+    def records_of(self, shard: int) -> range:
+        """The records of one of its shards."""
+        start = self.first_record + (shard - self.first_shard) * self.images_per_shard
+        return range(start, min(start + self.images_per_shard, self.records.stop))
+
+    def shard_of(self, record: int) -> int:
+        return self.first_shard + (record - self.first_record) // self.images_per_shard
+
+    def count_records(self, shards: Sequence[int]) -> int:
+        """Records of some of its shards, in ascending order: only the last may be a short one."""
+        if not len(shards):
+            return 0
+        return (len(shards) - 1) * self.images_per_shard + len(self.records_of(int(shards[-1])))
+
     def identity(self) -> dict[str, Any]:
         """What decides the records of the whole job, wherever its files lie; flat, by key."""
         parts = self.model_dump(
@@ -59,7 +82,7 @@ class Segment(Config):
             | {"model_sha256", "loras_sha256", "scorers_sha256", "guided", "engine_version"},
         )
         flat = _flat(parts)
-        return {k: v for k, v in flat.items() if k.removeprefix("job.") not in PLACES}
+        return {k: v for k, v in flat.items() if k.removeprefix("job.") not in LOCATIONS}
 
 
 class Lock(Config):
@@ -87,9 +110,13 @@ class Lock(Config):
     def format(self) -> str:
         return str(self.segments[0].job["output"]["format"])
 
-    def segment_of(self, shard: int) -> int:
-        """Which segment a shard belongs to."""
-        return next(n for n, segment in enumerate(self.segments) if shard in segment.shards)
+    def segment_of(self, shard: int) -> Segment:
+        """The segment that a shard belongs to."""
+        return next(segment for segment in self.segments if shard in segment.shards)
+
+    def segment_of_record(self, record: int) -> Segment:
+        """The segment that a record belongs to."""
+        return next(segment for segment in self.segments if record in segment.records)
 
 
 def lock_uri(output_uri: str) -> str:
@@ -128,33 +155,19 @@ def replace_lock(lock: Lock, mark: str, output_uri: str) -> bool:
     return storage.replace_bytes(uri, _encoded(lock), mark, _staging(output_uri))
 
 
-def find(lock: Lock, wanted: Segment, output_uri: str) -> int:
-    """The segment that is the wanted job; raises BadInput with the difference when there is none.
+def find_segment(lock: Lock, wanted: Segment, output_uri: str) -> int:
+    """The number of the segment that is the wanted job.
 
-    The difference is that to the last one.
+    Raises BadInput with the difference from the last segment when there is none.
     """
     for number, segment in enumerate(lock.segments):
         if segment.identity() == wanted.identity():
             return number
-    changed = _changes(lock.segments[-1], wanted)
+    changed = differences(lock.segments[-1].identity(), wanted.identity())
     raise BadInput(
         f"{output_uri} holds another job; choose another output.uri, append this one with --extend,"
         " or go back to:\n" + "\n".join(changed)
     )
-
-
-def _changes(found: Segment, wanted: Segment) -> list[str]:
-    before, after = found.identity(), wanted.identity()
-    return [
-        f"  {key}: {_short(before.get(key))} there, {_short(after.get(key))} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _encoded(lock: Lock) -> bytes:

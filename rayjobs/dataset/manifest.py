@@ -1,4 +1,4 @@
-"""Which shards are finished: one small object for each, written last, is the only commit marker.
+"""Which shards are finished: one small object each, written last, is the only commit marker.
 
 Owns the data set's layout, the commit, the replacement of a shard by its next generation, and the
 compaction of a thousand entries into one file. Knows nothing of what is in a shard.
@@ -75,8 +75,8 @@ class Manifest:
     def entry(self, shard: int) -> Entry | None:
         """A finished shard's entry."""
         if storage.exists(self.entry_uri(shard)):
-            found: Entry = json.loads(storage.read_bytes(self.entry_uri(shard)))
-            return found
+            entry: Entry = json.loads(storage.read_bytes(self.entry_uri(shard)))
+            return entry
         if storage.exists(self.compact_uri(shard // GROUP)):
             return self._read_compact(shard // GROUP).get(shard)
         return None
@@ -96,10 +96,10 @@ class Manifest:
         by_group = {group: list(some) for group, some in groupby(single, lambda n: int(n) // GROUP)}
         with ThreadPoolExecutor(READERS) as pool:
             for group in sorted(by_group.keys() | compact):
-                found = self._read_compact(group) if group in compact else {}
-                found |= self._read_single(by_group.get(group, ()), pool)
-                for shard in sorted(found):
-                    yield found[shard]
+                by_shard = self._read_compact(group) if group in compact else {}
+                by_shard |= self._read_single(by_group.get(group, ()), pool)
+                for shard in sorted(by_shard):
+                    yield by_shard[shard]
 
     def _names(self) -> tuple[np.ndarray, set[int]]:
         """Shards with an entry of their own, sorted, and groups with a compact file."""
@@ -186,13 +186,13 @@ class Manifest:
                     group in compact
                 ) < GROUP:
                     continue
-                found = self._read_compact(group) if group in compact else {}
+                by_shard = self._read_compact(group) if group in compact else {}
                 mine = single[single // GROUP == group].tolist()
-                self._write_compact(group, found | self._read_single(mine, pool))
+                self._write_compact(group, by_shard | self._read_single(mine, pool))
                 list(pool.map(lambda shard: storage.remove(self.entry_uri(shard)), mine))
 
-    def _write_compact(self, group: int, found: dict[int, Entry]) -> None:
-        rows = [found[shard] for shard in sorted(found)]
+    def _write_compact(self, group: int, by_shard: dict[int, Entry]) -> None:
+        rows = [by_shard[shard] for shard in sorted(by_shard)]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, ENTRY), buffer, compression="zstd")
         storage.write_bytes(self.compact_uri(group), buffer.getvalue(), self.staging)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from rayjobs.config import BadInput
-from rayjobs.dataset.json_rows import Row
+from rayjobs.dataset.formats import Row
 from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 

@@ -13,6 +13,8 @@ import pyarrow as pa
 ENGINE_VERSION = 1
 """Raised whenever a change to the engine may move a bit of a picture."""
 
+Row = dict[str, Any]
+"""A record's columns by name."""
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """The image feature of Hugging Face data sets."""
 
@@ -67,16 +69,6 @@ def image_id(decides: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def moments_name(shard: int) -> str:
-    """The file of a shard's latent moments, below latents/ of its data set."""
-    return f"shard-{shard:08d}.safetensors"
-
-
-def prompt_key(prompt: str) -> str:
-    """A prompt's name among cached embeddings."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:32]
-
-
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -94,7 +86,7 @@ def schema(passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = ()) 
 
 
 def feature(kind: pa.DataType) -> dict[str, Any]:
-    """A column's type in the words of Hugging Face data sets."""
+    """A column's type as a feature of Hugging Face `datasets`."""
     if kind == IMAGE:
         return {"_type": "Image"}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -14,8 +14,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from rayjobs.diffusion import onednn
-from rayjobs.diffusion.weights import FAMILIES, Weights, first_line, locate
+from rayjobs.diffusion import facts, onednn
+from rayjobs.diffusion.facts import FAMILIES
+from rayjobs.diffusion.weights import Weights, first_line, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -69,21 +70,20 @@ class Model:
     @property
     def is_edm(self) -> bool:
         """Whether the UNet was trained with EDM preconditioning, as Playground v2.5 was."""
-        return type(self.scheduler).__name__.startswith("EDM")
+        return facts.is_edm(type(self.scheduler).__name__)
 
     @property
     def vae_scale(self) -> int:
         """Pixels per latent, along a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return facts.vae_scale(self.vae.config)
 
     @property
     def default_side(self) -> int:
-        return int(self.unet.config.sample_size) * self.vae_scale
+        return facts.default_side(self.unet.config, self.vae.config)
 
     @property
     def default_guidance_scale(self) -> float:
-        """What each family's makers recommend: Playground v2.5, SDXL and Stable Diffusion."""
-        return 3.0 if self.is_edm else 5.0 if self.family == "sdxl" else 7.5
+        return facts.default_guidance_scale(self.family, self.is_edm)
 
     @cached_property
     def latents_mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,9 +40,10 @@ class Request:
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
     image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a
-    `mask` (of the same kinds; white is made anew, black stays) each step's latents are blended with
-    the init image's, noised alike, as diffusers' inpainting pipelines do for UNets of four
-    channels; `keep_unmasked` then puts the init image's own pixels back where the mask is black.
+    `mask` (of the same kinds; white is made anew, black stays; with an alpha channel, transparent
+    is made anew) each step's latents are blended with the init image's, noised alike, as diffusers'
+    inpainting pipelines do for UNets of four channels; `keep_unmasked` then puts the init image's
+    own pixels back where the mask is black.
     `negative_prompt` None and "" differ for SDXL models, as in diffusers.
     """
 

@@ -16,7 +16,7 @@ from rayjobs.diffusion.sampler import Sampler
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.vae.inpainting import Inpainting
 from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
-from rayjobs.images.decode import open_image
+from rayjobs.images.decode import open_image, open_mask
 
 
 class LastStep(NamedTuple):
@@ -140,7 +140,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     else:
         row.init_1CHW = fitted(image, width, height, model)
         if request.mask is not None:
-            mask = open_image(request.mask)
+            mask = open_mask(request.mask)
             row.inpainting = Inpainting(mask, row.init_1CHW, request.keep_unmasked, model)
     return row
 

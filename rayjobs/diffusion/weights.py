@@ -14,13 +14,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from rayjobs.diffusion import facts
+from rayjobs.diffusion.facts import FAMILIES
+
 STARTER = Path(__file__).parents[1] / "starter" / "model"
-FAMILIES = {
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-}
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 IDENTITY = {".json", ".txt", ".safetensors", ".model"}
 WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -58,16 +55,15 @@ class Weights:
 
     @property
     def is_edm(self) -> bool:
-        return self.scheduler_name.startswith("EDM")
+        return facts.is_edm(self.scheduler_name)
 
     @cached_property
     def default_side(self) -> int:
         """Pixels along a side of the pictures that the model was trained on."""
         if self.path.is_file():
             return 1024 if self.family == "sdxl" else 512
-        latents = int(_read_json(self.path / "unet" / "config.json").get("sample_size", 128))
-        blocks = _read_json(self.path / "vae" / "config.json").get("block_out_channels", [0] * 4)
-        return latents * 2 ** (len(blocks) - 1)
+        unet, vae = (_read_json(self.path / name / "config.json") for name in ("unet", "vae"))
+        return facts.default_side(unet, vae)
 
     @cached_property
     def sha256(self) -> str:

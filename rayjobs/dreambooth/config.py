@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
+from rayjobs.models.options import Attention
 
 
 class ModelConfig(Config):
@@ -18,7 +19,7 @@ class ModelConfig(Config):
     """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
+    attention: Attention = "auto"
     """torch's scaled-dot-product kernel."""
 
 
@@ -227,7 +228,7 @@ class DreamBoothConfig(Config):
     def _check_combinations(self) -> "DreamBoothConfig":
         self._check_prompts()
         self._check_inversion()
-        for name, count in (("min", self.workers.min), ("max", self.workers.most)):
+        for name, count in (("min", self.workers.min), ("max", self.workers.max_workers)):
             if self.train.global_batch_size % count:
                 raise ValueError(
                     f"train.global_batch_size is {self.train.global_batch_size}, which "

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
 from rayjobs.dreambooth.config import EncodersConfig, WorkersConfig
+from rayjobs.models.options import Dtype
 
 QUOTED = re.compile(r"""^\s*(['"])(?P<text>.+)\1\s*(\.format\(.*\))?\s*,?\s*$""")
 SECTIONS = {"object": "object prompts", "live": "live subject prompts"}
@@ -44,7 +45,7 @@ class ModelConfig(Config):
     uri: str
     """An export of `dreambooth`, local or s3://, or any model."""
     device: str = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
 
 
 class OutputConfig(Config):

@@ -26,8 +26,8 @@ from rayjobs.dreambooth.training import callback, lora
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
-from rayjobs.models import exported
-from rayjobs.models.exported import EMBEDDINGS_FILE, LORA_FILE, Exported
+from rayjobs.models import exports
+from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
 
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
@@ -41,10 +41,10 @@ def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         note = _note(run, tuned.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-        storage.remove(storage.join(uri, exported.FILE))
+        storage.remove(storage.join(uri, exports.FILE))
         for path in files:
             storage.put_file(storage.join(uri, path.relative_to(folder).as_posix()), path)
-        exported.write(uri, dataclasses.replace(note, files=hashes))
+        exports.write(uri, dataclasses.replace(note, files=hashes))
     finally:
         shutil.rmtree(folder)
 
@@ -158,9 +158,9 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> Exported:
+def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
     config = run.config
-    return Exported(
+    return ExportNote(
         kind="words" if config.inversion.alone else config.train.method,
         tokens=(config.identifier,) if config.inversion.num_vectors else (),
         base_uri=config.model.uri,

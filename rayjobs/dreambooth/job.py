@@ -26,7 +26,7 @@ from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import ValidationLoop
-from rayjobs.models import exported
+from rayjobs.models import exports
 from rayjobs.progress import Progress
 
 
@@ -43,7 +43,7 @@ class Summary:
 
 
 def is_finished(run: ResolvedRun) -> bool:
-    return exported.read(run.export_uri) is not None
+    return exports.read(run.export_uri) is not None
 
 
 def run(run: ResolvedRun) -> Summary:
@@ -94,7 +94,7 @@ def _export(run: ResolvedRun, checkpoints: Checkpoints) -> None:
     try:
         ray.get(task.remote(run, step, metrics))
     except ray.exceptions.RayError as error:
-        raise cluster.told(error) from None
+        raise cluster.unwrap_error(error) from None
     steps = [checkpoint.step for checkpoint in checkpoints.list()]
     checkpoints.prune(results.to_keep(steps, validated, run.config.checkpoint.keep, 0))
 
@@ -131,7 +131,7 @@ def _train(run: ResolvedRun, first: int) -> None:
         try:
             _fit(trainer)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise cluster.told(error) from None
+            raise cluster.unwrap_error(error) from None
         notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
         if worker.FATAL in notes:
             raise JobFailed(notes[worker.FATAL])
@@ -165,8 +165,8 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
         "use_gpu": workers.num_gpus > 0,
         "resources_per_worker": resources,
     }
-    if workers.most > workers.min:
-        settings["num_workers"] = (workers.min, workers.most)
+    if workers.max_workers > workers.min:
+        settings["num_workers"] = (workers.min, workers.max_workers)
         settings["elastic_resize_monitor_interval_s"] = workers.resize_interval_s
     return ScalingConfig(**settings)
 
@@ -174,4 +174,4 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
 def num_cpus(config: DreamBoothConfig) -> float:
     """CPUs of all that may run at once."""
     beside = config.validation.num_cpus if config.validation.every_n_steps else 0
-    return config.workers.most * config.workers.num_cpus + beside
+    return config.workers.max_workers * config.workers.num_cpus + beside

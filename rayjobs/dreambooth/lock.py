@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from rayjobs import storage
-from rayjobs.config import BadInput
+from rayjobs.config import BadInput, differences
 from rayjobs.dreambooth.resolved import ResolvedRun
 
 FILE = "run.lock.json"
@@ -45,10 +45,7 @@ def enter(uri: str, run: dict[str, Any]) -> None:
     if storage.create_bytes(lock, written):
         return
     there = json.loads(storage.read_bytes(lock))
-    changed = [
-        f"  {key}: {_short(old)} there, {_short(new)} now"
-        for key, old, new in _differences(there, run, "")
-    ]
+    changed = differences(there, run)
     if not changed:
         return
     name, now = there["run"]["name"], run["run"]["name"]
@@ -58,20 +55,3 @@ def enter(uri: str, run: dict[str, Any]) -> None:
         f"the run {name!r} in {uri} was begun with other settings; take them back, or give "
         "another run.name and output.uri:\n" + "\n".join(changed)
     )
-
-
-def _differences(there: Any, now: Any, place: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(now, dict):
-        return [
-            difference
-            for key in sorted(there.keys() | now.keys())
-            for difference in _differences(
-                there.get(key), now.get(key), f"{place}.{key}" if place else key
-            )
-        ]
-    return [] if there == now else [(place, there, now)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 80 else f"{text[:77]}..."

@@ -4,21 +4,25 @@ Owns the four numbers as the DreamBooth paper defines them (arXiv 2208.12242, se
 encoders they need. Knows nothing of how pictures were made. Legend: N pictures, D width.
 """
 
+from collections.abc import Callable
 from itertools import combinations
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+from transformers import AutoModel
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import first_line
+from rayjobs.diffusion.weights import refuse_pickles
 from rayjobs.dreambooth.config import EncodersConfig
+from rayjobs.quality import pretrained
 from rayjobs.starter import likeness
 
 Pictures = list[Image.Image]
+T = TypeVar("T")
 
 
 class SubjectEncoder(Protocol):
@@ -111,73 +115,56 @@ class VisionTransformer:
     """DINO, or another vision transformer: the class token of the last layer."""
 
     def __init__(self, uri: str, device: str):
-        self.model = _loaded("subject", uri, AutoModel).to(device).eval()
-        self.processor = _loaded("subject", uri, AutoImageProcessor)
+        refuse_pickles([Path(uri)])
+        # A pooler may be missing, which is not used.
+        model = pretrained.pretrained(uri, AutoModel, use_safetensors=True)
+        self.model = model.to(device).eval()
+        self.processor = pretrained.load_processor(uri)
 
     @torch.no_grad()
     def features(self, pictures: Pictures) -> np.ndarray:
         features = []
         for picture in pictures:
-            inputs = self.processor(picture.convert("RGB"), return_tensors="pt")
-            output = self.model(inputs.pixel_values.to(self.model.device, self.model.dtype))
-            features.append(_unit(output.last_hidden_state[:, 0]))
+            pixels = pretrained.pixels_for(self.processor, picture, self.model)
+            features.append(_unit(self.model(pixels).last_hidden_state[:, 0]))
         return torch.cat(features).float().cpu().numpy()
 
 
-class Clip:
+class ClipEncoder:
     """CLIP's two towers; also a subject encoder (CLIP-I)."""
 
     def __init__(self, uri: str, device: str):
-        self.model = _loaded("prompt", uri, CLIPModel).to(device).eval()
-        self.processor = _loaded("prompt", uri, AutoImageProcessor)
-        self.tokenizer = _loaded("prompt", uri, AutoTokenizer)
+        self.clip = pretrained.Clip(uri, device)
 
-    @torch.no_grad()
     def features(self, pictures: Pictures) -> np.ndarray:
-        features = []
-        for picture in pictures:
-            inputs = self.processor(picture.convert("RGB"), return_tensors="pt")
-            pixels = inputs.pixel_values.to(self.model.device, self.model.dtype)
-            features.append(_unit(self.model.get_image_features(pixel_values=pixels).pooler_output))
-        return torch.cat(features).float().cpu().numpy()
+        return torch.stack([self.clip.embed_image(picture) for picture in pictures]).cpu().numpy()
 
-    @torch.no_grad()
     def likeness(self, pictures: Pictures, prompts: list[str]) -> np.ndarray:
-        length = self.model.config.text_config.max_position_embeddings
-        texts = {}
-        for prompt in dict.fromkeys(prompts):
-            tokens = self.tokenizer(
-                prompt,
-                padding="max_length",
-                truncation=True,
-                max_length=length,
-                return_tensors="pt",
-            ).to(self.model.device)
-            output = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
-            texts[prompt] = _unit(output.pooler_output)[0].float().cpu().numpy()
-        images_ND = self.features(pictures)
-        return np.array(
-            [float(x @ texts[prompt]) for x, prompt in zip(images_ND, prompts, strict=True)]
-        )
+        texts = {each: self.clip.embed_text(each).cpu().numpy() for each in dict.fromkeys(prompts)}
+        pairs = zip(self.features(pictures), prompts, strict=True)
+        return np.array([float(x @ texts[prompt]) for x, prompt in pairs])
 
 
 def _load_subject(uri: str, device: str) -> SubjectEncoder:
     if uri == "starter":
         return Starter()
-    return Clip(uri, device) if "clip" in uri.lower() else VisionTransformer(uri, device)
+    kind = ClipEncoder if "clip" in uri.lower() else VisionTransformer
+    return _loaded("subject", uri, lambda path: kind(path, device))
 
 
 def _load_prompt(uri: str, device: str) -> PromptEncoder:
-    return Starter() if uri == "starter" else Clip(uri, device)
+    if uri == "starter":
+        return Starter()
+    return _loaded("prompt", uri, lambda path: ClipEncoder(path, device))
 
 
-def _loaded(name: str, uri: str, kind: Any) -> Any:
-    local = storage.to_local(uri)
-    weights = {"use_safetensors": True} if hasattr(kind, "forward") else {}
+def _loaded(name: str, uri: str, load: Callable[[str], T]) -> T:
+    path = storage.to_local(uri)
     try:
-        return kind.from_pretrained(local, **weights)
-    except Exception as error:
-        raise BadInput(f"encoders.{name}: {uri!r} cannot be loaded: {first_line(error)}") from None
+        return load(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path} cannot be loaded: ")
+        raise BadInput(f"encoders.{name}: {uri!r} cannot be loaded: {reason}") from None
 
 
 def _mean_cosine(one: np.ndarray, other: np.ndarray) -> float:

@@ -12,9 +12,10 @@ from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import Weights, locate
+from rayjobs.diffusion.weights import Weights
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo, check_sizes, find_photos
+from rayjobs.models.facts import find_weights
 
 MAX_IDENTIFIER_TOKENS = 4
 COMMON_SHARE = 0.8
@@ -66,7 +67,7 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     config = _with_absolute_uris(config)
     storage.check(config.output.uri, write=True)
     _check_trackers(config)
-    weights = _locate(config)
+    weights = find_weights(config.model.uri)
     photos = find_photos(config.instance.uri, config.instance.prompt)
     _warn(_check_identifier(config, weights))
     _warn(check_sizes(photos, config.train.resolution or weights.default_side))
@@ -86,13 +87,6 @@ def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
 
     names = ("model", "instance", "prior", "output")
     return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
-
-
-def _locate(config: DreamBoothConfig) -> Weights:
-    try:
-        return locate(storage.to_local(config.model.uri))
-    except ValueError as error:
-        raise BadInput(f"model.uri: {error}") from None
 
 
 def _check_trackers(config: DreamBoothConfig) -> None:

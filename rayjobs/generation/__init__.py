@@ -6,7 +6,7 @@ EXPORTED = ("ProcessorConfig", "build_processor")
 
 
 def __getattr__(name: str) -> Any:
-    """The processor's names load Ray, so they are looked up only when asked for."""
+    """The processor's names load Ray, so they are imported when first used."""
     if name in EXPORTED:
         from rayjobs.generation.worker import processor
 

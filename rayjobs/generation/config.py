@@ -8,34 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayjobs.config import Config, HowToLoad, Workers
+from rayjobs.config import Config, Workers
 from rayjobs.diffusion.request import check_side, check_strength
-from rayjobs.generation.prompts.templates import Texts, check_places
-
-
-class LoraConfig(Config):
-    uri: str
-    """A safetensors LoRA file or its folder, local or s3://."""
-    scale: float = 1.0
-    """How strongly it acts; 1 is as trained."""
-
-
-class WordConfig(Config):
-    uri: str
-    """A safetensors file of learned embeddings (textual inversion) or its folder."""
-    word: str
-    """The word in prompts that they stand for."""
-
-
-class ModelConfig(HowToLoad):
-    uri: str
-    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
-    config: str | None = None
-    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
-    loras: tuple[LoraConfig, ...] = ()
-    """Adapters applied to every image."""
-    words: tuple[WordConfig, ...] = ()
-    """Words that the text encoders are taught."""
+from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
+from rayjobs.models.options import ModelConfig
 
 
 class PromptsConfig(Config):
@@ -46,11 +22,11 @@ class PromptsConfig(Config):
     column: str | None = None
     """The file's prompt column; without it `prompt`, in any case of letters."""
     templates: tuple[str, ...] = ()
-    """Texts with {axis} places, and {prompt} for each prompt of inline or uri."""
+    """Texts with {axis} placeholders, and {prompt} for each prompt of inline or uri."""
     axes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Words for the templates' places."""
+    """Values of the templates' placeholders."""
     mode: Literal["product", "zip", "sample"] = "product"
-    """How words go together: every combination, the n-th of each axis, or a random sample."""
+    """How axes combine: every combination, the n-th value of each, or a random sample."""
     samples: int | None = Field(default=None, ge=1)
     """With mode sample: different combinations for each prompt and template."""
     sample_seed: int = Field(default=0, ge=0, lt=2**63)
@@ -83,10 +59,10 @@ class PromptsConfig(Config):
         if not (self.inline or self.uri or self.templates):
             raise ValueError("no prompts; give prompts.inline, prompts.uri or prompts.templates")
         if self.axes and not self.templates:
-            raise ValueError("prompts.axes needs prompts.templates to put the words into")
-        for name, words in self.axes.items():
-            if not words:
-                raise ValueError(f"prompts.axes.{name} has no words")
+            raise ValueError("prompts.axes needs prompts.templates whose placeholders they fill")
+        for name, values in self.axes.items():
+            if not values:
+                raise ValueError(f"prompts.axes.{name} has no values")
         if "prompt" in self.axes:
             raise ValueError("prompts.axes.prompt: {prompt} is for prompts; list them as inline")
         return self
@@ -98,9 +74,9 @@ class PromptsConfig(Config):
         if self.mode == "sample" and self.samples is None:
             raise ValueError("prompts.mode sample needs prompts.samples, how many of each template")
         if self.mode == "sample" and not self.templates:
-            raise ValueError("prompts.mode sample needs prompts.templates to sample the words of")
-        check_places(self.templates, self.axes, bool(self.inline or self.uri))
-        Texts(self.templates, self.axes, self.mode, self.samples)
+            raise ValueError("prompts.mode sample needs prompts.templates, whose axes it samples")
+        check_placeholders(self.templates, self.axes, bool(self.inline or self.uri))
+        TemplateTexts(self.templates, self.axes, self.mode, self.samples)
         return self
 
 
@@ -112,7 +88,7 @@ class SeedsConfig(Config):
     values: tuple[int, ...] = ()
     """Or these seeds for each prompt."""
     derive: int | None = Field(default=None, ge=1)
-    """Or this many for each prompt, derived from job_seed, the prompt and their place."""
+    """Or this many for each prompt, derived from job_seed, the prompt and their index."""
     job_seed: int = 0
     """What derived seeds are derived from."""
 
@@ -166,7 +142,7 @@ class ParametersConfig(Config):
 
     @property
     def axes(self) -> list[tuple[str, ...]]:
-        """Names of the keys that vary, slowest first; those of one axis vary together."""
+        """ImageNames of the keys that vary, slowest first; those of one axis vary together."""
         given = [name for name in type(self).model_fields if getattr(self, name)]
         sizes = {"width", "height"} <= set(given)
         names = [(name, "height") if sizes and name == "width" else (name,) for name in given]
@@ -252,7 +228,7 @@ class EngineConfig(Config):
 
 class WorkersConfig(Workers):
     attempts: int = Field(default=3, ge=1, le=100)
-    """Deaths of a worker at a shard before its rows are made one by one to find the guilty one."""
+    """Crashes of workers at a shard before its records are made one by one to find the culprit."""
 
 
 class QualityConfig(Config):

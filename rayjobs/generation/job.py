@@ -1,4 +1,4 @@
-"""The generation job: check everything, lock it, have the missing shards made, tell of it.
+"""The generation job: resolve and check it, lock it, have missing shards made, write the reports.
 
 Owns the order of events of one run. What a worker does is in `worker`, what is made in `spec`, how
 workers are run in `worker.pool`.
@@ -8,25 +8,23 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from rayjobs import cluster, storage
 from rayjobs.config import JobFailed
-from rayjobs.dataset.lock import Lock, Segment
+from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import GROUP, Manifest
-from rayjobs.generation import exports
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.draft import check
 from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
-from rayjobs.generation.spec.segments import enter
+from rayjobs.generation.spec.segments import ensure_segment, open_draft
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
-FEW = 100_000
-"""Records: of so many the near-duplicates are looked for at the end of each run."""
+MAX_DEDUPLICATED = 100_000
+"""Records up to which near-duplicates are searched for at the end of each run."""
 Redo = Mapping[int, Mapping[int, int]]
 
 
@@ -56,8 +54,9 @@ def prepare(config: GenerateConfig, extend: bool = False) -> Lock:
 
     A new data set gets this machine's determinism class.
     """
-    with check(config) as draft:
-        return enter(draft, lambda: determinism.current(config), extend)
+    config = resolve(config)
+    with open_draft(config) as draft:
+        return ensure_segment(draft, lambda: determinism.current(config), extend)
 
 
 def run(
@@ -73,13 +72,13 @@ def run(
     StorageError before a worker starts when the job cannot be, JobFailed when it cannot go on.
     """
     started = time.monotonic()
-    config = anywhere(config)
+    config = resolve(config)
     with ExitStack() as stack:
-        lock = _enter(config, extend, stack)
+        lock = _lock(config, extend, stack)
         manifest = Manifest(config.output.uri, lock.format)
         manifest.recover()
         manifest.compact()
-        work = _again(lock, manifest) if retry_failed else _missing(lock, manifest, limit)
+        work = _failed(lock, manifest) if retry_failed else _unfinished(lock, manifest, limit)
         if work:
             stack.enter_context(_session(config))
         made = 0
@@ -97,16 +96,16 @@ def run(
 def _session(config: GenerateConfig) -> AbstractContextManager[None]:
     from rayjobs.generation.worker import pool
 
-    return pool.session(config)
+    return pool.session(config.workers)
 
 
 def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     """Make records of finished shards again: `redo` maps shards to records and their seeds."""
-    config = anywhere(config)
+    config = resolve(config)
     from rayjobs.generation.worker import pool
 
     manifest, made = Manifest(config.output.uri, lock.format), 0
-    with pool.session(config):
+    with pool.session(config.workers):
         for number, segment in enumerate(lock.segments):
             mine = {shard: seeds for shard, seeds in redo.items() if shard in segment.shards}
             if mine:
@@ -118,35 +117,29 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 
 def measure_rate(config: GenerateConfig) -> float:
     """Images per second of one worker, measured where a worker would run."""
-    config = anywhere(config)
-    from rayjobs.generation.worker import pool, probe
+    config = resolve(config)
+    from rayjobs.generation.worker import pool
 
     if cluster.is_own():
-        return probe.rate(config)
-    with pool.session(config):
-        return pool.ask(config, probe.rate)
+        return pool.measure_rate(config)
+    with pool.session(config.workers):
+        return pool.run_on_worker(config, pool.measure_rate)
 
 
-def write_moments(config: GenerateConfig) -> int:
-    """Have the pictures' latents and the prompts' embeddings written where workers run."""
-    config = anywhere(config)
-    from rayjobs.generation.worker import moments, pool
-
-    with pool.session(config):
-        return pool.ask(config, moments.write)
-
-
-def _enter(config: GenerateConfig, extend: bool, stack: ExitStack) -> Lock:
-    with check(config) as draft:
-        from rayjobs.generation.worker import pool  # takes seconds, and bad input is told before
+def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
+    with open_draft(config) as draft:
+        # Takes seconds, which bad input need not wait for.
+        from rayjobs.generation.worker import pool
 
         if cluster.is_own():
-            lock = enter(draft, lambda: determinism.current(config), extend)
+            lock = ensure_segment(draft, lambda: determinism.current(config), extend)
             allowed = config.engine.allow_class_change
             determinism.check_same(lock.determinism, determinism.current(config), allowed)
             return lock
-        stack.enter_context(pool.session(config))
-        return enter(draft, lambda: pool.ask(config, determinism.current), extend)
+        stack.enter_context(pool.session(config.workers))
+        return ensure_segment(
+            draft, lambda: pool.run_on_worker(config, determinism.current), extend
+        )
 
 
 def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:
@@ -154,7 +147,7 @@ def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -
     from rayjobs.generation.worker import pool
 
     segment = lock.segments[work.segment]
-    mine = anywhere(config_of(segment, config.output.uri, config))
+    mine = config_of(segment, config.output.uri, config)
     done = manifest.committed(lock.num_shards)
     made = 0
     for entry in pool.make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
@@ -166,35 +159,30 @@ def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -
     return made if work.redo is None else work.num_images
 
 
-def _missing(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
+def _unfinished(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
     done = manifest.committed(lock.num_shards)
-    found = []
+    work = []
     for number, segment in enumerate(lock.segments):
-        size = segment.job["output"]["images_per_shard"]
         shards = np.arange(segment.first_shard, segment.shards.stop)
         if limit is not None:
-            shards = shards[: -(-max(0, limit - segment.first_record) // size)]
+            wanted = max(0, limit - segment.first_record)
+            shards = shards[: -(-wanted // segment.images_per_shard)]
         shards = shards[~done[shards]]
         if len(shards):
-            found.append(_Work(number, shards, None, _num_images(segment, shards, size)))
-    return found
+            work.append(_Work(number, shards, None, segment.count_records(shards.tolist())))
+    return work
 
 
-def _num_images(segment: Segment, shards: np.ndarray, size: int) -> int:
-    short = segment.num_shards * size - segment.num_records
-    return len(shards) * size - (short if shards[-1] == segment.shards.stop - 1 else 0)
-
-
-def _again(lock: Lock, manifest: Manifest) -> list[_Work]:
+def _failed(lock: Lock, manifest: Manifest) -> list[_Work]:
     """Finished shards with failed records."""
     failed = {e["shard"]: e["failed"] for e in manifest.entries() if e["failed"]}
-    found = []
+    work = []
     for number, segment in enumerate(lock.segments):
         mine = [shard for shard in failed if shard in segment.shards]
         if mine:
             num_images = sum(failed[shard] for shard in mine)
-            found.append(_Work(number, np.array(mine), {}, num_images))
-    return found
+            work.append(_Work(number, np.array(mine), {}, num_images))
+    return work
 
 
 def _finish(
@@ -204,23 +192,9 @@ def _finish(
     failed = sum(entry["failed"] for entry in manifest.entries())
     spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
     card.write(config.output.uri, config.model.uri, lock, record_schema(config, spec.rows))
-    if lock.num_records <= FEW:  # of a larger one `rayjobs report` makes it, when asked to
+    if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
         duplicates.write(uri)
     dataset_report.write(uri)
     if manifest.committed(lock.num_shards).all():
         manifest.clean()
     return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)
-
-
-def anywhere(config: GenerateConfig) -> GenerateConfig:
-    """The job as a worker in any working directory can read it: with absolute local paths."""
-    config = exports.resolve(config)
-    values = config.model_dump()
-    places = [(values["output"], "uri"), (values["prompts"], "uri"), (values["init"], "uri")]
-    places += [(part, "uri") for key in ("loras", "words") for part in values["model"][key]]
-    if Path(config.model.uri).exists():
-        places.append((values["model"], "uri"))
-    for part, key in places:
-        if part[key] is not None:
-            part[key] = storage.absolute(part[key])
-    return GenerateConfig.model_validate(values)

@@ -1,4 +1,4 @@
-"""Class images for DreamBooth: the generation job, asked for what is missing until all are good.
+"""Class images for DreamBooth: the generation job, repeated until all prompts have their number.
 
 Owns how many of each prompt are wanted, which pictures are refused, and the seeds that replace
 them. How records are made, stored and resumed is the job's.
@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config, JobFailed
+from rayjobs.config import BadInput, Config, JobFailed, differences
 from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import canonical_json
@@ -41,7 +41,7 @@ from rayjobs.generation.spec.lock import job_part
 from rayjobs.generation.spec.records import Spec, derived_seed
 from rayjobs.quality import duplicates, pixels
 
-ROUNDS = 12
+MAX_ROUNDS = 12
 COLUMNS = ("record", "prompt", "seed", "status", "error", "image")
 Key = tuple[str, int]
 """A prompt and a seed: which picture it is, when all else is the same."""
@@ -57,8 +57,6 @@ class PriorConfig(Config):
     """Good images of each prompt."""
     job_seed: int = 0
     """What the seeds are derived from."""
-    latents: bool = False
-    """Store the autoencoder's moments and the prompts' embeddings too, for training."""
     sampler: SamplerConfig = SamplerConfig()
     image: ImageConfig = ImageConfig()
     output: OutputConfig
@@ -79,8 +77,8 @@ class Summary:
 
 
 @dataclass
-class _Found:
-    """A class image that is there."""
+class ClassImage:
+    """A class image that was made; `fault` says why it is refused."""
 
     record: int
     key: Key
@@ -100,31 +98,29 @@ def run(config: PriorConfig) -> Summary:
     prompts = list(_prompts(config))
     _check_same_settings(config)
     refused, reasons, made = _read_refused(uri), Counter[str](), 0
-    for _ in range(ROUNDS):
-        found = list(_look(uri))
-        bad = [image for image in found if image.fault is not None]
+    for _ in range(MAX_ROUNDS):
+        images = list(_judge_all(uri))
+        bad = [image for image in images if image.fault is not None]
         reasons.update(str(image.fault) for image in bad)
         refused |= {image.key for image in bad}
         _write_refused(uri, refused)
-        seeds = _Seeds(config.job_seed, refused | {image.key for image in found})
+        seeds = _Seeds(config.job_seed, refused | {image.key for image in images})
         if bad:
             made += _replace(config, bad, seeds)
             continue
-        rows = _missing(config, prompts, found, seeds)
+        rows = _missing(config, prompts, images, seeds)
         if not rows:
             break
         made += _make(config, rows)
     else:
         raise JobFailed(
-            f"after {ROUNDS} rounds there still are images to refuse ({_words(reasons)}); "
+            f"after {MAX_ROUNDS} rounds some images still are refused ({_describe(reasons)}); "
             "give more varied prompts or class synonyms, or another sampler"
         )
-    if config.latents:
-        job.write_moments(_job(config, config.prompts))
-    signatures = duplicates.pack(image.signature for image in found if image.signature)
+    signatures = duplicates.pack(image.signature for image in images if image.signature)
     diversity = duplicates.diversity(signatures)
     seconds = time.monotonic() - started
-    return Summary(len(found), made, dict(reasons), diversity, seconds, uri)
+    return Summary(len(images), made, dict(reasons), diversity, seconds, uri)
 
 
 class _Seeds:
@@ -169,53 +165,51 @@ def _check_same_settings(config: PriorConfig) -> None:
     for part in (before, after):
         part.pop("prompts")
         part["model"] = {k: v for k, v in part["model"].items() if k not in ("uri", "config")}
-    changed = [key for key in after if before.get(key) != after[key]]
-    if changed:
+    if changed := differences(before, after):
         raise BadInput(
-            f"{config.output.uri} holds class images made with other settings of "
-            f"{', '.join(changed)}; choose another output.uri, or go back to: "
-            + "; ".join(f"{key}: {json.dumps(before.get(key))}" for key in changed)
+            f"{config.output.uri} holds class images made with other settings; choose another "
+            "output.uri, or go back to:\n" + "\n".join(changed)
         )
 
 
-def _look(uri: str) -> Iterator[_Found]:
+def _judge_all(uri: str) -> Iterator[ClassImage]:
     """All class images, with what is wrong with them, judged by their pixels."""
     lock = read_lock(uri)
     if lock is None:
         return
-    found, manifest = [], Manifest(uri, lock.format)
+    images, manifest = [], Manifest(uri, lock.format)
     for entry in manifest.entries():
         for row in manifest.format.read(manifest.data, entry["shard"], COLUMNS):
-            found.append(_judge(row))
-    good = [image for image in found if image.signature is not None]
+            images.append(_judge(row))
+    good = [image for image in images if image.signature is not None]
     signatures = [image.signature for image in good if image.signature is not None]
     first = duplicates.groups(duplicates.pack(signatures)) if signatures else []
     for number, image in enumerate(good):
         if first[number] != number:
             image.fault = "near-duplicate"
-    yield from found
+    yield from images
 
 
-def _judge(row: dict[str, Any]) -> _Found:
+def _judge(row: dict[str, Any]) -> ClassImage:
     key = (row["prompt"], row["seed"])
     if row["status"] != "ok":
-        return _Found(row["record"], key, "failed", None)
+        return ClassImage(row["record"], key, "failed", None)
     measured = pixels.measure(Image.open(io.BytesIO(row["image"]["bytes"])))
     if measured["blank"]:
-        return _Found(row["record"], key, "blank", None)
+        return ClassImage(row["record"], key, "blank", None)
     signature = pixels.Signature(measured["phash"], measured["colours"])
-    return _Found(row["record"], key, None, signature)
+    return ClassImage(row["record"], key, None, signature)
 
 
 def _missing(
-    config: PriorConfig, prompts: list[str], found: list[_Found], seeds: _Seeds
+    config: PriorConfig, prompts: list[str], images: list[ClassImage], seeds: _Seeds
 ) -> list[Key]:
     """Prompts and seeds of the images that are still to be made."""
-    there = Counter(image.key[0] for image in found)
+    made = Counter(image.key[0] for image in images)
     return [
         (prompt, seeds.next(prompt))
         for prompt in prompts
-        for _ in range(config.num_images - there[prompt])
+        for _ in range(config.num_images - made[prompt])
     ]
 
 
@@ -225,7 +219,7 @@ def _make(config: PriorConfig, rows: list[Key]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         if lock is not None and not _is_complete(config.output.uri, lock):
-            rows = _begun(config.output.uri, lock)
+            rows = _last_rows(config.output.uri, lock)
         names = ("prompt", "seed")
         columns = {name: [row[n] for row in rows] for n, name in enumerate(names)}
         pq.write_table(pa.table(columns), path)
@@ -237,21 +231,19 @@ def _is_complete(uri: str, lock: Lock) -> bool:
     return bool(Manifest(uri, lock.format).committed(lock.num_shards).all())
 
 
-def _begun(uri: str, lock: Lock) -> list[Key]:
+def _last_rows(uri: str, lock: Lock) -> list[Key]:
     """The rows of the last segment."""
     rows = Snapshot(snapshot_uri(uri, len(lock.segments) - 1))
     return [(row["prompt"], row["seed"]) for row in (rows.row(n) for n in range(len(rows)))]
 
 
-def _replace(config: PriorConfig, bad: list[_Found], seeds: _Seeds) -> int:
+def _replace(config: PriorConfig, bad: list[ClassImage], seeds: _Seeds) -> int:
     """Make each refused image's record again, with the next seed of its prompt."""
     lock = read_lock(config.output.uri)
     assert lock is not None
-    size = config.output.images_per_shard
     redo: dict[int, dict[int, int]] = {}
     for image in bad:
-        segment = next(s for s in reversed(lock.segments) if s.first_record <= image.record)
-        shard = segment.first_shard + (image.record - segment.first_record) // size
+        shard = lock.segment_of_record(image.record).shard_of(image.record)
         redo.setdefault(shard, {})[image.record] = seeds.next(image.key[0])
     print(f"replacing {len(bad)} of the class images", file=sys.stderr)
     return job.make_again(_job(config, config.prompts), lock, redo)
@@ -273,5 +265,5 @@ def _write_refused(uri: str, refused: set[Key]) -> None:
         storage.write_bytes(_refused_uri(uri), canonical_json(sorted(refused)), staging)
 
 
-def _words(reasons: Counter[str]) -> str:
+def _describe(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -1,1 +1,1 @@
-"""What can be said of a finished picture: pixels, near-duplicates, scores, safety."""
+"""Measures of a finished picture: pixels, near-duplicates, scores, safety."""

@@ -4,6 +4,7 @@ Owns the search, which never compares all pairs, and the table beside the shards
 is decided by `pixels`.
 """
 
+import hashlib
 import io
 import itertools
 import math
@@ -23,6 +24,7 @@ from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.quality.pixels import ALIKE_BITS, ALIKE_LEVELS, HASH_BITS, Signature
 
+FILE = "duplicates.parquet"
 WINDOW = 256
 """Of pictures that share a key, each is compared with so many that follow: 100,000 pictures that
 are all nearly the same cost no more than that, and still end in one group."""
@@ -35,7 +37,7 @@ MIXER = np.uint64(0x9E3779B97F4A7C15)
 FAR_BITS = 16
 FAR_LEVELS = 64
 """From here on two pictures have nothing to do with each other, for `diversity`."""
-MOST_COMPARED = 2048
+MAX_COMPARED = 2048
 READERS = 16
 NO_HASHES = np.empty(0, np.uint64)
 NO_COLOURS = np.empty((0, 27), np.uint8)
@@ -124,21 +126,41 @@ def write(uri: str) -> dict[str, int]:
         for start, shard in zip(starts, shards, strict=False)
     )
     work = partial(_members, manifest, signatures.hashes, numbers)
-    found = _each(work, zip(shards, firsts, strict=True))
-    parts = (part for part in found if part.num_rows)  # of many shards most have no member
+    tables = _each(work, zip(shards, firsts, strict=True))
+    parts = (part for part in tables if part.num_rows)  # of many shards most have no member
     table = pa.concat_tables([TABLE.empty_table(), *parts]).sort_by(
         [("group", "ascending"), ("record", "ascending")]
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    target = storage.join(uri, "duplicates.parquet")
-    storage.write_bytes(target, buffer.getvalue(), manifest.staging)
+    storage.write_bytes(storage.join(uri, FILE), buffer.getvalue(), manifest.staging)
     return {
         "pictures": len(signatures),
         "groups": int((sizes > 1).sum()),
         "members": table.num_rows,
         "largest": int(sizes[sizes > 1].max(initial=0)),
     }
+
+
+def repeated(uri: str) -> np.ndarray:
+    """The records of every group in `duplicates.parquet` but its first, sorted."""
+    table_uri = storage.join(uri, FILE)
+    if not storage.exists(table_uri):
+        raise BadInput(f"drop_duplicates: {table_uri} is missing; `rayjobs report {uri}` writes it")
+    with storage.open_input(table_uri) as file:
+        table = pq.read_table(file, columns=["group", "record"])
+    group, record = table["group"].to_numpy(), table["record"].to_numpy()
+    order = np.lexsort([record, group])
+    group, record = group[order], record[order]
+    return np.sort(record[1:][group[1:] == group[:-1]])
+
+
+def table_sha256(uri: str) -> str:
+    digest = hashlib.sha256()
+    with storage.open_input(storage.join(uri, FILE)) as table:
+        while block := table.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -195,10 +217,10 @@ def diversity(signatures: Signatures) -> float:
     That is its difference from the picture nearest to it: the share of FAR_BITS in which their
     hashes differ, or of FAR_LEVELS by which the colour of some cell does, whichever is more, and 1
     at most. A copy brings 0, so a set in which every picture is there twice has 0; the mean over
-    all pairs would hardly notice. One picture alone is 1. Of more than MOST_COMPARED pictures as
+    all pairs would hardly notice. One picture alone is 1. Of more than MAX_COMPARED pictures as
     many are looked at, evenly spaced, so compare sets of about the same size.
     """
-    chosen = np.linspace(0, len(signatures) - 1, min(len(signatures), MOST_COMPARED)).astype(int)
+    chosen = np.linspace(0, len(signatures) - 1, min(len(signatures), MAX_COMPARED)).astype(int)
     if len(chosen) < 2:
         return 1.0
     hashes, colours = signatures.hashes[chosen], signatures.colours[chosen]

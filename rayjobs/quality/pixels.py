@@ -1,4 +1,4 @@
-"""What a picture's pixels say of it: is it blank, how sharp is it, which other pictures look alike.
+"""Measures of a picture's pixels: is it blank, how sharp is it, and its hash for near-duplicates.
 
 Owns these measures and the bounds of "looks alike". Knows nothing of models, records or files.
 """
@@ -91,21 +91,3 @@ def phash(luminance: Image.Image) -> str:
 def colours(rgb: Image.Image) -> str:
     """Mean colours of 3 x 3 cells, row by row, each as the six hex digits that CSS uses."""
     return rgb.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes().hex()
-
-
-def distance(a: str, b: str) -> int:
-    """The number of bits in which two hashes differ."""
-    return (int(a, 16) ^ int(b, 16)).bit_count()
-
-
-def colour_difference(a: str, b: str) -> int:
-    """The largest difference of any channel (0..255) of any cell."""
-    pairs = zip(bytes.fromhex(a), bytes.fromhex(b), strict=True)
-    return max(abs(left - right) for left, right in pairs)
-
-
-def looks_alike(a: Signature, b: Signature) -> bool:
-    """Whether two pictures are near-duplicates: alike in structure, and in colour everywhere."""
-    if distance(a.phash, b.phash) > ALIKE_BITS:
-        return False
-    return colour_difference(a.colours, b.colours) <= ALIKE_LEVELS

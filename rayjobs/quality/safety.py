@@ -1,18 +1,15 @@
 """Whether a picture is safe to hand out, as an image classifier sees it.
 
-Owns what its labels mean, and the loading of such models without running any code of theirs. Knows
-nothing of thresholds or of what is done about an unsafe picture.
+Owns what its labels mean. Knows nothing of thresholds or of what is done about an unsafe picture.
 """
 
 import re
-from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
-from rayjobs.diffusion.weights import first_line, refuse_pickles
+from rayjobs.quality.pretrained import load_vision_model, pixels_for
 
 UNSAFE = frozenset(
     ("nsfw", "unsafe", "explicit", "sexual", "sexy", "porn", "hentai", "nude", "nudity")
@@ -30,7 +27,7 @@ class Safety:
     """
 
     def __init__(self, uri: str, device: str, dtype: torch.dtype):
-        self.model, self.processor = load_classifier(uri, AutoModelForImageClassification, dtype)
+        self.model, self.processor = load_vision_model(uri, AutoModelForImageClassification, dtype)
         self.model.to(device)
         config = self.model.config
         labels = [re.sub("[^a-z0-9]", "", config.id2label[n].lower()) for n in config.id2label]
@@ -52,29 +49,3 @@ class Safety:
         logits = self.model(pixel_values=pixels_for(self.processor, image, self.model)).logits
         share = float(logits[0].float().softmax(dim=-1)[self.counted].sum())
         return min(1.0, max(0.0, 1 - share if self.inverted else share))
-
-
-def load_classifier(uri: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model with all of its weights, in evaluation mode, and its image processor."""
-    refuse_pickles([Path(uri)])
-    model, info = pretrained(uri, kind, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{uri} lacks {len(missing)} weights of a {type(model).__name__}, such as "
-            f"{missing[0]}; name a model that was trained as one"
-        )
-    # Pillow's arithmetic, whether torchvision is installed or not: the score must not depend on it.
-    return model.eval(), pretrained(uri, AutoImageProcessor, backend="pil")
-
-
-def pretrained(uri: str, kind: Any, **options: Any) -> Any:
-    """`from_pretrained`, with a ValueError that names the model and the reason."""
-    try:
-        return kind.from_pretrained(uri, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises nearly anything for a damaged folder
-        raise ValueError(f"{uri} cannot be loaded: {first_line(error)}") from error
-
-
-def pixels_for(processor: Any, image: Image.Image, model: Any) -> torch.Tensor:
-    values = processor(images=image, return_tensors="pt").pixel_values
-    return values.to(model.device, model.dtype)

@@ -4,28 +4,23 @@ Owns what each score means and which models it takes. Knows nothing of records, 
 models are local folders (or names on the hub).
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPModel,
-)
-from transformers.utils import logging as transformers_logging
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.weights import PICKLES, first_line
-from rayjobs.quality.safety import Safety, load_classifier, pixels_for, pretrained
+from rayjobs.quality.pretrained import Clip
+from rayjobs.quality.safety import Safety
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+T = TypeVar("T")
 
 
 class Scorer:
@@ -41,8 +36,11 @@ class Scorer:
     ):
         if aesthetic is not None and clip is None:
             raise BadInput("quality.aesthetic needs quality.clip, whose embedding it reads")
-        self.clip = None if clip is None else Clip(clip, device, dtype)
-        self.safety = None if safety is None else _load_safety(safety, device, dtype)
+        self.clip = self.safety = None
+        if clip is not None:
+            self.clip = _for_key("quality.clip", lambda: Clip(clip, device, dtype))
+        if safety is not None:
+            self.safety = _for_key("quality.safety", lambda: Safety(safety, device, dtype))
         self.aesthetic = None
         if self.clip is not None and aesthetic is not None:
             width = self.clip.model.config.projection_dim
@@ -67,31 +65,6 @@ class Scorer:
         if self.safety is not None:
             scores["unsafe_score"] = self.safety.score(image)
         return scores
-
-
-class Clip:
-    """A CLIP model with its tokenizer and image processor; embeddings have length 1."""
-
-    def __init__(self, uri: str, device: str, dtype: torch.dtype):
-        _check_kind("quality.clip", uri, "clip")
-        self.model, self.processor = _load("quality.clip", uri, CLIPModel, dtype)
-        self.tokenizer = _told("quality.clip", uri, AutoTokenizer)
-        self.model.to(device)
-
-    def embed_image(self, image: Image.Image) -> torch.Tensor:
-        pixels = pixels_for(self.processor, image, self.model)
-        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
-
-    def embed_text(self, text: str) -> torch.Tensor:
-        tokens = self.tokenizer(
-            text,
-            padding="max_length",
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.model.device)
-        features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
-        return _unit(features.pooler_output)
 
 
 def load_predictor(path: str, width: int) -> nn.Sequential:
@@ -152,34 +125,9 @@ def _not_a_predictor(path: str, reason: str) -> BadInput:
     )
 
 
-def _load(key: str, uri: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model with all of its weights, in evaluation mode, and its image processor."""
+def _for_key(key: str, load: Callable[[], T]) -> T:
+    """What is loaded; a refusal names the key that is to be changed."""
     try:
-        return load_classifier(uri, kind, dtype)
+        return load()
     except ValueError as error:
         raise BadInput(f"{key}: {error}") from error
-
-
-def _told(key: str, uri: str, kind: Any) -> Any:
-    try:
-        return pretrained(uri, kind)
-    except ValueError as error:
-        raise BadInput(f"{key}: {error}") from error
-
-
-def _load_safety(uri: str, device: str, dtype: torch.dtype) -> Safety:
-    try:
-        return Safety(uri, device, dtype)
-    except ValueError as error:
-        raise BadInput(f"quality.safety: {error}") from error
-
-
-def _check_kind(key: str, uri: str, wanted: str) -> None:
-    """Refuse a model of another type by name, before its weights say something unclear."""
-    found = _told(key, uri, AutoConfig).model_type
-    if found != wanted:
-        raise BadInput(f"{key}: {uri} is a model of type {found}; expected is type {wanted}")
-
-
-def _unit(features: torch.Tensor) -> torch.Tensor:
-    return nn.functional.normalize(features[0].float(), dim=-1)

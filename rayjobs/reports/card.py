@@ -1,8 +1,9 @@
-"""The data set's README.md: a card that Hugging Face `datasets` and people can read.
+"""README.md of a data set and of an export: a card that Hugging Face `datasets` and people read.
 
-Owns the card's words. Knows nothing of how the data set is made.
+Owns the cards' text. Knows nothing of how the data set is made.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +30,15 @@ TEXT = """---
 ```yaml
 {recipe}```
 """
+EXPORTED = """---
+{header}---
+# Generated images
+
+{num_records:,} images, exported by `rayjobs export`.
+
+* Load them: `datasets.load_dataset(FOLDER)`, where FOLDER is this one; pictures come as images.
+* `manifest/` holds the SHA-256 of every shard; `export.lock.json` says what was chosen and how.
+"""
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
@@ -51,3 +61,44 @@ def write(output_uri: str, model_uri: str, lock: Lock, schema: pa.Schema) -> Non
         recipe=yaml.safe_dump(last.job, sort_keys=False, allow_unicode=True),
     )
     storage.write_bytes(storage.join(output_uri, "README.md"), text.encode())
+
+
+def write_exported(
+    output_uri: str,
+    header: Mapping[str, Any],
+    splits: Mapping[str, int],
+    digits: int,
+    license: str | None,
+) -> None:
+    """Write the card of an export whose format has `header`.
+
+    `splits` has each split's number of records. The shards' numbers have the split's in front of
+    the source shard's, which has so many digits.
+    """
+    (config,) = header["configs"]
+    if set(splits) != {"train"}:
+        config = config | {
+            "data_files": [
+                {"split": name, "path": _files_of_split(config["data_files"], split, digits)}
+                for split, name in enumerate(splits)
+                if splits[name]
+            ]
+        }
+    whole = {
+        **({"license": license} if license else {}),
+        **header,
+        "configs": [config],
+        "tags": ["synthetic"],
+    }
+    text = EXPORTED.format(
+        header=yaml.safe_dump(whole, sort_keys=False), num_records=sum(splits.values())
+    )
+    storage.write_bytes(storage.join(output_uri, "README.md"), text.encode())
+
+
+def _files_of_split(patterns: str | list[str], split: int, digits: int) -> list[str]:
+    """The patterns of a format's files, narrowed to the shards of one split."""
+    first = f"{split * 10**digits:08d}"[:-digits]
+    shards = f"data/shard-{first}{'[0-9]' * digits}"
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    return [pattern.replace("data/*", shards, 1) for pattern in listed]

@@ -27,7 +27,7 @@ SMALL_BYTES = 4096
 PICTURES_PER_FILE = 192
 ROWS_TOGETHER = 16
 """Where not all of a shard is shown, so many neighbours are: a prompt's pictures stay together."""
-MOST_LETTERS = 240
+MAX_TEXT_LENGTH = 240
 """Of a prompt in the index, a reason or a value; sheets hold whole prompts once each."""
 EXAMPLES = 5
 BY_SUFFIX = {".parquet": "parquet", ".tar": "webdataset", "": "folder"}
@@ -35,21 +35,21 @@ NOT_SHOWN = ("image", "image_sha256", "prompt", "model", "model_sha256", "phash"
 FAILURE_COLUMNS = ("record", "prompt", "seed", "status", "error")
 
 
-def make(
+def write_sheet(
     output_uri: str, shard: int, suffix: str, key: str, shown: int, total: int
 ) -> dict[str, Any]:
     """Write the scripts of one shard, with about `shown` of its `total` rows.
 
     Returns what the index needs to know of it. The scripts' names begin with `key`.
     """
-    maker = _Maker(output_uri, key, shard, suffix)
+    writer = _SheetWriter(output_uri, key, shard, suffix)
     for position, row in enumerate(rows(output_uri, shard, suffix)):
         if row["status"] != "ok":
-            add_failure(maker.facts["failures"], row)
+            add_failure(writer.facts["failures"], row)
         if is_shown(position, shown, total):
-            maker.add(row)
-    maker.flush()
-    return maker.facts
+            writer.add(row)
+    writer.flush()
+    return writer.facts
 
 
 def read_failures(output_uri: str, shard: int, suffix: str) -> dict[str, Any]:
@@ -87,30 +87,32 @@ def is_shown(position: int, shown: int, total: int) -> bool:
 
 def add_failure(failures: dict[str, Any], row: dict[str, Any]) -> None:
     """Count a failed record under its reason: numbers and names in it make no other reason."""
-    text = (row["error"] or "no reason was given").strip()[:MOST_LETTERS]
+    text = (row["error"] or "no reason was given").strip()[:MAX_TEXT_LENGTH]
     shape = re.sub(r"'[^']*'|\"[^\"]*\"|\S+\.(?:png|jpe?g|webp|gif|bmp|tiff)|\d+", "…", text)
     reason = failures.setdefault(shape, {"text": text, "count": 0, "examples": []})
     reason["count"] += 1
     if len(reason["examples"]) < EXAMPLES:
-        example = {"record": row["record"], "prompt": row["prompt"][:MOST_LETTERS]}
+        example = {"record": row["record"], "prompt": row["prompt"][:MAX_TEXT_LENGTH]}
         reason["examples"].append(example | {"seed": _exact(row["seed"])})
 
 
-def find(output_uri: str, shard: int, suffix: str, records: set[int]) -> list[dict[str, Any]]:
+def read_thumbnails(
+    output_uri: str, shard: int, suffix: str, records: set[int]
+) -> list[dict[str, Any]]:
     """Thumbnails of some of a shard's records, with their prompts and seeds."""
-    found: list[dict[str, Any]] = []
+    thumbs: list[dict[str, Any]] = []
     for row in rows(output_uri, shard, suffix, ("image", "record", "prompt", "seed")):
         if row["record"] in records and row["image"] is not None:
             thumb = thumbnails(row["image"]["bytes"], with_large=False)[0]
-            prompt = row["prompt"][:MOST_LETTERS]
+            prompt = row["prompt"][:MAX_TEXT_LENGTH]
             one = {"record": row["record"], "prompt": prompt, "seed": _exact(row["seed"])}
-            found.append(one | {"thumb": thumb})
-            if len(found) == len(records):
+            thumbs.append(one | {"thumb": thumb})
+            if len(thumbs) == len(records):
                 break
-    return found
+    return thumbs
 
 
-class _Maker:
+class _SheetWriter:
     """Fills one script after the other with a shard's rows."""
 
     def __init__(self, output_uri: str, key: str, shard: int, suffix: str):
@@ -133,18 +135,21 @@ class _Maker:
         prompt = self._prompts.setdefault(row["prompt"], len(self._prompts))
         plain = {name: _plain(value) for name, value in row.items() if name not in NOT_SHOWN}
         # By identity: 0 is a seed, and equal to False.
-        of = {k: v for k, v in plain.items() if v is not None and v is not False and v != ""}
+        shown = {k: v for k, v in plain.items() if v is not None and v is not False and v != ""}
         thumb = large = None
         if row["image"] is not None:
             try:
                 thumb, large = thumbnails(row["image"]["bytes"], self._with_large)
                 self._extension = self._extension or extension_of(row["image"]["bytes"])
             except (OSError, ValueError, Image.DecompressionBombError) as error:
-                of |= {"status": "unreadable", "error": f"the picture: {error}"[:MOST_LETTERS]}
+                shown |= {
+                    "status": "unreadable",
+                    "error": f"the picture: {error}"[:MAX_TEXT_LENGTH],
+                }
         if row["status"] != "ok":
             self._failed.append(row["record"])
         self._num_flagged += bool(row.get("blank") or row.get("warnings"))
-        self._rows.append({"of": of, "p": prompt, "thumb": thumb})
+        self._rows.append({"of": shown, "p": prompt, "thumb": thumb})
         self._large.append(large)
         if len(self._rows) == PICTURES_PER_FILE:
             self.flush()
@@ -163,7 +168,7 @@ class _Maker:
             "shown": len(self._rows),
             "flagged": self._num_flagged,
             "failed": self._failed,
-            "prompts": [text[:MOST_LETTERS] for text in self._prompts],
+            "prompts": [text[:MAX_TEXT_LENGTH] for text in self._prompts],
         }
         self.facts["files"].append(facts)
         self._begin()
@@ -211,7 +216,7 @@ def _plain(value: Any) -> Any:
         return float(f"{value:.7g}") if math.isfinite(value) else str(value)
     if isinstance(value, bool) or value is None:
         return value
-    return _exact(value) if isinstance(value, int) else str(value)[:MOST_LETTERS]
+    return _exact(value) if isinstance(value, int) else str(value)[:MAX_TEXT_LENGTH]
 
 
 def _exact(value: int | None) -> int | str | None:

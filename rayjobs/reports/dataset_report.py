@@ -1,7 +1,7 @@
-"""The data set's report: index.html and the scripts under report/, made from what is finished.
+"""The data set's report: index.html and the scripts under report/, made of the finished shards.
 
-Owns which shards are read, what was read before, and the order of pages. Reads through the manifest
-and knows nothing of how images were made.
+Owns which shards are read, the cache of what was read before, and the order of pages. Reads through
+the manifest and knows nothing of how images were made.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from rayjobs.reports import contact_sheet
 from rayjobs.reports.history import History, rows_shown
 from rayjobs.reports.page import Facts, render
 
-MOST_PICTURES = 20_000
+MAX_PICTURES = 20_000
 """Of a larger data set a sample is shown, spread evenly over its shards."""
-MOST_FAILED_SHARDS = 2_000
+MAX_FAILED_SHARDS = 2_000
 """Shards that are read for the reasons of their failures alone."""
-MOST_SHAPES = 1_000
+MAX_REASONS = 1_000
 READERS = 4
 PROMPTS_PER_FILE = 5_000
 LARGEST_GROUPS = 12
@@ -40,47 +40,47 @@ BROKEN = (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException)
 Sheets = dict[str, dict[str, Any]]
 
 
-def write(output_uri: str, most_pictures: int = MOST_PICTURES) -> str:
+def write(output_uri: str, max_pictures: int = MAX_PICTURES) -> str:
     """Write the report of what is finished of the data set; return the URI of its index.html.
 
     Made again after a resume, it reads only shards that it has not read. A data set with more than
-    `most_pictures` is shown by a sample.
+    `max_pictures` is shown by a sample.
     """
     history = History()
     for entry in Manifest(output_uri).entries():
         history.add(entry)
     folder = storage.join(output_uri, "report")
-    there = set(storage.list_files(folder)) if storage.is_folder(folder) else set()
-    sheets, unreadable = _read(output_uri, _plan(history, most_pictures), there, history.suffix)
+    existing = set(storage.list_files(folder)) if storage.is_folder(folder) else set()
+    sheets, unreadable = _read(output_uri, _plan(history, max_pictures), existing, history.suffix)
     pages = list(_pages(sheets))
     lock = read_lock(output_uri)
-    alike, largest = _duplicates(output_uri, history.suffix, there)
-    index = _write_prompts(folder, sheets, pages, there)
+    alike, largest = _duplicates(output_uri, history.suffix, existing)
+    index = _write_prompts(folder, sheets, pages, existing)
     data = index | {"pages": pages, "suffix": history.suffix, "duplicates": largest}
     facts = _facts(output_uri, lock, sheets, pages)
     facts |= {"alike": alike, "unreadable": unreadable}
     html = render(history, Facts(**facts), contact_sheet.as_json(data))
     uri = storage.join(output_uri, "index.html")
     storage.write_bytes(uri, html.encode())
-    _remove_old(folder, there, sheets, [*index["prompts"], largest])
+    _remove_old(folder, existing, sheets, [*index["prompts"], largest])
     return uri
 
 
-def _plan(history: History, most: int) -> dict[str, tuple[int, int, int]]:
+def _plan(history: History, max_pictures: int) -> dict[str, tuple[int, int, int]]:
     """What to read, by the name of what will come of it: shard, rows shown, rows."""
     total = history.total("rows")
     shards, digests = history.column("shard"), history.column("digest")
     rows, failed = history.column("rows"), history.column("failed")
-    limit = rows_shown(most) if total > most else max(total, 1)
+    limit = rows_shown(max_pictures) if total > max_pictures else max(total, 1)
     plan = {}
-    pictured = history.pictured(most)
+    pictured = history.pictured(max_pictures)
     for at in pictured:
         shown = min(int(rows[at]), limit)
         part = f"of{shown}-" if shown < rows[at] else ""
         name = f"{shards[at]:08d}-{part}{digests[at]:016x}-v{contact_sheet.VERSION}"
         plan[name] = (int(shards[at]), shown, int(rows[at]))
     only_failed = np.setdiff1d(np.flatnonzero(failed), pictured, assume_unique=True)
-    evenly = only_failed[:: max(1, -(-len(only_failed) // MOST_FAILED_SHARDS))]
+    evenly = only_failed[:: max(1, -(-len(only_failed) // MAX_FAILED_SHARDS))]
     for at in evenly:
         name = f"{shards[at]:08d}-failures-{digests[at]:016x}-v{contact_sheet.VERSION}"
         plan[name] = (int(shards[at]), 0, int(rows[at]))
@@ -88,14 +88,14 @@ def _plan(history: History, most: int) -> dict[str, tuple[int, int, int]]:
 
 
 def _read(
-    output_uri: str, plan: dict[str, tuple[int, int, int]], there: set[str], suffix: str
+    output_uri: str, plan: dict[str, tuple[int, int, int]], existing: set[str], suffix: str
 ) -> tuple[Sheets, list[str]]:
-    """What is known of each planned shard, from an earlier report or read now; what is broken."""
-    known = _known(output_uri) if "state.json" in there else {}
+    """Each planned shard's sheet, from an earlier report or read now; and errors of reading."""
+    known = _known(output_uri) if "state.json" in existing else {}
     sheets = {
         key: known[key]
         for key in plan
-        if key in known and all(f"{file['name']}.js" in there for file in known[key]["files"])
+        if key in known and all(f"{file['name']}.js" in existing for file in known[key]["files"])
     }
     unreadable: list[str] = []
 
@@ -103,7 +103,7 @@ def _read(
         shard, shown, total = plan[key]
         try:
             if shown:
-                sheet = contact_sheet.make(output_uri, shard, suffix, key, shown, total)
+                sheet = contact_sheet.write_sheet(output_uri, shard, suffix, key, shown, total)
             else:
                 sheet = contact_sheet.read_failures(output_uri, shard, suffix)
             sheets[key] = sheet
@@ -153,24 +153,24 @@ def _pages(sheets: Sheets) -> Iterator[list[str]]:
 
 
 def _write_prompts(
-    folder: str, sheets: Sheets, pages: list[list[str]], there: set[str]
+    folder: str, sheets: Sheets, pages: list[list[str]], existing: set[str]
 ) -> dict[str, Any]:
     """Write the index of prompts in parts, each named by what is in it; return their names."""
     page_of = {name: number for number, page in enumerate(pages) for name in page}
-    found = dict.fromkeys(
+    prompts = dict.fromkeys(
         (text, page_of[file["name"]])
         for sheet in sheets.values()
         for file in sheet["files"]
         for text in file["prompts"]
     )
-    names, every = [], list(found)
+    names, every = [], list(prompts)
     for start in range(0, len(every), PROMPTS_PER_FILE):
         part = every[start : start + PROMPTS_PER_FILE]
         name = f"prompts-{hashlib.sha256(repr(part).encode()).hexdigest()[:16]}"
-        if f"{name}.js" not in there:
+        if f"{name}.js" not in existing:
             contact_sheet.write_script(folder, name, part)
         names.append(name)
-    return {"prompts": names, "numPrompts": len(found)}
+    return {"prompts": names, "numPrompts": len(prompts)}
 
 
 def _facts(
@@ -192,21 +192,21 @@ def _facts(
 def _reasons(sheets: Sheets, pages: list[list[str]]) -> list[dict[str, Any]]:
     """Failures of all shards by reason, the most frequent first, with a few examples each."""
     page_of = {name: number for number, page in enumerate(pages, 1) for name in page}
-    found: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, dict[str, Any]] = {}
     for sheet in sheets.values():
         shown = {
             record: page_of[file["name"]] for file in sheet["files"] for record in file["failed"]
         }
         for shape, one in sheet["failures"].items():
-            key = shape if shape in found or len(found) < MOST_SHAPES else "other"
+            key = shape if shape in reasons or len(reasons) < MAX_REASONS else "other"
             text = "other reasons" if key == "other" else one["text"]
-            reason = found.setdefault(key, {"text": text, "count": 0, "examples": []})
+            reason = reasons.setdefault(key, {"text": text, "count": 0, "examples": []})
             reason["count"] += one["count"]
             room = contact_sheet.EXAMPLES - len(reason["examples"])
             for example in one["examples"][: max(room, 0)]:
                 place = {"page": shown.get(example["record"]), "file": sheet["file"]}
                 reason["examples"].append(example | place)
-    return sorted(found.values(), key=lambda one: -one["count"])
+    return sorted(reasons.values(), key=lambda one: -one["count"])
 
 
 def _recipe(lock: Lock) -> str:
@@ -217,7 +217,7 @@ def _recipe(lock: Lock) -> str:
 
 
 def _duplicates(
-    output_uri: str, suffix: str, there: set[str]
+    output_uri: str, suffix: str, existing: set[str]
 ) -> tuple[tuple[int, int] | None, str | None]:
     """Groups of near-duplicates and images in them; the script with the largest ones' pictures."""
     uri = storage.join(output_uri, "duplicates.parquet")
@@ -236,7 +236,7 @@ def _duplicates(
         table = pq.read_table(file, columns=names, filters=[("group", "in", list(largest))])
     members = _members(table.to_pylist(), largest)
     name = f"duplicates-{hashlib.sha256(repr(members).encode()).hexdigest()[:16]}"
-    if f"{name}.js" not in there:
+    if f"{name}.js" not in existing:
         pictures = _pictures(
             output_uri, suffix, [one for group in members.values() for one in group]
         )
@@ -269,20 +269,20 @@ def _pictures(
     for row in rows:
         wanted.setdefault(contact_sheet.shard_of(row["file"]), set()).add(row["record"])
 
-    def find(shard: int) -> list[dict[str, Any]]:
+    def read(shard: int) -> list[dict[str, Any]]:
         try:
-            return contact_sheet.find(output_uri, shard, suffix, wanted[shard])
+            return contact_sheet.read_thumbnails(output_uri, shard, suffix, wanted[shard])
         except BROKEN:  # it is named where the shards are read
             return []
 
     with ThreadPoolExecutor(READERS) as pool:
-        return {one["record"]: one for found in pool.map(find, wanted) for one in found}
+        return {one["record"]: one for some in pool.map(read, wanted) for one in some}
 
 
-def _remove_old(folder: str, there: set[str], sheets: Sheets, others: list[str | None]) -> None:
+def _remove_old(folder: str, existing: set[str], sheets: Sheets, others: list[str | None]) -> None:
     """Remove scripts that no page names any more: of shards made again, or no longer shown."""
     names = {file["name"] for sheet in sheets.values() for file in sheet["files"]}
     keep = {f"{name}{end}.js" for name in names for end in ("", "-large")}
     keep |= {f"{name}.js" for name in others} | {"state.json"}
-    for name in there - keep:
+    for name in existing - keep:
         storage.remove_folder(storage.join(folder, name))

@@ -1,4 +1,4 @@
-"""How a data set came to be: counts, speed and failures over time, from its manifest alone.
+"""A data set's history: counts, speed and failures over time, from its manifest alone.
 
 Owns the columns kept of each finished shard, 64 bytes, and the arithmetic over them. Knows
 nothing of pictures or of pages.
@@ -63,19 +63,19 @@ class History:
     def total(self, name: str) -> int:
         return int(self.column(name).sum())
 
-    def pictured(self, most: int) -> np.ndarray:
-        """Positions of the shards to show: all, or as many as hold about `most` images.
+    def pictured(self, max_images: int) -> np.ndarray:
+        """Positions of the shards to show: all, or as many as hold about `max_images` images.
 
         Multiples of the golden ratio are spread evenly and keep step with no prompt's period; and
         what is shown of a part of a data set is shown, mostly, of the whole.
         """
         rows = self.column("rows")
-        if rows.sum() <= most:
+        if rows.sum() <= max_images:
             return np.arange(len(self))
         golden = np.uint64(0x9E3779B97F4A7C15)
         order = np.argsort(self.column("shard").astype(np.uint64) * golden, kind="stable")
-        shown = np.cumsum(np.minimum(rows[order], rows_shown(most)))
-        return np.sort(order[: max(1, int(np.searchsorted(shown, most, "right")))])
+        shown = np.cumsum(np.minimum(rows[order], rows_shown(max_images)))
+        return np.sort(order[: max(1, int(np.searchsorted(shown, max_images, "right")))])
 
     @property
     def span(self) -> tuple[float, float] | None:
@@ -126,7 +126,7 @@ class History:
             for name in ("rows", "failed", "seconds")
         }
         shards = np.bincount(worker, minlength=len(self._workers))
-        found = [
+        totals = [
             {
                 "number": number,
                 "node": node,
@@ -138,13 +138,13 @@ class History:
             }
             for (node, name), number in self._workers.items()
         ]
-        return sorted(found, key=lambda one: (-one["failed"], one["images_per_s"]))
+        return sorted(totals, key=lambda one: (-one["failed"], one["images_per_s"]))
 
     def of_worker(self, number: int) -> np.ndarray:
         """Positions of the shards that a worker made."""
         return np.flatnonzero(self.column("worker") == number)
 
 
-def rows_shown(most: int) -> int:
+def rows_shown(max_images: int) -> int:
     """How many images of one shard are shown where not all can be: of 64 shards at least."""
-    return max(16, most // 64)
+    return max(16, max_images // 64)

@@ -1,6 +1,6 @@
-"""The report's page: its summary, its charts and the frame that contact sheets are shown in.
+"""The report's page: its summary, its charts and the frame around the contact sheets.
 
-Owns the HTML. Is given facts and knows nothing of storage or of shards' contents.
+Owns the HTML. Knows nothing of storage or of shards' contents.
 """
 
 import datetime as dt
@@ -17,15 +17,15 @@ from rayjobs.reports.history import History
 
 BINS = 120
 WORKER_BINS = 48
-MOST_WORKERS = 30
-MOST_REASONS = 30
+MAX_WORKERS = 30
+MAX_REASONS = 30
 SLOW = 0.6
 """A worker below this share of the median speed is pointed out."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a page says, beside the manifest's history."""
+    """What a page shows beside the manifest's history."""
 
     title: str
     recipe: str
@@ -144,8 +144,8 @@ def _chart(speed: np.ndarray, failures: np.ndarray, label: str, top: float | Non
     """Bars without gaps, one for each part of the time, as one path; failures hang from the top."""
     height, high = 100, float(top or speed.max() or 1)
     steps = [f"V{height - height * min(value / high, 1) * 0.92:.1f}h1" for value in speed]
-    most = float(failures.max()) or 1.0
-    drops = [f"V{(6 + 24 * count / most) * (count > 0):.1f}h1" for count in failures]
+    highest = float(failures.max()) or 1.0
+    drops = [f"V{(6 + 24 * count / highest) * (count > 0):.1f}h1" for count in failures]
     return (
         f'<svg viewBox="0 0 {len(speed)} {height}" preserveAspectRatio="none" role="img" '
         f'aria-label="{label}"><path class="speed" d="M0 {height}{"".join(steps)}V{height}z"/>'
@@ -157,8 +157,8 @@ def _reasons(history: History, facts: Facts) -> str:
     failed = history.total("failed")
     if not failed:
         return ""
-    blocks = [_reason(reason) for reason in facts.reasons[:MOST_REASONS]]
-    rest = len(facts.reasons) - MOST_REASONS
+    blocks = [_reason(reason) for reason in facts.reasons[:MAX_REASONS]]
+    rest = len(facts.reasons) - MAX_REASONS
     if rest > 0:
         blocks.append(f'<p class="quiet">{rest:,} rarer reasons are left out.</p>')
     read = facts.num_reasons_read
@@ -191,7 +191,7 @@ def _workers(history: History) -> str:
     if history.span is None or not len(history):
         return ""
     workers = history.workers()
-    drawn = [(one, history.of_worker(one["number"])) for one in workers[:MOST_WORKERS]]
+    drawn = [(one, history.of_worker(one["number"])) for one in workers[:MAX_WORKERS]]
     speeds = [history.speed(WORKER_BINS, where) for _, where in drawn]
     top = max(float(speed.max()) for speed in speeds)
     lines = []

@@ -2,6 +2,7 @@
 
 from rayjobs.storage.door import (
     absolute,
+    absolute_if_path,
     be_patient,
     check,
     create_bytes,
@@ -35,6 +36,7 @@ __all__ = [
     "StorageError",
     "Unavailable",
     "absolute",
+    "absolute_if_path",
     "be_patient",
     "check",
     "create_bytes",

@@ -77,6 +77,11 @@ def absolute(uri: str) -> str:
     return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
 
 
+def absolute_if_path(uri: str) -> str:
+    """As `absolute`, but what is no existing path, such as a hub id or `starter`, stays."""
+    return absolute(uri) if os.path.exists(uri) else uri
+
+
 def check(uri: str, write: bool = False) -> None:
     """Raise StorageError within 15 s unless `uri`'s place can be reached, and written if asked."""
     scheme = uri.split("://")[0] if is_remote(uri) else ""

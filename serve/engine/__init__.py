@@ -1,1 +1,1 @@
-"""The engine side of serving. Knows neither HTTP nor Ray."""
+"""The engine replica: fair batching, models in memory, forecasts. Knows neither HTTP nor Ray."""

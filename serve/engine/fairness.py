@@ -1,7 +1,7 @@
-"""Whose turn it is: models and shapes by time used, then callers, then the nearest to its due time.
+"""Fair scheduling: shapes share the time, callers share a shape, and the earliest due row is first.
 
-Owns the order in which waiting rows are stepped. Knows nothing of tensors, of HTTP or of Ray. Steps
-are so short that order costs nothing: whoever is not chosen waits with its latents where it is.
+Owns the order in which waiting rows are stepped. Knows nothing of tensors, of HTTP or of Ray.
+Switching rows between two steps is free: a row that is not chosen keeps its latents in memory.
 """
 
 import time
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 STRETCH = 4.0
-"""How many times the work it has left a row waits while rows that came later go before it."""
+"""A row is due this many times its remaining work after its arrival."""
 AGEING_S = 10.0
-"""A flow whose oldest row has waited so long gets twice its share of the time."""
+"""A shape whose oldest row has waited this long gets twice its share of the time."""
 
 K = TypeVar("K", bound=Hashable)
 
 
-class Turns(Generic[K]):
-    """Deficit round robin in continuous form: the one who has had least time goes next.
+class FairQueue(Generic[K]):
+    """Virtual-time fair queueing: the key that has used the least time goes next.
 
-    Whoever comes back after a pause starts where the others are: idle time is not saved up.
+    A key that returns after a pause starts where the others are: idle time is not saved up.
     """
 
     def __init__(self) -> None:
@@ -29,36 +29,36 @@ class Turns(Generic[K]):
         self._now = 0.0
 
     def order(self, keys: Iterable[K]) -> list[K]:
-        """Those that want a turn, the first to have one first."""
-        wanting = list(keys)
-        if not wanting:
+        """The waiting keys, the next one first."""
+        waiting = list(keys)
+        if not waiting:
             return []
-        self._now = max(self._now, min(self._used.get(key, self._now) for key in wanting))
+        self._now = max(self._now, min(self._used.get(key, self._now) for key in waiting))
         ahead = {key: used for key, used in self._used.items() if used > self._now}
-        self._used = dict.fromkeys(wanting, self._now) | ahead
-        return sorted(wanting, key=self._used.__getitem__)
+        self._used = dict.fromkeys(waiting, self._now) | ahead
+        return sorted(waiting, key=self._used.__getitem__)
 
     def charge(self, key: K, seconds: float, weight: float = 1.0) -> None:
         self._used[key] = self._used.get(key, self._now) + seconds / weight
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """What is known of a row besides its tensors."""
+class RowPriority:
+    """What decides when a row is stepped."""
 
     caller: str
     arrived_s: float
     """On the monotonic clock."""
     work_s: float
-    """Its whole work, if it were alone in full batches."""
+    """Its whole work in seconds, in full batches."""
 
     def due_s(self, share_left: float) -> float:
-        """What is soon done is due soon; long work is, too, once it has waited long enough."""
+        """Short work is due early; long work becomes due once it has waited long enough."""
         return self.arrived_s + STRETCH * self.work_s * share_left
 
 
-class TicketRow(Protocol):
-    """What of an engine's row is read here."""
+class PrioritizedRow(Protocol):
+    """The part of an engine's row that is read here."""
 
     @property
     def id(self) -> int: ...
@@ -72,28 +72,28 @@ class TicketRow(Protocol):
     def request(self) -> Hashable: ...
 
 
-R = TypeVar("R", bound=TicketRow)
+R = TypeVar("R", bound=PrioritizedRow)
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """What a call was: its time may be known only when its rows are gone."""
+class BatchUsage:
+    """Who used a batch: its time may be known only after its rows have left."""
 
     shape: Shape
     rows: int
-    places: int
+    slots: int
     oldest_s: float
     callers: tuple[tuple[str, int], ...]
-    """Whose rows, and the places of each."""
+    """Each row's caller and slots."""
 
 
 class FairBatcher(Generic[R]):
-    """A batcher for the engine: shapes share the time by the rows of their calls, callers share a
-    shape's places, short rows go first.
+    """A batcher for the engine: shapes share the time in proportion to their rows, callers share a
+    shape's slots, and rows that are due early go first.
 
-    `bound(shape)` is how many places a call of that shape may have. `tickets` are put in by
-    whoever adds a request, before it does.
+    `bound(shape)` is the number of slots that a batch of that shape may have. The caller puts a
+    request's priority into `priorities` before it adds the request.
     """
 
     def __init__(
@@ -103,16 +103,16 @@ class FairBatcher(Generic[R]):
         clock: Callable[[], float] = time.monotonic,
     ):
         self.max_rows = max_rows
-        self.tickets: dict[Hashable, Ticket] = {}
+        self.priorities: dict[Hashable, RowPriority] = {}
         self._bound = bound
         self._clock = clock
         self._rows: dict[Shape, dict[int, R]] = {}
-        self._shapes: Turns[Shape] = Turns()
-        self._callers: defaultdict[Shape, Turns[str]] = defaultdict(Turns)
+        self._shapes: FairQueue[Shape] = FairQueue()
+        self._callers: defaultdict[Shape, FairQueue[str]] = defaultdict(FairQueue)
         self.chosen: list[R] = []
-        """The rows of the last call."""
-        self.receipt: Receipt | None = None
-        """What is to be charged for the last call."""
+        """The rows of the last batch."""
+        self.usage: BatchUsage | None = None
+        """Who is to be charged for the last batch."""
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._rows.values())
@@ -128,55 +128,55 @@ class FairBatcher(Generic[R]):
             self._callers.pop(row.shape, None)
 
     def choose(self) -> list[R]:
-        """The rows of the next call; none when nothing is here."""
+        """The rows of the next batch; empty when no row waits."""
         self.chosen = []
         if self._rows:
             shape = self._shapes.order(self._rows)[0]
-            self.chosen = self._deal(shape)
-        self.receipt = self._receipt(self.chosen) if self.chosen else None
+            self.chosen = self._fill_batch(shape)
+        self.usage = self._usage(self.chosen) if self.chosen else None
         return self.chosen
 
-    def charge(self, receipt: Receipt, seconds: float) -> None:
-        """Account for a call: to its shape by time, to its callers by their places.
+    def charge(self, usage: BatchUsage, seconds: float) -> None:
+        """Account for a batch: to its shape by time, to its callers by their slots.
 
-        A shape whose calls hold more rows gets as much more: the share is each row's.
+        A shape with more rows in a batch gets as much more time: every row has the same share.
         """
-        if receipt.shape not in self._rows:
+        if usage.shape not in self._rows:
             return
-        aged = max(0.0, self._clock() - receipt.oldest_s) / AGEING_S
-        self._shapes.charge(receipt.shape, seconds, receipt.rows * (1 + aged))
-        for caller, places in receipt.callers:
-            self._callers[receipt.shape].charge(caller, seconds * places / receipt.places)
+        aged = max(0.0, self._clock() - usage.oldest_s) / AGEING_S
+        self._shapes.charge(usage.shape, seconds, usage.rows * (1 + aged))
+        for caller, slots in usage.callers:
+            self._callers[usage.shape].charge(caller, seconds * slots / usage.slots)
 
-    def _receipt(self, rows: list[R]) -> Receipt:
-        tickets = [self._ticket(row) for row in rows]
-        callers = [(t.caller, row.num_slots) for t, row in zip(tickets, rows, strict=True)]
-        places = sum(row.num_slots for row in rows)
-        oldest_s = min(ticket.arrived_s for ticket in tickets)
-        return Receipt(rows[0].shape, len(rows), places, oldest_s, tuple(callers))
+    def _usage(self, rows: list[R]) -> BatchUsage:
+        priorities = [self._priority(row) for row in rows]
+        callers = [(p.caller, row.num_slots) for p, row in zip(priorities, rows, strict=True)]
+        slots = sum(row.num_slots for row in rows)
+        oldest_s = min(priority.arrived_s for priority in priorities)
+        return BatchUsage(rows[0].shape, len(rows), slots, oldest_s, tuple(callers))
 
-    def _deal(self, shape: Shape) -> list[R]:
-        """One row of each caller by turns, its most due first, until the call is full."""
+    def _fill_batch(self, shape: Shape) -> list[R]:
+        """One row of each caller in turn, its earliest due first, until the batch is full."""
         waiting: dict[str, list[R]] = defaultdict(list)
         for row in self._rows[shape].values():
-            waiting[self._ticket(row).caller].append(row)
+            waiting[self._priority(row).caller].append(row)
         for rows in waiting.values():
             rows.sort(key=self._due, reverse=True)
-        room, dealt = self._bound(shape), []
+        room, batch = self._bound(shape), []
         callers = self._callers[shape].order(waiting)
-        while callers and len(dealt) < self.max_rows:
+        while callers and len(batch) < self.max_rows:
             for caller in list(callers):
                 row = waiting[caller][-1]
-                if (row.num_slots > room and dealt) or len(dealt) == self.max_rows:
-                    return dealt
-                dealt.append(waiting[caller].pop())
+                if (row.num_slots > room and batch) or len(batch) == self.max_rows:
+                    return batch
+                batch.append(waiting[caller].pop())
                 room -= row.num_slots
                 if not waiting[caller]:
                     callers.remove(caller)
-        return dealt
+        return batch
 
     def _due(self, row: R) -> tuple[float, int]:
-        return self._ticket(row).due_s(row.share_left), row.id
+        return self._priority(row).due_s(row.share_left), row.id
 
-    def _ticket(self, row: R) -> Ticket:
-        return self.tickets[row.request]
+    def _priority(self, row: R) -> RowPriority:
+        return self.priorities[row.request]

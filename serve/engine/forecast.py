@@ -1,22 +1,23 @@
-"""How long steps take and how much memory they need, learned from those that were made.
+"""Predicts how long steps take and how much memory they need, from the steps made so far.
 
-Owns the model of a step's time (a constant and so much for each place, by shape), of its memory,
-and what follows: how large a call may be, and how long work will take. Knows nothing of rows.
+Owns the model of a step's time (a constant plus a cost per slot, for each shape) and of its memory,
+and what follows from them: how large a batch may be, and how long work will take. Knows nothing of
+rows. A slot is one row of a UNet call; an image with guidance takes two.
 """
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 MEMORY_FRACTION = 0.9
-"""Of the free memory that a call may be expected to need."""
-LEAST_SPREAD = 0.5
-"""Of places: below it, calls of one size only were seen lately."""
-WORTH = 1.04
-"""What a place may cost, as many times what it costs in the fullest calls."""
-FORGET = 0.97
-"""What an observation still counts for after the next one."""
+"""Share of the free memory that a batch may be expected to need."""
+MIN_VARIANCE = 0.5
+"""Of the number of slots: below it, recent batches had one size only."""
+MAX_RELATIVE_COST = 1.04
+"""What a slot may cost, relative to its cost in the largest batch."""
+DECAY = 0.97
+"""Weight of an observation after the next one."""
 FIRST_GUESS_S = 2e-6
-"""A place's seconds for each latent pixel, before anything was seen."""
+"""Seconds per slot and latent pixel, before any observation."""
 
 Key = tuple[Hashable, tuple[int, ...]]
 """A model's weights and a latent shape (C, H, W)."""
@@ -24,9 +25,9 @@ Key = tuple[Hashable, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class _Line:
-    """A line through points (x, y), older ones counting less and less; it never falls.
+    """A line through points (x, y), by least squares with decaying weights; it never falls.
 
-    Never changed, but replaced: others read it while the engine's thread learns.
+    Immutable, because the event loop reads it while the engine's thread replaces it.
     """
 
     n: float = 0.0
@@ -36,117 +37,126 @@ class _Line:
     xy: float = 0.0
 
     def with_point(self, x: float, y: float) -> "_Line":
-        past = (FORGET * value for value in (self.n, self.x, self.y, self.xx, self.xy))
+        past = (DECAY * value for value in (self.n, self.x, self.y, self.xx, self.xy))
         new = (1.0, x, y, x * x, x * y)
         return _Line(*(old + value for old, value in zip(past, new, strict=True)))
 
     @property
-    def spread(self) -> float:
-        """The variance of x: how much is known of sizes other than the usual one."""
+    def variance(self) -> float:
+        """Of x: how much is known about batch sizes other than the usual one."""
         return self.xx / self.n - (self.x / self.n) ** 2 if self.n else 0.0
 
     def at(self, x: float) -> float:
         mean_x, mean_y = self.x / self.n, self.y / self.n
-        if self.spread < LEAST_SPREAD:
+        if self.variance < MIN_VARIANCE:
             return mean_y * x / mean_x
-        slope = max(0.0, (self.xy / self.n - mean_x * mean_y) / self.spread)
+        slope = max(0.0, (self.xy / self.n - mean_x * mean_y) / self.variance)
         if mean_y - slope * mean_x < 0:
             return mean_y * x / mean_x
         return mean_y + slope * (x - mean_x)
 
 
 @dataclass
-class _Known:
-    """What was seen of one shape."""
+class _Observed:
+    """What was observed for one model and shape."""
 
     steps: _Line = field(default_factory=_Line)
     image_s: float | None = None
-    place_bytes: float = 0.0
-    most_places: int | None = None
-    """Since a larger call ran out of memory."""
+    slot_bytes: float = 0.0
+    """A decaying maximum: one unusual step does not shrink all later batches."""
+    max_slots: int | None = None
+    """Set when a larger batch ran out of memory."""
 
 
 class Forecast:
-    """What steps of every shape cost on this device; `most_places` bounds every call."""
+    """The cost of steps of every shape on this device; no batch is larger than `max_slots`."""
 
-    def __init__(self, most_places: int, most_step_s: float):
-        self.most_places = most_places
-        self.most_step_s = most_step_s
+    def __init__(self, max_slots: int, max_step_s: float):
+        self.max_slots = max_slots
+        self.max_step_s = max_step_s
         self.free_bytes: float | None = None
-        """What a call may use at most; None where memory is not the bound."""
-        self._known: dict[Key, _Known] = {}
+        """What a batch may use at most; None where memory is not limited."""
+        self._observed: dict[Key, _Observed] = {}
 
-    def saw_step(self, key: Key, places: int, seconds: float, num_bytes: float = 0.0) -> None:
-        known = self._of(key)
-        known.steps = known.steps.with_point(places, seconds)
-        known.place_bytes = max(known.place_bytes, num_bytes / places)
+    def observe_step(self, key: Key, slots: int, seconds: float) -> None:
+        observed = self._get(key)
+        observed.steps = observed.steps.with_point(slots, seconds)
 
-    def saw_image(self, key: Key, seconds: float) -> None:
-        known = self._of(key)
-        past = known.image_s
-        known.image_s = seconds if past is None else 0.8 * past + 0.2 * seconds
+    def observe_memory(self, key: Key, slots: int, num_bytes: float) -> None:
+        """The peak of a step that had the device's memory to itself."""
+        observed = self._get(key)
+        newest, past = num_bytes / slots, observed.slot_bytes
+        observed.slot_bytes = max(newest, DECAY * past + (1 - DECAY) * newest)
 
-    def ran_out(self, key: Key, places: int) -> None:
-        """A call of so many places did not fit: none so large is tried again."""
-        self._of(key).most_places = max(1, places // 2)
+    def observe_image(self, key: Key, seconds: float) -> None:
+        observed = self._get(key)
+        past = observed.image_s
+        observed.image_s = seconds if past is None else 0.8 * past + 0.2 * seconds
+
+    def observe_oom(self, key: Key, slots: int) -> None:
+        """A batch of `slots` ran out of memory: no batch as large is tried again."""
+        self._get(key).max_slots = max(1, slots // 2)
 
     def bound(self, key: Key) -> int:
-        """Places of a call: as many as fit the memory and the longest step."""
-        known, most = self._known.get(key), self.most_places
-        if known is None:
-            return most
-        most = min(most, known.most_places or most)
-        if self.free_bytes is not None and known.place_bytes:
-            most = min(most, int(MEMORY_FRACTION * self.free_bytes / known.place_bytes))
-        if known.steps.n:
-            most = self._worth_while(known.steps, most)
-        return max(1, most)
+        """Slots of a batch: as many as fit the memory and the longest step."""
+        observed, bound = self._observed.get(key), self.max_slots
+        if observed is None:
+            return bound
+        bound = min(bound, observed.max_slots or bound)
+        if self.free_bytes is not None and observed.slot_bytes:
+            bound = min(bound, int(MEMORY_FRACTION * self.free_bytes / observed.slot_bytes))
+        if observed.steps.n:
+            bound = self._efficient_bound(observed.steps, bound)
+        return max(1, bound)
 
-    def _worth_while(self, steps: _Line, most: int) -> int:
-        """The fewest places whose steps cost each of them hardly more than the fullest calls do.
+    def _efficient_bound(self, steps: _Line, bound: int) -> int:
+        """The smallest batch that is about as fast per slot as the largest.
 
-        Larger calls would only make all of their rows wait for each other.
+        A larger batch would only make its rows wait for each other.
         """
-        while most > 2 and steps.at(most) > self.most_step_s:
-            most -= 1
-        if steps.spread < LEAST_SPREAD:
-            return most  # others have not been tried for long: they are to be
-        least_s = WORTH * steps.at(most) / most
-        return next(n for n in range(1, most + 1) if steps.at(n) / n <= least_s)
+        while bound > 2 and steps.at(bound) > self.max_step_s:
+            bound -= 1
+        if steps.variance < MIN_VARIANCE:
+            return bound  # only one size was seen lately: the largest shows what others cost
+        limit_s = MAX_RELATIVE_COST * steps.at(bound) / bound
+        return next(n for n in range(1, bound + 1) if steps.at(n) / n <= limit_s)
 
-    def step_s(self, key: Key, places: int) -> float:
-        known = self._known.get(key)
-        if known is not None and known.steps.n:
-            return known.steps.at(places)
+    def step_s(self, key: Key, slots: int) -> float:
+        """Seconds of a step; a shape not seen yet is scaled by area from the nearest one."""
+        observed = self._observed.get(key)
+        if observed is not None and observed.steps.n:
+            return observed.steps.at(slots)
         area = key[1][-1] * key[1][-2]
-        near = [k for k, seen in list(self._known.items()) if seen.steps.n]
-        near = [k for k in near if k[0] == key[0]] or near
-        if not near:
-            return FIRST_GUESS_S * area * places
-        nearest = min(near, key=lambda k: abs(k[1][-1] * k[1][-2] - area))
+        seen = [k for k, other in list(self._observed.items()) if other.steps.n]
+        seen = [k for k in seen if k[0] == key[0]] or seen
+        if not seen:
+            return FIRST_GUESS_S * area * slots
+        nearest = min(seen, key=lambda k: abs(k[1][-1] * k[1][-2] - area))
         scale = area / (nearest[1][-1] * nearest[1][-2])
-        return scale * self._known[nearest].steps.at(places)
+        return scale * self._observed[nearest].steps.at(slots)
 
-    def work_s(self, key: Key, place_steps: int, images: int) -> float:
-        """Seconds of work: so many places' steps in full calls, and what images take besides."""
-        most = self.bound(key)
-        return place_steps * self.step_s(key, most) / most + images * self._image_s(key)
+    def work_s(self, key: Key, slot_steps: int, images: int) -> float:
+        """Seconds of work: `slot_steps` in full batches, and encoding and decoding of `images`."""
+        bound = self.bound(key)
+        return slot_steps * self.step_s(key, bound) / bound + images * self._image_s(key)
 
     def drain_s(self, key: Key, rows: Iterable[tuple[int, int]]) -> float:
-        """Seconds until rows of (steps left, places) are done if no others come: as they leave,
-        calls have fewer places, and each of these costs more."""
-        ordered, most = sorted(rows), self.bound(key)
-        places, done, total_s = sum(own for _, own in ordered), 0, 0.0
+        """Seconds until rows of (steps left, slots) are done if no others come.
+
+        As rows finish, batches get smaller and each slot costs more.
+        """
+        ordered, bound = sorted(rows), self.bound(key)
+        slots, done, total_s = sum(own for _, own in ordered), 0, 0.0
         for steps, own in ordered:
             if steps > done:
-                together = min(most, places)
-                total_s += (steps - done) * self.step_s(key, together) * places / together
-            places, done = places - own, steps
+                batch = min(bound, slots)
+                total_s += (steps - done) * self.step_s(key, batch) * slots / batch
+            slots, done = slots - own, steps
         return total_s + len(ordered) * self._image_s(key)
 
     def _image_s(self, key: Key) -> float:
-        known = self._known.get(key)
-        return 0.0 if known is None else known.image_s or 0.0
+        observed = self._observed.get(key)
+        return 0.0 if observed is None else observed.image_s or 0.0
 
-    def _of(self, key: Key) -> _Known:
-        return self._known.setdefault(key, _Known())
+    def _get(self, key: Key) -> _Observed:
+        return self._observed.setdefault(key, _Observed())

@@ -1,7 +1,8 @@
-"""A replica's answers: from an ask to its events, on the event loop.
+"""One replica on its event loop: from an API request to its events.
 
-Owns what happens before the engine has an ask: names, refusals, models and adapters that must be
-loaded. The steps are the stepper's, in a thread of its own. Knows nothing of HTTP or of Ray.
+Owns what happens before the engine gets a request: names are looked up, a full queue refuses, and
+models and adapters are loaded. The stepper does the steps, in a thread of its own. Knows nothing of
+HTTP or of Ray.
 """
 
 import asyncio
@@ -11,23 +12,24 @@ from collections.abc import AsyncIterator
 from rayjobs.config import BadInput
 from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Lora
+from rayjobs.models.facts import ModelFacts
 from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.engine.forecast import Forecast
-from serve.engine.job import Job
-from serve.engine.models import Loaded, Models, NoRoom
+from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
+from serve.engine.request_state import RequestState
 from serve.engine.safety import Safety
 from serve.engine.stepper import BROKEN, Stepper, too_late
 from serve.metrics import EngineMetrics
-from serve.protocol import Ask, Event, Failed, Finished
-from serve.registry import Entry, Facts, Registry, Weights
+from serve.protocol import Event, Failed, Finished, ImagesRequest
+from serve.registry import Entry, Registry, Weights
 
 LAG_EVERY_S = 0.1
 WARM_STEPS = 3
 
 
 class EngineLoop:
-    """Answers asks with events. Made and used on one event loop."""
+    """Answers requests with events. Created and used on one event loop."""
 
     def __init__(
         self,
@@ -40,10 +42,10 @@ class EngineLoop:
         self.registry = registry
         self.metrics = metrics or EngineMetrics()
         forecast = Forecast(2 * config.max_rows, config.max_step_s)
-        self.models = Models(config, forecast, self.metrics.saw_load)
+        self.models = ModelCache(config, forecast, self.metrics.model_loaded)
         self.stepper = Stepper(self.models, forecast, self.metrics, safety)
-        self._coming: dict[Ask, float] = {}
-        """Seconds of work of asks whose model or adapters are being loaded."""
+        self._preparing: dict[ImagesRequest, float] = {}
+        """Seconds of work of requests whose model or adapters are being loaded."""
         self._lag = asyncio.get_running_loop().create_task(self._watch_lag())
 
     @property
@@ -51,19 +53,19 @@ class EngineLoop:
         """Why this process must be replaced."""
         return self.stepper.failure
 
-    async def generate(self, ask: Ask) -> AsyncIterator[Event]:
-        """What becomes of an ask, to its last image or its failure; leaving early ends its rows."""
-        arrived_s, job, outcome = time.monotonic(), None, "cancelled"
+    async def generate(self, request: ImagesRequest) -> AsyncIterator[Event]:
+        """A request's events, to its last image or its failure; closing early ends its rows."""
+        arrived_s, state, outcome = time.monotonic(), None, "cancelled"
         try:
-            async with asyncio.timeout(ask.deadline_s):
-                job = await self._prepare(ask, arrived_s)
-            if isinstance(job, Failed):
-                outcome = job.kind
-                yield job
+            async with asyncio.timeout(request.deadline_s):
+                state = await self._prepare(request, arrived_s)
+            if isinstance(state, Failed):
+                outcome = state.kind
+                yield state
                 return
-            left = len(ask.seeds)
+            left = len(request.seeds)
             while left:
-                event = await job.events.get()
+                event = await state.events.get()
                 left -= isinstance(event, Finished)
                 if isinstance(event, Failed):
                     left, outcome = 0, event.kind
@@ -74,43 +76,49 @@ class EngineLoop:
             outcome = "deadline"
             yield too_late()
         finally:
-            if isinstance(job, Job):
-                self.stepper.withdraw(job)
-            self.metrics.answered(ask, outcome, time.monotonic() - arrived_s)
+            if isinstance(state, RequestState):
+                self.stepper.withdraw(state)
+            self.metrics.request_finished(request, outcome, time.monotonic() - arrived_s)
 
     def pending_s(self) -> float:
-        """Seconds until all that is here now is done."""
-        return self.stepper.pending_s() + sum(self._coming.values())
+        """Seconds until all current requests are done."""
+        return self.stepper.pending_s() + sum(self._preparing.values())
 
     def names(self) -> list[str]:
         """Names of models and adapters that are in memory."""
-        held = dict(self.models.loaded)
-        adapters = {uri for loaded in held.values() for uri in list(loaded.uris)}
+        loaded_models = dict(self.models.loaded)
+        adapters = {uri for loaded in loaded_models.values() for uri in list(loaded.uris)}
         return [
             entry.name
             for entry in self.registry.entries()
-            if (entry.weights in held if entry.lora is None else entry.lora in adapters)
+            if (entry.weights in loaded_models if entry.lora is None else entry.lora in adapters)
         ]
 
-    def facts(self) -> dict[str, Facts]:
+    def facts(self) -> dict[str, ModelFacts]:
         """Of the models in memory, by their names."""
-        held = dict(self.models.loaded)
-        found = {}
+        loaded_models = dict(self.models.loaded)
+        facts = {}
         for entry in self.registry.entries():
-            loaded = None if entry.weights is None else held.get(entry.weights)
+            loaded = None if entry.weights is None else loaded_models.get(entry.weights)
             if loaded is not None:
                 model = loaded.engine.model
                 multiple = max(8, model.vae_scale)
-                found[entry.name] = Facts(model.family, model.default_side, multiple, model.is_edm)
-        return found
+                facts[entry.name] = ModelFacts(
+                    model.family, model.default_side, multiple, model.is_edm
+                )
+        return facts
 
     async def warm_up(self, name: str) -> None:
-        """Load a model and make a picture with it, then a full call's: the first callers find it
-        warm, and what waiting times are told from has been seen."""
+        """Load a model, make one image and then a full batch.
+
+        The first callers find it warm, and waiting times can be estimated.
+        """
         for number in (1, self.config.max_rows):
             seeds = tuple(range(number))
-            ask = Ask(id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS)
-            async for event in self.generate(ask):
+            request = ImagesRequest(
+                id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS
+            )
+            async for event in self.generate(request):
                 if isinstance(event, Failed):
                     raise BadInput(f"model {name}: {event.message}")
 
@@ -118,62 +126,65 @@ class EngineLoop:
         self._lag.cancel()
         await self.stepper.close()
 
-    async def _prepare(self, ask: Ask, arrived_s: float) -> Job | Failed:
-        """A job with its model held and its adapters read, or why there is none."""
-        entry = await asyncio.to_thread(self.registry.find, ask.model)
+    async def _prepare(self, request: ImagesRequest, arrived_s: float) -> RequestState | Failed:
+        """A request's state with its model acquired and its adapters read, or a failure."""
+        entry = await asyncio.to_thread(self.registry.find, request.model)
         if entry is None or entry.weights is None:
-            return Failed("invalid", f"the model {ask.model!r} does not exist", "model")
+            return Failed("invalid", f"the model {request.model!r} does not exist", "model")
         if self.failure is not None:
             return BROKEN
-        refused = self._refuse(ask, entry.weights)
+        refused = self._refuse(request, entry.weights)
         if refused is not None:
             return refused
-        self._coming[ask] = self.stepper.work_s(ask, entry.weights)
+        self._preparing[request] = self.stepper.work_s(request, entry.weights)
         loaded = None
         try:
-            loaded = await self.models.hold(entry.weights)
-            job, adapters = await self._job(ask, entry, loaded)
-            job.arrived_s = arrived_s
-            self.stepper.submit(job, adapters)
-            loaded = None  # the job's to release
-            return job
+            loaded = await self.models.acquire(entry.weights)
+            state, adapters = await self._new_state(request, entry, loaded)
+            state.arrived_s = arrived_s
+            self.stepper.submit(state, adapters)
+            loaded = None  # released with the state
+            return state
         except BadInput as error:
             return Failed("invalid", str(error), "model")
-        except (NoRoom, StorageError) as error:
-            told = str(error) if isinstance(error, NoRoom) else "the model's storage is away"
-            return Failed("busy", told, None, max(5.0, self.pending_s()))
+        except (ModelMemoryFull, StorageError) as error:
+            full = isinstance(error, ModelMemoryFull)
+            reason = str(error) if full else "the model's storage is not available"
+            return Failed("busy", reason, None, max(5.0, self.pending_s()))
         finally:
-            self._coming.pop(ask, None)
+            self._preparing.pop(request, None)
             if loaded is not None:
                 self.models.release(loaded)
 
-    async def _job(self, ask: Ask, entry: Entry, loaded: Loaded) -> tuple[Job, list[Adapter]]:
-        """The job of an ask, and the adapters that it needs and the engine has not."""
+    async def _new_state(
+        self, request: ImagesRequest, entry: Entry, loaded: LoadedModel
+    ) -> tuple[RequestState, list[Adapter]]:
+        """The state of a request, and the adapters that the engine does not have yet."""
         uses: list[tuple[Entry | None, float]] = [] if entry.lora is None else [(entry, 1.0)]
-        for name, scale in ask.loras:
+        for name, scale in request.loras:
             uses.append((await asyncio.to_thread(self.registry.find, name), scale))
-        found = []
+        adapters = []
         for use, scale in uses:
             if use is None or use.lora is None:
-                raise BadInput("a LoRA of this request does not exist any more")
-            found.append((await self.models.read_adapter(loaded, use.lora, use.version), scale))
-        new = [adapter for adapter, _ in found if isinstance(adapter, Adapter)]
+                raise BadInput("a LoRA of this request no longer exists")
+            adapters.append((await self.models.read_adapter(loaded, use.lora, use.version), scale))
+        new = [adapter for adapter, _ in adapters if isinstance(adapter, Adapter)]
         loras = tuple(
             Lora(path=one.path if isinstance(one, Adapter) else one, scale=scale)
-            for one, scale in found
+            for one, scale in adapters
         )
-        return Job(ask, loaded, asyncio.Queue(), loras), new
+        return RequestState(request, loaded, asyncio.Queue(), loras), new
 
-    def _refuse(self, ask: Ask, weights: Weights) -> Failed | None:
-        """A full replica's answer: come again when what waits now is done."""
+    def _refuse(self, request: ImagesRequest, weights: Weights) -> Failed | None:
+        """Refuse when too much work waits; retry after it is done."""
         pending_s = self.pending_s()
-        work_s = self.stepper.work_s(ask, weights)
+        work_s = self.stepper.work_s(request, weights)
         if not pending_s or pending_s + work_s <= self.config.max_pending_s:
             return None
         return Failed("busy", "too many requests are waiting", None, pending_s)
 
     async def _watch_lag(self) -> None:
-        """How late the event loop is: what a caller's bytes wait for besides the network."""
+        """Measure how late the event loop runs: it delays every event sent to callers."""
         while True:
             before_s = time.monotonic()
             await asyncio.sleep(LAG_EVERY_S)

@@ -1,6 +1,7 @@
-"""The models of one replica: loaded when asked for, let go when memory is wanted.
+"""The models of one replica: loaded on request, evicted when memory is needed.
 
-Owns what is in memory and who may be evicted. Knows nothing of requests' order or of HTTP.
+Owns which models and adapters are in memory, and which may be evicted. A model in use is never
+evicted, so this is not a plain LRU cache. Knows nothing of scheduling or of HTTP.
 """
 
 import asyncio
@@ -22,22 +23,23 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.lora import Adapter, weight_file
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
-from rayjobs.diffusion.text.inversion import load_word
-from rayjobs.diffusion.weights import first_line, locate
+from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.weights import first_line
+from rayjobs.models.facts import find_weights
+from rayjobs.models.loading import load_weights, teach
 from serve.config import EngineConfig
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
 from serve.registry import Weights
 
 
-class NoRoom(RuntimeError):
+class ModelMemoryFull(RuntimeError):
     """Every model in memory is in use, and there is no room for one more."""
 
 
 @dataclass(eq=False)
-class Loaded:
-    """A model in memory with its engine; `users` are the asks that need it to stay."""
+class LoadedModel:
+    """A model in memory with its engine; it stays while it has `users`, requests in progress."""
 
     weights: Weights
     engine: Engine
@@ -47,26 +49,26 @@ class Loaded:
     used_s: float = field(default_factory=time.monotonic)
     shape: tuple[int, ...] = ()
     """Of the latents of its last step."""
-    side_s: float = 0.0
-    """Spent on prompts and pictures since the last of these was finished."""
+    vae_s: float = 0.0
+    """Time for prompts and images since the last image was finished."""
     adapters: dict[str, tuple[str, float]] = field(default_factory=dict)
     """SHA-256 and time of last use of each adapter, by its path."""
     uris: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Paths and versions of the adapters, by where they came from."""
-    base: "Loaded | None" = None
-    """The model whose parts it shares, and which it keeps in memory."""
+    """Path and version of each adapter, by its uri."""
+    base: "LoadedModel | None" = None
+    """The model whose parts it shares; it stays in memory as long as this one."""
 
     @property
     def held_bytes(self) -> int:
-        """Of its own weights and of the adapters beside them."""
+        """Bytes of its own weights and of its adapters."""
         return self.num_bytes + self.engine.loras.num_bytes
 
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape
 
 
-class Models:
-    """At most `config.model_memory_gb` of weights; the ones not used for longest leave first."""
+class ModelCache:
+    """At most `config.model_memory_gb` of weights; the least recently used are evicted first."""
 
     def __init__(
         self,
@@ -76,40 +78,40 @@ class Models:
     ):
         self.config = config
         self.forecast = forecast
-        self.loaded: dict[Weights, Loaded] = {}
-        self.leaving: deque[Loaded] = deque()
-        """Evicted ones whose adapters the engine's thread is to take off parts that others use."""
+        self.loaded: dict[Weights, LoadedModel] = {}
+        self.leaving: deque[LoadedModel] = deque()
+        """Evicted models; the engine's thread detaches their adapters from shared parts."""
         self._on_load = on_load
-        self._loading: dict[Weights, asyncio.Future[Loaded]] = {}
+        self._loading: dict[Weights, asyncio.Future[LoadedModel]] = {}
         self._reader = ThreadPoolExecutor(2, thread_name_prefix="adapters")
-        # One at a time: while diffusers loads, all new parameters of the process have no data.
+        # One at a time: while diffusers loads, new parameters anywhere in the process have no data.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
-        self._most_bytes = _memory(config)
+        self._max_bytes = _memory(config)
 
-    async def hold(self, weights: Weights) -> Loaded:
-        """The model, loaded if need be, kept until `release`. Other models go on meanwhile.
+    async def acquire(self, weights: Weights) -> LoadedModel:
+        """The model, loaded if necessary and kept until `release`. Other models continue meanwhile.
 
-        Raises BadInput when it cannot be loaded, NoRoom when all that is in memory is in use.
+        Raises BadInput when it cannot be loaded, ModelMemoryFull when no other can be evicted.
         """
         while weights not in self.loaded:
             if weights not in self._loading:
                 task = asyncio.ensure_future(self._load(weights))
                 self._loading[weights] = task
                 task.add_done_callback(lambda _: self._loading.pop(weights, None))
-            # A caller who leaves does not end the loading: others may wait for it, or soon will.
+            # A caller that disconnects does not cancel the load: others may need it.
             await asyncio.shield(self._loading[weights])
-        found = self.loaded[weights]
-        found.users += 1
-        return found
+        loaded = self.loaded[weights]
+        loaded.users += 1
+        return loaded
 
-    def release(self, loaded: Loaded) -> None:
+    def release(self, loaded: LoadedModel) -> None:
         loaded.users -= 1
         loaded.used_s = time.monotonic()
 
-    async def read_adapter(self, loaded: Loaded, uri: str, version: str) -> Adapter | str:
-        """An adapter to be admitted between two steps, or the path of one that is there already.
+    async def read_adapter(self, loaded: LoadedModel, uri: str, version: str) -> Adapter | str:
+        """An adapter to admit between two steps, or the path of one that is already loaded.
 
-        Raises BadInput for one that is none, Unavailable while its storage is away.
+        Raises BadInput for a file that is no adapter, Unavailable while its storage is away.
         """
         path, known = loaded.uris.get(uri, ("", ""))
         if path in loaded.adapters and known == version:
@@ -119,18 +121,18 @@ class Models:
             return loaded.engine.loras.read(str(weight_file(Path(storage.to_local(uri)))))
 
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._reader, read)
+            adapter = await asyncio.get_running_loop().run_in_executor(self._reader, read)
         except storage.Unavailable:
             raise
         except Exception as error:  # a damaged file may raise anything
             raise BadInput(f"the adapter cannot be loaded: {first_line(error)}") from None
-        loaded.uris = {**loaded.uris, uri: (found.path, version)}
-        return found
+        loaded.uris = {**loaded.uris, uri: (adapter.path, version)}
+        return adapter
 
-    def admit(self, loaded: Loaded, adapter: Adapter, in_use: set[str]) -> None:
-        """Make an adapter usable; the one not used for longest leaves where there are too many.
+    def admit(self, loaded: LoadedModel, adapter: Adapter, in_use: set[str]) -> None:
+        """Load an adapter; with too many, the least recently used one not in use is evicted.
 
-        Called by the engine's own thread, between two steps.
+        Called by the engine's thread, between two steps.
         """
         if loaded.adapters.get(adapter.path, ("", 0.0))[0] == adapter.sha256:
             return
@@ -144,10 +146,11 @@ class Models:
         sha256 = loaded.engine.loras.admit(adapter)
         loaded.adapters[adapter.path] = (sha256, time.monotonic())
 
-    async def _load(self, weights: Weights) -> Loaded:
+    async def _load(self, weights: Weights) -> LoadedModel:
         started_s = time.monotonic()
         loop = asyncio.get_running_loop()
-        base = self.loaded.get(replace(weights, words=(), version="")) if weights.words else None
+        plain = replace(weights, words=(), version="")
+        base = self.loaded.get(plain) if weights.words else None
         if base is not None:
             base.users += 1
         try:
@@ -157,65 +160,61 @@ class Models:
         except BaseException as error:
             if base is not None:
                 base.users -= 1
-            raise _told(error) from None
+            raise translate_error(error) from None
         num_bytes = _num_bytes(model, base is not None)
-        with contextlib.suppress(NoRoom):  # it is here now; files may be of a smaller dtype
+        # Its files may have a smaller dtype than its weights; it is loaded now, so it stays.
+        with contextlib.suppress(ModelMemoryFull):
             self._make_room(num_bytes)
         self.loaded[weights] = loaded = self._with_engine(weights, model, num_bytes)
         loaded.base = base
         self._on_load(weights, time.monotonic() - started_s)
         return loaded
 
-    def _read(self, weights: Weights, base: Loaded | None) -> Model:
+    def _read(self, weights: Weights, base: LoadedModel | None) -> Model:
         if base is None:
-            options = ModelOptions(**weights.how.model_dump())
-            parts = None if weights.config is None else storage.to_local(weights.config)
-            path = storage.to_local(weights.uri)
-            model = load_model(path, options, config=parts, alone=False)
+            model = load_weights(weights.uri, weights.how, weights.config, alone=False)
         else:
-            # Words change the text encoders only: the rest is shared with the model as it was.
+            # Learned embeddings change only the text encoders: the rest is shared with the base.
             model = replace(
                 base.engine.model,
                 text_encoders=copy.deepcopy(base.engine.model.text_encoders),
                 tokenizers=copy.deepcopy(base.engine.model.tokenizers),
                 words={},
             )
-        for uri, word in weights.words:
-            load_word(model, storage.to_local(uri), word)
-        return model
+        return teach(model, weights.words)
 
-    def _with_engine(self, weights: Weights, model: Model, num_bytes: int) -> Loaded:
+    def _with_engine(self, weights: Weights, model: Model, num_bytes: int) -> LoadedModel:
         batcher: FairBatcher[Any] = FairBatcher(
             self.config.max_rows, lambda shape: self.forecast.bound((weights, shape))
         )
         engine = Engine(
             model,
             self.config.max_rows,
-            slots=self.forecast.most_places,
+            slots=self.forecast.max_slots,
             fixed_shape=False,
             batcher=batcher,
             isolate_oom=True,
         )
-        return Loaded(weights, engine, batcher, num_bytes)
+        return LoadedModel(weights, engine, batcher, num_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Let idle models go until so much fits; a first model is always tried."""
+        """Evict idle models until `num_bytes` fit; a first model is always tried."""
         while self.loaded:
             held = sum(loaded.held_bytes for loaded in self.loaded.values())
-            if held + num_bytes <= self._most_bytes:
+            if held + num_bytes <= self._max_bytes:
                 return
             idle = [loaded for loaded in self.loaded.values() if not loaded.users]
             if not idle:
-                raise NoRoom("all models in memory are in use; come again")
+                raise ModelMemoryFull("all models in memory are in use; try again later")
             self._evict(min(idle, key=lambda loaded: loaded.used_s))
 
-    def _evict(self, loaded: Loaded) -> None:
+    def _evict(self, loaded: LoadedModel) -> None:
         del self.loaded[loaded.weights]
         if loaded.base is not None:
             self.leaving.append(loaded)
             self.release(loaded.base)
         if torch.cuda.is_available():
-            gc.collect()  # a model is full of cycles
+            gc.collect()  # models have reference cycles
             torch.cuda.empty_cache()
 
 
@@ -229,21 +228,24 @@ def _memory(config: EngineConfig) -> float:
 
 def _size_of(uri: str) -> int:
     """About as many bytes as a model will take, by its files; fetches it first."""
-    path = locate(storage.to_local(uri)).path
+    path = find_weights(uri).path
     files = [path] if path.is_file() else path.glob("*/*.safetensors")
     return sum(file.stat().st_size for file in files)
 
 
-def _told(error: BaseException) -> BaseException:
-    """Why a model could not be loaded: for good, or for now."""
+def translate_error(error: BaseException) -> BaseException:
+    """Why a model could not be loaded: a BadInput for ever, other errors for now."""
     if isinstance(error, torch.OutOfMemoryError):
-        return NoRoom("the model does not fit the memory beside the others; come again")
-    if isinstance(error, storage.Unavailable | NoRoom) or not isinstance(error, Exception):
+        return ModelMemoryFull(
+            "the model does not fit in memory beside the others; try again later"
+        )
+    is_temporary = isinstance(error, storage.Unavailable | ModelMemoryFull)
+    if is_temporary or not isinstance(error, Exception):
         return error
     return BadInput(f"the model cannot be loaded: {first_line(error)}")
 
 
 def _num_bytes(model: Model, shares_parts: bool) -> int:
-    """Of its weights; where the large parts are another model's, of the text encoders."""
+    """Bytes of its weights; of its text encoders only, where it shares the other parts."""
     parts = model.text_encoders if shares_parts else [model.unet, model.vae, *model.text_encoders]
     return sum(p.nbytes for part in parts for p in part.parameters())

@@ -1,6 +1,6 @@
-"""How far the host may run ahead of a device, and how long steps took there.
+"""Keeps the host close to the device, and measures how long steps took there.
 
-Owns CUDA's events and counts of memory. On a CPU a step is over when its call returns.
+Owns CUDA events and memory counters. On a CPU a step is over when its call returns.
 """
 
 import time
@@ -10,33 +10,35 @@ from typing import Any
 
 import torch
 
-from serve.engine.fairness import Receipt
-from serve.engine.models import Loaded
+from serve.engine.fairness import BatchUsage
+from serve.engine.models import LoadedModel
 
 
 @dataclass(frozen=True)
-class Made:
-    """A step, as far as it is known when it is handed to the device."""
+class StepTiming:
+    """A step, as far as it is known when it is queued on the device."""
 
-    loaded: Loaded
-    receipt: Receipt | None
-    """None where no row was stepped, such as while a picture was decoded."""
-    side_s: float
+    loaded: LoadedModel
+    usage: BatchUsage | None
+    """None where no row was stepped, for example while an image was decoded."""
+    vae_s: float
+    """Host time for prompts and images, part of the step."""
     trace_warmup_s: float
+    """Time for recording the UNet, not repeated by later steps."""
     num_results: int
 
 
 class Pacer:
-    """Keeps the host at most one step ahead of a GPU, and tells how long each step took there.
+    """Keeps the host at most one step ahead of a GPU, and measures each step there.
 
-    Without it the host would queue steps that nobody can leave or join any more.
+    Without it the host would queue many steps, and a request could neither join nor leave them.
     """
 
     def __init__(self) -> None:
         self.on_gpu = torch.cuda.is_available()
         self._started_s = 0.0
         self._start: Any = None
-        self._last: tuple[Made, Any, Any] | None = None
+        self._last: tuple[StepTiming, Any, Any] | None = None
 
     def begin(self) -> None:
         self._started_s = time.monotonic()
@@ -44,7 +46,7 @@ class Pacer:
             self._start = torch.cuda.Event(enable_timing=True)
             self._start.record()
 
-    def end(self, step: Made) -> Iterator[tuple[Made, float]]:
+    def end(self, step: StepTiming) -> Iterator[tuple[StepTiming, float]]:
         """The steps that are over by now, with their seconds: this one, or on a GPU the last."""
         if not self.on_gpu:
             yield step, time.monotonic() - self._started_s
@@ -56,10 +58,13 @@ class Pacer:
             last[2].synchronize()
             yield last[0], last[1].elapsed_time(last[2]) / 1000
 
-    def memory(self) -> tuple[float, float | None]:
-        """Bytes that the steps since the last word needed at most, and bytes that one may use."""
+    def memory(self) -> tuple[float, float] | None:
+        """Bytes that the step just queued needed at peak, and bytes that a step may use.
+
+        None on a CPU. Memory is allocated when a step is queued, so this is read before `end`.
+        """
         if not self.on_gpu:
-            return 0.0, None
+            return None
         held = torch.cuda.memory_allocated()
         peak = torch.cuda.max_memory_allocated() - held
         torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,6 @@
-"""The word of a safety checker on each picture, where one is configured.
+"""Checks each finished image with a safety classifier, where one is configured.
 
-Owns the threshold. What a classifier's labels mean is the engine's business.
+Owns the threshold. Which of a classifier's labels are unsafe is decided in `rayjobs.quality`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from serve.config import SafetyConfig
 
 
 class Safety:
-    """Raises BadInput when the classifier cannot be loaded or does not tell safe from unsafe."""
+    """Raises BadInput when the classifier cannot be loaded or has no unsafe label."""
 
     def __init__(self, uri: str, threshold: float, device: str = "cpu"):
         self.threshold = threshold

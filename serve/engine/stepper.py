@@ -1,7 +1,7 @@
-"""The thread that steps a replica's engines: take in, expire, choose a model, step, tell.
+"""The thread that steps a replica's engines: add requests, expire, choose a model, step, report.
 
-Owns the turn and all that must happen between two steps. Changes come in from the event loop,
-events go back to it. Knows nothing of names, of loading or of HTTP.
+Owns everything that happens between two steps. Changes arrive from the event loop, and events go
+back to it. Knows nothing of names, of loading or of HTTP.
 """
 
 import asyncio
@@ -18,85 +18,85 @@ from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Result
 from rayjobs.diffusion.weights import first_line
-from serve.engine.fairness import Ticket, Turns
+from serve.engine.fairness import FairQueue, RowPriority
 from serve.engine.forecast import Forecast, Key
-from serve.engine.job import Job, estimate
-from serve.engine.models import Loaded, Models
-from serve.engine.pacer import Made, Pacer
+from serve.engine.models import LoadedModel, ModelCache
+from serve.engine.pacer import Pacer, StepTiming
+from serve.engine.request_state import RequestState, estimate
 from serve.engine.safety import Safety
 from serve.images import to_pixels
 from serve.metrics import EngineMetrics
-from serve.protocol import Ask, Event, Failed, Partial, Step, Waiting
+from serve.protocol import Event, Failed, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Weights
 
 BROKEN = Failed("broken", "the engine has failed")
-TELL_EVERY_S = 0.5
-"""How often one who waits hears of it."""
+WAITING_EVERY_S = 0.5
+"""Time between two waiting events of a request."""
 
 
 class Stepper:
-    """Everything below `submit` runs in its own thread."""
+    """Steps the engines in a thread of its own; requests are submitted from the event loop."""
 
     def __init__(
-        self, models: Models, forecast: Forecast, metrics: EngineMetrics, safety: Safety | None
+        self, models: ModelCache, forecast: Forecast, metrics: EngineMetrics, safety: Safety | None
     ):
         self.models = models
         self.forecast = forecast
         self.metrics = metrics
-        self.jobs: dict[Job, None] = {}
-        """In the order of their coming."""
+        self.states: dict[RequestState, None] = {}
+        """In order of arrival."""
         self.failure: BaseException | None = None
-        """What ended the thread: the process must be replaced."""
+        """What ended the thread; the process must then be replaced."""
         self._safety = safety
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._closing = False
-        self._owners: dict[tuple[Loaded, int], Job] = {}
-        self._turns: Turns[Weights] = Turns()
+        self._owners: dict[tuple[LoadedModel, int], RequestState] = {}
+        self._queue: FairQueue[Weights] = FairQueue()
         self._pacer = Pacer()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     # Called by the event loop.
 
-    def submit(self, job: Job, adapters: list[Adapter]) -> None:
-        """Have a job worked on from the next step; adapters that it needs are put in before."""
-        self.jobs[job] = None
-        self._ask(lambda: self._enter(job, adapters))
+    def submit(self, state: RequestState, adapters: list[Adapter]) -> None:
+        """Start a request at the next step, after its adapters are loaded."""
+        self.states[state] = None
+        self._post(lambda: self._enter(state, adapters))
         if self.failure is not None:
-            self._tell(job, job.fail(BROKEN))
+            self._send(state, state.fail(BROKEN))
 
-    def withdraw(self, job: Job) -> None:
-        """Have a job's rows out by the next step, whether it is finished or not."""
-        self._ask(lambda: self._leave(job))
+    def withdraw(self, state: RequestState) -> None:
+        """Remove a request's rows before the next step, whether it is finished or not."""
+        self._post(lambda: self._leave(state))
 
     async def close(self) -> None:
         self._closing = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
 
-    def work_s(self, ask: Ask, weights: Weights) -> float:
-        """Seconds of work of an ask that the engine has not seen."""
+    def work_s(self, request: ImagesRequest, weights: Weights) -> float:
+        """Seconds of work of a request that the engine has not seen yet."""
         loaded = self.models.loaded.get(weights)
         side, scale = 1024, 8
         if loaded is not None:
             side, scale = loaded.engine.model.default_side, loaded.engine.model.vae_scale
-        shape, place_steps = estimate(ask, side, scale)
-        return self.forecast.work_s((weights, shape), place_steps, len(ask.seeds))
+        shape, slot_steps = estimate(request, side, scale)
+        return self.forecast.work_s((weights, shape), slot_steps, len(request.seeds))
 
     def pending_s(self) -> float:
-        """Seconds until all jobs are done, in calls as full as these jobs make them."""
+        """Seconds until all requests are done, in batches as full as these requests make them."""
         total, by_key = 0.0, dict[Key, list[tuple[int, int]]]()
-        for job in list(self.jobs):
-            if job.left and not job.over:
-                rows = by_key.setdefault(job.loaded.key(job.shape), [])
-                rows += [(left // job.places, job.places) for left in list(job.left.values())]
-            elif not job.over:
-                total += self.work_s(job.ask, job.loaded.weights)
+        for state in list(self.states):
+            if state.left and not state.over:
+                rows = by_key.setdefault(state.loaded.key(state.shape), [])
+                rows += [(left // state.slots, state.slots) for left in list(state.left.values())]
+            elif not state.over:
+                total += self.work_s(state.request, state.loaded.weights)
         return total + sum(self.forecast.drain_s(key, rows) for key, rows in by_key.items())
 
-    def _ask(self, change: Callable[[], None]) -> None:
+    def _post(self, change: Callable[[], None]) -> None:
         self._inbox.append(change)
         self._wake.set()
 
@@ -105,113 +105,119 @@ class Stepper:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self._turn()
+                self._run_once()
         except BaseException as error:
             self.failure = error
-            for job in list(self.jobs):
-                self._tell(job, job.fail(BROKEN))
+            for state in list(self.states):
+                self._send(state, state.fail(BROKEN))
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
         self._expire()
-        self._sweep()
-        self.metrics.state(self.pending_s(), sum(len(job.images) for job in list(self.jobs)))
+        self._detach_evicted()
+        num_images = sum(len(state.images) for state in list(self.states))
+        self.metrics.set_load(self.pending_s(), num_images)
         busy = {each.weights: each for each in self._loaded() if each.engine.num_pending}
         if busy:
-            self._step(busy[self._turns.order(busy)[0]])
+            self._step(busy[self._queue.order(busy)[0]])
         else:
             self._sleep()
 
-    def _loaded(self) -> list[Loaded]:
+    def _loaded(self) -> list[LoadedModel]:
         return list(self.models.loaded.values())
 
     def _sleep(self) -> None:
-        """Until something comes in, or the next deadline."""
-        next_s = min((job.deadline_s for job in list(self.jobs)), default=float("inf"))
+        """Wait for a change, or for the next deadline."""
+        next_s = min((state.deadline_s for state in list(self.states)), default=float("inf"))
         wait_s = None if next_s == float("inf") else max(0.0, next_s - time.monotonic())
         if not self._inbox:
             self._wake.wait(wait_s)
         self._wake.clear()
 
-    def _enter(self, job: Job, adapters: list[Adapter]) -> None:
-        if job.over:
+    def _enter(self, state: RequestState, adapters: list[Adapter]) -> None:
+        if state.over:
             return
         try:
-            self._admit(job, adapters)
-            self._add(job)
+            self._admit(state, adapters)
+            self._add(state)
         except DeviceLost:
             raise
-        except Exception as error:  # whatever is wrong with one ask, the others go on
-            self._end(job, Failed("invalid", first_line(error)))
+        except Exception as error:  # one bad request must not stop the others
+            self._end(state, Failed("invalid", first_line(error)))
 
-    def _add(self, job: Job) -> None:
-        work_s = self.work_s(replace(job.ask, seeds=(0,)), job.loaded.weights)
-        for image, request in enumerate(job.requests()):
-            ticket = Ticket(job.ask.caller, job.arrived_s, work_s)
-            job.loaded.batcher.tickets[request] = ticket
-            row_id = job.loaded.engine.add(request)
-            self._owners[job.loaded, row_id] = job
-            row = job.loaded.engine.rows.get(row_id)
+    def _add(self, state: RequestState) -> None:
+        work_s = self.work_s(replace(state.request, seeds=(0,)), state.loaded.weights)
+        for image, engine_request in enumerate(state.engine_requests()):
+            priority = RowPriority(state.request.caller, state.arrived_s, work_s)
+            state.loaded.batcher.priorities[engine_request] = priority
+            row_id = state.loaded.engine.add(engine_request)
+            self._owners[state.loaded, row_id] = state
+            row = state.loaded.engine.rows.get(row_id)
             if row is None:
-                job.images[row_id] = image  # its failure comes with the next step
+                state.images[row_id] = image  # its failure comes with the next step
             else:
-                job.enter(row_id, image, row)
+                state.enter(row_id, image, row)
 
-    def _admit(self, job: Job, adapters: list[Adapter]) -> None:
-        """Put in the adapters that were read for a job, and those that had to leave meanwhile."""
-        in_use = {lora.path for other in list(self.jobs) for lora in other.loras}
+    def _admit(self, state: RequestState, adapters: list[Adapter]) -> None:
+        """Load the adapters read for a request, and those evicted since it was prepared."""
+        in_use = {lora.path for other in list(self.states) for lora in other.loras}
         for adapter in adapters:
-            self.models.admit(job.loaded, adapter, in_use)
-        for lora in job.loras:
-            if lora.path not in job.loaded.adapters:
-                read = job.loaded.engine.loras.read(lora.path)
-                self.models.admit(job.loaded, read, in_use)
+            self.models.admit(state.loaded, adapter, in_use)
+        for lora in state.loras:
+            if lora.path not in state.loaded.adapters:
+                read = state.loaded.engine.loras.read(lora.path)
+                self.models.admit(state.loaded, read, in_use)
 
-    def _leave(self, job: Job) -> None:
-        """Take a job out; its rows are gone before the next step."""
-        if job.images and not job.over:
-            self.metrics.cancelled(len(job.images))
-        job.over = True
-        for row_id in list(job.images):
-            row = job.loaded.engine.rows.get(row_id)
+    def _leave(self, state: RequestState) -> None:
+        """Remove a request and its rows."""
+        if state.images and not state.over:
+            self.metrics.cancelled(len(state.images))
+        state.over = True
+        for row_id in list(state.images):
+            row = state.loaded.engine.rows.get(row_id)
             if row is not None:
-                job.loaded.batcher.tickets.pop(row.request, None)
-            job.loaded.engine.cancel(row_id)
-            self._owners.pop((job.loaded, row_id), None)
-            job.leave(row_id)
-        if job in self.jobs:
-            del self.jobs[job]
-            self._on_loop(self.models.release, job.loaded)
+                state.loaded.batcher.priorities.pop(row.request, None)
+            state.loaded.engine.cancel(row_id)
+            self._owners.pop((state.loaded, row_id), None)
+            state.leave(row_id)
+        if state in self.states:
+            del self.states[state]
+            self._on_loop(self.models.release, state.loaded)
 
     def _expire(self) -> None:
         now_s = time.monotonic()
-        for place, job in enumerate(list(self.jobs)):
-            if not job.over and job.deadline_s <= now_s:
+        for position, state in enumerate(list(self.states)):
+            if not state.over and state.deadline_s <= now_s:
                 self.metrics.expired()
-                self._end(job, too_late())
-            elif job.ask.progress and not job.started and now_s - job.told_s > TELL_EVERY_S:
-                job.told_s = now_s
-                self._tell(job, Waiting(place, self._until_started_s(job)))
+                self._end(state, too_late())
+            elif self._is_waiting_event_due(state, now_s):
+                state.notified_s = now_s
+                self._send(state, Waiting(position, self._until_started_s(state)))
 
-    def _until_started_s(self, job: Job) -> float:
-        """Rows beyond those that fit begin when rows before them have left their places."""
-        at_work = [other for other in list(self.jobs) if other.left]
-        shapes = len({(other.loaded.weights, other.shape) for other in at_work})
-        same = [other for other in at_work if other.shape == job.shape]
-        key = job.loaded.key(job.shape)
+    def _is_waiting_event_due(self, state: RequestState, now_s: float) -> bool:
+        waits = state.request.progress and not state.started
+        return waits and now_s - state.notified_s > WAITING_EVERY_S
+
+    def _until_started_s(self, state: RequestState) -> float:
+        """Estimated: rows beyond `max_rows` start when earlier rows have finished."""
+        active = [other for other in list(self.states) if other.left]
+        shapes = len({(other.loaded.weights, other.shape) for other in active})
+        same = [other for other in active if other.shape == state.shape]
+        key = state.loaded.key(state.shape)
         round_s = max(1, shapes) * self.forecast.step_s(key, self.forecast.bound(key))
-        before = [other for other in same if other.arrived_s < job.arrived_s]
-        beyond = sum(len(o.left) for o in before) + len(job.left) - self.models.config.max_rows
+        before = [other for other in same if other.arrived_s < state.arrived_s]
+        beyond = sum(len(o.left) for o in before) + len(state.left) - self.models.config.max_rows
         if beyond <= 0 or not before:
             return round_s
-        places = sum(o.place_steps for o in before) / sum(len(o.left) for o in before)
-        return round_s * (places / 2) * beyond / self.models.config.max_rows
+        slot_steps = sum(o.slot_steps for o in before) / sum(len(o.left) for o in before)
+        return round_s * (slot_steps / 2) * beyond / self.models.config.max_rows
 
-    def _step(self, loaded: Loaded) -> None:
+    def _step(self, loaded: LoadedModel) -> None:
         engine, batcher = loaded.engine, loaded.batcher
-        side_s, trace_warmup_s = engine.side_s, engine.trace_warmup_s
-        batcher.receipt = None
+        vae_s, trace_warmup_s = engine.side_s, engine.trace_warmup_s
+        is_decoding = self._uses_autoencoder()
+        batcher.usage = None
         self._pacer.begin()
         try:
             results = engine.step()
@@ -220,114 +226,139 @@ class Stepper:
             return
         except DeviceLost:
             raise
-        except Exception as error:  # no row is known to be the guilty one
-            self._drop(loaded, error)
+        except Exception as error:  # which row caused it is unknown
+            self._fail_batch(loaded, error)
             return
         for row in batcher.chosen:
-            self._tell_progress(loaded, row.id)
+            self._report_progress(loaded, row.id)
         for result in results:
-            self._tell_result(loaded, result)
-        side_s, trace_warmup_s = engine.side_s - side_s, engine.trace_warmup_s - trace_warmup_s
-        made = Made(loaded, batcher.receipt, side_s, trace_warmup_s, len(results))
-        for step, seconds in self._pacer.end(made):
-            self._learn(step, seconds - step.trace_warmup_s)
+            self._report_result(loaded, result)
+        memory = self._pacer.memory()
+        is_decoding = is_decoding or self._uses_autoencoder()
+        if memory is not None:
+            self._observe_memory(loaded, memory, is_decoding)
+        step = StepTiming(
+            loaded=loaded,
+            usage=batcher.usage,
+            vae_s=engine.side_s - vae_s,
+            trace_warmup_s=engine.trace_warmup_s - trace_warmup_s,
+            num_results=len(results),
+        )
+        for over, seconds in self._pacer.end(step):
+            self._learn(over, seconds - over.trace_warmup_s)
 
-    def _learn(self, step: Made, seconds: float) -> None:
-        """Charge and remember a step, once it is known how long it took."""
-        loaded, receipt = step.loaded, step.receipt
-        self._turns.charge(loaded.weights, seconds)
-        loaded.side_s += step.side_s
-        if receipt is not None:
-            loaded.batcher.charge(receipt, seconds)
-            loaded.shape = receipt.shape
-            used_bytes, self.forecast.free_bytes = self._pacer.memory()
-            step_s = seconds - step.side_s
-            self.forecast.saw_step(loaded.key(loaded.shape), receipt.places, step_s, used_bytes)
-            self.metrics.stepped(loaded.weights.uri, receipt.rows, seconds)
+    def _uses_autoencoder(self) -> bool:
+        """Whether init images wait to be encoded, or finished rows to be decoded."""
+        rows = (row for loaded in self._loaded() for row in loaded.engine.rows.values())
+        return any(row.is_done or not row.is_ready for row in rows)
+
+    def _observe_memory(
+        self, loaded: LoadedModel, memory: tuple[float, float], is_decoding: bool
+    ) -> None:
+        """Memory that the autoencoder used beside a batch says nothing about the batch's slots."""
+        used_bytes, self.forecast.free_bytes = memory
+        usage = loaded.batcher.usage
+        if usage is not None and not is_decoding:
+            self.forecast.observe_memory(loaded.key(usage.shape), usage.slots, used_bytes)
+
+    def _learn(self, step: StepTiming, seconds: float) -> None:
+        """Account for a step, once its time on the device is known."""
+        loaded, usage = step.loaded, step.usage
+        self._queue.charge(loaded.weights, seconds)
+        loaded.vae_s += step.vae_s
+        if usage is not None:
+            loaded.batcher.charge(usage, seconds)
+            loaded.shape = usage.shape
+            step_s = seconds - step.vae_s
+            self.forecast.observe_step(loaded.key(usage.shape), usage.slots, step_s)
+            self.metrics.stepped(loaded.weights.uri, usage.rows, seconds)
         if step.num_results and loaded.shape:
-            self.forecast.saw_image(loaded.key(loaded.shape), loaded.side_s / step.num_results)
-            loaded.side_s = 0.0
+            self.forecast.observe_image(loaded.key(loaded.shape), loaded.vae_s / step.num_results)
+            loaded.vae_s = 0.0
 
-    def _drop(self, loaded: Loaded, error: Exception) -> None:
-        """End the jobs whose rows were in a call that failed."""
+    def _fail_batch(self, loaded: LoadedModel, error: Exception) -> None:
+        """End the requests whose rows were in a batch that failed."""
         for row in list(loaded.batcher.chosen):
-            job = self._owners.get((loaded, row.id))
-            if job is not None:
-                self._end(job, Failed("broken", f"a step has failed: {first_line(error)}"))
+            state = self._owners.get((loaded, row.id))
+            if state is not None:
+                self._end(state, Failed("broken", f"a step failed: {first_line(error)}"))
 
-    def _shrink(self, loaded: Loaded) -> None:
-        """Go on with smaller calls; a call of one row that does not fit never will."""
+    def _shrink(self, loaded: LoadedModel) -> None:
+        """Continue with smaller batches; a single row that does not fit never will."""
         rows = loaded.batcher.chosen
         self._pacer.clear()
         if len(rows) > 1:
             key = loaded.key(rows[0].shape)
-            self.forecast.ran_out(key, sum(row.num_slots for row in rows))
+            self.forecast.observe_oom(key, sum(row.num_slots for row in rows))
             return
-        message = "the picture does not fit the device's memory; ask for a smaller one"
+        message = "the image does not fit the device's memory; request a smaller size"
         for row in rows:
-            job = self._owners.get((loaded, row.id))
-            if job is not None:
-                self._end(job, Failed("invalid", message, "size"))
+            state = self._owners.get((loaded, row.id))
+            if state is not None:
+                self._end(state, Failed("invalid", message, "size"))
 
-    def _tell_progress(self, loaded: Loaded, row_id: int) -> None:
-        job = self._owners.get((loaded, row_id))
-        if job is None or row_id not in loaded.engine.rows:
+    def _report_progress(self, loaded: LoadedModel, row_id: int) -> None:
+        state = self._owners.get((loaded, row_id))
+        if state is None or row_id not in loaded.engine.rows:
             return
-        if not job.started:
-            job.started = True
-            self.metrics.started(time.monotonic() - job.arrived_s)
+        if not state.started:
+            state.started = True
+            self.metrics.started(time.monotonic() - state.arrived_s)
         done, total = loaded.engine.progress(row_id)
-        job.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_slots
-        image = job.images[row_id]
-        if job.ask.progress:
-            since_s = time.monotonic() - job.arrived_s
-            self._tell(job, Step(image, done, total, (total - done) * since_s / done))
-        owed = job.owed[row_id]
-        if owed and done >= owed[0]:
-            index = job.num_partials - len(owed)
-            owed.pop(0)
-            with contextlib.suppress(RuntimeError):  # a preview less is no harm
+        state.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_slots
+        image = state.images[row_id]
+        if state.request.progress:
+            since_s = time.monotonic() - state.arrived_s
+            self._send(state, Step(image, done, total, (total - done) * since_s / done))
+        preview_steps = state.preview_steps[row_id]
+        if preview_steps and done >= preview_steps[0]:
+            index = state.num_partials - len(preview_steps)
+            preview_steps.pop(0)
+            with contextlib.suppress(RuntimeError):  # previews are optional
                 preview = loaded.engine.preview(row_id)
                 if preview is not None:
-                    self._tell(job, Partial(image, index, to_pixels(preview)))
+                    self._send(state, Partial(image, index, to_pixels(preview)))
 
-    def _tell_result(self, loaded: Loaded, result: Result) -> None:
-        loaded.batcher.tickets.pop(result.request, None)
-        job = self._owners.pop((loaded, result.id), None)
-        if job is None or job.over:
+    def _report_result(self, loaded: LoadedModel, result: Result) -> None:
+        loaded.batcher.priorities.pop(result.request, None)
+        state = self._owners.pop((loaded, result.id), None)
+        if state is None or state.over:
             return
         if result.image is None:
-            self._end(job, Failed("invalid", str(result.error)))
+            self._end(state, Failed("invalid", str(result.error)))
         elif not self._is_safe(result.image):
-            refusal = "the safety checker holds the picture back; change the prompt"
-            self._end(job, Failed("refused", refusal, "prompt"))
+            refusal = "the safety checker blocked the image; change the prompt"
+            self._end(state, Failed("refused", refusal, "prompt"))
         else:
             self.metrics.made(loaded.weights.uri)
-            self._tell(job, job.finish(result.id, result.image, result.warnings))
+            self._send(state, state.finish(result.id, result.image, result.warnings))
 
     def _is_safe(self, image: Image) -> bool:
-        """A checker that cannot say is taken for a no."""
+        """An image that the checker fails on counts as unsafe."""
         try:
             return self._safety is None or self._safety.allows(image)
         except RuntimeError:
             return False
 
-    def _sweep(self) -> None:
-        """Have models that were evicted leave what they share."""
+    def _detach_evicted(self) -> None:
+        """Detach the adapters of evicted models from the parts that other models share."""
         while self.models.leaving:
             self.models.leaving.popleft().engine.loras.detach()
 
-    def _end(self, job: Job, failed: Failed) -> None:
-        self._tell(job, job.fail(failed))
-        self._leave(job)
+    def _end(self, state: RequestState, failed: Failed) -> None:
+        self._send(state, state.fail(failed))
+        self._leave(state)
 
-    def _tell(self, job: Job, event: Event) -> None:
-        self._on_loop(job.events.put_nowait, event)
+    def _send(self, state: RequestState, event: Event) -> None:
+        self._on_loop(state.events.put_nowait, event)
 
     def _on_loop(self, work: Callable[..., None], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is gone, and its callers with it
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the event loop is closed, and its callers are gone
             self._loop.call_soon_threadsafe(work, *args)
 
 
 def too_late() -> Failed:
-    return Failed("deadline", "the deadline has passed before the pictures were made", "deadline_s")
+    message = "the deadline passed before the images were made"
+    return Failed("deadline", message, "deadline_s")

@@ -1,1 +1,1 @@
-"""The HTTP side: routes, bodies, answers. Loads no torch."""
+"""The HTTP side: routes, request bodies, responses. Loads no torch."""

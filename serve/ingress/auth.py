@@ -1,6 +1,6 @@
-"""Who may ask, and how much.
+"""API keys, and the limits of each.
 
-Owns API keys and the limits of each. Knows nothing of what is asked.
+Owns authentication and rate limits. Knows nothing of what is requested.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from serve.errors import ApiError
 MINUTE_S = 60.0
 
 
-class Gate:
-    """Checks keys in constant time, and holds each to its limits (of this ingress replica)."""
+class ApiKeys:
+    """Checks keys, and enforces their limits within this ingress replica."""
 
     def __init__(self, config: AuthConfig):
         self.config = config
@@ -27,32 +27,34 @@ class Gate:
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def identify(self, authorization: str | None, host: str | None) -> KeyConfig | str:
-        """The key that was sent, or the address where none is needed. Raises ApiError 401, 403."""
+        """The key sent, or the address where none is needed. Raises ApiError 401 or 403."""
         if not self._keys:
             if self.config.allow_anyone or is_loopback(host):
                 return host or "unknown"
-            raise ApiError(403, "this server has no API keys, so it answers its own machine only")
+            raise ApiError(
+                403, "this server has no API keys, so it answers requests from its own machine only"
+            )
         kind, _, sent = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not sent.strip():
             raise ApiError(401, "no API key; send it as 'Authorization: Bearer KEY'")
         digest = hashlib.sha256(sent.strip().encode()).digest()
-        # All are compared, each in constant time: how long it takes tells nothing.
-        found = [key for known, key in self._keys if hmac.compare_digest(known, digest)]
-        if not found:
-            raise ApiError(401, "the API key is not known here")
-        return found[0]
+        # All keys are compared, each in constant time, so that timing reveals nothing.
+        matches = [key for known, key in self._keys if hmac.compare_digest(known, digest)]
+        if not matches:
+            raise ApiError(401, "the API key is not valid")
+        return matches[0]
 
     @contextlib.contextmanager
-    def admitted(self, who: KeyConfig | str) -> Generator[None]:
-        """Within this context a request counts, from before its body is read.
+    def count_request(self, who: KeyConfig | str) -> Generator[None]:
+        """A request counts while in this context, which starts before its body is read.
 
-        Raises ApiError 429 where the key has as many as it may.
+        Raises ApiError 429 where the key already has its maximum.
         """
         if not isinstance(who, KeyConfig):
             yield
             return
         if self._active[who.name] >= who.max_concurrent:
-            message = f"{who.max_concurrent} requests of this key are being worked on already"
+            message = f"{who.max_concurrent} requests of this key are already in progress"
             raise ApiError(429, message, retry_after_s=1.0)
         self._active[who.name] += 1
         try:
@@ -60,15 +62,15 @@ class Gate:
         finally:
             self._active[who.name] -= 1
 
-    def take(self, key: KeyConfig | str, images: int) -> None:
-        """Take images from a key's bucket, which a minute fills. Raises ApiError 429."""
+    def take_images(self, key: KeyConfig | str, images: int) -> None:
+        """Take images from a key's token bucket, which refills in a minute. Raises ApiError 429."""
         if not isinstance(key, KeyConfig) or key.images_per_minute is None:
             return
         rate = key.images_per_minute / MINUTE_S
         now_s = time.monotonic()
         left, since_s = self._buckets.get(key.name, (key.images_per_minute, now_s))
         left = min(key.images_per_minute, left + rate * (now_s - since_s))
-        # A request larger than the bucket takes all of it rather than never being served.
+        # A request larger than the bucket takes all of it; otherwise it could never be served.
         wanted = min(float(images), key.images_per_minute)
         if left < wanted:
             self._buckets[key.name] = (left, now_s)

@@ -1,6 +1,8 @@
-"""What comes with a request: its id, its body within bounds, as JSON or as a form.
+"""Request ids, and request bodies: limited in size, parsed as JSON or as a form.
 
-Owns those bounds and how a body that cannot be read is told. Knows no route.
+Owns those limits and the errors for bodies that cannot be read. Knows no route. Starlette's own
+`max_body_size` is not used: where a Content-Length is too large, it replaces every response by a
+plain text 413, even a 401, and clients of the API expect OpenAI's JSON errors.
 """
 
 import json
@@ -15,59 +17,59 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError
 
-MOST_FORM_FIELDS = 64
-MOST_JSON_BYTES = 2**20
+MAX_FORM_FIELDS = 64
+MAX_JSON_BYTES = 2**20
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-class Envelope:
-    """Around every request: an id, a bound on its body, and routes that know no prefix."""
+class RequestLimitsMiddleware:
+    """Gives every request an id, limits its body, and hides the prefix of the application."""
 
-    def __init__(self, app: ASGIApp, most_bytes: int, stamps_ids: bool):
+    def __init__(self, app: ASGIApp, max_bytes: int, adds_ids: bool):
         self.app = app
-        self.most_bytes = most_bytes
-        self.stamps_ids = stamps_ids
+        self.max_bytes = max_bytes
+        self.adds_ids = adds_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        # Two applications may share the paths; each has the whole path in its routes.
+        sent = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+        # Applications that share a host have whole paths in their routes.
         scope = {**scope, "root_path": ""}
         scope.setdefault("state", {})
         scope["state"] = {**scope["state"], "request_id": request_id}
-        seen, started_s = 0, time.monotonic()
+        received, started_s = 0, time.monotonic()
 
-        async def bounded() -> Message:
-            nonlocal seen
+        async def limited() -> Message:
+            nonlocal received
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most_bytes:
-                raise ApiError(413, f"the request is larger than {self.most_bytes} bytes")
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise ApiError(413, f"the request is larger than {self.max_bytes} bytes")
             return message
 
-        async def stamped(message: Message) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                took_ms = str(round(1000 * (time.monotonic() - started_s))).encode()
-                own = [*message["headers"], (b"openai-processing-ms", took_ms)]
-                if self.stamps_ids:
-                    own.append((b"x-request-id", request_id.encode()))
-                message = {**message, "headers": own}
+                duration_ms = str(round(1000 * (time.monotonic() - started_s))).encode()
+                response_headers = [*message["headers"], (b"openai-processing-ms", duration_ms)]
+                if self.adds_ids:
+                    response_headers.append((b"x-request-id", request_id.encode()))
+                message = {**message, "headers": response_headers}
             await send(message)
 
-        await self.app(scope, bounded, stamped)
+        await self.app(scope, limited, with_headers)
 
 
 async def read_json(request: Request) -> Any:
-    declared = request.headers.get("content-type", "application/json").split(";")[0].strip()
-    if declared != "application/json":
-        raise ApiError(415, f"the content type is {declared}; send application/json")
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip()
+    if content_type != "application/json":
+        raise ApiError(415, f"the content type is {content_type}; send application/json")
     data = await request.body()
-    if len(data) > MOST_JSON_BYTES:
-        raise ApiError(413, f"the body has {len(data)} bytes; at most {MOST_JSON_BYTES}")
+    if len(data) > MAX_JSON_BYTES:
+        raise ApiError(413, f"the body has {len(data)} bytes; at most {MAX_JSON_BYTES}")
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -75,16 +77,16 @@ async def read_json(request: Request) -> Any:
 
 
 async def read_form(request: Request) -> tuple[dict[str, list[bytes]], dict[str, str]]:
-    """The files and the texts of a multipart form. Raises ApiError."""
-    declared = request.headers.get("content-type", "").split(";")[0].strip()
-    if declared != "multipart/form-data":
-        raise ApiError(415, f"the content type is {declared!r}; send multipart/form-data")
+    """The files and the text fields of a multipart form. Raises ApiError."""
+    content_type = request.headers.get("content-type", "").split(";")[0].strip()
+    if content_type != "multipart/form-data":
+        raise ApiError(415, f"the content type is {content_type!r}; send multipart/form-data")
     charset = re.search(r"charset\s*=\s*[\"']?([^;\"']*)", request.headers["content-type"], re.I)
     if charset is not None and charset[1].strip().lower() not in ("utf-8", "utf8"):
         raise ApiError(415, f"the charset is {charset[1]!r}; send UTF-8")
     files: dict[str, list[bytes]] = {}
     values: dict[str, str] = {}
-    async with request.form(max_files=20, max_fields=MOST_FORM_FIELDS) as form:
+    async with request.form(max_files=20, max_fields=MAX_FORM_FIELDS) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
                 files.setdefault(name, []).append(await value.read())

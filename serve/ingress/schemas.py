@@ -1,7 +1,7 @@
-"""The OpenAI Images API as this server speaks it: what callers send and what they get.
+"""The OpenAI Images API as served here: request and response bodies.
 
-Owns the fields, their bounds and how a wrong one is told. Knows nothing of models, of the limits of
-one installation, or of HTTP. Our own fields stand beside OpenAI's.
+Owns the fields, their bounds and their error messages. Knows nothing of models, of the limits of
+one installation, or of HTTP. Fields of our own stand beside OpenAI's.
 """
 
 import json
@@ -24,7 +24,7 @@ class LoraUse(BaseModel):
 
 
 class GenerateBody(BaseModel):
-    """What `POST /v1/images/generations` takes."""
+    """The body of `POST /v1/images/generations`."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -52,13 +52,15 @@ class GenerateBody(BaseModel):
     sampler: str | None = None
     loras: list[LoraUse] | None = None
     deadline_s: Finite | None = Field(default=None, gt=0)
-    progress: bool | None = Field(default=None, description="also tell waiting and steps (stream)")
+    progress: bool | None = Field(
+        default=None, description="with stream: also send waiting and step events"
+    )
 
     @field_validator("prompt", "negative_prompt", "model", "sampler", "user")
     @classmethod
     def _is_text(cls, text: str | None) -> str | None:
         if text is not None and ("\0" in text or (not text.isascii() and not _encodes(text))):
-            raise ValueError("it has characters that are no text")
+            raise ValueError("it has characters that are not valid text")
         return text
 
     @field_validator("size")
@@ -71,7 +73,7 @@ class GenerateBody(BaseModel):
     @field_validator("loras", mode="before")
     @classmethod
     def _as_json(cls, loras: Any) -> Any:
-        """Forms have text only."""
+        """Form fields are text."""
         if not isinstance(loras, str):
             return loras
         try:
@@ -83,13 +85,13 @@ class GenerateBody(BaseModel):
 
     @property
     def width_height(self) -> tuple[int, int] | None:
-        """None for the model's own choice."""
-        found = None if self.size in (None, "auto") else SIZE.fullmatch(str(self.size))
-        return None if found is None else (int(found[1]), int(found[2]))
+        """None for the model's default."""
+        match = None if self.size in (None, "auto") else SIZE.fullmatch(str(self.size))
+        return None if match is None else (int(match[1]), int(match[2]))
 
 
 class EditBody(GenerateBody):
-    """What `POST /v1/images/edits` takes, besides the pictures themselves."""
+    """The form fields of `POST /v1/images/edits`, besides the images."""
 
     strength: Finite | None = Field(default=None, gt=0, le=1)
     input_fidelity: Literal["high", "low"] | None = None
@@ -138,7 +140,7 @@ class ErrorOut(BaseModel):
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's schema, whole in itself: an OpenAPI document has no place for its definitions."""
+    """A model's schema without references: it is put inside an OpenAPI document."""
     schema = model.model_json_schema()
     known = schema.pop("$defs", {})
 
@@ -151,24 +153,23 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
             return inlined(known[part["$ref"].rpartition("/")[2]])
         return {name: inlined(value) for name, value in part.items()}
 
-    found: dict[str, Any] = inlined(schema)
-    return found
+    whole: dict[str, Any] = inlined(schema)
+    return whole
 
 
 def parse(model: type[GenerateBody], values: Any) -> Any:
-    """A body from JSON or from a form's fields. Raises ApiError naming the first wrong field."""
+    """A body from JSON or from form fields. Raises ApiError naming the first wrong field."""
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _told(error, model) from None
+        raise translate_error(error, model) from None
 
 
-def _told(error: ValidationError, model: type[BaseModel]) -> ApiError:
+def translate_error(error: ValidationError, model: type[BaseModel]) -> ApiError:
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
-    param = ".".join(place) or None
+    param = ".".join(str(part) for part in problem["loc"]) or None
     if problem["type"] == "extra_forbidden":
         known = ", ".join(model.model_fields)
         message = f"Unknown parameter: '{param}'. Known are {known}."
@@ -176,10 +177,10 @@ def _told(error: ValidationError, model: type[BaseModel]) -> ApiError:
     if problem["type"] == "missing":
         message = f"Missing required parameter: '{param}'."
         return ApiError(400, message, param=param, code="missing_required_parameter")
-    said = problem["msg"].removeprefix("Value error, ")
+    reason = problem["msg"].removeprefix("Value error, ")
     given = repr(problem["input"])
     given = given if len(given) <= 80 else f"{given[:77]}..."
-    message = f"Invalid value for '{param}': {given}. {said[:1].upper()}{said[1:]}."
+    message = f"Invalid value for '{param}': {given}. {reason[:1].upper()}{reason[1:]}."
     return ApiError(400, message, param=param, code="invalid_value")
 
 

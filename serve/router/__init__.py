@@ -1,1 +1,1 @@
-"""Which replica a call goes to, and how many replicas there are."""
+"""Routing of requests to engine replicas, and their number."""

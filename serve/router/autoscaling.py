@@ -1,6 +1,6 @@
-"""How many engine replicas there should be: by seconds of work that wait, not by requests.
+"""How many engine replicas to run: by seconds of pending work, not by the number of requests.
 
-Owns the policy. Delays, bounds and the way from none to one are Serve's.
+Owns the policy. Delays, bounds and scaling up from zero are Serve's.
 """
 
 import math
@@ -11,8 +11,8 @@ from ray.serve.config import AutoscalingContext
 PENDING = "pending_s"
 
 
-class BySeconds:
-    """A replica for every `target_s` seconds of denoising work that is waiting or being done."""
+class PendingWorkPolicy:
+    """One replica for every `target_s` seconds of denoising work that waits or is in progress."""
 
     def __init__(self, target_s: float):
         self.target_s = target_s

@@ -1,7 +1,7 @@
-"""The engine replicas as the ingress sees them: one stream of events for each ask.
+"""The engine replicas as the ingress sees them: one stream of events for each request.
 
-Owns what happens when a replica dies: asks of which nothing was seen yet are made again elsewhere,
-which changes nothing, since a seed decides its picture. Knows Ray, but no HTTP.
+Owns what happens when a replica dies: a request without visible output is sent to another replica.
+The result is the same, because an image depends on its seed only. Knows Ray, but no HTTP.
 """
 
 import asyncio
@@ -18,34 +18,34 @@ from ray.serve.exceptions import (
 )
 
 from serve.errors import ApiError
-from serve.protocol import Ask, Event, Failed, Finished, Partial
+from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial
 
 ATTEMPTS = 5
 LOST = (RayActorError, ObjectLostError, ReplicaUnavailableError)
 BUSY_ATTEMPTS, BROKEN_ATTEMPTS = 2, 2
 GRACE_S = 2.0
-"""How long after its deadline an ask's own word is waited for."""
-ASKED_AGAIN_S = 10.0
-"""How long a replica may take to say what it holds."""
+"""How long after its deadline a request may still report its own end."""
+STATE_TIMEOUT_S = 10.0
+"""How long the replicas may take to report their state."""
 
 
 class Fleet:
-    """`handle` is that of the engine deployment."""
+    """Calls the engine replicas; `handle` is the engine deployment's."""
 
     def __init__(self, handle: Any):
         self._stream = handle.options(method_name="generate", stream=True)
         self._handle = handle
 
-    async def events(self, ask: Ask, streamed: bool) -> AsyncIterator[Event]:
-        """What becomes of an ask. Raises ApiError when no replica can be had.
+    async def events(self, request: ImagesRequest, streamed: bool) -> AsyncIterator[Event]:
+        """A request's events. Raises ApiError when no replica is available.
 
-        Not `streamed`, an ask can be made again at any time: what was collected is told again.
+        A request that is not `streamed` can be retried at any time: its events are then repeated.
         """
         started_s, busy, broken = time.monotonic(), 0, 0
         for attempt in range(ATTEMPTS):
             seen = False
             try:
-                async for event in self._attempt(_later(ask, started_s)):
+                async for event in self._attempt(_with_time_left(request, started_s)):
                     if isinstance(event, Failed):
                         busy += event.kind == "busy"
                         broken += event.kind == "broken"
@@ -60,21 +60,23 @@ class Fleet:
                     return
             except LOST as error:
                 if seen or attempt == ATTEMPTS - 1:
-                    raise ApiError(503, "the engine was lost", retry_after_s=5.0) from error
+                    raise ApiError(503, "the engine replica was lost", retry_after_s=5.0) from error
                 await asyncio.sleep(0.2 * 2**attempt)
 
-    async def _attempt(self, ask: Ask) -> AsyncIterator[Event]:
+    async def _attempt(self, request: ImagesRequest) -> AsyncIterator[Event]:
         started_s = time.monotonic()
-        names = ",".join([ask.model, *(name for name, _ in ask.loras)])
-        answers = self._stream.options(multiplexed_model_id=names).remote(ask)
+        names = ",".join([request.model, *(name for name, _ in request.loras)])
+        events = self._stream.options(multiplexed_model_id=names).remote(request)
         try:
             while True:
-                left_s = None if ask.deadline_s is None else _left_s(ask, started_s) + GRACE_S
-                yield await asyncio.wait_for(anext(answers), left_s)
+                left_s = (
+                    None if request.deadline_s is None else _left_s(request, started_s) + GRACE_S
+                )
+                yield await asyncio.wait_for(anext(events), left_s)
         except StopAsyncIteration:
             return
-        except TimeoutError:  # no replica was there to say so
-            yield Failed("deadline", "the deadline has passed before an engine was there")
+        except TimeoutError:  # no replica was there to report it
+            yield Failed("deadline", "the deadline passed before an engine replica was ready")
         except BackPressureError as error:
             raise ApiError(429, "too many requests are waiting", retry_after_s=5.0) from error
         except DeploymentUnavailableError as error:
@@ -82,28 +84,30 @@ class Fleet:
         except RayTaskError as error:
             if isinstance(error.cause, RayActorError):
                 raise error.cause from error
-            raise ApiError(500, "the engine has failed", code="engine_failed") from error
+            raise ApiError(500, "the engine failed", code="engine_failed") from error
         finally:
-            answers.cancel()
+            events.cancel()
 
     async def states(self) -> dict[str, dict[str, Any]]:
-        """What each replica holds and has waiting, by its name; those that do not answer lack."""
+        """Models, load and metrics of each replica that events, by its name."""
         try:
-            found = await asyncio.wait_for(self._told("state"), ASKED_AGAIN_S)
+            states = await asyncio.wait_for(self._broadcast("state"), STATE_TIMEOUT_S)
         except (TimeoutError, Exception):
             return {}
-        return {each["replica"]: each for each in found}
+        return {each["replica"]: each for each in states}
 
-    async def _told(self, method: str) -> list[Any]:
-        asked = self._handle.broadcast(method)
-        found: list[Any] = await asked.results_async(return_exceptions=True)
-        return [each for each in found if not isinstance(each, BaseException)]
-
-
-def _later(ask: Ask, started_s: float) -> Ask:
-    """The ask with what is left of its deadline."""
-    return ask if ask.deadline_s is None else replace(ask, deadline_s=_left_s(ask, started_s))
+    async def _broadcast(self, method: str) -> list[Any]:
+        responses = self._handle.broadcast(method)
+        results: list[Any] = await responses.results_async(return_exceptions=True)
+        return [each for each in results if not isinstance(each, BaseException)]
 
 
-def _left_s(ask: Ask, started_s: float) -> float:
-    return max(0.001, (ask.deadline_s or 0.0) - (time.monotonic() - started_s))
+def _with_time_left(request: ImagesRequest, started_s: float) -> ImagesRequest:
+    """The request with what is left of its deadline."""
+    if request.deadline_s is None:
+        return request
+    return replace(request, deadline_s=_left_s(request, started_s))
+
+
+def _left_s(request: ImagesRequest, started_s: float) -> float:
+    return max(0.001, (request.deadline_s or 0.0) - (time.monotonic() - started_s))

@@ -1,7 +1,7 @@
-// The server's side of the conversation: which models there are, and one picture after another.
-import { recall } from "./memory.js";
+// Calls the server's API: the list of models, and streams of pictures.
+import { recall } from "./session.js";
 import { events } from "./stream.js";
-import { refusal, Trouble } from "./trouble.js";
+import { errorOf, RequestError } from "./errors.js";
 
 const keyHeader = () => (recall("key") ? { Authorization: `Bearer ${recall("key")}` } : {});
 
@@ -11,9 +11,9 @@ async function call(path, init = {}) {
     response = await fetch(path, { ...init, headers: { ...init.headers, ...keyHeader() } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Trouble(error.message, { kind: "unreachable" });
+    throw new RequestError(error.message, { kind: "unreachable" });
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return response;
 }
 
@@ -21,8 +21,8 @@ export async function loadModels() {
   return (await (await call("v1/models")).json()).data ?? [];
 }
 
-/** Fields as the API names them. `input` is {picture, mask}, both blobs, mask perhaps null. */
-function letter(fields, input) {
+/** Path and options of a fetch. `input` is {picture, mask}, two blobs; mask may be null. */
+function buildRequest(fields, input) {
   const all = { ...fields, stream: true, partial_images: 3, progress: true, output_format: "png" };
   if (!input) {
     const headers = { "Content-Type": "application/json" };
@@ -38,18 +38,18 @@ function letter(fields, input) {
 }
 
 /**
- * Asks for pictures and yields what happens to them: {what: "waiting", position, seconds},
+ * Requests pictures and yields events: {what: "waiting", position, seconds},
  * {what: "step", image, step, steps, seconds_left}, {what: "partial", image, blob} and
- * {what: "done", image, blob, seed, warnings}. Ends with the last, or throws a Trouble.
+ * {what: "done", image, blob, seed, warnings}. Ends with the last, or throws a RequestError.
  */
 export async function* make(fields, input, signal) {
-  const [path, init] = letter(fields, input);
+  const [path, init] = buildRequest(fields, input);
   const response = await call(path, { ...init, signal });
   let image = 0; // images come one after another
-  for await (const event of told(response)) {
+  for await (const event of responseEvents(response)) {
     if (event.error) {
       const { message, param, code } = event.error;
-      throw new Trouble(message ?? "No reason was given.", { kind: "failed", param, code });
+      throw new RequestError(message ?? "No reason was given.", { kind: "failed", param, code });
     }
     const kind = event.type ?? "";
     if (kind === "rayjobs.waiting") yield { what: "waiting", ...event };
@@ -60,11 +60,11 @@ export async function* make(fields, input, signal) {
       yield { what: "done", image: image++, ...event, blob: toBlob(event) };
   }
   if (image < (fields.n ?? 1))
-    throw new Trouble("The answer ended before its last picture.", { kind: "lost" });
+    throw new RequestError("The answer ended before its last picture.", { kind: "lost" });
 }
 
-/** The events of an answer, also of one that did not care to stream. */
-async function* told(response) {
+/** The events of a response, whether it is a stream or JSON. */
+async function* responseEvents(response) {
   if ((response.headers.get("content-type") ?? "").includes("json")) {
     for (const picture of (await response.json()).data ?? [])
       yield { type: ".completed", ...picture };
@@ -73,8 +73,8 @@ async function* told(response) {
   try {
     yield* events(response.body);
   } catch (error) {
-    if (error.name === "AbortError" || error instanceof Trouble) throw error;
-    throw new Trouble(error.message, { kind: "lost" });
+    if (error.name === "AbortError" || error instanceof RequestError) throw error;
+    throw new RequestError(error.message, { kind: "lost" });
   }
 }
 

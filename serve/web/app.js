@@ -1,23 +1,23 @@
-// Puts the page together and listens to the person before it.
+// Sets up the page and its event handlers.
 import { loadModels } from "./api.js";
-import { verbs } from "./deeds.js";
+import { actions } from "./actions.js";
 import { $ } from "./dom.js";
 import * as form from "./form.js";
-import { readyInput } from "./input.js";
-import { askForKey, readyKey } from "./key.js";
-import { readyPainter } from "./painter.js";
-import { cancel, generate, isRunning, shapeOf } from "./run.js";
+import { setupInput } from "./input.js";
+import { askForKey, setupKey } from "./api-key.js";
+import { setupPainter } from "./painter.js";
+import { cancel, generate, isRunning, shapeOf } from "./generate.js";
 import * as stage from "./stage.js";
 
-/** Fills the page with what the server has. */
+/** Fills the page with the server's models. */
 async function open() {
   try {
     form.fillModels(await loadModels());
-    form.recallForm();
+    form.restoreForm();
     emptyStage();
   } catch (error) {
     if (error.status === 401) return askForKey(open);
-    stage.showTrouble(error, open);
+    stage.showError(error, open);
   }
 }
 
@@ -28,20 +28,20 @@ function emptyStage() {
   });
 }
 
-/** The empty frame has the shape and the hints of what is chosen. */
+/** The empty frame follows the chosen size and model. */
 function onChoice() {
-  form.keepForm();
+  form.saveForm();
   if (stage.isEmpty()) emptyStage();
 }
 
 function submit(event) {
   event.preventDefault();
-  form.keepForm();
-  generate(verbs);
+  form.saveForm();
+  generate(actions);
 }
 
 function onKey(event) {
-  if (event.isComposing) return; // the keys are an input method's
+  if (event.isComposing) return; // the input method uses the keys
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     if (!$("key-dialog").open) submit(event);
   } else if (event.key === "Escape" && isRunning() && !$("key-dialog").open) {
@@ -57,10 +57,10 @@ function showTheme(name) {
 }
 
 function ready() {
-  form.readyForm();
-  readyInput(emptyStage);
-  readyPainter();
-  readyKey();
+  form.setupForm();
+  setupInput(emptyStage);
+  setupPainter();
+  setupKey();
   showTheme(theme.recall());
   $("theme").addEventListener("click", () => {
     const next = theme.after($("theme").querySelector("use").getAttribute("href").slice(3));

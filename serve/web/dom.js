@@ -1,4 +1,4 @@
-// Words for the page's elements. Text is only ever set as text, never parsed as HTML.
+// Makes the page's elements. Text is always set as text, never parsed as HTML.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -28,8 +28,8 @@ export function icon(name) {
   return made;
 }
 
-/** Tells those who listen to the page instead of looking at it. */
-export function say(text) {
+/** Announces a text to screen readers. */
+export function announce(text) {
   $("live").textContent = text;
 }
 
@@ -40,7 +40,7 @@ export function fillTrack(range) {
 }
 
 /** 0.4 s, 12 s, 2 min 5 s. */
-export function inWords(seconds) {
+export function formatSeconds(seconds) {
   if (!Number.isFinite(seconds)) return "";
   if (seconds < 9.95) return `${Math.max(seconds, 0.1).toFixed(1)} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;

@@ -1,7 +1,7 @@
-// The settings: filled from what the server says it can do, read into the API's fields and back.
+// The settings: filled from the server's models, read into the API's fields and written back.
 import { $, fillTrack, node } from "./dom.js";
 import { fillLoras, readLoras, writeLoras } from "./loras.js";
-import { recall, remember } from "./memory.js";
+import { recall, remember } from "./session.js";
 
 const PLAIN = ["prompt", "negative_prompt", "model", "sampler", "seed"];
 const NUMBERS = ["num_inference_steps", "guidance_scale"];
@@ -48,7 +48,7 @@ function refill(select, options) {
   if (options.some(({ value }) => value === kept)) select.value = kept;
 }
 
-/** A field that nobody has touched follows the model. */
+/** A field that was not edited follows the model. */
 function setDefault(name, value) {
   const field = $(name);
   const untouched = field.value === "" || field.value === field.dataset.default;
@@ -83,7 +83,7 @@ function fitSize() {
   $("custom").hidden = $("size").value !== "custom";
 }
 
-/** Words that call up what a model or LoRA was tuned for. */
+/** Example prompts of the chosen model and LoRAs. */
 export function hints() {
   const names = [chosenModel().id, ...readLoras().map(({ name }) => name)];
   return [
@@ -135,8 +135,8 @@ export function readFields() {
   return fields;
 }
 
-/** What the server could not know is meant otherwise: [field, words], or null. */
-export function objection() {
+/** Errors that the server could not detect: [field, message], or null. */
+export function validate() {
   if (!$("prompt").value.trim()) return ["prompt", "Say what the picture should show."];
   const seed = $("seed").value.trim();
   if (seed && !(/^\d+$/.test(seed) && Number.isSafeInteger(Number(seed)))) {
@@ -167,8 +167,8 @@ function writeSize(size) {
   fitSize();
 }
 
-/** Marks the field that something is wrong with; false where the page has no such field. */
-export function pointAt(param, message) {
+/** Marks the field that an error belongs to; false where the page has no such field. */
+export function markField(param, message) {
   const place = String(param).split(".")[0]; // of loras.0.scale, say
   const name = PARAMS[place] ?? place;
   if (!MARKED.includes(name) || !$(`${name}-wrong`)) return false;
@@ -186,17 +186,17 @@ export function clearMarks() {
     field.removeAttribute("aria-invalid");
 }
 
-export function keepForm() {
+export function saveForm() {
   remember("fields", JSON.stringify(readFields()));
 }
 
-/** What was in the form before the page was loaded anew. */
-export function recallForm() {
+/** Restores what was in the form before a reload. */
+export function restoreForm() {
   const kept = recall("fields");
   if (kept) writeFields(JSON.parse(kept));
 }
 
-export function readyForm() {
+export function setupForm() {
   $("model").addEventListener("change", fitModel);
   $("loras").addEventListener("change", showHint);
   $("size").addEventListener("change", fitSize);

@@ -1,10 +1,10 @@
-// What was made in this visit, newest first, and what can be done with each.
-import { $, button, count, icon, inWords, node, say } from "./dom.js";
+// The pictures of this visit, newest first, each with its actions.
+import { $, button, count, icon, formatSeconds, node, announce } from "./dom.js";
 
-const KEPT = 200; // older ones are let go, for the memory's sake
+const KEPT = 200; // older ones are released, to save memory
 let shots = [];
 
-const VERBS = [
+const ACTIONS = [
   ["download", "download", "Download"],
   ["useAsInput", "input", "Use as input"],
   ["reuse", "reuse", "Reuse settings"],
@@ -12,19 +12,19 @@ const VERBS = [
   ["copyPython", "code", "Copy as Python"],
 ];
 
-export function addShot(shot, verbs) {
+export function addShot(shot, actions) {
   shots.unshift(shot);
   $("gallery").hidden = false;
   $("gallery-count").textContent = count(shots.length, "picture");
-  $("shots").prepend(tile(shot, verbs));
+  $("shots").prepend(tile(shot, actions));
   for (const { url } of shots.splice(KEPT)) URL.revokeObjectURL(url);
   while ($("shots").children.length > KEPT) $("shots").lastChild.remove();
 }
 
-function tile(shot, verbs) {
+function tile(shot, actions) {
   const img = node("img", { src: shot.url, alt: "", loading: "lazy" });
   const label = `Show: ${shot.fields.prompt}, seed ${shot.fields.seed ?? "unknown"}`;
-  const show = () => verbs.show(shot);
+  const show = () => actions.show(shot);
   const open = button({ class: "thumb", "aria-label": label, onclick: show }, img);
   return node(
     "li",
@@ -32,7 +32,7 @@ function tile(shot, verbs) {
     open,
     node("p", { class: "words", title: shot.fields.prompt }, shot.fields.prompt),
     facts(shot),
-    actions(shot, verbs),
+    actionButtons(shot, actions),
   );
 }
 
@@ -43,46 +43,46 @@ function facts(shot) {
     "p",
     { class: "facts" },
     seed,
-    node("time", { datetime: shot.when.toISOString() }, `${time}, ${inWords(shot.seconds)}`),
+    node("time", { datetime: shot.when.toISOString() }, `${time}, ${formatSeconds(shot.seconds)}`),
   );
 }
 
-/** The buttons of a picture, with words where there is room for them. */
-export function actions(shot, verbs, wordy = false) {
-  const all = shot.input ? [...VERBS, ["saveInput", "files", "Save input files"]] : VERBS;
-  const made = all.map(([verb, drawing, words]) => {
-    const act = async ({ currentTarget }) => confirm(currentTarget, await verbs[verb](shot));
-    const name = wordy ? {} : { "aria-label": words, title: words };
-    const inside = [icon(drawing), wordy ? node("span", {}, words) : null];
-    return button({ class: "plain", "data-verb": verb, onclick: act, ...name }, ...inside);
+/** The buttons of a picture, with labels where there is room for them. */
+export function actionButtons(shot, actions, withLabels = false) {
+  const all = shot.input ? [...ACTIONS, ["saveInput", "files", "Save input files"]] : ACTIONS;
+  const made = all.map(([action, drawing, label]) => {
+    const act = async ({ currentTarget }) => confirm(currentTarget, await actions[action](shot));
+    const name = withLabels ? {} : { "aria-label": label, title: label };
+    const inside = [icon(drawing), withLabels ? node("span", {}, label) : null];
+    return button({ class: "plain", "data-action": action, onclick: act, ...name }, ...inside);
   });
   return node("div", { class: "actions" }, ...made);
 }
 
-/** Tells beside the button what it has done, if it has words for that. */
-function confirm({ dataset }, said) {
-  if (!said) return;
-  say(said);
-  dataset.said = said;
-  setTimeout(() => delete dataset.said, 1600);
+/** Shows beside the button what it has done, if the action returned a message. */
+function confirm({ dataset }, message) {
+  if (!message) return;
+  announce(message);
+  dataset.message = message;
+  setTimeout(() => delete dataset.message, 1600);
 }
 
-/** What is told below a picture that is shown large. */
-export function caption(shot, verbs) {
+/** The caption of a picture that is shown large. */
+export function caption(shot, actions) {
   const { fields } = shot;
   const seed = node("span", {}, `Seed ${fields.seed ?? "unknown"}`);
-  const use = button({ class: "link", onclick: () => verbs.useSeed(shot) }, "Use this seed");
+  const use = button({ class: "link", onclick: () => actions.useSeed(shot) }, "Use this seed");
   const parts = [
     `${shot.width} × ${shot.height}`,
     fields.num_inference_steps && count(fields.num_inference_steps, "step"),
     fields.sampler,
-    inWords(shot.seconds),
+    formatSeconds(shot.seconds),
   ];
   const rest = node("span", {}, parts.filter(Boolean).join(", "));
   return [
     node("p", { class: "prompt" }, fields.prompt),
     node("p", { class: "facts" }, seed, fields.seed === undefined ? null : use, rest),
     ...shot.warnings.map((warning) => node("p", { class: "warning" }, warning)),
-    actions(shot, verbs, true),
+    actionButtons(shot, actions, true),
   ];
 }

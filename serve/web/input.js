@@ -1,13 +1,13 @@
 // The picture to start from: dropped, pasted, picked from a file or taken from the gallery.
-import { $, say } from "./dom.js";
-import { chosenModel, clearMarks, limitsOf, pointAt, setHasInput } from "./form.js";
+import { $, announce } from "./dom.js";
+import { chosenModel, clearMarks, limitsOf, markField, setHasInput } from "./form.js";
 import { Mask } from "./mask.js";
 import { openPainter } from "./painter.js";
 import { showPainter } from "./stage.js";
 
 const MAX_SIDE = 2048; // where the server names no limit
 export let input = null; // {name, picture, url, width, height, mask}
-let whenGone = () => {};
+let onRemoved = () => {};
 
 /** Takes a picture in, or with null lets it go. */
 export async function openInput(blob, name = "Picture", mask = null) {
@@ -15,13 +15,13 @@ export async function openInput(blob, name = "Picture", mask = null) {
   try {
     input = blob && (await readInput(blob, name, limitsOf(chosenModel()).max_side ?? MAX_SIDE));
   } catch {
-    pointAt("image", "This file is not a picture that the browser can read.");
+    markField("image", "This file is not a picture that the browser can read.");
     return;
   }
   if (mask && mask.width === input.width && mask.height === input.height) input.mask = mask.copy();
   showCard();
   if (input) openMask();
-  else whenGone();
+  else onRemoved();
 }
 
 /**
@@ -65,11 +65,11 @@ function showCard() {
   if (!input) return;
   $("input-thumb").src = input.url;
   $("input-name").textContent = input.name;
-  say(`Input picture, ${input.width} by ${input.height}`);
-  tellMask();
+  announce(`Input picture, ${input.width} by ${input.height}`);
+  showMaskShare();
 }
 
-function tellMask() {
+function showMaskShare() {
   const share = input.mask.share();
   const painted = share > 0 && share < 0.01 ? "under 1%" : `${Math.round(share * 100)}%`;
   const words = share ? `${painted} painted, the rest stays` : "no mask, all of it may change";
@@ -78,7 +78,7 @@ function tellMask() {
 
 function openMask() {
   showPainter(input, "Paint what should change. Paint nothing to vary the whole picture.");
-  openPainter(input, tellMask);
+  openPainter(input, showMaskShare);
 }
 
 const pictureIn = ({ files = [] } = {}) =>
@@ -86,8 +86,8 @@ const pictureIn = ({ files = [] } = {}) =>
 const take = (file) => file && openInput(file, file.name || "Pasted picture");
 
 /** Files may be picked, dropped anywhere on the page, or pasted into it. */
-export function readyInput(emptyStage) {
-  whenGone = emptyStage;
+export function setupInput(emptyStage) {
+  onRemoved = emptyStage;
   $("file").addEventListener("change", () => take($("file").files[0]));
   $("mask-open").addEventListener("click", openMask);
   $("input-drop").addEventListener("click", async () => {

@@ -1,5 +1,5 @@
 // Paints a mask over the input picture: with a pointer, or with arrow keys and space.
-import { $, fillTrack, say } from "./dom.js";
+import { $, fillTrack, announce } from "./dom.js";
 import { drawStroke } from "./mask.js";
 
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -116,7 +116,7 @@ function onKey(event) {
 function dab() {
   start(at);
   finish();
-  say(`${tool === "erase" ? "Erased" : "Painted"} ${whereabouts()}`);
+  announce(`${tool === "erase" ? "Erased" : "Painted"} ${whereabouts()}`);
 }
 
 /** A quarter of the brush at a time; with shift it paints on the way. */
@@ -130,7 +130,7 @@ function step([right, down], painting) {
   }
   at = to;
   showRing(true);
-  say(whereabouts());
+  announce(whereabouts());
 }
 
 const clamp = (value, most) => Math.min(Math.max(value, 0), most);
@@ -138,7 +138,7 @@ const percent = (value, whole) => `${Math.round((value / whole) * 100)}%`;
 const whereabouts = () =>
   `at ${percent(at[0], input.width)} across, ${percent(at[1], input.height)} down`;
 
-export function readyPainter() {
+export function setupPainter() {
   const film = $("film");
   film.addEventListener("pointerdown", onDown);
   film.addEventListener("pointermove", onMove);

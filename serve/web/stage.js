@@ -1,7 +1,7 @@
-// The middle of the page: the picture as it forms, how far it is, and what went wrong.
-import { $, button, count, inWords, node, say } from "./dom.js";
-import { drawGrain } from "./grain.js";
-import { explain } from "./trouble.js";
+// The picture area: the picture as it forms, the progress, and errors.
+import { $, button, count, formatSeconds, node, announce } from "./dom.js";
+import { drawNoise } from "./noise.js";
+import { explain } from "./errors.js";
 
 const LARGEST = 7; // screen pixels for one of the picture
 let run = null; // {many, shape, cells, done: [steps of each], total, started, ...}
@@ -28,20 +28,20 @@ function arrange(cells, shape) {
   frames.hidden = empty = false;
   $("painter").hidden = $("paint-tools").hidden = true;
   const old = isRunning()
-    ? ["hint", "caption", "trouble"]
-    : ["hint", "caption", "trouble", "status"];
+    ? ["hint", "caption", "error"]
+    : ["hint", "caption", "error", "status"];
   for (const name of old) $(name).replaceChildren();
 }
 
-function grainCell(tag, attributes) {
-  const grain = node("canvas", { class: "grain", "aria-hidden": "true" });
-  drawGrain(grain);
-  return node(tag, { class: "cell", ...attributes }, grain);
+function noiseCell(tag, attributes) {
+  const noise = node("canvas", { class: "noise", "aria-hidden": "true" });
+  drawNoise(noise);
+  return node(tag, { class: "cell", ...attributes }, noise);
 }
 
 /** Nothing yet: pictures begin as noise, and this is the noise. */
 export function showEmpty(shape, hints, use) {
-  arrange([grainCell("div", {})], shape);
+  arrange([noiseCell("div", {})], shape);
   const chips = hints.map((hint) => {
     return node("button", { type: "button", class: "chip", onclick: () => use(hint) }, hint);
   });
@@ -55,16 +55,16 @@ export function begin(many, shape, backdrop) {
   const cells = Array.from({ length: many }, (_, at) => {
     const label = `Picture ${at + 1} of ${many}`;
     const button = { type: "button", disabled: true, "aria-label": label };
-    const cell = many > 1 ? grainCell("button", button) : grainCell("div", {});
+    const cell = many > 1 ? noiseCell("button", button) : noiseCell("div", {});
     if (backdrop) cell.append(node("img", { src: backdrop, alt: "", class: "backdrop" }));
     return cell;
   });
   arrange(cells, shape);
   document.body.classList.add("running");
   run = { many, shape, cells, done: Array(many).fill(0), total: 0, started: Date.now() };
-  clock = setInterval(tell, 250);
-  tell();
-  say("Sent");
+  clock = setInterval(updateStatus, 250);
+  updateStatus();
+  announce("Sent");
 }
 
 /** Back from a finished picture to the one being made. */
@@ -72,16 +72,16 @@ const watch = () => arrange(run.cells, run.shape);
 
 export function waiting({ position, seconds }) {
   if (run.waiting?.position !== position)
-    say(position ? `${count(position, "request")} ahead of you` : "You are next");
+    announce(position ? `${count(position, "request")} ahead of you` : "You are next");
   run.waiting = { position, until: Date.now() + seconds * 1000 };
-  tell();
+  updateStatus();
 }
 
 export function step({ image, step: done, steps, seconds_left: left }) {
-  if (!run.total) say(`Started, ${count(steps, "step")}`);
+  if (!run.total) announce(`Started, ${count(steps, "step")}`);
   run.done[image] = done;
   Object.assign(run, { total: steps, image, left: Date.now() + left * 1000 });
-  tell();
+  updateStatus();
 }
 
 /** Lays a newer picture over the older one. */
@@ -131,12 +131,12 @@ export function end() {
 }
 
 /** One line of how far the run is, the ruler, and the tab's title. */
-function tell() {
-  const waited = inWords((Date.now() - run.started) / 1000);
+function updateStatus() {
+  const waited = formatSeconds((Date.now() - run.started) / 1000);
   const left = run.left && (run.left - Date.now()) / 1000;
   if (run.total) {
     const which = run.many > 1 ? `Picture ${run.image + 1} of ${run.many}, step` : "Step";
-    const rest = left > 0.3 ? `about ${inWords(left)} left` : "almost there";
+    const rest = left > 0.3 ? `about ${formatSeconds(left)} left` : "almost there";
     status(`${which} ${run.done[run.image]} of ${run.total}`, rest);
     document.title = `${run.done[run.image]}/${run.total} rayjobs`;
   } else if (run.waiting) {
@@ -144,7 +144,8 @@ function tell() {
       ? `${count(run.waiting.position, "request")} ahead of you`
       : "You are next";
     const until = (run.waiting.until - Date.now()) / 1000;
-    status(ahead, until > 0.5 ? `starts in about ${inWords(until)}` : `waiting for ${waited}`);
+    const start = until > 0.5 ? `starts in about ${formatSeconds(until)}` : `waiting for ${waited}`;
+    status(ahead, start);
   } else {
     status("Sent", `waiting for ${waited}`);
   }
@@ -189,35 +190,35 @@ export function showPainter({ width, height }, words) {
   $("caption").replaceChildren(node("p", { class: "quiet" }, words));
 }
 
-/** How the run ended, where there is no picture to tell of. */
+/** Shows how the run ended, where there is no picture. */
 export function note(now, then = "") {
   status(now, then);
-  say(`${now}. ${then}`);
+  announce(`${now}. ${then}`);
 }
 
-/** Says kindly what went wrong; `again` tries the same anew, counting down the server's wait. */
-export function showTrouble(trouble, again, words = "Try again") {
-  const { title, advice, again: helps } = explain(trouble);
-  const isTold = trouble.kind === "refused" || trouble.kind === "failed"; // by the server
-  const away = button({ class: "plain", onclick: () => $("trouble").replaceChildren() }, "Dismiss");
-  const retry = helps ? againButton(trouble.wait_s, again, words) : null;
+/** Shows what went wrong; `again` retries, after counting down the time the server asked for. */
+export function showError(error, again, words = "Try again") {
+  const { title, advice, again: helps } = explain(error);
+  const hasReason = error.kind === "refused" || error.kind === "failed"; // by the server
+  const away = button({ class: "plain", onclick: () => $("error").replaceChildren() }, "Dismiss");
+  const retry = helps ? againButton(error.wait_s, again, words) : null;
   const parts = [
     node("h2", {}, title),
-    isTold ? node("p", {}, trouble.message) : null,
+    hasReason ? node("p", {}, error.message) : null,
     node("p", { class: "quiet" }, advice),
     node("div", { class: "row" }, ...[retry, away].filter(Boolean)),
   ];
-  $("trouble").replaceChildren(node("div", { class: "card" }, ...parts));
+  $("error").replaceChildren(node("div", { class: "card" }, ...parts));
 }
 
 function againButton(wait_s, again, words) {
   const until = Date.now() + (wait_s ?? 0) * 1000;
   const made = button({ class: "strong", onclick: () => again() });
-  const tell = () => {
+  const countDown = () => {
     const left = Math.ceil((until - Date.now()) / 1000);
     made.textContent = left > 0 ? `${words} in ${left} s` : words;
-    if (left > 0 && (made.isConnected || left === Math.ceil(wait_s))) setTimeout(tell, 250);
+    if (left > 0 && (made.isConnected || left === Math.ceil(wait_s))) setTimeout(countDown, 250);
   };
-  tell();
+  countDown();
   return made;
 }

@@ -25,7 +25,7 @@ from rayjobs.dreambooth import composition, job
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import resolve
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
-from rayjobs.models import exported
+from rayjobs.models import exports
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [
@@ -156,7 +156,7 @@ def losses(output: str) -> list[float]:
 
 
 def adapter(output: str) -> dict[str, torch.Tensor]:
-    return load(storage.read_bytes(storage.join(output, "export", exported.LORA_FILE)))
+    return load(storage.read_bytes(storage.join(output, "export", exports.LORA_FILE)))
 
 
 @pytest.fixture(scope="module")

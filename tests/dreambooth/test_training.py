@@ -24,7 +24,7 @@ from rayjobs.dreambooth import composition, job, results
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
-from rayjobs.models import exported
+from rayjobs.models import exports
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [
@@ -134,14 +134,14 @@ def test_a_killed_driver_is_started_again(
     wait_for_checkpoint(killed, 6)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert exported.read(f"{killed}/export") is None
+    assert exports.read(f"{killed}/export") is None
     process = start(tmp_path, run)
     _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
     assert losses(killed) == losses(calm)
     assert losses(killed)[:8] == one_worker
-    exports = [storage.join(each, "export", exported.LORA_FILE) for each in (calm, killed)]
-    weights = [load(storage.read_bytes(uri)) for uri in exports]
+    uris = [storage.join(each, "export", exports.LORA_FILE) for each in (calm, killed)]
+    weights = [load(storage.read_bytes(uri)) for uri in uris]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     again = start(tmp_path, run)
@@ -233,7 +233,7 @@ def test_pictures_metrics_and_the_page(cluster: None, priors: Path, tmp_path: Pa
     job.run(run)
     seen = results.read(output)
     assert [result.step for result in seen] == [0, 2, 4, 6]
-    note = exported.read(f"{output}/export")
+    note = exports.read(f"{output}/export")
     assert note is not None
     assert note.step == results.best_step(seen)
     assert note.metrics == next(r.metrics for r in seen if r.step == note.step)

@@ -12,12 +12,14 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
-from rayjobs.generation import exports, job
+from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import resolve
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
+from rayjobs.models.options import ModelConfig
 
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -41,9 +43,9 @@ def export(folder: Path, **facts: Any) -> Path:
         f"{LAYER}.lora_A.weight": torch.randn(4, width),
         f"{LAYER}.lora_B.weight": torch.randn(width, 4),
     }
-    save_file(factors, folder / exported.LORA_FILE)
+    save_file(factors, folder / exports.LORA_FILE)
     vectors = initial_vectors(model, "red", 2)
-    save_file(to_tensors(model, "<sks>", vectors), folder / exported.EMBEDDINGS_FILE)
+    save_file(to_tensors(model, "<sks>", vectors), folder / exports.EMBEDDINGS_FILE)
     note = {
         "kind": "lora",
         "base_uri": "starter",
@@ -56,13 +58,13 @@ def export(folder: Path, **facts: Any) -> Path:
         "files": {},
         "photos": {},
     }
-    exported.write(str(folder), Exported(**{**note, **facts}))
+    exports.write(str(folder), ExportNote(**{**note, **facts}))
     return folder
 
 
 def make(uri: str, output: Path) -> dict[str, Any]:
     """The one record of a job with this model."""
-    config = job.anywhere(GenerateConfig.model_validate(values(uri, str(output))))
+    config = resolve(GenerateConfig.model_validate(values(uri, str(output))))
     lock = job.prepare(config)
     list(ShardWorker(config, lock).make([0]))
     manifest = Manifest(str(output))
@@ -86,23 +88,21 @@ def test_the_same_picture_from_a_folder_and_from_s3(tmp_path: Path, bucket: str)
 
 def test_what_the_uri_stands_for(tmp_path: Path) -> None:
     folder = str(export(tmp_path / "export"))
-    config = exports.resolve(GenerateConfig.model_validate(values(folder, "out")))
-    assert config.model.uri == "starter"
-    assert [lora.uri for lora in config.model.loras] == [f"{folder}/{exported.LORA_FILE}"]
-    assert config.model.words == ()
-    again = exports.resolve(config)
-    assert again == config
+    model = exports.resolve(ModelConfig(uri=folder))
+    assert model.uri == "starter"
+    assert [lora.uri for lora in model.loras] == [f"{folder}/{exports.LORA_FILE}"]
+    assert model.words == ()
+    assert exports.resolve(model) == model
 
 
 def test_a_base_model_that_is_elsewhere(tmp_path: Path) -> None:
     folder = export(tmp_path / "export", base_uri="/absent/model")
-    config = GenerateConfig.model_validate(values(str(folder), "out"))
     with pytest.raises(BadInput, match=r"an adapter for the model /absent/model, which is not"):
-        exports.resolve(config)
+        exports.resolve(ModelConfig(uri=str(folder)))
 
 
 def test_a_note_of_another_sort(tmp_path: Path) -> None:
-    (tmp_path / exported.FILE).write_text('{"format": 9}')
+    (tmp_path / exports.FILE).write_text('{"format": 9}')
     with pytest.raises(BadInput, match="its format is 9, not 1"):
-        exported.read(str(tmp_path))
-    assert exported.read(str(tmp_path / "absent")) is None
+        exports.read(str(tmp_path))
+    assert exports.read(str(tmp_path / "absent")) is None

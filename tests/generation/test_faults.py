@@ -21,7 +21,7 @@ from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.tools.verify import verify
-from rayjobs.generation.worker.shards import GUILTY, ShardWorker
+from rayjobs.generation.worker.shards import CRASHES_WORKER, ShardWorker
 from tests.servers import Ceph
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +256,7 @@ def test_a_record_that_kills_its_worker_is_found_out(tmp_path: Path) -> None:
     manifest = Manifest(output)
     assert [entry["failed"] for entry in manifest.entries()] == [0, 1]
     rows = list(manifest.format.read(manifest.data, 1))
-    assert [row["error"] for row in rows if row["status"] != "ok"] == [GUILTY]
+    assert [row["error"] for row in rows if row["status"] != "ok"] == [CRASHES_WORKER]
     assert storage.list_files(storage.join(output, "attempts")) == []
 
 

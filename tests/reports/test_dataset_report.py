@@ -146,7 +146,7 @@ def test_prompts_are_text_whatever_is_in_them(
     sheet = found[data["pages"][0][0]]
     assert sheet["prompts"] == [NASTY]
     assert sheet["rows"][0]["of"]["seed"] == str(seed)  # a browser's number would be rounded
-    assert found[data["prompts"][0]] == [[NASTY[: contact_sheet.MOST_LETTERS], 0]]
+    assert found[data["prompts"][0]] == [[NASTY[: contact_sheet.MAX_TEXT_LENGTH], 0]]
 
 
 def test_made_again_it_reads_only_what_is_new(
@@ -204,7 +204,7 @@ def test_a_sample_says_so_and_still_counts_every_failure(
     for shard in range(40):
         rows = [row(8 * shard + n, small(n) if n else None) for n in range(8)]
         put(uri, shard, rows)
-    dataset_report.write(uri, most_pictures=80)
+    dataset_report.write(uri, max_pictures=80)
     page, data = page_data(uri)
     assert "A sample: 80 of 320 images (25.00%)" in page
     assert "<summary><b>40</b>" in page

@@ -96,7 +96,7 @@ def mixed(count: int, seed: int = 0, picture: bytes | None = None) -> list[dict[
 
 
 def leave(url: str, body: dict[str, Any], after_s: float) -> None:
-    """Ask, and go away without a word."""
+    """ImagesRequest, and go away without a word."""
     place, path = urlsplit(url), PATH
     data, kind = json.dumps(body, default=str).encode(), "application/json"
     if "image" in body:

@@ -1,4 +1,4 @@
-"""The application on the starter model, started once for all tests that only ask."""
+"""The application on the starter model, started once for all tests that only request."""
 
 from collections.abc import Iterator
 

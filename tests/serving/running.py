@@ -101,7 +101,7 @@ def _told(errors: IO[str]) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Ask it to end, by ending its input; a process that will not is killed."""
+    """ImagesRequest it to end, by ending its input; a process that will not is killed."""
     try:
         process.communicate(timeout=END_S)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from rayjobs import storage
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.models import exported
+from rayjobs.models import exports
 from tests.serving.calls import ask_all
 from tests.serving.running import ROOT, get, running
 
@@ -47,7 +47,7 @@ def expected(place: str, method: str, starter: Model) -> np.ndarray:
     loras: tuple[Lora, ...] = ()
     model = starter
     if method == "lora":
-        file = storage.to_local(storage.join(place, exported.LORA_FILE))
+        file = storage.to_local(storage.join(place, exports.LORA_FILE))
         loras = (Lora(path=str(file), scale=1.0),)
     else:
         model = load_model(str(storage.to_local(place)))

@@ -229,10 +229,11 @@ def test_damaged_files_are_read_or_refused(format: str) -> None:
         assert shown.width * shown.height <= MOST_PIXELS
 
 
-def test_animations_are_refused() -> None:
+def test_of_an_animation_the_first_frame_is_taken() -> None:
     for format in ("PNG", "WEBP"):
-        data = saved(picture(), format, save_all=True, append_images=[noise(48, 32)])
-        assert "animated" in refusal(data)
+        frames = {"save_all": True, "append_images": [noise(48, 32)]}
+        data = saved(picture(), format, lossless=True, **frames)
+        assert far(read(data), picture()) == 0
 
 
 def too_large() -> list[bytes]:
@@ -276,14 +277,14 @@ from serve.images import BadImage, read_image
 
 outcomes = []
 for data in pickle.load(sys.stdin.buffer):
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         read_image(data, "image", 24 * 2**20, 2**20)
         told = "taken"
     except BadImage as bad:
         told = str(bad)
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcomes.append((told, kib, time.perf_counter() - started))
+    outcomes.append((told, kib, time.process_time() - started))
 print(json.dumps(outcomes))
 """
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import serve
 from serve.metrics import PREFIX, EngineMetrics, merge
-from serve.protocol import Ask
+from serve.protocol import ImagesRequest
 
 BOARD = Path(serve.__file__).with_name("grafana.json")
 METRIC = re.compile(rf"({PREFIX}_\w+)(?:{{([^}}]*)}})?")
@@ -32,17 +32,17 @@ def board() -> dict[str, Any]:
 def counted(times: int = 1) -> EngineMetrics:
     """Everything that can happen to a replica, so many times."""
     found = EngineMetrics()
-    ask = Ask(id="1", caller="me", model="starter", prompt="a cat")
+    request = ImagesRequest(id="1", caller="me", model="starter", prompt="a cat")
     for _ in range(times):
-        found.answered(ask, "ok", 0.5)
-        found.answered(ask, "busy", 0.001)
+        found.request_finished(request, "ok", 0.5)
+        found.request_finished(request, "busy", 0.001)
         found.started(0.02)
         found.stepped("folder/starter", 3, 0.2)
         found.made("folder/starter")
         found.cancelled(2)
         found.expired()
-        found.saw_load(SimpleNamespace(uri="folder/starter"), 4.0)
-        found.state(1.5 * times, times)
+        found.model_loaded(SimpleNamespace(uri="folder/starter"), 4.0)
+        found.set_load(1.5 * times, times)
         found.lag(-0.001)
     return found
 

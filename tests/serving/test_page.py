@@ -204,18 +204,18 @@ def test_says_kindly_what_is_wrong_with_a_field(browser: Browser) -> None:
     assert "63" in browser.text("#size-wrong")
     browser.fill(size="auto")
     generate(browser, num_inference_steps=4)
-    assert browser.text("#trouble") == ""
+    assert browser.text("#error") == ""
 
 
 def test_a_full_server_says_when_to_come_again(browser: Browser) -> None:
     browser.evaluate(REFUSE)
     browser.fill(prompt=PROMPT, num_inference_steps=4)
     browser.click("#generate")
-    browser.wait_for("document.querySelector('#trouble button')")
-    assert "The queue is full." in browser.text("#trouble")
-    assert "Try again in 2 s" in browser.text("#trouble button")
-    browser.wait_for("document.querySelector('#trouble button').innerText === 'Try again'")
-    browser.click("#trouble button")
+    browser.wait_for("document.querySelector('#error button')")
+    assert "The queue is full." in browser.text("#error")
+    assert "Try again in 2 s" in browser.text("#error button")
+    browser.wait_for("document.querySelector('#error button').innerText === 'Try again'")
+    browser.click("#error button")
     browser.wait_for(ONE)
 
 
@@ -223,13 +223,13 @@ def test_tells_what_was_lost_and_keeps_the_settings(browser: Browser) -> None:
     browser.evaluate("window.intrude = () => Promise.reject(new TypeError('lost')); undefined")
     browser.fill(prompt=PROMPT)
     browser.click("#generate")
-    browser.wait_for("document.querySelector('#trouble h2')")
-    assert "cannot be reached" in browser.text("#trouble")
+    browser.wait_for("document.querySelector('#error h2')")
+    assert "cannot be reached" in browser.text("#error")
     for answer, words in (("{}", "broke off"), ('{"error": {"message": "Lost it."}}', "Lost it.")):
         stream = json.dumps(f"event: x\ndata: {answer}\n\n")
         browser.evaluate(f"window.intrude = () => new Response({stream}); undefined")
-        browser.click("#trouble button")
-        browser.wait_for(f"document.getElementById('trouble').innerText.includes('{words}')")
+        browser.click("#error button")
+        browser.wait_for(f"document.getElementById('error').innerText.includes('{words}')")
     assert browser.evaluate("document.getElementById('prompt').value") == PROMPT
 
 
@@ -245,7 +245,7 @@ def test_asks_for_a_key_and_keeps_it_in_the_tab_only(browser: Browser) -> None:
     assert browser.evaluate("asked.at(-1).headers.Authorization") == "Bearer open-sesame"
     assert browser.evaluate("sessionStorage.getItem('rayjobs.key')") == "open-sesame"
     assert "open-sesame" not in browser.evaluate("JSON.stringify(localStorage) + document.cookie")
-    browser.click("#caption [data-verb=copyCurl]")
+    browser.click("#caption [data-action=copyCurl]")
     browser.wait_for("copied")
     assert "$RAYJOBS_API_KEY" in browser.evaluate("copied")
     assert "open-sesame" not in browser.evaluate("copied")
@@ -263,7 +263,7 @@ def test_works_by_keyboard_alone(browser: Browser) -> None:
     assert sent(browser)["num_inference_steps"] == 4
     browser.tab_to("#shots .thumb")
     browser.press("Enter")
-    browser.tab_to("#shots [data-verb=useAsInput]")
+    browser.tab_to("#shots [data-action=useAsInput]")
     browser.press(" ")
     browser.wait_for(PAINTING)
 
@@ -282,18 +282,18 @@ def test_cancels(browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("edit", [False, True])
-@pytest.mark.parametrize("verb", ["copyCurl", "copyPython"])
+@pytest.mark.parametrize("action", ["copyCurl", "copyPython"])
 def test_what_it_copies_runs(
-    browser: Browser, photo: Path, tmp_path: Path, verb: str, edit: bool
+    browser: Browser, photo: Path, tmp_path: Path, action: str, edit: bool
 ) -> None:
     if edit:
         start_from(browser, photo)
         (tmp_path / "input.png").write_bytes(photo.read_bytes())
     generate(browser, prompt='it\'s a "red" star\nand $HOME', num_inference_steps=4)
-    browser.click(f"#caption [data-verb={verb}]")
+    browser.click(f"#caption [data-action={action}]")
     browser.wait_for("copied")
     code = browser.evaluate("copied")
-    command = ["bash", "-ec", code] if verb == "copyCurl" else [sys.executable, "-c", code]
+    command = ["bash", "-ec", code] if action == "copyCurl" else [sys.executable, "-c", code]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
     made = np.asarray(Image.open(tmp_path / "picture.png").convert("RGBA")).astype(int)
     assert np.abs(made - shown(browser)).max() <= 8
@@ -333,7 +333,7 @@ def test_shows_older_pictures_while_another_is_made(browser: Browser) -> None:
 def test_reuses_settings(browser: Browser) -> None:
     generate(browser, prompt=PROMPT, negative_prompt="grey", seed=3, num_inference_steps=4)
     browser.fill(prompt="other", negative_prompt="", seed="", num_inference_steps=9)
-    browser.click("#shots [data-verb=reuse]")
+    browser.click("#shots [data-action=reuse]")
     names = ["prompt", "negative_prompt", "seed", "num_inference_steps"]
     values = browser.evaluate(f"{names}.map((name) => document.getElementById(name).value)")
     assert values == [PROMPT, "grey", "3", "4"]

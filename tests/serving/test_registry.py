@@ -23,12 +23,12 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.text.inversion import initial_vectors, to_tensors
-from rayjobs.models import exported
-from rayjobs.models.exported import Exported
+from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
 from serve.config import ServeConfig
 from serve.engine.loop import EngineLoop
 from serve.images import to_image
-from serve.protocol import Ask, Event, Failed, Finished
+from serve.protocol import Event, Failed, Finished, ImagesRequest
 from serve.registry import Registry
 from tests.serving.calls import ask_all
 from tests.serving.running import get, running
@@ -47,7 +47,7 @@ def export(folder: Path, model: Model, seed: int = 0, **facts: Any) -> Path:
         width = model.unet.get_submodule(layer.removeprefix("unet.")).in_features
         factors[f"{layer}.lora_A.weight"] = torch.randn(4, width)
         factors[f"{layer}.lora_B.weight"] = torch.randn(width, 4) * 0.5
-    save_file(factors, place / exported.LORA_FILE)
+    save_file(factors, place / exports.LORA_FILE)
     note = {
         "kind": "lora",
         "base_uri": "starter",
@@ -60,7 +60,7 @@ def export(folder: Path, model: Model, seed: int = 0, **facts: Any) -> Path:
         "files": {},
         "photos": {},
     }
-    exported.write(str(place), Exported(**{**note, **facts}))
+    exports.write(str(place), ExportNote(**{**note, **facts}))
     return place
 
 
@@ -79,7 +79,7 @@ def test_exports_are_found_by_their_folder_s_name(tmp_path: Path, starter: Model
     assert (found.kind, found.base, found.hint) == ("lora", "starter", "a photo of a sks star")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "damaged" / "export").mkdir(parents=True)
-    (tmp_path / "damaged" / "export" / exported.FILE).write_text("{")
+    (tmp_path / "damaged" / "export" / exports.FILE).write_text("{")
     time.sleep(0.2)
     registry.refresh()
     assert sorted(entry.name for entry in registry.entries()) == ["dog", "starter"]
@@ -99,23 +99,25 @@ def test_an_adapter_whose_base_is_not_here(tmp_path: Path, starter: Model) -> No
     export(tmp_path / "dog", starter, base_uri="/absent/model")
     registry = Registry(config(tmp_path))
     assert registry.find("dog") is None
-    assert "which is not here" in registry.problems["dog"]
+    assert "which does not exist" in registry.problems["dog"]
 
 
 def test_a_lora_for_no_model(tmp_path: Path, starter: Model) -> None:
     uri = str(export(tmp_path / "dog", starter))
-    with pytest.raises(BadInput, match="base 'nobody' is no model; there are starter"):
+    with pytest.raises(BadInput, match="base 'nobody' is not in models; known are starter"):
         Registry(config(tmp_path, loras=[{"name": "x", "uri": uri, "base": "nobody"}]))
 
 
-def made_with(names: Callable[[EngineLoop], list[Ask]], keys: ServeConfig) -> list[list[Event]]:
-    async def all_of(loop: EngineLoop, ask: Ask) -> list[Event]:
-        return [event async for event in loop.generate(ask)]
+def made_with(
+    names: Callable[[EngineLoop], list[ImagesRequest]], keys: ServeConfig
+) -> list[list[Event]]:
+    async def all_of(loop: EngineLoop, request: ImagesRequest) -> list[Event]:
+        return [event async for event in loop.generate(request)]
 
     async def main() -> list[list[Event]]:
         loop = EngineLoop(keys.engine, Registry(keys))
         try:
-            return await asyncio.gather(*(all_of(loop, ask) for ask in names(loop)))
+            return await asyncio.gather(*(all_of(loop, request) for request in names(loop)))
         finally:
             await loop.close()
             assert loop.failure is None, loop.failure
@@ -123,8 +125,12 @@ def made_with(names: Callable[[EngineLoop], list[Ask]], keys: ServeConfig) -> li
     return asyncio.run(main())
 
 
-def ask(model: str, seed: int, *loras: tuple[str, float], prompt: str = "a red star") -> Ask:
-    return Ask(id="1", caller="me", model=model, prompt=prompt, seeds=(seed,), steps=5, loras=loras)
+def make_request(
+    model: str, seed: int, *loras: tuple[str, float], prompt: str = "a red star"
+) -> ImagesRequest:
+    return ImagesRequest(
+        id="1", caller="me", model=model, prompt=prompt, seeds=(seed,), steps=5, loras=loras
+    )
 
 
 def pixels(events: list[Event]) -> np.ndarray:
@@ -134,12 +140,12 @@ def pixels(events: list[Event]) -> np.ndarray:
 
 def test_eight_adapters_at_once_are_as_alone(tmp_path: Path, starter: Model) -> None:
     paths = {f"run-{n}": export(tmp_path / f"run-{n}", starter, seed=n) for n in range(8)}
-    asks = [ask(name, n) for n, name in enumerate(paths)]
-    asks.append(ask("starter", 20, ("run-1", 0.5), ("run-2", -1.25)))
-    asks.append(ask("starter", 21))
-    answers = made_with(lambda _: asks, config(tmp_path))
+    requests = [make_request(name, n) for n, name in enumerate(paths)]
+    requests.append(make_request("starter", 20, ("run-1", 0.5), ("run-2", -1.25)))
+    requests.append(make_request("starter", 21))
+    answers = made_with(lambda _: requests, config(tmp_path))
     plain = Engine(load_model("starter"), max_rows=1)
-    for asked, events in zip(asks, answers, strict=True):
+    for asked, events in zip(requests, answers, strict=True):
         uses = [(asked.model, 1.0)] if asked.model in paths else list(asked.loras)
         loras = tuple(Lora(path=str(paths[name]), scale=scale) for name, scale in uses)
         request = Request(prompt="a red star", seed=asked.seeds[0], steps=5, loras=loras)
@@ -152,14 +158,14 @@ def test_many_adapters_take_turns_in_memory(tmp_path: Path, starter: Model) -> N
     for number in range(5):
         export(tmp_path / f"run-{number}", starter, seed=number)
     keys = config(tmp_path, engine={"max_loras": 2})
-    first = [made_with(lambda _, n=n: [ask(f"run-{n}", 1)], keys)[0] for n in range(5)]
+    first = [made_with(lambda _, n=n: [make_request(f"run-{n}", 1)], keys)[0] for n in range(5)]
 
     async def main() -> list[np.ndarray]:
         loop = EngineLoop(keys.engine, Registry(keys))
         try:
             found = []
             for number in (0, 1, 2, 3, 4, 0, 2):
-                events = [event async for event in loop.generate(ask(f"run-{number}", 1))]
+                events = [event async for event in loop.generate(make_request(f"run-{number}", 1))]
                 found.append(pixels(events))
             (loaded,) = loop.models.loaded.values()
             assert len(loaded.adapters) == 2
@@ -175,13 +181,13 @@ def test_many_adapters_take_turns_in_memory(tmp_path: Path, starter: Model) -> N
 def test_a_learned_word_beside_its_base(tmp_path: Path, starter: Model) -> None:
     place = export(tmp_path / "word", starter, kind="words", tokens=("<sks>",))
     vectors = initial_vectors(starter, "red", 1)
-    save_file(to_tensors(starter, "<sks>", vectors), place / exported.EMBEDDINGS_FILE)
-    asks = [
-        ask("starter", 1, prompt="a photo of a red star"),
-        ask("word", 1, prompt="a photo of a <sks> star"),
-        ask("starter", 1, prompt="a photo of a <sks> star"),
+    save_file(to_tensors(starter, "<sks>", vectors), place / exports.EMBEDDINGS_FILE)
+    requests = [
+        make_request("starter", 1, prompt="a photo of a red star"),
+        make_request("word", 1, prompt="a photo of a <sks> star"),
+        make_request("starter", 1, prompt="a photo of a <sks> star"),
     ]
-    red, learned, unknown = map(pixels, made_with(lambda _: asks, config(tmp_path)))
+    red, learned, unknown = map(pixels, made_with(lambda _: requests, config(tmp_path)))
     assert np.abs(red - learned).mean() < 3
     assert np.abs(red - unknown).mean() > 5
 
@@ -194,7 +200,7 @@ def test_models_leave_memory_for_others(tmp_path: Path, folders: dict[str, Path]
         loop = EngineLoop(keys.engine, Registry(keys))
         try:
             for name in ("starter", "other", "starter"):
-                events = [event async for event in loop.generate(ask(name, 1))]
+                events = [event async for event in loop.generate(make_request(name, 1))]
                 assert isinstance(events[-1], Finished), events
                 assert loop.names() == [name]
         finally:
@@ -209,7 +215,7 @@ def test_an_adapter_for_another_model_is_told(
     uri = str(export(tmp_path / "dog", starter))
     models = [STARTER, {"name": "other", "uri": str(folders["sd"])}]
     keys = config(tmp_path, models=models, loras=[{"name": "any", "uri": uri}])
-    ((failed,),) = made_with(lambda _: [ask("other", 1, ("any", 1.0))], keys)
+    ((failed,),) = made_with(lambda _: [make_request("other", 1, ("any", 1.0))], keys)
     assert isinstance(failed, Failed)
     assert failed.kind == "invalid"
     assert "for another model" in failed.message
@@ -245,7 +251,7 @@ def test_an_odd_note_hides_itself_only(tmp_path: Path, starter: Model) -> None:
     export(tmp_path / "dog", starter)
     for name, text in {"list": "[]", "null": '{"format": 1, "base_uri": null}'}.items():
         (tmp_path / name / "export").mkdir(parents=True)
-        (tmp_path / name / "export" / exported.FILE).write_text(text)
+        (tmp_path / name / "export" / exports.FILE).write_text(text)
     registry = Registry(config(tmp_path))
     assert registry.find("dog") is not None
     assert {"list", "null"} <= registry.problems.keys()
@@ -258,9 +264,14 @@ def test_a_damaged_adapter_harms_nobody_else(tmp_path: Path, starter: Model) -> 
         f"{LAYERS[0]}.lora_A.weight": torch.randn(4, 64),
         f"{LAYERS[0]}.lora_B.weight": torch.randn(64, 3),
     }
-    save_file(factors, place / exported.LORA_FILE)
-    asks = [ask("bad", 1), ask("good", 1), ask("starter", 1), ask("bad", 2)]
-    bad, good, plain, again = made_with(lambda _: asks, config(tmp_path))
+    save_file(factors, place / exports.LORA_FILE)
+    requests = [
+        make_request("bad", 1),
+        make_request("good", 1),
+        make_request("starter", 1),
+        make_request("bad", 2),
+    ]
+    bad, good, plain, again = made_with(lambda _: requests, config(tmp_path))
     for failed in (*bad, *again):
         assert isinstance(failed, Failed)
         assert failed.kind == "invalid"
@@ -282,11 +293,11 @@ def test_an_export_in_another_s_place_is_noticed(tmp_path: Path, starter: Model)
                     shutil.rmtree(tmp_path / "dog")
                     export(tmp_path / "dog", starter, seed=seed)
                     await asyncio.sleep(0.5)
-                events = [event async for event in loop.generate(ask("dog", 7))]
+                events = [event async for event in loop.generate(make_request("dog", 7))]
                 found.append(pixels(events))
             shutil.rmtree(tmp_path / "dog")
             await asyncio.sleep(0.5)
-            (gone,) = [event async for event in loop.generate(ask("dog", 7))]
+            (gone,) = [event async for event in loop.generate(make_request("dog", 7))]
             assert isinstance(gone, Failed)
             return found
         finally:
@@ -300,7 +311,7 @@ def test_an_export_in_another_s_place_is_noticed(tmp_path: Path, starter: Model)
 def test_an_export_of_an_earlier_version() -> None:
     """Its pictures are those that `generate` made with it at that time."""
     written = Path(__file__).parents[1] / "fixtures" / "before_rooms"
-    asked = Ask(
+    asked = ImagesRequest(
         id="1",
         caller="me",
         model="sks",

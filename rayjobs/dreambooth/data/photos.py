@@ -1,25 +1,29 @@
 """Training images: which files of a folder count, how each is opened, and what its caption is.
 
 Owns the description of an image (`Photo`), which is found once, at a run's entrance, and can be
-read on any machine. Knows no torch.
+read on any machine. A file is first decoded in a sandbox, and in this process when it has passed.
+Knows no torch.
 """
 
 import hashlib
-import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import lock_uri
 from rayjobs.dataset.reader import Reader
+from rayjobs.images.container import UnreadableImage
+from rayjobs.images.decode import Picture, decode
+from rayjobs.images.sandbox import Sandbox
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
 UNREADABLE = {".heic", ".heif", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".pdf"}
@@ -60,7 +64,7 @@ class Photo:
 
     def open(self) -> Image.Image:
         """The image: RGB, upright. Raises BadInput naming the file."""
-        return open_picture(self.read(), self.name)
+        return _decode(self.read(), self.name, decode)
 
 
 @lru_cache(maxsize=16)
@@ -122,66 +126,24 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def open_picture(data: bytes, name: str) -> Image.Image:
+def _decode(data: bytes, name: str, decode: Callable[[bytes], Picture]) -> Image.Image:
     """An RGB picture of 8 bits, upright, in sRGB, on white where it was transparent."""
     try:
-        image = Image.open(io.BytesIO(data))
-        num_frames = getattr(image, "n_frames", 1)
-        if num_frames > 1 and image.format != "MPO":
-            raise BadInput(
-                f"{name}: {num_frames} frames; a training picture has one: save the best one"
-            )
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-    except BadInput:
-        raise
-    except Image.DecompressionBombError:
-        raise BadInput(f"{name}: too many pixels; make it smaller") from None
-    except UnidentifiedImageError:
-        raise BadInput(f"{name}: not a picture that can be read; save it as png or jpg") from None
-    except Exception as error:  # decoders raise anything
-        raise BadInput(f"{name}: damaged or cut off ({error}); replace it") from None
-    return _to_rgb(upright, name)
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image, name)
-    if image.mode in ("P", "PA", "LA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    image = _to_srgb(image)
-    if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Greys of 16 bits as 8; Pillow's own conversion would cut them at 255."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise BadInput(f"{name}: its grey values are no 8 or 16 bits; save it as an ordinary png")
-    return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8), "L")
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
-        return image
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        target = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, source, target, outputMode=mode) or image
-    except (ImageCms.PyCMSError, OSError):
-        return image  # a broken profile is worth less than the picture
+        return decode(data).on_white()
+    except UnreadableImage as error:
+        raise BadInput(f"{name}: {error}") from None
 
 
 def _describe(uri: str, name: str, path: Path, captions: Captions) -> Photo:
     data = path.read_bytes()
-    image = open_picture(data, name)
+    image = _decode(data, name, _sandbox().decode)
     sha256 = hashlib.sha256(data).hexdigest()
     return Photo(name, uri, name, None, captions, sha256, image.width, image.height)
+
+
+@cache
+def _sandbox() -> Sandbox:
+    return Sandbox()
 
 
 def _captions(folder: Path, files: list[Path]) -> dict[str, Captions]:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from rayjobs.diffusion.facts import is_edm
+
 
 class Objective(Protocol):
     """How a row is noised and judged. A level is a timestep, or for EDM a noise deviation sigma."""
@@ -144,7 +146,7 @@ def build_objective(
     Raises ValueError for min-SNR with an EDM model, for which it is not defined.
     """
     config = scheduler.config
-    if type(scheduler).__name__.startswith("EDM"):
+    if is_edm(type(scheduler).__name__):
         if min_snr_gamma is not None:
             raise ValueError(
                 "train.min_snr_gamma is not defined for an EDM model; leave it out: "

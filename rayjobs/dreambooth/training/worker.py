@@ -19,7 +19,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.diffusion.model import Model
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.cache import Cache
 from rayjobs.dreambooth.data.schedule import BatchSchedule
@@ -32,6 +32,8 @@ from rayjobs.dreambooth.training.fsdp import RayFSDP2
 from rayjobs.dreambooth.training.module import DreamBooth
 from rayjobs.dreambooth.training.objective import build_objective
 from rayjobs.dreambooth.training.tuned_model import TunedModel
+from rayjobs.models.loading import load_weights
+from rayjobs.models.options import LoadOptions
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
@@ -127,16 +129,14 @@ def build(
 def load(config: DreamBoothConfig, device: str, compute: torch.dtype) -> Model:
     """The model to tune: in float32 where all of it is trained, else in the compute dtype."""
     is_full = config.train.method == "full"
-    options = ModelOptions(
+    options = LoadOptions(
         dtype="float32" if is_full else str(compute).removeprefix("torch."),  # type: ignore
         vae_dtype="float32",
         device=device,
         attention=config.model.attention,
-        onednn=False,
         channels_last=not may_shard(config, device),  # FSDP2 takes contiguous weights only
     )
-    configs = None if config.model.config is None else storage.to_local(config.model.config)
-    return load_model(storage.to_local(config.model.uri), options, config=configs)
+    return load_weights(config.model.uri, options, config.model.config, onednn=False)
 
 
 def choose_precision(name: str, device: str) -> torch.dtype:
@@ -187,7 +187,7 @@ def may_shard(config: DreamBoothConfig, device: str) -> bool:
     """Whether weights may be sharded over the workers; `auto`: only full fine-tuning on GPUs."""
     if config.train.strategy != "auto":
         return config.train.strategy == "fsdp"
-    has_many = config.workers.most > 1
+    has_many = config.workers.max_workers > 1
     return has_many and config.train.method == "full" and device.startswith("cuda")
 
 

@@ -1,7 +1,7 @@
-"""What the columns of a prompt file mean: which is the prompt, which override, which pass through.
+"""The columns of a prompt file: which is the prompt, which override, which pass through.
 
 Owns their types and the checks of single values. Knows neither the files' formats nor the job. A
-value that is merely useless, such as a width of 70, is no mistake here: its records will fail.
+value of the right type that no image can have, such as a width of 70, passes: its records fail.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from typing import Any
 import pyarrow as pa
 
 from rayjobs.config import BadInput
-from rayjobs.dataset.json_rows import json_kind
+from rayjobs.dataset.formats import json_kind
 from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES
 from rayjobs.generation.prompts.files import Chunk
 
 RESERVED = {*COLUMNS, *(name for name, _ in SCORES.values())} - {*OVERRIDES, "prompt"}
-MOST_COLUMNS = 1000
+MAX_COLUMNS = 1000
 EXACT_FLOATS = 2**53
 """Beyond this, not every whole number is a float."""
 
 
-def prompt_column(wanted: str | None, chunk: Chunk) -> str:
+def find_prompt_column(wanted: str | None, chunk: Chunk) -> str:
     """The name of the prompts' column; checks the names of the others as well."""
     names = list(chunk.columns)
     column = wanted if wanted is not None else "prompt"
@@ -35,21 +35,21 @@ def prompt_column(wanted: str | None, chunk: Chunk) -> str:
     return column
 
 
-def checked(chunk: Chunk, column: str) -> Chunk:
+def check_rows(chunk: Chunk, column: str) -> Chunk:
     """The rows with a prompt, overrides in their own types; raises BadInput naming a bad row."""
     _check_names(chunk, column)
     chunk = _without_blank_rows(chunk, column)
     prompts = chunk.columns.get(column, [None] * len(chunk))
     others = {name: values for name, values in chunk.columns.items() if name != column}
-    columns = {"prompt": _typed("prompt", pa.string(), prompts, chunk)}
+    columns = {"prompt": _parse_column("prompt", pa.string(), prompts, chunk)}
     for name, values in others.items():
         known = name in OVERRIDES
-        columns[name] = _typed(name, OVERRIDES[name], values, chunk) if known else values
+        columns[name] = _parse_column(name, OVERRIDES[name], values, chunk) if known else values
     return replace(chunk, columns=columns)
 
 
-class Kinds:
-    """The columns' types, as far as the rows seen so far tell them."""
+class ColumnTypes:
+    """The columns' types, as far as the rows read so far show them."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, pa.DataType] = {}
@@ -72,9 +72,9 @@ class Kinds:
                     "carry; drop it or write it as text"
                 )
             self._kinds[name] = kind
-        if len(self._kinds) > MOST_COLUMNS:
+        if len(self._kinds) > MAX_COLUMNS:
             raise BadInput(
-                f"prompts.uri: {chunk.uri} has over {MOST_COLUMNS} columns; put what varies from "
+                f"prompts.uri: {chunk.uri} has over {MAX_COLUMNS} columns; put what varies from "
                 "row to row into one of them, as text"
             )
 
@@ -198,23 +198,25 @@ def _values(values: list[Any] | pa.Array) -> list[Any]:
     return values.to_pylist() if isinstance(values, pa.Array) else values
 
 
-def _typed(name: str, kind: pa.DataType, values: list[Any] | pa.Array, chunk: Chunk) -> pa.Array:
+def _parse_column(
+    name: str, kind: pa.DataType, values: list[Any] | pa.Array, chunk: Chunk
+) -> pa.Array:
     """A column that the job understands, each value checked."""
-    found = []
+    parsed = []
     for row, value in enumerate(_values(values)):
         try:
-            found.append(_value(name, kind, value, chunk.is_text))
+            parsed.append(_parse(name, kind, value, chunk.is_text))
         except (ValueError, OverflowError) as error:
             raise chunk.refusal(row, f"{name} has {value!r:.80}, {error}") from None
-    return pa.array(found, kind)
+    return pa.array(parsed, kind)
 
 
-def _value(name: str, kind: pa.DataType, value: Any, is_text: bool) -> Any:
+def _parse(name: str, kind: pa.DataType, value: Any, is_text: bool) -> Any:
     if value is None or (is_text and value == ""):
         return None
     if pa.types.is_string(kind):
         return _text(value)
-    number = _parsed(value) if is_text else value
+    number = _number(value) if is_text else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ValueError("which is not a number")
     return float(number) if pa.types.is_floating(kind) else _whole(name, number)
@@ -232,7 +234,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _parsed(text: str) -> int | float:
+def _number(text: str) -> int | float:
     for parse in (int, float):
         try:
             return parse(text)

@@ -1,4 +1,4 @@
-"""Prompt files of every format, read a chunk of rows at a time, with mistakes told by their line.
+"""Prompt files of every format, read a chunk of rows at a time; errors name the line.
 
 Owns the formats: columns come out as they stand in the file. Knows nothing of what they mean.
 """
@@ -22,8 +22,8 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 
 ROWS_PER_CHUNK = 4096
-MOST_LINE_BYTES = 2**24
-Row = tuple[int, Sequence[Any]]
+MAX_LINE_BYTES = 2**24
+NumberedRow = tuple[int, Sequence[Any]]
 """A row's line in the file and its values."""
 
 
@@ -61,7 +61,7 @@ def read_chunks(uri: str) -> Iterator[Chunk]:
         zipped = name != file_uri.lower()
         if kind not in READERS or (zipped and kind == "parquet"):
             raise _unknown(uri)
-        with storage.open_input(file_uri) as file, _told(file_uri, kind):
+        with storage.open_input(file_uri) as file, _translate_errors(file_uri, kind):
             plain: Any = gzip.GzipFile(fileobj=file) if zipped else file
             yield from READERS[kind](plain, file_uri)
 
@@ -91,7 +91,7 @@ def _refusal(uri: str, place: str, message: str) -> BadInput:
 
 
 @contextmanager
-def _told(uri: str, kind: str) -> Generator[None]:
+def _translate_errors(uri: str, kind: str) -> Generator[None]:
     try:
         yield
     except storage.StorageError:
@@ -104,7 +104,7 @@ def _lines(file: IO[bytes], uri: str) -> Iterator[str]:
     """Lines with their ends; memory holds one of them, whatever the file is."""
     buffered = io.BufferedReader(file, 2**20)  # ty: ignore[invalid-argument-type]
     try:
-        lines = iter(partial(buffered.readline, MOST_LINE_BYTES), b"")
+        lines = iter(partial(buffered.readline, MAX_LINE_BYTES), b"")
         for number, line in enumerate(lines, start=1):
             text = _decoded(line, number, uri)
             yield text.removeprefix("\ufeff") if number == 1 else text
@@ -115,7 +115,7 @@ def _lines(file: IO[bytes], uri: str) -> Iterator[str]:
 
 def _decoded(line: bytes, number: int, uri: str) -> str:
     place = f"line {number}"
-    if len(line) == MOST_LINE_BYTES:
+    if len(line) == MAX_LINE_BYTES:
         raise _refusal(uri, place, "over 16 MiB long; is this a file of prompts?")
     try:
         text = line.decode()
@@ -165,7 +165,7 @@ def _separated(reader: Any, uri: str, kind: str) -> Iterator[Chunk]:
     yield from _chunks(_full(rows, len(names), uri, kind), names, uri)
 
 
-def _numbered(reader: Any, uri: str, kind: str) -> Iterator[Row]:
+def _numbered(reader: Any, uri: str, kind: str) -> Iterator[NumberedRow]:
     """Rows that are not blank, with the line at which each begins."""
     unquote = _unquoted if kind == "tsv" else str
     while True:
@@ -185,7 +185,7 @@ def _numbered(reader: Any, uri: str, kind: str) -> Iterator[Row]:
             yield line, [unquote(value) for value in values]
 
 
-def _full(rows: Iterable[Row], width: int, uri: str, kind: str) -> Iterator[Row]:
+def _full(rows: Iterable[NumberedRow], width: int, uri: str, kind: str) -> Iterator[NumberedRow]:
     for line, values in rows:
         if len(values) != width:
             way_out = "quote fields with a comma in them" if kind == "csv" else "check the tabs"
@@ -197,7 +197,7 @@ def _full(rows: Iterable[Row], width: int, uri: str, kind: str) -> Iterator[Row]
         yield line, values
 
 
-def _chunks(rows: Iterable[Row], names: list[str], uri: str) -> Iterator[Chunk]:
+def _chunks(rows: Iterable[NumberedRow], names: list[str], uri: str) -> Iterator[Chunk]:
     rows = iter(rows)
     while some := list(islice(rows, ROWS_PER_CHUNK)):
         columns = zip(*(values for _, values in some), strict=True)

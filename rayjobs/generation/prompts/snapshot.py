@@ -1,7 +1,7 @@
-"""Where a job's prompts come from: any supported file, read once and kept with the data set.
+"""Snapshots of a job's prompts and init images' names: read once, then stored with the data set.
 
-Owns the snapshots that workers read, of prompts and of init images' names. Knows nothing of files'
-formats, of seeds or of shards.
+Owns how they are written and read at random. Knows nothing of prompt files' formats, of seeds or of
+shards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import OVERRIDES
-from rayjobs.generation.prompts.columns import Kinds, checked, prompt_column
+from rayjobs.generation.prompts.columns import ColumnTypes, check_rows, find_prompt_column
 from rayjobs.generation.prompts.files import Chunk, read_chunks
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def write_snapshot(config: PromptsConfig, path: str) -> int:
     Columns are `prompt`, the override columns that the source has, and what else it has; blank rows
     are left out. Raises BadInput or StorageError when the source cannot be read.
     """
-    kinds = Kinds()
+    kinds = ColumnTypes()
     try:
         total = _write(config, kinds, path)
         if total is None:  # A column or its type showed late in the file; now all are known.
@@ -62,7 +62,7 @@ class Snapshot:
     """Random access to a snapshot's rows, a row group at a time."""
 
     def __init__(self, uri: str):
-        self._groups = _Groups(uri)
+        self._groups = _RowGroups(uri)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -77,16 +77,16 @@ class Snapshot:
 
     @property
     def passed_through(self) -> list[pa.Field]:
-        """The source's columns that mean nothing to the job and go along into the records."""
+        """The source's columns that the job does not use and copies into the records."""
         known = {"prompt", *OVERRIDES}
         return [field for field in self._groups.schema if field.name not in known]
 
 
-class Names(Sequence[str]):
+class ImageNames(Sequence[str]):
     """The names that `write_names` wrote, a row group of them in memory at a time."""
 
     def __init__(self, uri: str):
-        self._groups = _Groups(uri)
+        self._groups = _RowGroups(uri)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -103,7 +103,7 @@ class Names(Sequence[str]):
         return str(group.column(0)[numbers % ROWS_PER_GROUP].as_py())
 
 
-class Inline:
+class InlinePrompts:
     """Prompts of the configuration itself, as rows; templates alone fill in one empty prompt."""
 
     columns = ("prompt",)
@@ -119,15 +119,15 @@ class Inline:
 
 
 def list_pictures(uri: str) -> list[str]:
-    """Names of the pictures in a folder and below, sorted."""
+    """ImageNames of the pictures in a folder and below, sorted."""
     names = [name for name in storage.list_files(uri) if name.lower().endswith(PICTURES)]
     if not names:
         raise BadInput(f"init.uri: {uri} holds no picture ({', '.join(PICTURES)})")
     return names
 
 
-class _Groups:
-    """A parquet file, local or not, of which the row groups read last are kept."""
+class _RowGroups:
+    """A parquet file, local or remote, with a small cache of row groups."""
 
     def __init__(self, uri: str):
         self._uri = uri
@@ -142,7 +142,7 @@ class _Groups:
         return storage.through(self._uri, lambda: self._file.read_row_group(number))
 
 
-def _write(config: PromptsConfig, kinds: Kinds, path: str) -> int | None:
+def _write(config: PromptsConfig, kinds: ColumnTypes, path: str) -> int | None:
     """Write all rows; None when a later row changed the types, which `kinds` then knows."""
     chunks = _chunks(config)
     first = next(chunks, None)
@@ -157,7 +157,7 @@ def _write(config: PromptsConfig, kinds: Kinds, path: str) -> int | None:
     return total if kinds.schema == schema else None
 
 
-def _tables(chunks: Iterable[Chunk], kinds: Kinds, schema: pa.Schema) -> Iterator[pa.Table]:
+def _tables(chunks: Iterable[Chunk], kinds: ColumnTypes, schema: pa.Schema) -> Iterator[pa.Table]:
     """The rows as tables of `schema`; once it does not hold any more, none."""
     for chunk in chunks:
         kinds.learn(chunk)
@@ -185,7 +185,7 @@ def _chunks(config: PromptsConfig) -> Iterator[Chunk]:
         return
     column = None
     for chunk in read_chunks(config.uri):
-        column = column or prompt_column(config.column, chunk)
-        chunk = checked(chunk, column)
+        column = column or find_prompt_column(config.column, chunk)
+        chunk = check_rows(chunk, column)
         if len(chunk):
             yield chunk

@@ -1,6 +1,7 @@
 """The texts that templates make of a prompt: text k from k, however many there are.
 
-Owns places, the ways words go together and the keyed permutation. Knows no configuration model.
+Owns placeholders, how axes combine (product, zip, sample) and the keyed permutation. Knows no
+configuration model.
 """
 
 import hashlib
@@ -15,11 +16,11 @@ from rayjobs.config import BadInput
 ROUNDS = 8
 
 
-class Texts:
-    """The texts of one template after the other; the place that stands last changes fastest.
+class TemplateTexts:
+    """The texts of one template after the other; the last placeholder changes fastest.
 
-    `axes` are the words for the templates' places, `mode` is product, zip or sample. Raises
-    BadInput when the words cannot go together in that way.
+    `axes` are the values of the placeholders, `mode` is product, zip or sample. Raises BadInput
+    when the axes cannot be combined in that way.
     """
 
     def __init__(
@@ -34,11 +35,10 @@ class Texts:
         self.axes = axes
         self.mode = mode
         self._seed = sample_seed
-        self._places = [
-            [place for place in template_places(template) if place != "prompt"]
-            for template in templates
+        self._placeholders = [
+            [name for name in placeholders(template) if name != "prompt"] for template in templates
         ]
-        self._sizes = [math.prod(len(axes[name]) for name in names) for names in self._places]
+        self._sizes = [math.prod(len(axes[name]) for name in names) for names in self._placeholders]
         self._first = [0, *accumulate(self._count(t, samples) for t in range(len(templates)))]
         self.num = self._first[-1] or 1
 
@@ -47,32 +47,32 @@ class Texts:
         if not self.templates:
             return prompt
         template = bisect_right(self._first, number) - 1
-        words = self._words(template, number - self._first[template], prompt)
-        return self.templates[template].format(prompt=prompt, **words)
+        values = self._values(template, number - self._first[template], prompt)
+        return self.templates[template].format(prompt=prompt, **values)
 
-    def _words(self, template: int, number: int, prompt: str) -> dict[str, str]:
-        names = self._places[template]
+    def _values(self, template: int, number: int, prompt: str) -> dict[str, str]:
+        names = self._placeholders[template]
         if self.mode == "zip":
             return {name: self.axes[name][number] for name in names}
         if self.mode == "sample":
             key = f"{self._seed}|{self.templates[template]}|{prompt}"
             digest = hashlib.sha256(key.encode()).digest()
             number = permuted(number, self._sizes[template], digest)
-        words = {}
+        values = {}
         for name in reversed(names):
             number, choice = divmod(number, len(self.axes[name]))
-            words[name] = self.axes[name][choice]
-        return words
+            values[name] = self.axes[name][choice]
+        return values
 
     def _count(self, template: int, samples: int | None) -> int:
         text = self.templates[template]
-        lengths = {name: len(self.axes[name]) for name in self._places[template]}
+        lengths = {name: len(self.axes[name]) for name in self._placeholders[template]}
         if self.mode == "zip":
             if len(set(lengths.values())) > 1:
-                told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+                listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
                 raise BadInput(
-                    f"prompts.mode zip needs axes of one length, but those of {text!r} have {told} "
-                    "words; make them equal, or use mode product"
+                    f"prompts.mode zip needs axes of one length, but those of {text!r} have "
+                    f"{listed} values; make them equal, or use mode product"
                 )
             return max(lengths.values(), default=1)
         size = self._sizes[template]
@@ -86,27 +86,27 @@ class Texts:
         return samples
 
 
-def check_places(
+def check_placeholders(
     templates: Sequence[str], axes: Mapping[str, Sequence[str]], has_prompts: bool
 ) -> None:
-    """Raise BadInput when a template names a place that nothing fills, or an axis is never used."""
+    """Raise BadInput when nothing fills a placeholder, or an axis is never used."""
     known = {*axes, "prompt"} if has_prompts else set(axes)
     used: set[str] = set()
     for template in templates:
-        places = template_places(template)
-        used.update(places)
-        for place in places:
-            if place not in known:
+        names = placeholders(template)
+        used.update(names)
+        for name in names:
+            if name not in known:
                 raise BadInput(
-                    f"prompts.templates: {template!r} has {{{place}}}, but there is no such axis; "
+                    f"prompts.templates: {template!r} has {{{name}}}, but there is no such axis; "
                     f"known: {', '.join(sorted(known)) or 'none'}"
                 )
     for axis in sorted(set(axes) - used):
         raise BadInput(f"prompts.axes.{axis} is used by no template")
 
 
-def template_places(template: str) -> list[str]:
-    """Names of the places in a template, each once, in the order in which they stand."""
+def placeholders(template: str) -> list[str]:
+    """ImageNames of the placeholders in a template, each once, in their order."""
     try:
         parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
@@ -116,7 +116,7 @@ def template_places(template: str) -> list[str]:
     for name, layout, conversion in parts:
         if layout or conversion:
             raise BadInput(
-                f"prompts.templates: {template!r}: a place is a name alone, as in {{{name}}}"
+                f"prompts.templates: {template!r}: a placeholder is a name alone, as in {{{name}}}"
             )
     return list(dict.fromkeys(str(name) for name, _, _ in parts))
 

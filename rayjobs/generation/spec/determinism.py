@@ -1,7 +1,7 @@
-"""The determinism class: everything outside a request that may move a bit of a picture's bytes.
+"""The determinism class: everything outside a request that may change a bit of a picture.
 
 Owns what is pinned in a process, what is recorded of it, and how two classes are compared. Knows
-nothing of jobs or of Ray.
+nothing of Ray.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 from typing import Any
 
-from rayjobs.config import BadInput
+from rayjobs.config import BadInput, Workers, differences
 from rayjobs.dataset.records import canonical_json
 from rayjobs.generation.config import GenerateConfig
 
@@ -17,11 +17,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "pyarrow", "numpy")
 CODECS = ("zlib", "libjpeg_turbo", "webp")
 
 
-def pin(config: GenerateConfig) -> None:
-    """Set what torch would otherwise decide by itself, by the machine or by the moment."""
+def pin(workers: Workers) -> None:
+    """Set what torch would otherwise choose by the machine or by measuring."""
     import torch
 
-    torch.set_num_threads(num_threads(config))
+    torch.set_num_threads(_num_threads(workers))
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
@@ -29,20 +29,20 @@ def pin(config: GenerateConfig) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def num_threads(config: GenerateConfig) -> int:
-    """As many as CPUs were asked for: their number moves the last bits of a picture."""
-    return max(1, int(config.workers.num_cpus))
+def _num_threads(workers: Workers) -> int:
+    """As many as a worker has CPUs: their number changes the last bits of a picture."""
+    return max(1, int(workers.num_cpus))
 
 
 def current(config: GenerateConfig) -> dict[str, Any]:
     """The class of a worker of this job on this machine."""
     from PIL import features
 
-    found: dict[str, Any] = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    found |= {name: features.version(name) for name in CODECS}
-    return found | {
+    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions |= {name: features.version(name) for name in CODECS}
+    return versions | {
         "device": _device(config.model.device),
-        "threads": num_threads(config),
+        "threads": _num_threads(config.workers),
         "tf32": False,
         "cudnn_benchmark": False,
         "attention": config.model.attention,
@@ -56,13 +56,9 @@ def identify(determinism: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(determinism)).hexdigest()[:12]
 
 
-def check_same(found: dict[str, Any], wanted: dict[str, Any], allowed: bool) -> bool:
+def check_same(locked: dict[str, Any], mine: dict[str, Any], allowed: bool) -> bool:
     """Whether a data set's class is this worker's; raises BadInput when it is not and must be."""
-    changed = [
-        f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
+    changed = differences(locked, mine, now="here")
     if changed and not allowed:
         raise BadInput(
             "this machine cannot make the same bits as those that the data set was begun with; go "
@@ -73,7 +69,7 @@ def check_same(found: dict[str, Any], wanted: dict[str, Any], allowed: bool) -> 
 
 
 def _device(wanted: str) -> str:
-    """The kind of processor, as far as it may move bits."""
+    """The kind of processor, as far as it may change bits."""
     import torch
 
     from rayjobs.diffusion import onednn

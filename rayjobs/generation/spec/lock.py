@@ -1,10 +1,11 @@
-"""A job and its part of a data set's lock: from the one to the other and back.
+"""From a job's configuration to its segment in a data set's lock, and back.
 
-Owns what of a configuration decides records, and how a segment's records are found again. What a
-lock is and where it lies is `dataset.lock`'s.
+Owns which keys decide records, and opens a segment's records again. The lock itself is
+`dataset.lock`'s.
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,15 +13,17 @@ import pyarrow as pa
 from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
 from rayjobs.dataset.records import SCORES, schema
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.prompts.snapshot import Names, Snapshot
-from rayjobs.generation.spec.records import Spec
+from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
+from rayjobs.generation.resolved import ResolvedConfig
+from rayjobs.generation.spec.records import Record, Spec
 
-FREE = ("workers",)
+NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
 
 
 def job_part(config: GenerateConfig) -> dict[str, Any]:
-    whole = config.model_dump(mode="json", exclude=set(FREE))
+    """The keys that decide what is made, as the lock has them."""
+    whole = config.model_dump(mode="json", exclude=NOT_LOCKED)
     for key in ("uri", "most_images"):
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
@@ -30,7 +33,7 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
 
 def config_of(
     segment: Segment, output_uri: str, current: GenerateConfig | None = None
-) -> GenerateConfig:
+) -> ResolvedConfig:
     """A segment's configuration again; how it runs is taken from `current`."""
     values = json.loads(json.dumps(segment.job))
     values["output"]["uri"] = output_uri
@@ -38,15 +41,20 @@ def config_of(
         values["workers"] = current.workers.model_dump()
         values["engine"]["allow_class_change"] = current.engine.allow_class_change
         values["model"]["device"] = current.model.device
-    return GenerateConfig.model_validate(values)
+    return ResolvedConfig.model_validate(values)
 
 
 def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:
-    """The records of a segment, from the snapshots that lie with the data set."""
+    """The records of a segment, from the snapshots stored with the data set."""
     uri = config.output.uri
-    names = Names(names_uri(uri, number)) if segment.init_sha256 is not None else ()
+    names = ImageNames(names_uri(uri, number)) if segment.init_sha256 is not None else ()
     rows = Snapshot(snapshot_uri(uri, number))
     return Spec(config, rows, names, segment.first_prompt, segment.first_seed)
+
+
+def record_of(spec: Spec, segment: Segment, number: int) -> Record:
+    """Record `number` of the data set, which is one of that segment's."""
+    return replace(spec.record(number - segment.first_record), number=number)
 
 
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:

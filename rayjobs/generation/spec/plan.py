@@ -1,6 +1,6 @@
 """The plan of a job: what it would make and cost, by arithmetic, before anything is made.
 
-Owns counts, sizes, times and how they are told. Reads no weights and knows neither torch nor Ray.
+Owns counts, sizes, times and how they are printed. Reads no weights, knows neither torch nor Ray.
 """
 
 import json
@@ -15,10 +15,15 @@ import numpy as np
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import STARTER
 from rayjobs.generation.config import GenerateConfig, OutputConfig
-from rayjobs.generation.prompts.snapshot import Inline, Snapshot, list_pictures, write_snapshot
+from rayjobs.generation.prompts.snapshot import (
+    InlinePrompts,
+    Snapshot,
+    list_pictures,
+    write_snapshot,
+)
 from rayjobs.generation.spec.records import Spec
+from rayjobs.models.facts import read_facts
 
 LOSSLESS = {"png": 1.3, "webp-lossless": 0.9}
 LOSSY = {
@@ -28,8 +33,8 @@ LOSSY = {
 """Bytes a pixel, by quality. All were measured on photographs of 512 pixels; those of 1024 are
 about a tenth smaller, flat drawings many times."""
 USUAL_SIDE = 1024
-MOST_COMPARED = 20_000
-"""Texts that are looked at to count the different ones."""
+MAX_COUNTED_TEXTS = 20_000
+"""Up to so many texts are made to count the different ones."""
 HOUR_S = 3600.0
 
 
@@ -77,37 +82,37 @@ def record(config: GenerateConfig, number: int) -> dict[str, Any]:
     with _opened(config) as spec:
         if not 0 <= number < spec.num_records:
             raise BadInput(f"--record is {number}; the job has records 0 .. {spec.num_records - 1}")
-        found = asdict(spec.record(number))
-    found["shard"] = number // config.output.images_per_shard
-    values: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return values
+        values = asdict(spec.record(number))
+    values["shard"] = number // config.output.images_per_shard
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
 
 
-def describe(found: Plan) -> str:
+def describe(plan: Plan) -> str:
     """The plan in lines for people."""
-    factors = {
-        "prompt": found.num_prompts,
-        "text": found.num_texts,
-        "parameter combination": found.num_parameters,
-        "init image": found.num_inits,
-        "seed": found.num_seeds,
+    counts = {
+        "prompt": plan.num_prompts,
+        "text": plan.num_texts,
+        "parameter combination": plan.num_parameters,
+        "init image": plan.num_inits,
+        "seed": plan.num_seeds,
     }
-    told = [_counted(count, name) for name, count in factors.items() if count > 1]
-    lines = [("records", f"{found.num_records:,} = {' x '.join(told or ['1 prompt'])}")]
-    if found.num_unique_prompts is not None:
-        lines.append(("texts", f"{found.num_unique_prompts:,} different"))
-    lines.append(("shards", f"{found.num_shards:,}"))
-    each = _amount(found.num_bytes / found.num_records)
-    lines.append(("bytes", f"about {_amount(found.num_bytes)}, {each} an image"))
-    if found.device_hours is None or found.wall_hours is None:
+    factor_texts = [_counted(count, name) for name, count in counts.items() if count > 1]
+    lines = [("records", f"{plan.num_records:,} = {' x '.join(factor_texts or ['1 prompt'])}")]
+    if plan.num_unique_prompts is not None:
+        lines.append(("texts", f"{plan.num_unique_prompts:,} different"))
+    lines.append(("shards", f"{plan.num_shards:,}"))
+    each = _amount(plan.num_bytes / plan.num_records)
+    lines.append(("bytes", f"about {_amount(plan.num_bytes)}, {each} an image"))
+    if plan.device_hours is None or plan.wall_hours is None:
         lines.append(("device-hours", "give --rate, or --probe to measure it"))
     else:
-        workers = _counted(found.num_workers, "worker")
-        lines.append(("device-hours", f"{found.device_hours:,.2f}"))
-        lines.append(("wall time", f"{_time(found.wall_hours)} with {workers}"))
-    if found.cost is not None:
-        lines.append(("cost", f"{found.cost:,.2f}"))
-    lines += [("assumed" if n == 0 else "", text) for n, text in enumerate(found.assumptions)]
+        workers = _counted(plan.num_workers, "worker")
+        lines.append(("device-hours", f"{plan.device_hours:,.2f}"))
+        lines.append(("wall time", f"{_time(plan.wall_hours)} with {workers}"))
+    if plan.cost is not None:
+        lines.append(("cost", f"{plan.cost:,.2f}"))
+    lines += [("assumed" if n == 0 else "", text) for n, text in enumerate(plan.assumptions)]
     return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 
@@ -126,7 +131,7 @@ def _opened(config: GenerateConfig) -> Generator[Spec]:
             storage.check(uri)
     inits = list_pictures(config.init.uri) if config.init.uri is not None else ()
     if config.prompts.uri is None:
-        yield Spec(config, Inline(config.prompts), inits)
+        yield Spec(config, InlinePrompts(config.prompts), inits)
         return
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "snapshot.parquet")
@@ -137,7 +142,7 @@ def _opened(config: GenerateConfig) -> Generator[Spec]:
 def _plan(spec: Spec, rate: float | None, price: float | None) -> Plan:
     config = spec.config
     pixels, assumptions = _pixels(spec)
-    workers = min(config.workers.most, spec.num_shards)
+    workers = min(config.workers.max_workers, spec.num_shards)
     device_hours = wall_hours = None
     if rate is not None:
         device_hours = spec.num_records / rate / HOUR_S * (config.workers.num_gpus or 1)
@@ -168,38 +173,33 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
     config, output = spec.config, spec.config.output
     quality = f" of quality {output.quality}" if output.image_format in LOSSY else ""
     per_pixel = bytes_per_pixel(output)
-    told = [f"{per_pixel:.2g} bytes a pixel, as {output.image_format}{quality} of photographs have"]
+    assumptions = [
+        f"{per_pixel:.2g} bytes a pixel, as {output.image_format}{quality} of photographs have"
+    ]
     widths = config.parameters.width or (config.image.width,)
     heights = config.parameters.height or (config.image.height,)
     own = _model_side(config.model.uri)
     side = own or USUAL_SIDE
     if None in (*widths, *heights):
         known = "as the model's configuration says" if own else "since the model is not at hand"
-        told.append(f"images of {side} pixels where no size is given, {known}")
+        assumptions.append(f"images of {side} pixels where no size is given, {known}")
     if {"width", "height"} & set(spec.rows.columns):
-        told.append("rows with a size of their own are counted like the others")
+        assumptions.append("rows with a size of their own are counted like the others")
     if len(widths) == len(heights):  # of which longer ones are pairs
         sizes = list(zip(widths, heights, strict=True))
     else:
         sizes = [(width, height) for width in widths for height in heights]
-    return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), told
+    return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), assumptions
 
 
 def _model_side(uri: str) -> int | None:
     """The model's own size, where its configuration lies on this machine."""
-    folder = STARTER if uri == "starter" else Path(uri)
-    try:
-        unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        return int(unet["sample_size"]) * int(scale)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None if storage.is_remote(uri) else read_facts(uri).side
 
 
 def _num_unique(spec: Spec) -> int | None:
     """Different texts, counted by looking at them where they are few."""
-    if spec.num_prompts * spec.num_texts > MOST_COMPARED:
+    if spec.num_prompts * spec.num_texts > MAX_COUNTED_TEXTS:
         return None
     each = spec.num_parameters * spec.num_inits * spec.num_seeds
     return len({spec.record(first).prompt for first in range(0, spec.num_records, each)})

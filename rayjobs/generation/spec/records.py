@@ -1,6 +1,6 @@
-"""The job by arithmetic: record k is computed from k, whatever the number of records.
+"""A job's records by arithmetic: record k is computed from k, whatever the number of records.
 
-Owns the order of records and what each one asks for. Knows nothing of how they are made.
+Owns the order of records and the settings of each. Knows nothing of how they are made.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import OVERRIDES
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.prompts.templates import Texts
+from rayjobs.generation.prompts.templates import TemplateTexts
 
 NUM_SEEDS = 2**63
 
@@ -29,7 +29,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What record `number` asks for; None stands for the model's own value."""
+    """The settings of record `number`; None stands for the model's own value."""
 
     number: int
     prompt: str
@@ -43,9 +43,9 @@ class Record:
     width: int | None
     height: int | None
     init_image: str | None
-    """The init image's name as the user knows it: in its folder, or as the prompt file has it."""
+    """The init image's name in its folder, or as the prompt file has it."""
     init_uri: str | None
-    """Where that image is; not part of the record, so that a moved job stays the same job."""
+    """That image's location; not part of the record, so that a moved job stays the same job."""
     strength: float
     passed_through: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class Spec:
         self.first_prompt = first_prompt
         self.first_seed = first_seed
         prompts = config.prompts
-        self._texts = Texts(
+        self._texts = TemplateTexts(
             prompts.templates, prompts.axes, prompts.mode, prompts.samples, prompts.sample_seed
         )
         self._parameters = [
@@ -98,11 +98,6 @@ class Spec:
     def num_shards(self) -> int:
         return -(-self.num_records // self.config.output.images_per_shard)
 
-    def shard(self, number: int) -> range:
-        """The records of shard `number`."""
-        size = self.config.output.images_per_shard
-        return range(number * size, min((number + 1) * size, self.num_records))
-
     def record(self, number: int) -> Record:
         """Record `number`, from its number alone."""
         if not 0 <= number < self.num_records:
@@ -113,14 +108,14 @@ class Spec:
         prompt, text = divmod(rest, self.num_texts)
         row = self.rows.row(self.first_prompt + prompt)
         row = {key: value for key, value in row.items() if value is not None}
-        asked = self._settings() | self._combination(parameters)
-        asked["init_image"] = self.init_images[init]
-        asked |= {key: row[key] for key in OVERRIDES if key in row}
-        asked["prompt"] = self._texts.text(row["prompt"], text)
-        asked["seed"] = self._seed(row.get("seed"), asked["prompt"], self.first_seed + seed)
-        asked["init_uri"] = self._init_uri(asked["init_image"], "init_image" in row)
+        values = self._settings() | self._combination(parameters)
+        values["init_image"] = self.init_images[init]
+        values |= {key: row[key] for key in OVERRIDES if key in row}
+        values["prompt"] = self._texts.text(row["prompt"], text)
+        values["seed"] = self._seed(row.get("seed"), values["prompt"], self.first_seed + seed)
+        values["init_uri"] = self._init_uri(values["init_image"], "init_image" in row)
         others = {key: row[key] for key in row if key != "prompt" and key not in OVERRIDES}
-        return Record(number=number, passed_through=others, **asked)
+        return Record(number=number, passed_through=others, **values)
 
     def _settings(self) -> dict[str, Any]:
         """The job's settings, where neither an axis nor the prompt's row has another value."""

@@ -1,38 +1,117 @@
-"""Segments of a data set: a draft becomes the first one, is found again, or is appended.
+"""A job becomes a segment of a data set: checked and resolved as a draft, then put into the lock.
 
-Owns the decision, and which part of an extended job is new. Knows nothing of how records are made.
+Owns the checks that need no worker, what a job's segment in the lock says, and which part of an
+extended job is new. Knows nothing of Ray or of how records are made.
 """
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import (
     Lock,
     Segment,
     create_lock,
-    find,
+    find_segment,
     lock_uri,
     names_uri,
     read_lock,
     replace_lock,
     snapshot_uri,
 )
-from rayjobs.generation.prompts.snapshot import Names, Snapshot
-from rayjobs.generation.spec.draft import Draft
-from rayjobs.generation.spec.lock import config_of
+from rayjobs.dataset.records import SCORES, canonical_json
+from rayjobs.diffusion import weights
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.prompts.snapshot import (
+    ImageNames,
+    Snapshot,
+    list_pictures,
+    write_names,
+    write_snapshot,
+)
+from rayjobs.generation.resolved import ResolvedConfig, model_name
+from rayjobs.generation.spec.lock import config_of, job_part, record_schema
 from rayjobs.generation.spec.records import Spec
+from rayjobs.models import exports
+from rayjobs.models.facts import find_weights
 
-SEEDS = ("job.seeds.count", "job.seeds.values", "job.seeds.derive")
-PROMPTS = ("prompts_sha256", "num_prompts", "job.prompts.inline")
+T = TypeVar("T")
+SEED_KEYS = {"job.seeds.count", "job.seeds.values", "job.seeds.derive"}
+PROMPT_KEYS = {"prompts_sha256", "num_prompts", "job.prompts.inline"}
+"""What `--extend` may change of a job for its records to go on; with other keys all are new."""
 
 
-def enter(draft: Draft, determinism: Callable[[], dict[str, Any]], extend: bool = False) -> Lock:
-    """The data set's lock with the draft's job in it.
+@dataclass(frozen=True)
+class JobDraft:
+    """A resolved job, its segment as if it stood alone, and local snapshots of what it reads."""
 
-    `determinism()` is asked for the class of a new data set. Raises BadInput with the difference
-    when there is another job and it is not to be extended.
+    config: ResolvedConfig
+    segment: Segment
+    prompts: Path
+    names: Path | None
+    """Of init images, where there are any."""
+
+    def spec(self, first_prompt: int = 0, first_seed: int = 0) -> Spec:
+        names = () if self.names is None else ImageNames(str(self.names))
+        return Spec(self.config, Snapshot(str(self.prompts)), names, first_prompt, first_seed)
+
+
+@contextmanager
+def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[JobDraft]:
+    """Check a job and write its snapshots, which are gone afterwards; `confirmed` is of any size.
+
+    Raises BadInput or StorageError naming the key that is to be changed.
+    """
+    storage.check(config.output.uri, write=True)
+    loras = [lora.uri for lora in config.model.loras]
+    scorers = [getattr(config.quality, name) for name in SCORES]
+    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers):
+        if uri is not None and storage.is_remote(uri):
+            storage.check(uri)
+    model = _check_model(config)
+    loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
+        num_prompts = write_snapshot(config.prompts, str(prompts))
+        if config.init.uri is not None:
+            write_names(list_pictures(config.init.uri), str(names))
+        rows = Snapshot(str(prompts))
+        spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
+        if not confirmed:
+            _check_size(config, spec.num_records)
+        check_schema(config.output.format, record_schema(config, rows))
+        segment = Segment(
+            job=job_part(config),
+            prompts_sha256=weights.sha256_of(prompts),
+            num_prompts=num_prompts,
+            init_sha256=weights.sha256_of(names) if names.exists() else None,
+            model_name=model_name(config.model.uri),
+            model_sha256=_named(
+                "model.words", lambda: exports.identity(model.sha256, config.model.words)
+            ),
+            loras_sha256=loras_sha256,
+            scorers_sha256=scorers_sha256,
+            guided=_is_guided(config, rows),
+            num_records=spec.num_records,
+            num_shards=spec.num_shards,
+        )
+        yield JobDraft(config, segment, prompts, names if names.exists() else None)
+
+
+def ensure_segment(
+    draft: JobDraft, determinism: Callable[[], dict[str, Any]], extend: bool = False
+) -> Lock:
+    """The data set's lock with the draft's job in it: it was there, or is created or appended.
+
+    `determinism()` gives the class of a new data set. Raises BadInput with the difference when
+    there is another job and it is not to be extended.
     """
     uri = draft.config.output.uri
     mark = storage.etag(lock_uri(uri))
@@ -40,9 +119,9 @@ def enter(draft: Draft, determinism: Callable[[], dict[str, Any]], extend: bool 
     if lock is None:
         lock = Lock(segments=(draft.segment,), determinism=determinism())
         if not create_lock(lock, uri):
-            return enter(draft, determinism, extend)
+            return ensure_segment(draft, determinism, extend)
     else:
-        number = _find(lock, draft, extend)
+        number = _find_segment(lock, draft, extend)
         if number is None:
             lock = lock.model_copy(update={"segments": (*lock.segments, _new_part(lock, draft))})
             if not replace_lock(lock, mark or "", uri):
@@ -51,26 +130,26 @@ def enter(draft: Draft, determinism: Callable[[], dict[str, Any]], extend: bool 
     return lock
 
 
-def _find(lock: Lock, draft: Draft, extend: bool) -> int | None:
+def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> int | None:
     try:
-        return find(lock, draft.segment, draft.config.output.uri)
+        return find_segment(lock, draft.segment, draft.config.output.uri)
     except BadInput:
         if not extend:
             raise
         return None
 
 
-def _keep_snapshots(lock: Lock, draft: Draft) -> None:
-    """Store the draft's snapshots unless they are there; nor are they when a run ended before."""
+def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
+    """Store the draft's snapshots unless they are there: an earlier run may have been killed."""
     uri = draft.config.output.uri
-    number = find(lock, draft.segment, uri)
+    number = find_segment(lock, draft.segment, uri)
     if not storage.exists(snapshot_uri(uri, number)):
         storage.put_file(snapshot_uri(uri, number), draft.prompts)
     if draft.names is not None and not storage.exists(names_uri(uri, number)):
         storage.put_file(names_uri(uri, number), draft.names)
 
 
-def _new_part(lock: Lock, draft: Draft) -> Segment:
+def _new_part(lock: Lock, draft: JobDraft) -> Segment:
     """The draft as a segment behind the others, without what the last one's job has already."""
     last, segment = lock.segments[-1], draft.segment
     if last.job["output"] != segment.job["output"]:
@@ -78,19 +157,18 @@ def _new_part(lock: Lock, draft: Draft) -> Segment:
     before, after = last.identity(), segment.identity()
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     first_prompt = first_seed = 0
-    if changed <= set(SEEDS):
-        first_seed = _more_seeds(last, draft)
-    elif changed <= {*PROMPTS, *SEEDS} and _begins_alike(last, lock, draft):
-        if changed & set(SEEDS):
+    if changed <= SEED_KEYS:
+        first_seed = _check_more_seeds(last, draft)
+    elif changed <= PROMPT_KEYS | SEED_KEYS and _has_more_prompts(lock, draft):
+        if changed & SEED_KEYS:
             raise BadInput("--extend takes more prompts or more seeds, not both; do one, then both")
         first_prompt = last.num_prompts
-    names = () if draft.names is None else Names(str(draft.names))
-    spec = Spec(draft.config, Snapshot(str(draft.prompts)), names, first_prompt, first_seed)
+    spec = draft.spec(first_prompt, first_seed)
     return segment.model_copy(
         update={
             "first_prompt": first_prompt,
             "first_seed": first_seed,
-            "first_record": last.first_record + last.num_records,
+            "first_record": last.records.stop,
             "num_records": spec.num_records,
             "first_shard": last.shards.stop,
             "num_shards": spec.num_shards,
@@ -98,7 +176,8 @@ def _new_part(lock: Lock, draft: Draft) -> Segment:
     )
 
 
-def _more_seeds(last: Segment, draft: Draft) -> int:
+def _check_more_seeds(last: Segment, draft: JobDraft) -> int:
+    """The number of seeds in the last segment, with which the draft's begin."""
     old, new = config_of(last, "-").seeds, draft.config.seeds
     same_way = (old.derive is None) == (new.derive is None)
     if not same_way or new.num <= old.num or new.values[: len(old.values)] != old.values:
@@ -109,10 +188,75 @@ def _more_seeds(last: Segment, draft: Draft) -> int:
     return old.num
 
 
-def _begins_alike(last: Segment, lock: Lock, draft: Draft) -> bool:
+def _has_more_prompts(lock: Lock, draft: JobDraft) -> bool:
     """Whether the draft's prompts are those of the last segment and some more."""
     uri = snapshot_uri(draft.config.output.uri, len(lock.segments) - 1)
     old, new = Snapshot(uri), Snapshot(str(draft.prompts))
     if len(new) <= len(old) or old.columns != new.columns:
         return False
     return all(old.row(n) == new.row(n) for n in range(len(old)))
+
+
+def _check_size(config: GenerateConfig, num_records: int) -> None:
+    limit = config.output.most_images
+    if num_records > limit:
+        raise BadInput(
+            f"the job has {num_records:,} images, more than output.most_images, {limit:,}; "
+            f"look at it with `plan`, then set output.most_images={num_records} to confirm"
+        )
+
+
+def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
+    """Whether any record may use guidance."""
+    if "guidance_scale" in rows.columns:
+        return True
+    scales = config.parameters.guidance_scale or (config.sampler.guidance_scale,)
+    return any(scale is None or scale > 1 for scale in scales)
+
+
+def _check_model(config: GenerateConfig) -> weights.Weights:
+    model = find_weights(config.model.uri)
+    from rayjobs.diffusion.sampler import resolve
+
+    own = config.sampler.name or model.scheduler_name
+    axis = config.parameters.sampler
+    for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
+        _named(key, lambda name=name: resolve(name, config.sampler.options, model.is_edm))
+    return model
+
+
+def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
+    """Hash and scale of each adapter."""
+    from rayjobs.diffusion.lora import weight_file
+
+    hashes = []
+    for lora in config.model.loras:
+        file = _named("model.loras", lambda uri=lora.uri: weight_file(storage.fetch(uri)))
+        hashes.append(f"{weights.sha256_of(Path(file))} x {lora.scale:g}")
+    return tuple(hashes)
+
+
+def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
+    """Hash of each scoring model that is a file or a folder; a hub id stands for itself."""
+    digests = {}
+    for name in SCORES:
+        uri = getattr(config.quality, name)
+        if uri is None:
+            continue
+        path = Path(storage.to_local(uri))
+        if not path.exists() and (path.is_absolute() or uri.startswith(".")):
+            raise BadInput(f"quality.{name}: {uri} does not exist")
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        hashes = [(p.name, weights.sha256_of(p)) for p in files if p.is_file()]
+        digests[name] = hashlib.sha256(canonical_json(hashes or uri)).hexdigest()
+    return digests
+
+
+def _named(key: str, check: Callable[[], T]) -> T:
+    """The check's result; an error names the key that is to be changed."""
+    try:
+        return check()
+    except (BadInput, storage.StorageError):
+        raise
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"{key}: {error}") from None

@@ -1,51 +1,58 @@
 """Export: a finished data set's good records as another data set, chosen, split and converted.
 
-Owns the keys, the order of events, the target's lock and card. Changes nothing in the source. What
-becomes of a record is in `transfer`.
+Owns the keys, the order of events, the target's lock and shard numbers, and what becomes of a
+record. Changes nothing in the source.
 """
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
+from PIL import Image
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config, load_config
+from rayjobs.config import BadInput, Config, differences, load_config
 from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
 from rayjobs.dataset.manifest import Entry, Manifest
-from rayjobs.dataset.records import feature
+from rayjobs.dataset.records import Row, canonical_json, feature
 from rayjobs.generation.prompts.snapshot import Snapshot
 from rayjobs.generation.spec.lock import config_of, record_schema
-from rayjobs.generation.tools.filters import parse
-from rayjobs.generation.tools.transfer import ExportOutput, Transfer
+from rayjobs.generation.tools.filters import Condition, parse
+from rayjobs.images.encode import encode_picture, parameters_text
+from rayjobs.quality import duplicates
+from rayjobs.reports import card
 
-THREADS = 3
-NEEDED = ("image", "record", "prompt")
+NUM_THREADS = 3
+REQUIRED_COLUMNS = ("image", "record", "prompt")
 """Columns that shards of some format are made of; they are always exported."""
-TEXT = """---
-{header}---
-# Generated images
 
-{num_records:,} images, exported by `rayjobs export`.
 
-* Load them: `datasets.load_dataset(FOLDER)`, where FOLDER is this one; pictures come as images.
-* `manifest/` holds the SHA-256 of every shard; `export.lock.json` says what was chosen and how.
-"""
+class ExportOutput(Config):
+    uri: str
+    """The new data set's folder, local or s3://."""
+    format: Literal["parquet", "webdataset", "folder"] = "parquet"
+    """The shards' format."""
+    image_format: Literal["png", "webp", "webp-lossless", "jpeg"] | None = None
+    """The pictures' format; without it, and without size, their bytes stay as they are."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Of jpeg and webp pictures that are encoded again."""
+    size: int | None = Field(default=None, ge=1)
+    """Pixels of the longer side; the other one keeps the picture's shape."""
 
 
 class ExportConfig(Config):
@@ -117,31 +124,136 @@ def run(source_uri: str, config: ExportConfig) -> Summary:
     lock = read_lock(source_uri)
     if lock is None:
         raise BadInput(f"{source_uri} is no data set: it has no spec.lock.json")
-    export = _build(source_uri, lock, config)
-    _enter(source_uri, lock, config)
-    export.target.recover()
-    export.target.compact()
-    num_there = int(export.source.committed(lock.num_shards).sum())
-    with tqdm(total=num_there, unit="shard", file=sys.stderr, disable=None) as bar:
-        for _ in _each(export.shard, _missing(export, lock.num_shards, bar)):
+    exporter = _build(source_uri, lock, config)
+    _ensure_lock(source_uri, lock, config)
+    exporter.target.recover()
+    exporter.target.compact()
+    num_committed = int(exporter.source.committed(lock.num_shards).sum())
+    with tqdm(total=num_committed, unit="shard", file=sys.stderr, disable=None) as bar:
+        for _ in _map_threads(exporter.export, _outdated(exporter, lock.num_shards, bar)):
             bar.update()
-    return _finish(export, lock, started)
+    return _finish(exporter, lock, started)
 
 
-def _build(uri: str, lock: Lock, config: ExportConfig) -> Transfer:
+@dataclass(frozen=True)
+class ShardExporter:
+    """Everything that a source shard's export needs; used by several threads at once."""
+
+    output: ExportOutput
+    source: Manifest
+    target: Manifest
+    source_schema: pa.Schema
+    schema: pa.Schema
+    conditions: tuple[Condition, ...]
+    dropped_records: np.ndarray
+    """Numbers of records that repeat another one, sorted."""
+    splits: Mapping[str, float]
+    digits: int
+    """Of a source shard's number; a target shard's has its split's in front."""
+    image_format: str
+    """Of pictures that are encoded again."""
+
+    def exported(self, num_shards: int) -> np.ndarray:
+        """(splits, source shards): from which generation each was exported, -1 for not at all."""
+        done = np.full((len(self.splits), num_shards), -1, np.int32)
+        for entry in self.target.entries():
+            split, shard = divmod(entry["shard"], 10**self.digits)
+            done[split, shard] = entry["generation"]
+        return done
+
+    def export(self, entry: Entry) -> None:
+        """Export one source shard: a target shard for each split."""
+        started = time.monotonic()
+        parts: list[list[Row]] = [[] for _ in self.splits]
+        data, number = self.source.data, entry["shard"]
+        for row in self.source.format.read(data, number, schema=self.source_schema):
+            if self._is_selected(row):
+                parts[self._split_of(row["image_id"])].append(self._convert(row))
+        for split, rows in enumerate(parts):
+            facts = {
+                "generation": entry["generation"],  # the source's: shows what was made again
+                "rows": len(rows),
+                "failed": sum(row["status"] != "ok" for row in rows),
+                "seconds": round(time.monotonic() - started, 3),
+                "finished_at": round(time.time(), 3),
+                "worker": f"{os.uname().nodename}-{os.getpid()}",
+                "node": os.uname().nodename,
+                "class": entry.get("class"),
+                "class_changed": entry.get("class_changed"),
+            }
+            self._store(split * 10**self.digits + number, rows, facts)
+
+    def _is_selected(self, row: Row) -> bool:
+        at = int(np.searchsorted(self.dropped_records, row["record"]))
+        if at < len(self.dropped_records) and self.dropped_records[at] == row["record"]:
+            return False
+        if row["image"] is None and all(c.column != "status" for c in self.conditions):
+            return False
+        return all(condition.holds(row) for condition in self.conditions)
+
+    def _split_of(self, image_id: str) -> int:
+        digest = hashlib.sha256(f"split|{image_id}".encode()).digest()
+        point = int.from_bytes(digest[:8], "big") / 2**64
+        ends = list(itertools.accumulate(self.splits.values()))
+        return next((n for n, end in enumerate(ends) if point < end), len(ends) - 1)
+
+    def _convert(self, row: Row) -> Row:
+        """The row with its picture as the target wants it."""
+        output = self.output
+        if row["image"] is None or (output.image_format is None and output.size is None):
+            return row
+        image: Image.Image = Image.open(io.BytesIO(row["image"]["bytes"]))
+        text = parameters_text(row) if self.image_format == "png" else None
+        if output.size is not None:
+            share = output.size / max(image.size)
+            size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        data = encode_picture(image, self.image_format, output.quality, text)
+        return row | {
+            "image": {"bytes": data, "path": None},
+            "image_sha256": hashlib.sha256(data).hexdigest(),
+            "width": image.width,
+            "height": image.height,
+        }
+
+    def _store(self, number: int, rows: list[Row], facts: dict[str, Any]) -> None:
+        target = self.target
+        old = target.entry(number)
+        if old is not None and old["generation"] == facts["generation"]:
+            return
+        if rows:
+            files = target.format.encode(number, rows, self.schema)
+            if old is None:
+                target.commit(number, files, facts)
+            else:
+                target.replace(old, files, facts)
+            return
+        # Nothing of this shard is in this split: its entry says so, there is no file.
+        uri = storage.join(target.data, name := target.format.name(number))
+        if old is not None and old["rows"]:
+            storage.remove_folder(uri)
+        nothing = {"shard": number, "file": f"data/{name}", "sha256": "", "bytes": 0}
+        storage.write_bytes(
+            target.entry_uri(number), canonical_json(nothing | facts), target.staging
+        )
+
+
+def _build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
     schema = _source_schema(uri, lock)
     conditions = tuple(parse(text).typed(schema) for text in config.where)
-    kept = _kept(schema, config.columns)
+    kept = _selected_columns(schema, config.columns)
     check_schema(config.output.format, kept)
     own = lock.segments[-1].job["output"]["image_format"]
-    return Transfer(
+    return ShardExporter(
         output=config.output,
         source=Manifest(uri, lock.format),
         target=Manifest(config.output.uri, config.output.format),
         source_schema=schema,
         schema=kept,
         conditions=conditions,
-        dropped=_repeated(uri) if config.drop_duplicates else np.empty(0, np.int64),
+        dropped_records=duplicates.repeated(uri)
+        if config.drop_duplicates
+        else np.empty(0, np.int64),
         splits=config.splits or {"train": 1.0},
         digits=len(str(max(0, lock.num_shards - 1))),
         image_format=config.output.image_format or own,
@@ -160,46 +272,27 @@ def _source_schema(uri: str, lock: Lock) -> pa.Schema:
         raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
 
 
-def _kept(schema: pa.Schema, columns: tuple[str, ...]) -> pa.Schema:
+def _selected_columns(schema: pa.Schema, columns: tuple[str, ...]) -> pa.Schema:
     for name in columns:
         if name not in schema.names:
             raise BadInput(f"columns: there is no {name!r}; there are {', '.join(schema.names)}")
-    wanted = {*columns, *NEEDED} if columns else set(schema.names)
+    wanted = {*columns, *REQUIRED_COLUMNS} if columns else set(schema.names)
     fields = [field for field in schema if field.name in wanted]
     features = {field.name: feature(field.type) for field in fields}
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _repeated(uri: str) -> np.ndarray:
-    """The records of every group of near-duplicates but its first, sorted."""
-    table = storage.join(uri, "duplicates.parquet")
-    if not storage.exists(table):
-        raise BadInput(f"drop_duplicates: {table} is missing; `rayjobs report {uri}` writes it")
-    with storage.open_input(table) as file:
-        found = pq.read_table(file, columns=["group", "record"])
-    group, record = found["group"].to_numpy(), found["record"].to_numpy()
-    order = np.lexsort([record, group])
-    group, record = group[order], record[order]
-    return np.sort(record[1:][group[1:] == group[:-1]])
-
-
-def _enter(source_uri: str, lock: Lock, config: ExportConfig) -> None:
+def _ensure_lock(source_uri: str, lock: Lock, config: ExportConfig) -> None:
     """Write the target's lock, or find the same one; raises BadInput with the difference."""
     uri = config.output.uri
     if storage.exists(storage.join(uri, "spec.lock.json")):
         raise BadInput(f"{uri} holds a generated data set; choose another output.uri")
     wanted = _identity(source_uri, lock, config)
-    place = storage.join(uri, "export.lock.json")
+    lock_uri = storage.join(uri, "export.lock.json")
     data = json.dumps(wanted, indent=2, ensure_ascii=False).encode() + b"\n"
-    if storage.create_bytes(place, data, storage.join(uri, "tmp")):
+    if storage.create_bytes(lock_uri, data, storage.join(uri, "tmp")):
         return
-    found = json.loads(storage.read_bytes(place))
-    changed = [
-        f"  {key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
-    if changed:
+    if changed := differences(json.loads(storage.read_bytes(lock_uri)), wanted):
         raise BadInput(
             f"{uri} holds another export; choose another output.uri, or go back to:\n"
             + "\n".join(changed)
@@ -207,82 +300,57 @@ def _enter(source_uri: str, lock: Lock, config: ExportConfig) -> None:
 
 
 def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, Any]:
-    """What decides the target, flat."""
+    """What decides the target, by key."""
     values = config.model_dump(mode="json")
     output = {f"output.{key}": v for key, v in values.pop("output").items() if key != "uri"}
     # Of equal shares in another order, other images would be in the splits.
     values["splits"] = [[name, share] for name, share in config.splits.items()]
-    duplicates = None
-    if config.drop_duplicates:
-        digest = hashlib.sha256()
-        with storage.open_input(storage.join(source_uri, "duplicates.parquet")) as table:
-            while block := table.read(1 << 20):
-                digest.update(block)
-        duplicates = digest.hexdigest()
-    source = {"source": lock.fingerprint, "duplicates_sha256": duplicates}
+    table_sha256 = duplicates.table_sha256(source_uri) if config.drop_duplicates else None
+    source = {"source": lock.fingerprint, "duplicates_sha256": table_sha256}
     return {"version": 1} | source | output | values
 
 
-def _missing(export: Transfer, num_shards: int, bar: Any) -> Iterator[Entry]:
+def _outdated(exporter: ShardExporter, num_shards: int, bar: Any) -> Iterator[Entry]:
     """Entries of source shards that are not exported as they are now."""
-    done = export.finished(num_shards)
-    for entry in export.source.entries():
+    done = exporter.exported(num_shards)
+    for entry in exporter.source.entries():
         if (done[:, entry["shard"]] != entry["generation"]).any():
             yield entry
         else:
             bar.update()
 
 
-def _each(work: Callable[[Entry], None], items: Iterable[Entry]) -> Iterator[None]:
+def _map_threads(work: Callable[[Entry], None], items: Iterable[Entry]) -> Iterator[None]:
     """Work through the items on a few threads, of which none is far ahead of the others."""
     pending: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="exporting") as pool:
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="exporting") as pool:
         for item in items:
             pending.append(pool.submit(work, item))
-            if len(pending) > 2 * THREADS:
+            if len(pending) > 2 * NUM_THREADS:
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()
 
 
-def _finish(export: Transfer, lock: Lock, started: float) -> Summary:
-    counts, num_bytes = dict.fromkeys(export.splits, 0), 0
-    export.target.compact()
-    for entry in export.target.entries():
-        counts[list(counts)[entry["shard"] // 10**export.digits]] += entry["rows"]
+def _finish(exporter: ShardExporter, lock: Lock, started: float) -> Summary:
+    counts, num_bytes = dict.fromkeys(exporter.splits, 0), 0
+    exporter.target.compact()
+    for entry in exporter.target.entries():
+        counts[list(counts)[entry["shard"] // 10**exporter.digits]] += entry["rows"]
         num_bytes += entry["bytes"]
-    _write_card(export, lock, counts)
-    export.target.clean()
+    card.write_exported(
+        exporter.output.uri,
+        exporter.target.format.card(exporter.schema, exporter.image_format),
+        counts,
+        exporter.digits,
+        lock.segments[-1].job["output"].get("license"),
+    )
+    exporter.target.clean()
     return Summary(
         num_records=sum(counts.values()),
-        num_missing=int((~export.source.committed(lock.num_shards)).sum()),
+        num_missing=int((~exporter.source.committed(lock.num_shards)).sum()),
         num_bytes=num_bytes,
         splits=counts,
         seconds=time.monotonic() - started,
-        output_uri=export.output.uri,
+        output_uri=exporter.output.uri,
     )
-
-
-def _write_card(export: Transfer, lock: Lock, counts: dict[str, int]) -> None:
-    header = export.target.format.card(export.schema, export.image_format)
-    (config,) = header["configs"]
-    if set(export.splits) != {"train"}:
-        config["data_files"] = [
-            {"split": name, "path": _of_split(config["data_files"], split, export.digits)}
-            for split, name in enumerate(counts)
-            if counts[name]
-        ]
-    named = lock.segments[-1].job["output"].get("license")
-    header = ({"license": named} if named else {}) | header | {"tags": ["synthetic"]}
-    text = TEXT.format(
-        header=yaml.safe_dump(header, sort_keys=False), num_records=sum(counts.values())
-    )
-    storage.write_bytes(storage.join(export.output.uri, "README.md"), text.encode())
-
-
-def _of_split(patterns: str | list[str], split: int, digits: int) -> list[str]:
-    """The patterns of a format's files, narrowed to the shards of one split."""
-    first = f"{split * 10**digits:08d}"[:-digits]
-    some = f"data/shard-{first}{'[0-9]' * digits}"
-    every = [patterns] if isinstance(patterns, str) else patterns
-    return [pattern.replace("data/*", some, 1) for pattern in every]

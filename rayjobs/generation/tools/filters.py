@@ -14,8 +14,8 @@ import pyarrow as pa
 from pyarrow import types
 
 from rayjobs.config import BadInput
+from rayjobs.dataset.records import Row
 
-Row = dict[str, Any]
 TESTS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -23,8 +23,8 @@ TESTS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<": operator.lt,
     ">": operator.gt,
-    "contains": lambda found, value: value in found,
-    "in": lambda found, values: found in values,
+    "contains": lambda column, value: value in column,
+    "in": lambda column, values: column in values,
 }
 GRAMMAR = re.compile(r"\s*(.+?)\s*(==|!=|<=|>=|<|>|\scontains\s|\sin\s)\s*(.+?)\s*", re.DOTALL)
 BOOLEANS = {"true": True, "false": False}
@@ -58,8 +58,8 @@ class Condition:
 
     def holds(self, row: Row) -> bool:
         """Whether it holds of a record; of null nothing does."""
-        found = row.get(self.column)
-        return found is not None and TESTS[self.test](found, self.value)
+        value = row.get(self.column)
+        return value is not None and TESTS[self.test](value, self.value)
 
     def _value(self, kind: pa.DataType) -> Any:
         if self.test == "contains":
@@ -79,11 +79,11 @@ class Condition:
 
 def parse(text: str) -> Condition:
     """`COLUMN OP VALUE`; raises ValueError when it is not that."""
-    found = GRAMMAR.fullmatch(text)
-    if found is None:
+    match = GRAMMAR.fullmatch(text)
+    if match is None:
         tests = " ".join(TESTS)
         raise ValueError(f"{text!r} is no condition; write COLUMN OP VALUE with one of {tests}")
-    column, test, value = found.groups()
+    column, test, value = match.groups()
     return Condition(text, column, test.strip(), value)
 
 

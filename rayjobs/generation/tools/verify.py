@@ -1,6 +1,6 @@
-"""Is a data set what its lock says: every byte read again, some records made again.
+"""Verification of a data set: every byte is read again, some records are generated again.
 
-Owns the checks and what they find. Changes nothing.
+Owns the checks and their findings. Changes nothing.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
+from rayjobs.generation.spec.lock import config_of, open_spec, record_of, record_schema
 
 READERS = 4
-MOST_TOLD = 100
-CHECKED = ("record", "status", "image", "image_id", "image_sha256", "prompt", "seed")
+MAX_FAULTS_SHOWN = 100
+CHECKED_COLUMNS = ("record", "status", "image", "image_id", "image_sha256", "prompt", "seed")
 
 
 @dataclass
@@ -48,52 +48,49 @@ def verify(uri: str, regenerate: int = 0, seed: int | None = None) -> Findings:
         raise BadInput(f"{uri} is no data set: it has no spec.lock.json")
     if regenerate:
         _check_class(uri, lock)
-    found, manifest = Findings(), Manifest(uri, lock.format)
+    findings, manifest = Findings(), Manifest(uri, lock.format)
     entries = list(manifest.entries())
-    found.num_missing = lock.num_shards - len(entries)
-    _check_strays(manifest, entries, found)
+    findings.num_missing = lock.num_shards - len(entries)
+    _check_strays(manifest, entries, findings)
     with ThreadPoolExecutor(READERS) as pool:
         checked = pool.map(
             lambda entry: (entry, list(_shard_faults(lock, manifest, entry))), entries
         )
         for entry, faults in tqdm(checked, "shards", len(entries), file=sys.stderr, disable=None):
-            found.num_shards += 1
-            found.num_records += entry["rows"]
-            found.faults += faults
-    if regenerate and entries and not found.faults:
-        dice = random.Random(seed)
-        some = dice.choices(entries, [entry["rows"] for entry in entries], k=regenerate)
+            findings.num_shards += 1
+            findings.num_records += entry["rows"]
+            findings.faults += faults
+    if regenerate and entries and not findings.faults:
+        rng = random.Random(seed)
+        some = rng.choices(entries, [entry["rows"] for entry in entries], k=regenerate)
         for number, segment in enumerate(lock.segments):
             mine = [entry for entry in some if entry["shard"] in segment.shards]
             if mine:
-                _regenerate(_config(uri, lock, number), (number, segment), mine, dice, found)
-    return found
+                _regenerate(_config(uri, lock, number), (number, segment), mine, rng, findings)
+    return findings
 
 
-def _check_strays(manifest: Manifest, entries: list[Entry], found: Findings) -> None:
-    """Files under data/ that no entry speaks of."""
+def _check_strays(manifest: Manifest, entries: list[Entry], findings: Findings) -> None:
+    """Files under data/ that no entry names."""
     known = {entry["file"].removeprefix("data/") for entry in entries}
     for name in storage.list_files(manifest.data):
         if name.split("/")[0] not in known:
-            found.faults.append(f"data/{name}: no manifest entry speaks of it")
+            findings.faults.append(f"data/{name}: no manifest entry names it")
 
 
 def _shard_faults(lock: Lock, manifest: Manifest, entry: Entry) -> Iterator[str]:
     shard = entry["shard"]
-    segment = lock.segments[lock.segment_of(shard)]
-    size = segment.job["output"]["images_per_shard"]
-    first = segment.first_record + (shard - segment.first_shard) * size
-    numbers = range(first, min(first + size, segment.first_record + segment.num_records))
+    numbers = lock.segment_of(shard).records_of(shard)
     sha256 = manifest.sha256(shard)
     if sha256 is None:
         yield f"shard {shard}: {entry['file']} is missing"
         return
     if sha256 != entry["sha256"]:
-        told = f"has SHA-256 {sha256[:12]}, not {entry['sha256'][:12]}"
-        yield f"shard {shard}: {entry['file']} {told}"
+        difference = f"has SHA-256 {sha256[:12]}, not {entry['sha256'][:12]}"
+        yield f"shard {shard}: {entry['file']} {difference}"
     seen = []
     try:
-        for row in manifest.format.read(manifest.data, shard, CHECKED):
+        for row in manifest.format.read(manifest.data, shard, CHECKED_COLUMNS):
             seen.append(row["record"])
             yield from (f"shard {shard}, record {row['record']}: {f}" for f in _row_faults(row))
     except Exception as error:  # damaged bytes break a reader in any way
@@ -135,36 +132,35 @@ def _regenerate(
     config: GenerateConfig,
     numbered: tuple[int, Segment],
     entries: list[Entry],
-    dice: random.Random,
-    found: Findings,
+    rng: random.Random,
+    findings: Findings,
 ) -> None:
     """Make random records of a segment again and compare them bit by bit."""
     from rayjobs.generation.spec import determinism
-    from rayjobs.generation.worker.generator import Maker
+    from rayjobs.generation.worker.generator import RecordGenerator
 
     number, segment = numbered
-    determinism.pin(config)
+    determinism.pin(config.workers)
     spec = open_spec(config, segment, number)
     schema = record_schema(config, spec.rows)
     manifest = Manifest(config.output.uri, config.output.format)
-    rows = _choose(manifest, entries, schema, dice)
-    maker = Maker(config, segment.model_name, segment.guided)
-    first, size = segment.first_record, config.output.images_per_shard
-    again = (replace(spec.record(k - first), number=k, seed=row["seed"]) for k, row in rows.items())
-    for record, row in maker.make(again):
-        found.num_regenerated += 1
+    rows = _choose(manifest, entries, schema, rng)
+    generator = RecordGenerator(config, segment.model_name, segment.guided)
+    again = (replace(record_of(spec, segment, k), seed=row["seed"]) for k, row in rows.items())
+    for record, row in generator.generate(again):
+        findings.num_regenerated += 1
         old = rows[record.number]
         differing = [name for name in schema.names if row.get(name) != old.get(name)]
         if differing:
-            shard = segment.first_shard + (record.number - first) // size
-            found.faults.append(
+            shard = segment.shard_of(record.number)
+            findings.faults.append(
                 f"shard {shard}, record {record.number}: made again it differs in "
                 + ", ".join(differing)
             )
 
 
 def _choose(
-    manifest: Manifest, entries: list[Entry], schema: Any, dice: random.Random
+    manifest: Manifest, entries: list[Entry], schema: Any, rng: random.Random
 ) -> dict[int, dict[str, Any]]:
     """As many random rows of each shard as it was chosen, by record."""
     times: dict[int, int] = {}
@@ -173,6 +169,6 @@ def _choose(
     chosen = {}
     for shard, count in times.items():
         rows = list(manifest.format.read(manifest.data, shard, schema=schema))
-        for row in dice.sample(rows, min(count, len(rows))):
+        for row in rng.sample(rows, min(count, len(rows))):
             chosen[row["record"]] = row
     return chosen

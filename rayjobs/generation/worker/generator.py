@@ -1,4 +1,4 @@
-"""Records made: one engine, fed with what records ask for, giving their finished rows.
+"""Generates records: one engine is fed with their requests and gives their finished rows.
 
 Owns the way from a record to its row: init image, request, encoded picture, columns, identity.
 Knows nothing of shards, of storage layout or of Ray.
@@ -9,25 +9,25 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from PIL import Image
 
 from rayjobs import storage
-from rayjobs.dataset.records import ENGINE_VERSION, SCORES, image_id
+from rayjobs.dataset.records import ENGINE_VERSION, SCORES, Row, image_id
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
-from rayjobs.diffusion.sampler import EDM, resolve
-from rayjobs.generation import exports
-from rayjobs.generation.config import GenerateConfig, ModelConfig, QualityConfig
+from rayjobs.diffusion.sampler import resolve
+from rayjobs.generation.config import GenerateConfig, QualityConfig
 from rayjobs.generation.spec.records import Record
+from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture, parameters_text
-from rayjobs.images.sandbox import Decoder
+from rayjobs.images.sandbox import Sandbox
+from rayjobs.models import loading
 from rayjobs.quality import pixels
 
-Row = dict[str, Any]
 BATCHES_AHEAD = 2
 """Init images are read and decoded this much ahead, and finished pictures wait this much."""
 
@@ -41,8 +41,8 @@ class Init:
     error: str | None = None
 
 
-class Maker:
-    """Holds the model and makes records; rows come in the order in which they finish.
+class RecordGenerator:
+    """Holds the model and generates records; rows come in the order in which they finish.
 
     `guided` says whether any record may use guidance: it decides the shape of every UNet call.
     """
@@ -50,7 +50,7 @@ class Maker:
     def __init__(self, config: GenerateConfig, model_name: str, guided: bool):
         self.config = config
         self.model_name = model_name
-        self.model = load(config.model)
+        self.model = loading.load(config.model)
         size = config.engine.batch_size
         self.engine = Engine(self.model, size, slots=2 * size if guided else size)
         self.loras = tuple(
@@ -59,14 +59,13 @@ class Maker:
         self.lora_ids = [[self.engine.loras.load(lora.path), lora.scale] for lora in self.loras]
         self.scorer = load_scorer(config.quality, self.model)
         self._ahead = BATCHES_AHEAD * size
-        self._decoder = Decoder()
-        self._init = lru_cache(maxsize=4)(self._read_init)
+        self._init = lru_cache(maxsize=4)(partial(read_init, sandbox=Sandbox()))
         self._reading = ThreadPoolExecutor(2, thread_name_prefix="reading")
         threads = max(1, min(4, int(config.workers.num_cpus)))
         self._encoding = ThreadPoolExecutor(threads, thread_name_prefix="encoding")
 
-    def make(self, records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
-        """Make `records`, drawn from only as the engine has room; failed ones are rows too."""
+    def generate(self, records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
+        """Generate `records`, read only as the engine has room; failed ones are rows too."""
         pending: dict[Request, tuple[Record, Init | None]] = {}
         rows: deque[Future[tuple[Record, Row]]] = deque()
         for result in self.engine.generate(self._requests(records, pending)):
@@ -82,7 +81,7 @@ class Maker:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
         own = type(self.model.scheduler).__name__
-        sampler_class, options = resolve(record.sampler or own, sampler.options, own in EDM)
+        sampler_class, options = resolve(record.sampler or own, sampler.options, self.model.is_edm)
         side = self.model.default_side if init_sha256 is None else None
         return image_id(
             {
@@ -149,21 +148,6 @@ class Maker:
             loras=self.loras,
         )
 
-    def _read_init(self, uri: str) -> Init:
-        try:
-            data = storage.read_bytes(uri)
-        except storage.Unavailable:
-            raise
-        except storage.NotThere:
-            return Init("", None, "init image cannot be read: it is missing")
-        except storage.StorageError:
-            return Init("", None, "init image cannot be read: access to it is refused")
-        sha256 = hashlib.sha256(data).hexdigest()
-        try:
-            return Init(sha256, self._decoder.decode(data))
-        except ValueError as error:
-            return Init(sha256, None, str(error))
-
     def _score(self, record: Record, result: Result) -> Row:
         # Not beside the engine: on a CPU two teams of threads slow each other down.
         if self.scorer is None or result.image is None:
@@ -220,20 +204,21 @@ class Maker:
         return self.model.default_guidance_scale if given is None else given
 
 
-def load(config: ModelConfig) -> Model:
-    """The model of a configuration, fetched to this machine first when it is elsewhere."""
-    options = ModelOptions(
-        dtype=config.dtype,
-        device=config.device,
-        vae_dtype=config.vae_dtype,
-        attention=config.attention,
-        channels_last=config.channels_last,
-        compile=config.compile,
-        vae_slicing=config.vae_slicing,
-        vae_tiling=config.vae_tiling,
-    )
-    parts = None if config.config is None else storage.to_local(config.config)
-    return exports.teach(load_model(storage.to_local(config.uri), options, config=parts), config)
+def read_init(uri: str, sandbox: Sandbox) -> Init:
+    """The init image at `uri`. Raises storage.Unavailable when the storage does not answer."""
+    try:
+        data = storage.read_bytes(uri)
+    except storage.Unavailable:
+        raise
+    except storage.NotThere:
+        return Init("", None, "init image cannot be read: it is missing")
+    except storage.StorageError:
+        return Init("", None, "init image cannot be read: access to it is refused")
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        return Init(sha256, sandbox.decode(data).on_white())
+    except UnreadableImage as error:
+        return Init(sha256, None, f"init image cannot be read: it {error}")
 
 
 def load_scorer(config: QualityConfig, model: Model) -> Any:

@@ -1,13 +1,15 @@
 """Workers on Ray: Ray Data carries shard numbers to them and their entries back.
 
-Owns the blocks and the pool. Knows nothing of how
-shards are made; no pixel passes through here.
+Owns the pool, the blocks of shard numbers, and the measurement of how fast one worker is. Knows
+nothing of how shards are made; no pixel passes through here.
 """
 
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,18 +18,25 @@ import ray.data
 import ray.exceptions
 
 from rayjobs import cluster, storage
+from rayjobs.config import BadInput, Workers
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.diffusion.faults import DeviceLost
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import ResolvedConfig
+from rayjobs.generation.spec import determinism
+from rayjobs.generation.spec.segments import JobDraft, open_draft
+from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.generation.worker.shards import Redo, ShardWorker
 from rayjobs.progress import Progress
 
 T = TypeVar("T")
-MOST_IN_BLOCK = 64
-PATIENCE_S = 900.0
+MAX_SHARDS_PER_BLOCK = 64
+STORAGE_PATIENCE_S = 900.0
 """How long workers wait for a storage server that is away."""
-MOST_DEATHS_AT_START = 3
+MAX_DEATHS_AT_START = 3
+PROBE_BATCHES = 3
+MIN_PROBE_S = 2.0
 
 
 class RayShardWorker:
@@ -36,7 +45,7 @@ class RayShardWorker:
     def __init__(
         self, config: dict[str, Any], lock: dict[str, Any], segment: int, redo: Any, progress: Any
     ):
-        storage.be_patient(PATIENCE_S)
+        storage.be_patient(STORAGE_PATIENCE_S)
         self.progress = progress
         self.worker = ShardWorker(
             GenerateConfig.model_validate(config),
@@ -47,16 +56,22 @@ class RayShardWorker:
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        try:
+        with exit_if_device_lost():
             for entry in self.worker.make(int(n) for shards in batch["shards"] for n in shards):
                 yield {key: np.array([value]) for key, value in entry.items()}
-        except DeviceLost:
-            # An error would end the job; the end of this process makes Ray start another one.
-            logging.getLogger("rayjobs").exception("the device is lost; ending this worker")
-            os._exit(1)
 
     def _report(self, images: int, failed: int) -> None:
         self.progress.add.remote(images, failed)
+
+
+@contextmanager
+def exit_if_device_lost() -> Generator[None]:
+    """End this process when its device is lost: Ray starts another, while an error ends the job."""
+    try:
+        yield
+    except DeviceLost:
+        logging.getLogger("rayjobs").exception("the device is lost; ending this worker")
+        os._exit(1)
 
 
 def make(
@@ -69,9 +84,9 @@ def make(
 ) -> Iterator[Entry]:
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
-    most = min(workers.most, len(shards))
+    max_workers = min(workers.max_workers, len(shards))
     with Progress(num_images, "images") as progress:
-        rows = blocks(shards, most).map_batches(
+        rows = blocks(shards, max_workers).map_batches(
             RayShardWorker,
             fn_constructor_args=(
                 config.model_dump(mode="json"),
@@ -80,7 +95,9 @@ def make(
                 redo,
                 progress.counter,
             ),
-            compute=ray.data.ActorPoolStrategy(min_size=min(workers.min, most), max_size=most),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(workers.min, max_workers), max_size=max_workers
+            ),
             batch_size=1,
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus or None,
@@ -88,42 +105,70 @@ def make(
         try:
             yield from rows.iter_rows()
         except ray.exceptions.RayError as error:
-            raise cluster.told(error) from None
+            raise cluster.unwrap_error(error) from None
 
 
 def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
     """One row a block, one block a task: many shards each, fewer towards the end.
 
-    Large blocks keep a worker's batch full and Ray's books short; small ones at the end let all
-    workers finish together.
+    Large blocks keep a worker's batch full and Ray's bookkeeping short; small ones at the end let
+    all workers finish together.
     """
     rows, at = [], 0
     while at < len(shards):
-        size = min(MOST_IN_BLOCK, max(1, (len(shards) - at) // (4 * workers)))
+        size = min(MAX_SHARDS_PER_BLOCK, max(1, (len(shards) - at) // (4 * workers)))
         rows.append({"shards": shards[at : at + size].tolist()})
         at += size
     return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 @contextmanager
-def session(config: GenerateConfig) -> Generator[None]:
+def session(workers: Workers) -> Generator[None]:
     """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
-    workers = config.workers
-    with cluster.session(workers.most * workers.num_cpus):
+    with cluster.session(workers.max_workers * workers.num_cpus):
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.verbose_progress = False
         context.execution_no_progress_timeout_s = -1
-        context.max_consecutive_actor_init_deaths = MOST_DEATHS_AT_START
+        context.max_consecutive_actor_init_deaths = MAX_DEATHS_AT_START
         yield
 
 
-def ask(config: GenerateConfig, question: Callable[[GenerateConfig], T]) -> T:
-    """`question(config)` as a task wherever the cluster would place a worker."""
+def run_on_worker(config: ResolvedConfig, function: Callable[[ResolvedConfig], T]) -> T:
+    """`function(config)` as a task wherever the cluster would place a worker."""
     workers = config.workers
-    task = ray.remote(question).options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
+    task = ray.remote(function).options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
     try:
-        found: T = ray.get(task.remote(config))
+        result: T = ray.get(task.remote(config))
     except ray.exceptions.RayError as error:
-        raise cluster.told(error) from None
-    return found
+        raise cluster.unwrap_error(error) from None
+    return result
+
+
+def measure_rate(config: ResolvedConfig) -> float:
+    """Images per second of one worker in this process, once it is warm; they are thrown away.
+
+    Raises BadInput or StorageError when the job cannot be.
+    """
+    determinism.pin(config.workers)
+    with open_draft(config, confirmed=True) as draft:
+        return _measure(draft)
+
+
+def _measure(draft: JobDraft) -> float:
+    config, spec = draft.config, draft.spec()
+    generator = RecordGenerator(config, draft.segment.model_name, draft.segment.guided)
+    size = config.engine.batch_size
+    # Spread over the job, which may have slower parts; again and again when it is a small one.
+    step = max(1, spec.num_records // (PROBE_BATCHES * size))
+    numbers = [n % spec.num_records for n in range(0, PROBE_BATCHES * size * step, step)]
+    warm_up = generator.generate(map(spec.record, numbers[:size]))
+    if not sum(row["status"] == "ok" for _, row in warm_up):
+        raise BadInput("no image made for the measurement is good; try generate --limit 1")
+    made, started = 0, time.monotonic()
+    for _ in generator.generate(map(spec.record, cycle(numbers))):
+        made += 1
+        seconds = time.monotonic() - started
+        if made >= len(numbers) and seconds > MIN_PROBE_S:
+            break
+    return made / seconds

@@ -1,13 +1,10 @@
 """A step for Ray Data programs: rows with prompts in, the same rows with images out.
 
-Owns the step's keys, how its rows become records, and the refusal of plans that Ray's checkpoints
-would not protect. Writes nothing and knows nothing of data sets on storage: that is the job.
+Owns the step's keys, how its rows become records, and the check that Ray's checkpoints would work.
+Writes nothing and knows nothing of data sets on storage.
 """
 
-import logging
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -16,8 +13,7 @@ from pydantic import Field
 
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
-from rayjobs.dataset.records import OVERRIDES, SCORES, schema
-from rayjobs.diffusion.faults import DeviceLost
+from rayjobs.dataset.records import OVERRIDES, SCORES, Row, schema
 from rayjobs.generation.config import (
     EngineConfig,
     GenerateConfig,
@@ -27,12 +23,12 @@ from rayjobs.generation.config import (
     SamplerConfig,
     WorkersConfig,
 )
+from rayjobs.generation.resolved import model_name
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.records import Record, derived_seed
-from rayjobs.generation.worker.generator import Maker, Row
+from rayjobs.generation.worker.generator import RecordGenerator
+from rayjobs.generation.worker.pool import STORAGE_PATIENCE_S, exit_if_device_lost
 
-PATIENCE_S = 900.0
-"""How long workers wait for a storage server that is away."""
 UserFunction = Callable[[dict[str, Any]], dict[str, Any]]
 Processor = Callable[[ray.data.Dataset], ray.data.Dataset]
 
@@ -93,7 +89,7 @@ def build_processor(
         dataset = dataset.map_batches(
             ImageStep,
             fn_constructor_args=(config.model_dump(mode="json"),),
-            compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.most),
+            compute=ray.data.ActorPoolStrategy(min_size=workers.min, max_size=workers.max_workers),
             batch_size=config.rows_per_batch,
             batch_format="pyarrow",
             num_cpus=workers.num_cpus,
@@ -108,16 +104,15 @@ class ImageStep:
     """What Ray Data calls: holds the model, takes a batch of rows and yields it in parts."""
 
     def __init__(self, config: dict[str, Any]):
-        storage.be_patient(PATIENCE_S)
+        storage.be_patient(STORAGE_PATIENCE_S)
         self.config = ProcessorConfig.model_validate(config)
         job = self.config.job()
-        determinism.pin(job)
-        uri = job.model.uri
-        name = Path(uri).name if Path(uri).exists() else uri
-        self.maker = Maker(job, name, self.config.guided)
+        determinism.pin(job.workers)
+        name = model_name(job.model.uri)
+        self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]
         whole = schema(scores=scores)
-        # Rows have no number here: which one would it be?
+        # Rows have no record number here.
         self.schema = pa.schema([field for field in whole if field.name != "record"])
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -125,12 +120,8 @@ class ImageStep:
         if not len(batch):
             yield self._joined(batch, [])
             return
-        try:
+        with exit_if_device_lost():
             yield from self._parts(batch)
-        except DeviceLost:
-            # An error would end the program; the end of this process makes Ray start another one.
-            logging.getLogger("rayjobs").exception("the device is lost; ending this worker")
-            os._exit(1)
 
     def _parts(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Rows in the batch's order, passed on a UNet batch at a time."""
@@ -155,24 +146,24 @@ class ImageStep:
                 records.append(self._record(number, row))
             except ValueError as error:
                 yield number, {"status": "failed", "error": str(error)}
-        for record, row in self.maker.make(records):
+        for record, row in self.generator.generate(records):
             yield record.number, row
 
     def _record(self, number: int, row: dict[str, Any]) -> Record:
-        """What a row asks for; raises ValueError naming a value that is of no use."""
+        """A row's record; raises ValueError naming a value that cannot be used."""
         prompt = _value("prompt", row["prompt"], pa.string())
         if prompt is None:
             raise ValueError("there is no prompt")
-        found = {name: _value(name, row.get(name), kind) for name, kind in OVERRIDES.items()}
-        given = {name: value for name, value in found.items() if value is not None}
+        values = {name: _value(name, row.get(name), kind) for name, kind in OVERRIDES.items()}
+        given = {name: value for name, value in values.items() if value is not None}
         if "seed" not in given:
             index = _value("index", row.get("index"), pa.int64()) or 0
             given["seed"] = derived_seed(self.config.job_seed, prompt, index)
-        asked = self._settings() | given
-        return Record(number=number, prompt=prompt, init_uri=asked["init_image"], **asked)
+        settings = self._settings() | given
+        return Record(number=number, prompt=prompt, init_uri=settings["init_image"], **settings)
 
     def _settings(self) -> dict[str, Any]:
-        """What rows ask for that do not say otherwise."""
+        """The settings of rows without overrides."""
         sampler, image = self.config.sampler, self.config.image
         return {
             "init_image": None,

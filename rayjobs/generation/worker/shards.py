@@ -1,45 +1,118 @@
 """A worker: makes whole shards and commits them.
 
-Owns the way from shard numbers to committed shards inside one process. A plain class: `pool` wraps
-it for Ray, tests call it.
+Owns the way from shard numbers to committed shards inside one process, and the attempt markers by
+which a record that crashes its worker is marked failed while its neighbours survive. A plain class:
+`pool` wraps it for Ray, tests call it.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
+from rayjobs import storage
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry, Manifest
+from rayjobs.dataset.records import Row
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.lock import open_spec, record_schema
+from rayjobs.generation.spec.lock import open_spec, record_of, record_schema
 from rayjobs.generation.spec.records import Record
-from rayjobs.generation.worker.attempts import Attempt, Attempts
-from rayjobs.generation.worker.generator import Maker, Row
-from rayjobs.generation.worker.shard import Shard
+from rayjobs.generation.worker.generator import RecordGenerator
 
-MOST_COMMITS = 2
+MAX_UNSAVED_SHARDS = 2
 """Finished shards that may wait to be stored: more would fill the memory when storage is slow."""
-GUILTY = "it ends the worker process that makes it"
+MAX_SOLO_CRASHES = 2
+"""Crashes of a worker while it made one record alone, after which that record is marked failed."""
+CRASHES_WORKER = "it ends the worker process that makes it"
+"""The error of such a record."""
 Redo = Mapping[int, Mapping[int, int]]
 
 
 @dataclass(eq=False)
-class _Job:
-    """A shard on its way; `old` is the entry that it replaces."""
+class _OpenShard:
+    """A shard whose records are being made, with the rows that it has so far.
 
-    shard: Shard
+    `old` is the entry that it replaces.
+    """
+
+    number: int
+    numbers: range
     old: Entry | None = None
+    rows: dict[int, Row] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def missing(self) -> list[int]:
+        return [number for number in self.numbers if number not in self.rows]
+
+
+@dataclass
+class Attempt:
+    """What is known of a shard's earlier attempts, this one counted."""
+
+    number: int = 1
+    record: int | None = None
+    """The record that is being made alone."""
+    deaths: dict[int, int] = field(default_factory=dict)
+    """Crashes of workers, by the record that each was making alone."""
+
+    @property
+    def culprits(self) -> list[int]:
+        return [record for record, deaths in self.deaths.items() if deaths >= MAX_SOLO_CRASHES]
+
+
+class Attempts:
+    """Markers below attempts/ of the data set at `uri`, each written before its shard is made.
+
+    A marker that is there when a shard is begun means that the process which wrote it is gone.
+    """
+
+    def __init__(self, uri: str):
+        self.uri = uri
+
+    def begin(self, shard: int) -> Attempt:
+        """Note that a shard is being made; the result counts the earlier attempts."""
+        attempt = self._read(shard)
+        if attempt.record is not None:
+            attempt.deaths[attempt.record] = attempt.deaths.get(attempt.record, 0) + 1
+            attempt.record = None
+        self._write(shard, attempt)
+        return attempt
+
+    def begin_record(self, shard: int, attempt: Attempt, record: int) -> None:
+        """Note that this record of a shard is being made, and no other."""
+        attempt.record = record
+        self._write(shard, attempt)
+
+    def end(self, shard: int) -> None:
+        storage.remove(self._marker(shard))
+
+    def _marker(self, shard: int) -> str:
+        return storage.join(self.uri, "attempts", f"{shard:08d}.json")
+
+    def _read(self, shard: int) -> Attempt:
+        try:
+            marker = json.loads(storage.read_bytes(self._marker(shard)))
+        except storage.NotThere:
+            return Attempt()
+        deaths = {int(record): deaths for record, deaths in marker["deaths"].items()}
+        return Attempt(marker["number"] + 1, marker["record"], deaths)
+
+    def _write(self, shard: int, attempt: Attempt) -> None:
+        staging = storage.join(self.uri, "tmp")
+        data = json.dumps(asdict(attempt)).encode()
+        # It has to outlive this process, not the machine: the engine should not wait for a disk.
+        storage.write_bytes(self._marker(shard), data, staging, durable=False)
 
 
 class ShardWorker:
     """Holds the model and makes shards of one segment of a data set.
 
-    `report(images, failed)` hears of every finished image. `redo` maps shards that are finished to
-    the records to make again, with the seeds to use; without any, those that failed.
+    `report(images, failed)` is called for every finished image. `redo` maps finished shards to the
+    records to make again, with the seeds to use; without any, those that failed.
     """
 
     def __init__(
@@ -51,7 +124,7 @@ class ShardWorker:
         redo: Redo | None = None,
         report: Callable[[int, int], None] = lambda images, failed: None,
     ):
-        determinism.pin(config)
+        determinism.pin(config.workers)
         mine = determinism.current(config)
         allowed = config.engine.allow_class_change
         changed = not determinism.check_same(lock.determinism, mine, allowed)
@@ -61,124 +134,117 @@ class ShardWorker:
         self.spec = open_spec(config, self.segment, segment)
         self.schema = record_schema(config, self.spec.rows)
         self.manifest = Manifest(config.output.uri, lock.format)
-        self.attempts = Attempts(config.output.uri, config.workers.attempts)
-        self.maker = Maker(config, self.segment.model_name, self.segment.guided)
+        self.attempts = Attempts(config.output.uri)
+        self.generator = RecordGenerator(config, self.segment.model_name, self.segment.guided)
         self._check_model()
         self._redo = redo
         self._report = report
-        self._jobs: dict[int, _Job] = {}
+        self._open: dict[int, _OpenShard] = {}
         self._commits: list[Future[Entry]] = []
-        self._saving = ThreadPoolExecutor(MOST_COMMITS, thread_name_prefix="saving")
+        self._saving = ThreadPoolExecutor(MAX_UNSAVED_SHARDS, thread_name_prefix="saving")
 
     def make(self, shards: Iterable[int]) -> Iterator[Entry]:
         """Make the shards that are not finished yet; yield the entry of each once committed."""
         suspects: dict[int, Attempt] = {}
-        for record, row in self.maker.make(self._records(shards, suspects)):
-            self._put(self._job_of(record.number), row)
-            yield from self._committed(MOST_COMMITS)
+        for record, row in self.generator.generate(self._records(shards, suspects)):
+            self._put(self._open[self.segment.shard_of(record.number)], row)
+            yield from self._committed(MAX_UNSAVED_SHARDS)
         for number, attempt in suspects.items():
-            self._make_alone(number, attempt)
-            yield from self._committed(MOST_COMMITS)
+            self._make_one_by_one(number, attempt)
+            yield from self._committed(MAX_UNSAVED_SHARDS)
         yield from self._committed(0)
 
     def record(self, number: int) -> Record:
-        """What record `number` of the data set asks for."""
-        first = self.segment.first_record
-        return replace(self.spec.record(number - first), number=number)
+        """Record `number` of the data set."""
+        return record_of(self.spec, self.segment, number)
 
     def _records(self, shards: Iterable[int], suspects: dict[int, Attempt]) -> Iterator[Record]:
         """The records of all shards, one after the other without a gap.
 
-        A shard that ended several workers is put with the `suspects` instead.
+        A shard that crashed too many workers is put into `suspects` instead.
         """
         for number in shards:
             if self._redo is not None:
-                yield from self._begin_again(number, self._redo.get(number, {}))
+                yield from self._reopen(number, self._redo.get(number, {}))
             elif self.manifest.is_committed(number):
-                self._commits.append(_done(self.manifest.entry(number)))
+                self._commits.append(_completed(self.manifest.entry(number)))
             else:
                 attempt = self.attempts.begin(number)
                 if attempt.number > self.config.workers.attempts:
                     suspects[number] = attempt
                     continue
-                job = self._jobs[number] = _Job(Shard(number, self._numbers(number)))
-                yield from map(self.record, job.shard.numbers)
+                yield from map(self.record, self._begin(number).numbers)
 
-    def _make_alone(self, number: int, attempt: Attempt) -> None:
-        """One record at a time, each noted before it is made; those most blamed come first."""
-        job = self._jobs[number] = _Job(Shard(number, self._numbers(number)))
-        for record in attempt.guilty:
-            self._put(job, self._given_up(record))
-        for record in sorted(job.shard.missing, key=lambda r: -attempt.deaths.get(r, 0)):
-            self.attempts.alone(number, attempt, record)
-            for _, row in self.maker.make([self.record(record)]):
-                self._put(job, row)
+    def _begin(self, number: int, old: Entry | None = None) -> _OpenShard:
+        shard = self._open[number] = _OpenShard(number, self.segment.records_of(number), old)
+        return shard
 
-    def _begin_again(self, number: int, seeds: Mapping[int, int]) -> Iterator[Record]:
+    def _make_one_by_one(self, number: int, attempt: Attempt) -> None:
+        """One record at a time, each noted before it is made; likely culprits come first."""
+        shard = self._begin(number)
+        for record in attempt.culprits:
+            self._put(shard, self._failed_row(record))
+        for record in sorted(shard.missing, key=lambda r: -attempt.deaths.get(r, 0)):
+            self.attempts.begin_record(number, attempt, record)
+            for _, row in self.generator.generate([self.record(record)]):
+                self._put(shard, row)
+
+    def _reopen(self, number: int, seeds: Mapping[int, int]) -> Iterator[Record]:
         """Records of a finished shard that are to be made again; the others are kept."""
         old = self.manifest.entry(number)
         assert old is not None
         rows = list(self.manifest.format.read(self.manifest.data, number, schema=self.schema))
         again = set(seeds) or {row["record"] for row in rows if row["status"] != "ok"}
-        kept = [row for row in rows if row["record"] not in again]
-        self._jobs[number] = _Job(Shard(number, self._numbers(number), kept), old)
+        shard = self._begin(number, old)
+        shard.rows = {row["record"]: row for row in rows if row["record"] not in again}
         for k in sorted(again):
             record = self.record(k)
             yield replace(record, seed=seeds.get(k, record.seed))
 
-    def _job_of(self, record: int) -> _Job:
-        size = self.config.output.images_per_shard
-        return self._jobs[self.segment.first_shard + (record - self.segment.first_record) // size]
-
-    def _numbers(self, shard: int) -> range:
-        first = self.segment.first_record
-        mine = self.spec.shard(shard - self.segment.first_shard)
-        return range(mine.start + first, mine.stop + first)
-
-    def _put(self, job: _Job, row: Row) -> None:
-        job.shard.put(row)
+    def _put(self, shard: _OpenShard, row: Row) -> None:
+        shard.rows[row["record"]] = row
         self._report(1, int(row["status"] != "ok"))
-        if job.shard.is_complete:
-            del self._jobs[job.shard.number]
-            self._commits.append(self._saving.submit(self._commit, job))
+        if len(shard.rows) == len(shard.numbers):
+            del self._open[shard.number]
+            self._commits.append(self._saving.submit(self._commit, shard))
 
-    def _given_up(self, record: int) -> Row:
-        row = self.maker.columns(self.record(record), None)
-        return row | {"status": "failed", "error": GUILTY}
+    def _failed_row(self, record: int) -> Row:
+        row = self.generator.columns(self.record(record), None)
+        return row | {"status": "failed", "error": CRASHES_WORKER}
 
-    def _commit(self, job: _Job) -> Entry:
-        rows, number = job.shard.rows, job.shard.number
-        files = self.manifest.format.encode(number, rows, self.schema)
+    def _commit(self, shard: _OpenShard) -> Entry:
+        rows = [shard.rows[number] for number in shard.numbers]
+        files = self.manifest.format.encode(shard.number, rows, self.schema)
         facts = {
             "rows": len(rows),
             "failed": sum(row["status"] != "ok" for row in rows),
-            "seconds": round(time.monotonic() - job.started, 3),
+            "seconds": round(time.monotonic() - shard.started, 3),
             "finished_at": round(time.time(), 3),
             "worker": f"{os.uname().nodename}-{os.getpid()}",
             "node": os.uname().nodename,
             **self.facts,
         }
-        if job.old is not None:
-            return self.manifest.replace(job.old, files, facts)
-        entry = self.manifest.commit(number, files, facts)
-        self.attempts.end(number)
+        if shard.old is not None:
+            return self.manifest.replace(shard.old, files, facts)
+        entry = self.manifest.commit(shard.number, files, facts)
+        self.attempts.end(shard.number)
         return entry
 
-    def _committed(self, most: int) -> Iterator[Entry]:
-        """Entries of shards that are stored; waits for some while more than `most` are not."""
-        while self._commits and (self._commits[0].done() or len(self._commits) > most):
+    def _committed(self, max_unsaved: int) -> Iterator[Entry]:
+        """Entries of stored shards; waits for some while more than `max_unsaved` are not stored."""
+        while self._commits and (self._commits[0].done() or len(self._commits) > max_unsaved):
             yield self._commits.pop(0).result()
 
     def _check_model(self) -> None:
-        found, wanted = self.maker.model.sha256, self.segment.model_sha256
-        if found != wanted:
+        loaded, locked = self.generator.model.sha256, self.segment.model_sha256
+        if loaded != locked:
             raise ValueError(
                 f"model {self.config.model.uri} changed while the job ran: "
-                f"{found[:12]} is not {wanted[:12]}"
+                f"{loaded[:12]} is not {locked[:12]}"
             )
 
 
-def _done(entry: Entry | None) -> Future[Entry]:
+def _completed(entry: Entry | None) -> Future[Entry]:
     future: Future[Entry] = Future()
     future.set_result(entry or {})
     return future

@@ -15,7 +15,7 @@ from rayjobs.config import BadInput
 from rayjobs.generation.config import PromptsConfig
 from rayjobs.generation.prompts.snapshot import (
     ROWS_PER_GROUP,
-    Names,
+    ImageNames,
     Snapshot,
     write_names,
     write_snapshot,
@@ -292,7 +292,7 @@ def test_names_are_a_sequence(tmp_path: Path) -> None:
     names = [f"{n:05}.png" for n in range(2 * ROWS_PER_GROUP + 3)]
     path = str(tmp_path / "names.parquet")
     assert write_names(iter(names), path) == len(names)
-    found = Names(path)
+    found = ImageNames(path)
     assert len(found) == len(names)
     assert (found[0], found[-1], found[ROWS_PER_GROUP]) == (names[0], names[-1], "04096.png")
     assert found[3:6] == names[3:6]
@@ -300,4 +300,4 @@ def test_names_are_a_sequence(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         found[len(names)]
     assert write_names([], path) == 0
-    assert list(Names(path)) == []
+    assert list(ImageNames(path)) == []

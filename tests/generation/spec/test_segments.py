@@ -107,7 +107,7 @@ def test_another_class_is_refused_or_marked(
     config = configure(output, ["a"], {"count": 2})
     lock = job.prepare(config)
     older = lock.model_copy(update={"determinism": lock.determinism | {"torch": "1.0"}})
-    with pytest.raises(BadInput, match=r"torch: '1.0' there"):
+    with pytest.raises(BadInput, match=r'torch: "1.0" there'):
         ShardWorker(config, older)
     allowed = config.model_copy(
         update={"engine": config.engine.model_copy(update={"allow_class_change": True})}

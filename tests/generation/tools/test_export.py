@@ -169,7 +169,7 @@ def test_only_the_first_of_a_group_is_kept(tmp_path: Path) -> None:
 
 def test_another_export_is_refused_with_the_difference(source: str, tmp_path: Path) -> None:
     export.run(source, configure_export(tmp_path / "out", where=["seed == 1"]))
-    with pytest.raises(BadInput, match=r"where: \['seed == 1'\] there, \['seed == 2'\] now"):
+    with pytest.raises(BadInput, match=r'where: \["seed == 1"\] there, \["seed == 2"\] now'):
         export.run(source, configure_export(tmp_path / "out", where=["seed == 2"]))
     with pytest.raises(BadInput, match="holds a generated data set"):
         export.run(source, configure_export(source))

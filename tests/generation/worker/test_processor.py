@@ -15,7 +15,7 @@ from rayjobs.config import BadInput
 from rayjobs.generation import ProcessorConfig, build_processor
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.records import Record, derived_seed
-from rayjobs.generation.worker.generator import Maker
+from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.generation.worker.processor import ImageStep
 
 # Ray Data 2.60 reads its own deprecated switches.
@@ -53,10 +53,10 @@ def step() -> ImageStep:
 
 
 def made(asked: list[tuple[str, int, int]]) -> list[bytes]:
-    """The pictures that a job's maker gives for these prompts, seeds and steps."""
+    """The pictures that a job's generator gives for these prompts, seeds and steps."""
     job = CONFIG.job()
-    determinism.pin(job)
-    maker = Maker(job, "starter", guided=True)
+    determinism.pin(job.workers)
+    generator = RecordGenerator(job, "starter", guided=True)
     settings: dict[str, Any] = {
         "negative_prompt": None,
         "sampler": "euler_a",
@@ -73,7 +73,7 @@ def made(asked: list[tuple[str, int, int]]) -> list[bytes]:
         Record(number=number, prompt=prompt, seed=seed, steps=steps, **settings)
         for number, (prompt, seed, steps) in enumerate(asked)
     ]
-    rows = {record.number: row for record, row in maker.make(records)}
+    rows = {record.number: row for record, row in generator.generate(records)}
     return [rows[number]["image"]["bytes"] for number in range(len(asked))]
 
 

@@ -18,7 +18,7 @@ from rayjobs.diffusion.vae import worker
 from serve.config import ServeConfig
 from serve.engine.loop import EngineLoop
 from serve.images import to_image
-from serve.protocol import Ask, Event, Failed, Finished, Partial, Step, Waiting
+from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Registry
 
 STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
@@ -36,12 +36,12 @@ async def running(**engine: Any) -> AsyncIterator[EngineLoop]:
         assert loop.failure is None, loop.failure
 
 
-def ask(**keys: Any) -> Ask:
+def make_request(**keys: Any) -> ImagesRequest:
     values = {"id": "1", "caller": "me", "model": "starter", "prompt": "a red star", "steps": 6}
-    return Ask(**{**values, **keys})
+    return ImagesRequest(**{**values, **keys})
 
 
-async def all_of(loop: EngineLoop, what: Ask) -> list[Event]:
+async def all_of(loop: EngineLoop, what: ImagesRequest) -> list[Event]:
     return [event async for event in loop.generate(what)]
 
 
@@ -66,12 +66,12 @@ def run(work: Awaitable[Any]) -> Any:
 def test_images_are_the_engine_s_own(starter: Model) -> None:
     async def work() -> list[list[Event]]:
         async with running() as loop:
-            asks = [
-                ask(seeds=(1, 2), steps=5, sampler="euler"),
-                ask(seeds=(3,), steps=9, guidance_scale=1.0, sampler="ddim"),
-                ask(seeds=(4,), steps=4, width=96, height=64),
+            requests = [
+                make_request(seeds=(1, 2), steps=5, sampler="euler"),
+                make_request(seeds=(3,), steps=9, guidance_scale=1.0, sampler="ddim"),
+                make_request(seeds=(4,), steps=4, width=96, height=64),
             ]
-            return await asyncio.gather(*(all_of(loop, each) for each in asks))
+            return await asyncio.gather(*(all_of(loop, each) for each in requests))
 
     answers = run(work())
     alone = [
@@ -91,7 +91,7 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
 def test_a_caller_sees_the_picture_form() -> None:
     async def work() -> list[Event]:
         async with running() as loop:
-            return await all_of(loop, ask(partial_images=3, progress=True, steps=8))
+            return await all_of(loop, make_request(partial_images=3, progress=True, steps=8))
 
     events = run(work())
     assert [event.index for event in of_kind(events, Partial)] == [0, 1, 2]
@@ -103,7 +103,7 @@ def test_a_caller_sees_the_picture_form() -> None:
 def test_a_caller_who_leaves_takes_the_rows_along() -> None:
     async def work() -> None:
         async with running() as loop:
-            stream = loop.generate(ask(steps=900, seeds=(1, 2, 3), progress=True))
+            stream = loop.generate(make_request(steps=900, seeds=(1, 2, 3), progress=True))
             async for event in stream:
                 if isinstance(event, Step):
                     break
@@ -114,7 +114,7 @@ def test_a_caller_who_leaves_takes_the_rows_along() -> None:
             await eventually(lambda: loaded.users == 0)
             assert 'outcome="cancelled"} 1.0' in loop.metrics.text()
             assert "cancelled_rows_total 3.0" in loop.metrics.text()
-            assert not loaded.batcher.tickets
+            assert not loaded.batcher.priorities
 
     run(work())
 
@@ -122,10 +122,10 @@ def test_a_caller_who_leaves_takes_the_rows_along() -> None:
 def test_a_short_ask_is_not_stuck_behind_long_ones() -> None:
     async def work() -> float:
         async with running(max_rows=2) as loop:
-            long = [asyncio.create_task(all_of(loop, ask(steps=300))) for _ in range(6)]
+            long = [asyncio.create_task(all_of(loop, make_request(steps=300))) for _ in range(6)]
             await asyncio.sleep(0.3)
             started_s = time.monotonic()
-            await all_of(loop, ask(steps=3))
+            await all_of(loop, make_request(steps=3))
             short_s = time.monotonic() - started_s
             assert not any(task.done() for task in long)
             for task in long:
@@ -139,7 +139,7 @@ def test_a_short_ask_is_not_stuck_behind_long_ones() -> None:
 def test_a_deadline_ends_the_rows() -> None:
     async def work() -> None:
         async with running() as loop:
-            events = await all_of(loop, ask(steps=1000, deadline_s=0.3))
+            events = await all_of(loop, make_request(steps=1000, deadline_s=0.3))
             assert [event.kind for event in of_kind(events, Failed)] == ["deadline"]
             (loaded,) = loop.models.loaded.values()
             await eventually(lambda: not loaded.engine.rows)
@@ -150,8 +150,8 @@ def test_a_deadline_ends_the_rows() -> None:
 def test_a_full_replica_says_when_to_come_again() -> None:
     async def work() -> None:
         async with running(max_pending_s=2.0) as loop:
-            asks = [ask(steps=200, seeds=tuple(range(8))) for _ in range(20)]
-            tasks = [asyncio.create_task(all_of(loop, each)) for each in asks]
+            requests = [make_request(steps=200, seeds=tuple(range(8))) for _ in range(20)]
+            tasks = [asyncio.create_task(all_of(loop, each)) for each in requests]
             await asyncio.sleep(1)
             answers = [task.result() for task in tasks if task.done()]
             refused = [event for events in answers for event in of_kind(events, Failed)]
@@ -169,7 +169,7 @@ def test_a_full_replica_says_when_to_come_again() -> None:
     ("keys", "told"),
     [
         ({"model": "nobody"}, "the model 'nobody' does not exist"),
-        ({"loras": (("nobody", 1.0),)}, "a LoRA of this request does not exist"),
+        ({"loras": (("nobody", 1.0),)}, "a LoRA of this request no longer exists"),
         ({"sampler": "edm_euler"}, "does not fit a model that is not EDM"),
         ({"width": 12}, "multiple of 8"),
     ],
@@ -177,7 +177,7 @@ def test_a_full_replica_says_when_to_come_again() -> None:
 def test_what_cannot_be_served_is_told(keys: dict[str, Any], told: str) -> None:
     async def work() -> list[Event]:
         async with running() as loop:
-            return await all_of(loop, ask(**keys))
+            return await all_of(loop, make_request(**keys))
 
     (failed,) = run(work())
     assert failed.kind == "invalid"
@@ -186,7 +186,7 @@ def test_what_cannot_be_served_is_told(keys: dict[str, Any], told: str) -> None:
 
 def test_nothing_is_left_of_many_who_leave() -> None:
     async def leave(loop: EngineLoop, number: int) -> None:
-        stream = loop.generate(ask(steps=50, seeds=(number,), progress=True))
+        stream = loop.generate(make_request(steps=50, seeds=(number,), progress=True))
         async for _ in stream:
             if number % 3:
                 break
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_many_who_leave() -> None:
             (loaded,) = loop.models.loaded.values()
             await eventually(lambda: not loaded.engine.rows)
             assert loop.pending_s() == 0
-            assert not loaded.batcher.tickets
+            assert not loaded.batcher.priorities
             assert loaded.users == 0
             assert len(asyncio.all_tasks()) == 2
 
@@ -216,11 +216,11 @@ def test_a_failed_engine_answers_at_once() -> None:
             def fail() -> None:
                 raise DeviceLost("the device is gone")
 
-            task = asyncio.create_task(all_of(loop, ask(steps=900)))
+            task = asyncio.create_task(all_of(loop, make_request(steps=900)))
             await asyncio.sleep(0.2)
             loaded.engine.step = fail  # type: ignore[method-assign,assignment]
             assert [event.kind for event in of_kind(await task, Failed)] == ["broken"]
-            (late,) = await all_of(loop, ask())
+            (late,) = await all_of(loop, make_request())
             assert isinstance(late, Failed)
             assert late.kind == "broken"
             assert isinstance(loop.failure, DeviceLost)
@@ -242,11 +242,11 @@ def test_a_step_that_fails_ends_its_own_rows_only() -> None:
                 return predict(rows)
 
             loaded.engine._predict_noise = fail_once  # type: ignore[method-assign]
-            (failed,) = of_kind(await all_of(loop, ask(steps=20)), Failed)
+            (failed,) = of_kind(await all_of(loop, make_request(steps=20)), Failed)
             assert failed.kind == "broken"
-            assert of_kind(await all_of(loop, ask(steps=3)), Finished)
+            assert of_kind(await all_of(loop, make_request(steps=3)), Finished)
             assert not loaded.engine.rows
-            assert not loaded.batcher.tickets
+            assert not loaded.batcher.priorities
 
     run(work())
 
@@ -264,7 +264,8 @@ def test_a_picture_that_does_not_fit_fails_alone(monkeypatch: pytest.MonkeyPatch
     async def work() -> None:
         async with running() as loop:
             large, small = await asyncio.gather(
-                all_of(loop, ask(width=96, height=64)), all_of(loop, ask(steps=30))
+                all_of(loop, make_request(width=96, height=64)),
+                all_of(loop, make_request(steps=30)),
             )
             (failed,) = of_kind(large, Failed)
             assert "out of memory" in failed.message

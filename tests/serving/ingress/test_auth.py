@@ -10,39 +10,39 @@ from fastapi import FastAPI
 from serve.config import AuthConfig, KeyConfig, ServeConfig
 from serve.errors import ApiError
 from serve.ingress.api import create_app
-from serve.ingress.auth import Gate
-from serve.protocol import Ask, Event
+from serve.ingress.auth import ApiKeys
+from serve.protocol import Event, ImagesRequest
 
 KEY = KeyConfig(name="team", key="k" * 20, max_concurrent=1, images_per_minute=3)
 CONFIG = {"models": [{"name": "starter", "uri": "starter"}], "auth": {"keys": [KEY.model_dump()]}}
 
 
 def test_a_key_s_images_of_a_minute() -> None:
-    gate = Gate(AuthConfig(keys=(KEY,)))
-    gate.take(KEY, 2)
+    keys = ApiKeys(AuthConfig(keys=(KEY,)))
+    keys.take_images(KEY, 2)
     with pytest.raises(ApiError) as refused:
-        gate.take(KEY, 2)
+        keys.take_images(KEY, 2)
     assert refused.value.status == 429
     assert 0 < float(refused.value.headers["retry-after"]) <= 20
-    gate.take(KEY, 1)
-    gate.take("127.0.0.1", 1000)
+    keys.take_images(KEY, 1)
+    keys.take_images("127.0.0.1", 1000)
 
 
 def test_a_key_s_requests_at_once() -> None:
-    gate = Gate(AuthConfig(keys=(KEY,)))
-    with gate.admitted(KEY):
-        with pytest.raises(ApiError, match="1 requests of this key"), gate.admitted(KEY):
+    keys = ApiKeys(AuthConfig(keys=(KEY,)))
+    with keys.count_request(KEY):
+        with pytest.raises(ApiError, match="1 requests of this key"), keys.count_request(KEY):
             pass
-        with gate.admitted("127.0.0.1"), gate.admitted("127.0.0.1"):
+        with keys.count_request("127.0.0.1"), keys.count_request("127.0.0.1"):
             pass
-    with gate.admitted(KEY):
+    with keys.count_request(KEY):
         pass
 
 
 class Nobody:
     """No engine is ever asked."""
 
-    async def events(self, ask: Ask, streamed: bool) -> AsyncIterator[Event]:
+    async def events(self, request: ImagesRequest, streamed: bool) -> AsyncIterator[Event]:
         raise AssertionError("it was asked")
         yield
 

@@ -1,10 +1,10 @@
-// One request from Generate to its last picture: sent, followed, cancelled, or failed.
+// One request from Generate to its last picture: sent, shown, cancelled, or failed.
 import { make } from "./api.js";
-import { $, count, inWords, say } from "./dom.js";
+import { $, count, formatSeconds, announce } from "./dom.js";
 import * as form from "./form.js";
 import { addShot } from "./gallery.js";
 import { input, packInput } from "./input.js";
-import { askForKey } from "./key.js";
+import { askForKey } from "./api-key.js";
 import * as stage from "./stage.js";
 
 let running = null; // the run's AbortController
@@ -12,30 +12,30 @@ let running = null; // the run's AbortController
 export const isRunning = () => running !== null;
 export const cancel = () => running?.abort();
 
-export async function generate(verbs) {
+export async function generate(actions) {
   if (running) return;
   form.clearMarks();
-  $("trouble").replaceChildren();
-  const wrong = form.objection();
-  if (wrong) return form.pointAt(...wrong);
+  $("error").replaceChildren();
+  const wrong = form.validate();
+  if (wrong) return form.markField(...wrong);
   const fields = form.readFields();
   const used = input && { ...input, mask: input.mask.copy() };
   running = new AbortController();
   setRunning(true);
   stage.begin(fields.n, shapeOf(fields.size), used?.url);
   try {
-    const shots = await follow(fields, used, verbs);
-    finish(shots, stage.end(), verbs);
+    const shots = await follow(fields, used, actions);
+    finish(shots, stage.end(), actions);
   } catch (error) {
-    fail(error, stage.end(), () => generate(verbs));
+    fail(error, stage.end(), () => generate(actions));
   } finally {
     running = null;
     setRunning(false);
   }
 }
 
-/** Shows what happens to the pictures of one request, and returns them. */
-async function follow(fields, used, verbs) {
+/** Shows the events of one request, and returns its pictures. */
+async function follow(fields, used, actions) {
   const started = Date.now();
   const shots = [];
   for await (const event of make(fields, await packInput(used), running.signal)) {
@@ -43,17 +43,17 @@ async function follow(fields, used, verbs) {
     else if (event.what === "step") stage.step(event);
     else if (event.what === "partial") stage.put(event.image, event.blob);
     else {
-      const shot = await develop(event, fields, used, (Date.now() - started) / 1000);
+      const shot = await toShot(event, fields, used, (Date.now() - started) / 1000);
       shots.push(shot);
-      stage.finish(event.image, shot, () => verbs.show(shot));
-      addShot(shot, verbs);
+      stage.finish(event.image, shot, () => actions.show(shot));
+      addShot(shot, actions);
     }
   }
   return shots;
 }
 
-/** A finished picture with all that is needed to make it again. */
-async function develop({ blob, seed, warnings }, fields, used, seconds) {
+/** A finished picture with everything needed to make it again. */
+async function toShot({ blob, seed, warnings }, fields, used, seconds) {
   const { width, height } = await createImageBitmap(blob);
   const url = URL.createObjectURL(blob);
   const again = { ...fields, n: 1, seed: seed ?? (fields.n === 1 ? fields.seed : undefined) };
@@ -71,22 +71,22 @@ async function develop({ blob, seed, warnings }, fields, used, seconds) {
   };
 }
 
-function finish(shots, { seconds }, verbs) {
-  const time = inWords(seconds);
+function finish(shots, { seconds }, actions) {
+  const time = formatSeconds(seconds);
   if (shots.length > 1)
     return stage.note(
       `${count(shots.length, "picture")} in ${time}`,
       "Choose one to see it large.",
     );
-  verbs.show(shots[0]);
-  say(`Done in ${time}. Seed ${shots[0].fields.seed ?? "unknown"}.`);
+  actions.show(shots[0]);
+  announce(`Done in ${time}. Seed ${shots[0].fields.seed ?? "unknown"}.`);
 }
 
 function fail(error, { at }, again) {
   if (error.name === "AbortError") return stage.note(`Cancelled ${at}`);
-  form.pointAt(error.param, error.message);
-  if (error.status !== 401) return stage.showTrouble(error, again);
-  stage.showTrouble(error, () => askForKey(again), "Enter a key");
+  form.markField(error.param, error.message);
+  if (error.status !== 401) return stage.showError(error, again);
+  stage.showError(error, () => askForKey(again), "Enter a key");
   askForKey(again);
 }
 

@@ -1,6 +1,6 @@
-// Asks for the API key where the server wants one. It is remembered by this tab only.
+// Asks for the API key where the server needs one. Only this tab keeps it.
 import { $ } from "./dom.js";
-import { recall, remember } from "./memory.js";
+import { recall, remember } from "./session.js";
 
 let then = () => {};
 
@@ -12,7 +12,7 @@ export function askForKey(next = () => {}) {
   $("key").select();
 }
 
-export function readyKey() {
+export function setupKey() {
   $("key-open").addEventListener("click", () => askForKey());
   $("key-cancel").addEventListener("click", () => $("key-dialog").close());
   $("key-dialog").addEventListener("submit", () => {

@@ -14,9 +14,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from serve.config import ResultsConfig, SafetyConfig
 from serve.engine import safety
-from serve.ingress.answers import Answers, usage
+from serve.ingress.responses import ResponseEncoder, usage
 from serve.ingress.schemas import GenerateBody
-from serve.protocol import Ask, Event, Failed, Finished, Partial, Pixels, Step
+from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step
 
 
 def pixels(value: int = 0, side: int = 16) -> Pixels:
@@ -28,8 +28,8 @@ async def told(*events: Event) -> AsyncIterator[Event]:
         yield event
 
 
-def ask(count: int) -> Ask:
-    return Ask(id="1", caller="a", model="m", prompt="p", seeds=tuple(range(count)))
+def make_request(count: int) -> ImagesRequest:
+    return ImagesRequest(id="1", caller="a", model="m", prompt="p", seeds=tuple(range(count)))
 
 
 def test_a_stream_gives_one_image_after_another() -> None:
@@ -45,7 +45,9 @@ def test_a_stream_gives_one_image_after_another() -> None:
 
     async def main() -> list[str]:
         body = GenerateBody(prompt="p", stream=True)
-        stream = Answers(ResultsConfig()).stream(body, ask(3), told(*events), "image_generation")
+        stream = ResponseEncoder(ResultsConfig()).stream(
+            body, make_request(3), told(*events), "image_generation"
+        )
         return [data.decode() async for data in stream]
 
     blocks = asyncio.run(main())
@@ -61,7 +63,9 @@ def test_a_failure_in_mid_stream_is_openai_s() -> None:
     async def main() -> list[str]:
         body = GenerateBody(prompt="p", stream=True)
         events = told(Step(0, 1, 2, 0.0), Failed("deadline", "too late", "deadline_s"))
-        stream = Answers(ResultsConfig()).stream(body, ask(1), events, "image_generation")
+        stream = ResponseEncoder(ResultsConfig()).stream(
+            body, make_request(1), events, "image_generation"
+        )
         return [data.decode() async for data in stream]
 
     assert '"error": {"message": "too late", "type": "server_error"' in asyncio.run(main())[-1]
@@ -69,15 +73,15 @@ def test_a_failure_in_mid_stream_is_openai_s() -> None:
 
 def test_usage_counts_patches_of_16_pixels() -> None:
     made = [Finished(0, 0, pixels(side=40), text_tokens=7), Finished(1, 1, pixels(side=16))]
-    found = usage(ask(2), made)
+    found = usage(make_request(2), made)
     assert (found.input_tokens, found.output_tokens, found.total_tokens) == (7, 9 + 1, 17)
 
 
 def test_links_are_presigned(bucket: str) -> None:
     async def main() -> dict[str, Any]:
         body = GenerateBody(prompt="p", response_format="url", output_format="webp")
-        answers = Answers(ResultsConfig(uri=f"{bucket}/served"))
-        return await answers.whole(body, ask(1), told(Finished(0, 0, pixels(200))))
+        answers = ResponseEncoder(ResultsConfig(uri=f"{bucket}/served"))
+        return await answers.whole(body, make_request(1), told(Finished(0, 0, pixels(200))))
 
     (image,) = asyncio.run(main())["data"]
     with urllib.request.urlopen(image["url"]) as response:
@@ -132,7 +136,7 @@ def replica(name: str, pending_s: float, *names: str) -> Any:
     [("a", {"holds a"}), ("a,lora", {"holds both"}), ("b", {"idle", "holds a", "holds both"})],
 )
 def test_a_replica_that_holds_the_model_is_asked_first(wanted: str, first: set[str]) -> None:
-    from serve.router.affinity import SPILL_S, HoldsModel
+    from serve.router.affinity import SPILL_S, ModelAffinityRouter
 
     replicas = [
         replica("idle", 0.0),
@@ -142,6 +146,6 @@ def test_a_replica_that_holds_the_model_is_asked_first(wanted: str, first: set[s
     ]
     metadata = SimpleNamespace(multiplexed_model_id=wanted)
     pending: Any = SimpleNamespace(metadata=metadata, routing_context=SimpleNamespace())
-    chosen = asyncio.run(HoldsModel.choose_replicas(None, replicas, pending))  # type: ignore
+    chosen = asyncio.run(ModelAffinityRouter.choose_replicas(None, replicas, pending))  # type: ignore
     assert {each.name for each in chosen[0]} == first
     assert {each.name for rank in chosen for each in rank} == {each.name for each in replicas}

@@ -1,6 +1,6 @@
 // What can go wrong between the page and the server, and what a person can do about it.
 
-export class Trouble extends Error {
+export class RequestError extends Error {
   /**
    * facts.kind: "refused" (an HTTP status), "unreachable", "lost" (in mid-stream) or "failed" (the
    * stream says so). The others, where they are known: status, param, code, wait_s.
@@ -11,19 +11,21 @@ export class Trouble extends Error {
   }
 }
 
-export async function refusal(response) {
-  let said = {};
+/** The error of a response, from OpenAI's format where it has that. */
+export async function errorOf(response) {
+  let body = {};
   try {
     const answer = await response.json();
-    said = answer.error ?? {
+    body = answer.error ?? {
       message: typeof answer.detail === "string" ? answer.detail : undefined,
     };
   } catch {
-    // A proxy's page, or nothing: the status has to do.
+    // The body is a proxy's page, or empty: the status must do.
   }
-  const message = said.message ?? `The answer was ${response.status} ${response.statusText}.`;
-  const { param, code } = said;
-  return new Trouble(message, { status: response.status, param, code, wait_s: waitOf(response) });
+  const message = body.message ?? `The answer was ${response.status} ${response.statusText}.`;
+  const { param, code } = body;
+  const { status } = response;
+  return new RequestError(message, { status, param, code, wait_s: waitOf(response) });
 }
 
 function waitOf(response) {

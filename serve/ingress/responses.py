@@ -1,7 +1,7 @@
-"""From events to what a caller gets: JSON, or server-sent events in OpenAI's types.
+"""From events to responses: JSON, or server-sent events of OpenAI's types.
 
-Owns the encoding of pictures off the event loop, their order, and usage. Knows nothing of how they
-were made.
+Owns the encoding of images in threads, their order, and usage. Knows nothing of how images are
+finished.
 """
 
 import asyncio
@@ -13,36 +13,38 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from fastapi.sse import format_sse_event
+
 from rayjobs import storage
 from serve import errors, images
 from serve.config import ResultsConfig
 from serve.errors import ApiError
 from serve.ingress.schemas import GenerateBody, ImageOut, ImagesOut, TokenDetails, Usage
-from serve.protocol import Ask, Event, Failed, Finished, Partial, Pixels, Step, Waiting
+from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step, Waiting
 
 PATCH = 16
-"""Pixels along a side of what counts as a token."""
+"""Pixels along a side of a patch that counts as one token."""
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
-class Answers:
-    """Turns the events of asks into answers."""
+class ResponseEncoder:
+    """Encodes the events of a request as a response."""
 
     def __init__(self, results: ResultsConfig, threads: int = 4):
         self.results = results
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
     async def whole(
-        self, body: GenerateBody, ask: Ask, events: AsyncIterator[Event]
+        self, body: GenerateBody, request: ImagesRequest, events: AsyncIterator[Event]
     ) -> dict[str, Any]:
-        """The answer in one piece. Raises ApiError."""
-        made: dict[int, Finished] = {}
+        """The response in one piece. Raises ApiError."""
+        finished: dict[int, Finished] = {}
         async for event in events:
             if isinstance(event, Failed):
-                raise errors.of(event)
+                raise errors.translate_failure(event)
             if isinstance(event, Finished):
-                made[event.image] = event
-        ordered = [made[number] for number in range(len(ask.seeds))]
+                finished[event.image] = event
+        ordered = [finished[number] for number in range(len(request.seeds))]
         data = await asyncio.gather(*(self._image(body, event) for event in ordered))
         size = f"{ordered[0].pixels.width}x{ordered[0].pixels.height}"
         out = ImagesOut(
@@ -50,33 +52,29 @@ class Answers:
             data=list(data),
             output_format=body.output_format or "png",
             size=size,
-            usage=usage(ask, ordered),
+            usage=usage(request, ordered),
         )
         return out.model_dump(exclude_none=True)
 
-    def refusal(self, event: Event | None) -> ApiError | None:
-        """What a first event that is a failure is to the caller."""
-        return errors.of(event) if isinstance(event, Failed) else None
-
     async def stream(
-        self, body: GenerateBody, ask: Ask, events: AsyncIterator[Event], kind: str
+        self, body: GenerateBody, request: ImagesRequest, events: AsyncIterator[Event], kind: str
     ) -> AsyncIterator[bytes]:
-        """Server-sent events; `kind` is image_generation or image_edit. Images come one by one."""
-        made: list[Finished] = []
+        """Server-sent events, image after image; `kind` is image_generation or image_edit."""
+        finished: list[Finished] = []
         try:
             async for event in _in_order(events):
                 if isinstance(event, Failed):
-                    yield sse("error", errors.of(event).body)
+                    yield sse("error", errors.translate_failure(event).body)
                     return
                 if isinstance(event, Finished):
-                    made.append(event)
-                for name, data in await self._told(body, ask, event, kind):
+                    finished.append(event)
+                for name, data in await self._encode_event(body, request, event, kind):
                     yield sse(name, data)
         except ApiError as error:
             yield sse("error", error.body)
 
-    async def _told(
-        self, body: GenerateBody, ask: Ask, event: Event, kind: str
+    async def _encode_event(
+        self, body: GenerateBody, request: ImagesRequest, event: Event, kind: str
     ) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(event, Waiting):
             name = "rayjobs.waiting"
@@ -87,24 +85,24 @@ class Answers:
             data["seconds_left"] = event.seconds_left
         elif isinstance(event, Partial):
             name = f"{kind}.partial_image"
-            size = (ask.width or event.pixels.width, ask.height or event.pixels.height)
-            data = await self._picture(body, event.pixels, size)
+            size = (request.width or event.pixels.width, request.height or event.pixels.height)
+            data = await self._image_fields(body, event.pixels, size)
             data |= {"partial_image_index": event.index, "image_index": event.image}
         elif isinstance(event, Finished):
             name = f"{kind}.completed"
             size = (event.pixels.width, event.pixels.height)
-            data = await self._picture(body, event.pixels, size)
-            data |= {"usage": usage(ask, [event]).model_dump(), "image_index": event.image}
+            data = await self._image_fields(body, event.pixels, size)
+            data |= {"usage": usage(request, [event]).model_dump(), "image_index": event.image}
             data |= {"seed": event.seed, "warnings": list(event.warnings)}
         else:
             return []
         return [(name, {"type": name, **data})]
 
-    async def _picture(
+    async def _image_fields(
         self, body: GenerateBody, pixels: Pixels, size: tuple[int, int]
     ) -> dict[str, Any]:
         return {
-            "b64_json": await self._run(_as_text, body, images.fitted, pixels, *size),
+            "b64_json": await self._run(_to_base64, body, images.fitted, pixels, *size),
             "created_at": int(time.time()),
             "output_format": body.output_format or "png",
             "size": f"{size[0]}x{size[1]}",
@@ -117,7 +115,7 @@ class Answers:
         if body.response_format == "url":
             out.url = await self._run(self._store, body, event.pixels)
         else:
-            out.b64_json = await self._run(_as_text, body, lambda pixels: pixels, event.pixels)
+            out.b64_json = await self._run(_to_base64, body, lambda pixels: pixels, event.pixels)
         return out
 
     def _store(self, body: GenerateBody, pixels: Pixels) -> str:
@@ -131,7 +129,7 @@ class Answers:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
 
 
-def _as_text(body: GenerateBody, fit: Callable[..., Pixels], *args: Any) -> str:
+def _to_base64(body: GenerateBody, fit: Callable[..., Pixels], *args: Any) -> str:
     return base64.b64encode(_encoded(body, fit(*args))).decode()
 
 
@@ -141,13 +139,13 @@ def _encoded(body: GenerateBody, pixels: Pixels) -> bytes:
 
 
 def sse(name: str, data: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return format_sse_event(event=name, data_str=json.dumps(data, ensure_ascii=False))
 
 
-def usage(ask: Ask, made: list[Finished]) -> Usage:
-    text = made[0].text_tokens
-    image = 0 if ask.init is None else _patches(ask.init)
-    output = sum(_patches(event.pixels) for event in made)
+def usage(request: ImagesRequest, finished: list[Finished]) -> Usage:
+    text = finished[0].text_tokens
+    image = 0 if request.init is None else _patches(request.init)
+    output = sum(_patches(event.pixels) for event in finished)
     return Usage(
         input_tokens=text + image,
         input_tokens_details=TokenDetails(image_tokens=image, text_tokens=text),
@@ -161,22 +159,22 @@ def _patches(pixels: Pixels) -> int:
 
 
 async def _in_order(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    """All of the first image's events, then the second's: the API has no number for an image.
+    """All of the first image's events, then the second's: OpenAI's events have no image number.
 
-    What can be told at any time, waiting and steps, is; a failure ends everything.
+    Waiting and step events are passed on at once, and so is a failure.
     """
-    current, kept = 0, list[Event]()
+    current, held = 0, list[Event]()
     async for event in events:
         if not isinstance(event, Partial | Finished):
             yield event
             continue
-        kept.append(event)
-        due = [each for each in kept if getattr(each, "image", None) == current]
+        held.append(event)
+        due = [each for each in held if getattr(each, "image", None) == current]
         while due:
-            kept = [each for each in kept if each not in due]
+            held = [each for each in held if each not in due]
             for each in due:
                 yield each
             if not isinstance(due[-1], Finished):
                 break
             current += 1
-            due = [each for each in kept if getattr(each, "image", None) == current]
+            due = [each for each in held if getattr(each, "image", None) == current]

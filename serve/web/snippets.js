@@ -1,4 +1,4 @@
-// The same request as a command line and as a program, for who wants to leave the page.
+// The same request as a curl command and as a Python program.
 
 const shell = (text) => `'${String(text).replaceAll("'", `'\\''`)}'`;
 const OPENAI = new Set(["model", "prompt", "n", "size"]); // the rest goes into extra_body
@@ -9,7 +9,7 @@ const SAVE = [
 ].join("; ");
 const base = () => new URL("v1", document.baseURI).href;
 
-/** `withKey`: the server asks for one. The key itself is never written down. */
+/** `withKey`: the server needs a key. The key itself is never part of the text. */
 export function asCurl({ fields, input }, withKey) {
   const key = withKey ? ` \\\n  -H "Authorization: Bearer $RAYJOBS_API_KEY"` : "";
   const save = ` \\\n  | python3 -c '${SAVE}' > picture.png`;

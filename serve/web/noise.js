@@ -1,4 +1,4 @@
-// The noise that a picture starts from, as quiet colour: clouds with grain over them.
+// The noise that a picture starts from, in muted colours: clouds with fine grain over them.
 
 const ACROSS = 320;
 const CLOUDS = 6;
@@ -23,7 +23,7 @@ function grey() {
 const tint = () => [128 + 58 * normal(), 128 + 44 * normal(), 134 + 58 * normal(), 255];
 let grain = null; // the same for all pictures: only the clouds differ
 
-export function drawGrain(canvas) {
+export function drawNoise(canvas) {
   grain ??= noise(ACROSS, grey);
   canvas.width = canvas.height = ACROSS;
   const context = canvas.getContext("2d");

@@ -1,13 +1,13 @@
-// What can be done with a finished picture.
-import { asCurl, asPython } from "./code.js";
-import { $, say } from "./dom.js";
+// Actions on a finished picture.
+import { asCurl, asPython } from "./snippets.js";
+import { $, announce } from "./dom.js";
 import * as form from "./form.js";
 import { caption } from "./gallery.js";
 import { openInput } from "./input.js";
-import { recall } from "./memory.js";
+import { recall } from "./session.js";
 import { showShot } from "./stage.js";
 
-export const verbs = {
+export const actions = {
   show,
   download,
   useAsInput,
@@ -19,7 +19,7 @@ export const verbs = {
 };
 
 function show(shot) {
-  showShot(shot, ...caption(shot, verbs));
+  showShot(shot, ...caption(shot, actions));
   $("stage").scrollIntoView({ block: "nearest" });
 }
 
@@ -52,18 +52,18 @@ async function useAsInput({ blob, fields }) {
   $("prompt").focus();
 }
 
-/** The very settings of this picture, its seed among them, and the picture it started from. */
+/** Restores the settings of this picture, with its seed and its input picture. */
 async function reuse({ fields, input }) {
   await openInput(input?.picture ?? null, input?.name, input?.mask);
   form.writeFields(fields);
   $("prompt").focus();
-  return "Settings are back";
+  return "Settings restored";
 }
 
 function useSeed({ fields }) {
   $("seed").value = fields.seed;
   $("seed").focus();
-  say(`Seed ${fields.seed} is set`);
+  announce(`Seed ${fields.seed} is set`);
 }
 
 function copyCurl(shot) {
@@ -83,7 +83,7 @@ async function copy(text) {
   return "Copied";
 }
 
-/** Without https the browser has no clipboard for pages, except in this old way. */
+/** Without https, browsers have only this old way to copy. */
 function copyByHand(text) {
   const area = Object.assign(document.createElement("textarea"), { value: text });
   document.body.append(area);

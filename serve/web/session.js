@@ -1,4 +1,4 @@
-// What this tab remembers over a reload. Nothing here outlives the tab: the API key least of all.
+// Values that this tab keeps over a reload. Nothing outlives the tab, above all not the API key.
 const here = new Map(); // where the browser blocks storage
 
 export function recall(name) {

@@ -1,7 +1,7 @@
-"""From what a caller sent to what the engine is asked for.
+"""From a request body to a request for the engine.
 
-Owns the limits of this installation and the choices that callers leave open. Knows nothing of HTTP.
-Everything is refused here that can be refused before any work.
+Owns the limits of this installation and the defaults of fields that callers leave out. Knows
+nothing of HTTP. Whatever can be refused before any work is refused here.
 """
 
 import secrets
@@ -9,19 +9,20 @@ from typing import Any
 
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.diffusion.sampler_names import check_name
+from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
 from serve.errors import ApiError
 from serve.ingress.schemas import EditBody, GenerateBody
-from serve.protocol import Ask, Pixels
-from serve.registry import Entry, Facts, Registry
+from serve.protocol import ImagesRequest, Pixels
+from serve.registry import Entry, Registry
 
 STEPS, STRENGTH = 30, 0.6
-"""Where callers say nothing."""
+"""Defaults of num_inference_steps and strength."""
 
 
-class Asks:
-    """Builds asks for one installation. Every method raises ApiError for what is not served."""
+class ImagesRequestBuilder:
+    """Builds requests within the limits of one installation. Every method may raise ApiError."""
 
     def __init__(self, config: ServeConfig, registry: Registry):
         self.config = config
@@ -29,29 +30,29 @@ class Asks:
         self.registry = registry
 
     def entry(self, name: str | None) -> Entry:
-        found = self.registry.default() if name is None else self.registry.find(name)
-        if found is None or found.weights is None:
+        entry = self.registry.default() if name is None else self.registry.find(name)
+        if entry is None or entry.weights is None:
             message = f"The model {name!r} does not exist; GET /v1/models lists those that do."
             raise ApiError(404, message, param="model", code="model_not_found")
-        return found
+        return entry
 
-    def generation(self, body: GenerateBody, caller: str, request_id: str) -> Ask:
+    def build_generation(self, body: GenerateBody, caller: str, request_id: str) -> ImagesRequest:
         entry = self.entry(body.model)
         size = body.width_height
         if size is None and entry.facts.side is not None:
             size = (entry.facts.side, entry.facts.side)
-        return self._ask(body, entry, size, caller=caller, id=request_id)
+        return self._build(body, entry, size, caller=caller, id=request_id)
 
-    def edit(
+    def build_edit(
         self, body: EditBody, image: Pixels, mask: Pixels | None, caller: str, request_id: str
-    ) -> Ask:
+    ) -> ImagesRequest:
         entry = self.entry(body.model)
         size = body.width_height or self._size_like(image, entry.facts)
         strength = body.strength
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
-        self._named("strength", lambda: check_strength(strength, self._steps(body)))
-        return self._ask(
+        self._check_field("strength", lambda: check_strength(strength, self._steps(body)))
+        return self._build(
             body,
             entry,
             size,
@@ -63,18 +64,18 @@ class Asks:
         )
 
     def check(self, body: GenerateBody) -> None:
-        """Refuse what is refused without knowing the pictures, before they are read."""
+        """Refuse what can be refused before images are decoded."""
         entry, limits = self.entry(body.model), self.limits
         if body.background == "transparent":
-            raise ApiError(400, "Transparent backgrounds are not made here.", param="background")
+            raise ApiError(400, "Transparent backgrounds are not supported.", param="background")
         if body.response_format == "url" and self.config.results.uri is None:
-            message = "Links are not configured here; use response_format b64_json."
+            message = "Links are not configured on this server; use response_format b64_json."
             raise ApiError(400, message, param="response_format")
         if body.partial_images and not body.stream:
             raise ApiError(400, "partial_images needs stream=true.", param="partial_images")
-        _most("n", body.n or 1, limits.max_n)
-        _most("num_inference_steps", self._steps(body), limits.max_steps)
-        _most("guidance_scale", body.guidance_scale or 0, limits.max_guidance_scale)
+        _check_max("n", body.n or 1, limits.max_n)
+        _check_max("num_inference_steps", self._steps(body), limits.max_steps)
+        _check_max("guidance_scale", body.guidance_scale or 0, limits.max_guidance_scale)
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(body, name) or "")
             if length > limits.max_prompt_chars:
@@ -85,14 +86,14 @@ class Asks:
             self._check_sampler(body.sampler, entry.facts)
         self._check_loras(body, entry)
 
-    def _ask(
+    def _build(
         self, body: GenerateBody, entry: Entry, size: tuple[int, int] | None, **more: Any
-    ) -> Ask:
+    ) -> ImagesRequest:
         first = secrets.randbits(32) if body.seed is None else body.seed
         seeds = tuple((first + number) % 2**63 for number in range(body.n or 1))
         width, height = size or (None, None)
         deadline_s = min(body.deadline_s or float("inf"), self.limits.max_deadline_s)
-        return Ask(
+        return ImagesRequest(
             model=entry.name,
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
@@ -114,64 +115,64 @@ class Asks:
     def _steps(self, body: GenerateBody) -> int:
         return body.num_inference_steps or min(STEPS, self.limits.max_steps)
 
-    def _check_size(self, size: tuple[int, int] | None, facts: Facts) -> None:
+    def _check_size(self, size: tuple[int, int] | None, facts: ModelFacts) -> None:
         if size is None:
             return
         for name, pixels in zip(("width", "height"), size, strict=True):
-            self._named("size", lambda name=name, pixels=pixels: check_side(name, pixels))
-            _most("size", pixels, self.limits.max_side)
+            self._check_field("size", lambda name=name, pixels=pixels: check_side(name, pixels))
+            _check_max("size", pixels, self.limits.max_side)
         if size[0] * size[1] > self.limits.max_pixels:
             message = f"{size[0]}x{size[1]} are {size[0] * size[1]} pixels; "
             raise ApiError(400, f"{message}at most {self.limits.max_pixels}.", param="size")
 
-    def _check_sampler(self, name: str, facts: Facts) -> None:
+    def _check_sampler(self, name: str, facts: ModelFacts) -> None:
         if facts.family is None:
-            return  # a model whose files are not known here: its replica says
-        self._named("sampler", lambda: check_name(name, facts.is_edm))
+            return  # its files are not readable here: the replica will check
+        self._check_field("sampler", lambda: check_name(name, facts.is_edm))
 
     def _check_loras(self, body: GenerateBody, entry: Entry) -> None:
         uses = body.loras or []
-        _most("loras", len(uses), self.limits.max_loras)
+        _check_max("loras", len(uses), self.limits.max_loras)
         for use in uses:
-            found = self.registry.find(use.name)
-            if found is None or found.lora is None:
+            lora = self.registry.find(use.name)
+            if lora is None or lora.lora is None:
                 message = f"The LoRA {use.name!r} does not exist; GET /v1/models lists them."
                 raise ApiError(404, message, param="loras", code="model_not_found")
-            uris = {each.weights.uri for each in (found, entry) if each.weights is not None}
+            uris = {each.weights.uri for each in (lora, entry) if each.weights is not None}
             if len(uris) > 1:
                 raise ApiError(
-                    400, f"The LoRA {use.name!r} is for another model, {found.base}.", param="loras"
+                    400, f"The LoRA {use.name!r} is for another model, {lora.base}.", param="loras"
                 )
-            _most("loras", abs(use.scale), self.limits.max_lora_scale)
+            _check_max("loras", abs(use.scale), self.limits.max_lora_scale)
 
-    def _size_like(self, image: Pixels, facts: Facts) -> tuple[int, int]:
-        """The image's own shape, at about as many pixels as the model was trained on."""
+    def _size_like(self, image: Pixels, facts: ModelFacts) -> tuple[int, int]:
+        """The image's aspect ratio, at about as many pixels as the model was trained on."""
         side = facts.side or 512
         multiple = max(facts.multiple, side // 16 // facts.multiple * facts.multiple)
         scale = side / (image.width * image.height) ** 0.5
-        most = self.limits.max_side // multiple * multiple
+        max_side = self.limits.max_side // multiple * multiple
         width, height = (
-            min(most, max(multiple, round(pixels * scale / multiple) * multiple))
+            min(max_side, max(multiple, round(pixels * scale / multiple) * multiple))
             for pixels in (image.width, image.height)
         )
         return width, height
 
-    def _named(self, param: str, check: Any) -> None:
+    def _check_field(self, param: str, check: Any) -> None:
         try:
             check()
         except ValueError as error:
             raise ApiError(400, f"{error}.", param=param, code="invalid_value") from None
 
 
-def samplers(facts: Facts) -> list[str]:
-    """Names of the samplers that fit a model."""
+def samplers(facts: ModelFacts) -> list[str]:
+    """Names of the samplers that a model can use."""
     from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 
     return sorted(n for n, (kind, _) in SAMPLERS.items() if (kind in EDM) == facts.is_edm)
 
 
 def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]:
-    """A model as `/v1/models` lists it: OpenAI's fields, and what it can do."""
+    """A model in `/v1/models`: OpenAI's fields, its defaults and its limits."""
     side = entry.facts.side
     ratios = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
     return {
@@ -204,13 +205,13 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
 
 
 def _size(side: int, wide: int, high: int, multiple: int) -> str:
-    """About side x side pixels in that shape, in the steps that models were trained in."""
+    """About side x side pixels in that aspect ratio, in multiples that models were trained on."""
     step = max(multiple, side // 16 // multiple * multiple)
     scale = side / (wide * high) ** 0.5
     width, height = (round(part * scale / step) * step for part in (wide, high))
     return f"{width}x{height}"
 
 
-def _most(param: str, value: float, most: float) -> None:
-    if value > most:
-        raise ApiError(400, f"{param} is {value:g}; at most {most:g} here.", param=param)
+def _check_max(param: str, value: float, limit: float) -> None:
+    if value > limit:
+        raise ApiError(400, f"{param} is {value:g}; at most {limit:g} here.", param=param)

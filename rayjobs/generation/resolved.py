@@ -1,0 +1,34 @@
+"""A generation job's entrance: what its configuration names is looked up here, once.
+
+Owns `ResolvedConfig`. Nothing further in looks for exports or makes paths absolute again.
+"""
+
+from pathlib import Path
+
+from rayjobs import storage
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.models import exports
+
+
+class ResolvedConfig(GenerateConfig):
+    """A job that a worker in any working directory reads alike.
+
+    Local paths are absolute, and an export is its base model with adapters and words.
+    """
+
+
+def resolve(config: GenerateConfig) -> ResolvedConfig:
+    """Raises BadInput when an export's base model is not to be had."""
+    values = config.model_copy(update={"model": exports.resolve(config.model)}).model_dump()
+    parts = [values["output"], values["prompts"], values["init"]]
+    parts += [part for key in ("loras", "words") for part in values["model"][key]]
+    for part in parts:
+        if part["uri"] is not None:
+            part["uri"] = storage.absolute(part["uri"])
+    values["model"]["uri"] = storage.absolute_if_path(values["model"]["uri"])
+    return ResolvedConfig.model_validate(values)
+
+
+def model_name(uri: str) -> str:
+    """The model's name in records, the same wherever a local copy of it lies."""
+    return Path(uri).name if Path(uri).exists() else uri

@@ -1,0 +1,57 @@
+"""The keys that say which model is loaded, and how.
+
+Owns their names, types and defaults. Imports neither torch nor ray.
+"""
+
+from typing import Literal
+
+from rayjobs.config import Config
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
+
+
+class LoadOptions(Config):
+    """How a model's weights are held: speed and memory, but not what they draw."""
+
+    dtype: Dtype = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    vae_dtype: Dtype = "auto"
+    """auto: as dtype, but float32 where the autoencoder overflows in float16."""
+    attention: Attention = "auto"
+    """torch's scaled-dot-product kernel."""
+    channels_last: bool = True
+    """Memory format of the convolutions; the other one is slower on CPUs and GPUs alike."""
+    compile: Literal["no", "blocks", "full"] = "no"
+    """torch.compile of the UNet: each repeated block once, or the whole."""
+    vae_slicing: bool = False
+    """Decode in slices, for less memory."""
+    vae_tiling: bool = False
+    """Decode in tiles, for less memory at large sizes."""
+
+
+class LoraConfig(Config):
+    uri: str
+    """A safetensors LoRA file or its folder, local or s3://."""
+    scale: float = 1.0
+    """How strongly it acts; 1 is as trained."""
+
+
+class WordConfig(Config):
+    uri: str
+    """A safetensors file of learned embeddings (textual inversion) or its folder."""
+    word: str
+    """The word in prompts that they stand for."""
+
+
+class ModelConfig(LoadOptions):
+    uri: str
+    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
+    config: str | None = None
+    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
+    loras: tuple[LoraConfig, ...] = ()
+    """Adapters applied to every image."""
+    words: tuple[WordConfig, ...] = ()
+    """Words that the text encoders are taught."""

@@ -1,0 +1,121 @@
+"""One API request in progress: its rows, their remaining steps and the previews still to send.
+
+Owns the conversion from an API request to the engine's requests and from results to events. Knows
+nothing of threads or of other requests.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from rayjobs.diffusion.request import Lora, Request
+from serve.engine.models import LoadedModel
+from serve.images import to_image, to_pixels
+from serve.protocol import Event, Failed, Finished, ImagesRequest
+
+LATENT_CHANNELS = 4
+
+
+@dataclass(eq=False)
+class RequestState:
+    """Belongs to the engine's thread once submitted; the event loop reads only `events`."""
+
+    request: ImagesRequest
+    loaded: LoadedModel
+    events: asyncio.Queue[Event]
+    loras: tuple[Lora, ...] = ()
+    arrived_s: float = field(default_factory=time.monotonic)
+    shape: tuple[int, ...] = (0, 0, 0)
+    images: dict[int, int] = field(default_factory=dict)
+    """The image number of each unfinished row, by row id."""
+    left: dict[int, int] = field(default_factory=dict)
+    """Slots times steps left, by row id."""
+    preview_steps: dict[int, list[int]] = field(default_factory=dict)
+    """Steps after which a preview of each row is sent, the next one first."""
+    slots: int = 1
+    """Of each row in a batch."""
+    num_partials: int = 0
+    """Previews of each image: as many as requested, or as there are steps for."""
+    started: bool = False
+    notified_s: float = float("-inf")
+    """When its caller last got a waiting event."""
+    over: bool = False
+
+    @property
+    def deadline_s(self) -> float:
+        seconds = self.request.deadline_s
+        return float("inf") if seconds is None else self.arrived_s + seconds
+
+    @property
+    def slot_steps(self) -> int:
+        return sum(self.left.values())
+
+    def engine_requests(self) -> list[Request]:
+        """The engine's requests, one for each image."""
+        request = self.request
+        return [
+            Request(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                seed=seed,
+                steps=request.steps,
+                sampler=request.sampler,
+                guidance_scale=request.guidance_scale,
+                guidance_rescale=request.guidance_rescale,
+                clip_skip=request.clip_skip,
+                width=request.width,
+                height=request.height,
+                init_image=None if request.init is None else to_image(request.init),
+                strength=request.strength,
+                mask=None if request.mask is None else to_image(request.mask),
+                keep_unmasked=request.mask is not None,
+                loras=self.loras,
+            )
+            for seed in request.seeds
+        ]
+
+    def enter(self, row_id: int, image: int, row: Any) -> None:
+        """Record a row that the engine has accepted."""
+        total = len(row.sampler.timesteps)
+        self.images[row_id] = image
+        self.shape = row.shape
+        self.slots = row.num_slots
+        self.left[row_id] = total * row.num_slots
+        # No preview after the last step: the finished image follows.
+        self.num_partials = count = min(self.request.partial_images, max(0, total - 1))
+        self.preview_steps[row_id] = [round(total * (n + 1) / (count + 1)) for n in range(count)]
+
+    def finish(self, row_id: int, image: Image.Image, warnings: tuple[str, ...]) -> Finished:
+        number = self.images[row_id]
+        self.leave(row_id)
+        self.over = not self.images
+        seed, pixels = self.request.seeds[number], to_pixels(image)
+        return Finished(number, seed, pixels, warnings, self._text_tokens)
+
+    @cached_property
+    def _text_tokens(self) -> int:
+        tokenizer = self.loaded.engine.model.tokenizers[0]
+        texts = [self.request.prompt, self.request.negative_prompt or ""]
+        return sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+
+    def leave(self, row_id: int) -> None:
+        for by_row in (self.images, self.left, self.preview_steps):
+            by_row.pop(row_id, None)
+
+    def fail(self, failed: Failed) -> Failed:
+        self.over = True
+        return failed
+
+
+def estimate(request: ImagesRequest, default_side: int, scale: int) -> tuple[tuple[int, ...], int]:
+    """Latent shape and slots times steps of a request that the engine has not seen yet."""
+    width = request.width or (request.init.width if request.init else default_side)
+    height = request.height or (request.init.height if request.init else default_side)
+    steps = request.steps if request.init is None else max(1, int(request.steps * request.strength))
+    slots = 1 if request.guidance_scale is not None and request.guidance_scale <= 1 else 2
+    shape = (LATENT_CHANNELS, height // scale, width // scale)
+    return shape, steps * slots * len(request.seeds)

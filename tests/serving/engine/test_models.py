@@ -1,0 +1,244 @@
+"""Models in memory: loaded once, kept while in use, evicted by bytes. No weights are read."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.models.options import WordConfig
+from serve.config import EngineConfig
+from serve.engine import models
+from serve.engine.forecast import Forecast
+from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
+from serve.registry import Weights
+
+A, B, C = Weights("a"), Weights("b"), Weights("c")
+GB = 2**30
+WORD = WordConfig(uri="file", word="<sks>")
+
+
+@dataclass
+class FakeLoras:
+    """Counts what is admitted and forgotten."""
+
+    num_bytes: int = 0
+    admitted: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+
+    def admit(self, adapter: Any) -> str:
+        self.admitted.append(adapter.path)
+        return str(adapter.sha256)
+
+    def forget(self, sha256: str) -> None:
+        self.forgotten.append(sha256)
+
+
+class Cache(ModelCache):
+    """Reads no files: a load makes a fake model, or raises the next of `errors[uri]`."""
+
+    def __init__(self, gigabytes: float, **config: Any):
+        engine = EngineConfig(model_memory_gb=gigabytes, **config)
+        self.loads: list[tuple[Weights, float]] = []
+        super().__init__(engine, Forecast(16, 1.0), lambda *load: self.loads.append(load))
+        self.errors: dict[str, deque[BaseException]] = {}
+
+    def _read(self, weights: Weights, base: LoadedModel | None) -> Any:
+        if self.errors.get(weights.uri):
+            raise self.errors[weights.uri].popleft()
+        return SimpleNamespace(uri=weights.uri, base=base)
+
+    def _with_engine(self, weights: Weights, model: Any, num_bytes: int) -> LoadedModel:
+        engine: Any = SimpleNamespace(loras=FakeLoras(), model=model)
+        batcher: Any = None
+        return LoadedModel(weights, engine, batcher, num_bytes)
+
+
+@pytest.fixture(autouse=True)
+def one_gigabyte_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_size_of", lambda uri: GB)
+    monkeypatch.setattr(models, "_num_bytes", lambda model, shares: GB // 4 if shares else GB)
+
+
+def run(work: Awaitable[Any]) -> Any:
+    async def main() -> Any:
+        return await work
+
+    return asyncio.run(main())
+
+
+async def use(cache: ModelCache, weights: Weights) -> LoadedModel:
+    """Acquire and release, as a request does."""
+    loaded = await cache.acquire(weights)
+    cache.release(loaded)
+    return loaded
+
+
+def test_a_model_is_loaded_once_for_all_who_wait() -> None:
+    async def work() -> None:
+        cache = Cache(4)
+        first, second = await asyncio.gather(cache.acquire(A), cache.acquire(A))
+        assert first is second
+        assert first.users == 2
+        assert [weights for weights, _ in cache.loads] == [A]
+
+    run(work())
+
+
+def test_a_caller_who_leaves_does_not_end_the_load() -> None:
+    async def work() -> None:
+        cache = Cache(4)
+        task = asyncio.create_task(cache.acquire(A))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        loaded = await cache.acquire(A)
+        assert loaded.users == 1
+        assert len(cache.loads) == 1
+
+    run(work())
+
+
+def test_the_least_recently_used_is_evicted() -> None:
+    async def work() -> None:
+        cache = Cache(2.5)
+        for weights in (A, B, A, C):
+            await use(cache, weights)
+        assert list(cache.loaded) == [A, C]
+
+    run(work())
+
+
+def test_a_model_in_use_is_not_evicted() -> None:
+    async def work() -> None:
+        cache = Cache(2.5)
+        a = await cache.acquire(A)
+        await use(cache, B)
+        await use(cache, C)  # B goes, though A is older
+        assert list(cache.loaded) == [A, C]
+        c = await cache.acquire(C)
+        with pytest.raises(ModelMemoryFull, match="try again later"):
+            await cache.acquire(B)
+        cache.release(a)
+        await use(cache, B)
+        assert list(cache.loaded) == [C, B]
+        assert c.users == 1
+
+    run(work())
+
+
+def test_a_first_model_is_tried_whatever_its_size() -> None:
+    async def work() -> None:
+        cache = Cache(0.5)
+        await use(cache, A)
+        assert list(cache.loaded) == [A]
+        await use(cache, B)
+        assert list(cache.loaded) == [B]
+
+    run(work())
+
+
+def test_adapters_count_as_memory() -> None:
+    async def work() -> None:
+        cache = Cache(3)
+        a = await use(cache, A)
+        await use(cache, B)
+        a.engine.loras.num_bytes = GB + 1
+        await use(cache, C)
+        assert list(cache.loaded) == [B, C]
+
+    run(work())
+
+
+def test_embeddings_share_a_loaded_base_and_keep_it() -> None:
+    async def work() -> None:
+        cache = Cache(1.5)
+        base = await use(cache, A)
+        tuned = await cache.acquire(Weights("a", words=(WORD,), version="1"))
+        assert tuned.base is base
+        assert tuned.num_bytes == GB // 4
+        assert base.users == 1
+        with pytest.raises(ModelMemoryFull):
+            await cache.acquire(B)
+        cache.release(tuned)
+        await use(cache, B)
+        assert list(cache.loaded) == [B]
+        assert list(cache.leaving) == [tuned]
+        assert base.users == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ValueError("no unet\nat all"), BadInput, "cannot be loaded: no unet"),
+        (torch.OutOfMemoryError("CUDA"), ModelMemoryFull, "does not fit in memory"),
+        (storage.Unavailable("it is away"), storage.Unavailable, "away"),
+    ],
+)
+def test_a_load_that_fails_can_be_tried_again(
+    error: Exception, kind: type[Exception], message: str
+) -> None:
+    async def work() -> None:
+        cache = Cache(4)
+        cache.errors["a"] = deque([error])
+        with pytest.raises(kind, match=message):
+            await cache.acquire(A)
+        assert (await cache.acquire(A)).users == 1
+
+    run(work())
+
+
+def test_a_failed_load_releases_its_base() -> None:
+    async def work() -> None:
+        cache = Cache(4)
+        base = await use(cache, A)
+        cache.errors["a"] = deque([ValueError("not an embedding")])
+        with pytest.raises(BadInput):
+            await cache.acquire(Weights("a", words=(WORD,)))
+        assert base.users == 0
+
+    run(work())
+
+
+def adapter(name: str, sha256: str | None = None) -> Any:
+    return SimpleNamespace(path=name, sha256=sha256 or name)
+
+
+def test_too_many_adapters_evict_the_oldest_idle_one() -> None:
+    async def work() -> None:
+        cache = Cache(4, max_loras=2)
+        loaded = await cache.acquire(A)
+        loras: Any = loaded.engine.loras
+        cache.admit(loaded, adapter("x"), set())
+        cache.admit(loaded, adapter("y"), set())
+        cache.admit(loaded, adapter("x"), set())  # there already
+        assert loras.admitted == ["x", "y"]
+        cache.admit(loaded, adapter("z"), {"x"})
+        assert loras.forgotten == ["y"]
+        cache.admit(loaded, adapter("w"), {"x", "z"})  # all in use: one more than usual
+        assert sorted(loaded.adapters) == ["w", "x", "z"]
+
+    run(work())
+
+
+def test_weights_that_two_paths_share_are_not_forgotten() -> None:
+    async def work() -> None:
+        cache = Cache(4, max_loras=2)
+        loaded = await cache.acquire(A)
+        loras: Any = loaded.engine.loras
+        cache.admit(loaded, adapter("x", "same"), set())
+        cache.admit(loaded, adapter("y", "same"), set())
+        cache.admit(loaded, adapter("z"), set())
+        assert loras.forgotten == []
+        cache.admit(loaded, adapter("w"), set())
+        assert loras.forgotten == ["same"]
+
+    run(work())
