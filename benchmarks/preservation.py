@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rayjobs import cluster, priors
 from rayjobs.config import load_config
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
-from rayjobs.dreambooth import job, metrics
+from rayjobs.dreambooth import composition, metrics
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.starter import checker, subject, world
@@ -53,10 +52,8 @@ def train(mode: str, folder: str, changes: list[str]) -> str:
     """Train with one kind of prior preservation; return the exported model's folder."""
     overrides = [f"output.uri={folder}/{mode}", f"prior.mode={mode}", f"run.name={mode}"]
     overrides += [f"prior.uri={folder}/prior", "validation.every_n_steps=0"]
-    config = job.anchored(load_config(DreamBoothConfig, CONFIG, overrides + changes))
-    job.check(config)
-    with cluster.session(job.num_cpus(config)):
-        return job.run(priors.ready(config)).export_uri
+    config = load_config(DreamBoothConfig, CONFIG, overrides + changes)
+    return composition.train(config).export_uri
 
 
 def look(uri: str, pairs: int, subjects: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from benchmarks.script_step import Script
 from benchmarks.tasks import CLASS_PROMPT, DEVICE, PROMPT, RANK, RATE, Marks, Task, prepare
 from rayjobs import storage
 from rayjobs.dreambooth.config import CheckpointConfig, DreamBoothConfig, OutputConfig
+from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.resolved import ResolvedRun, resolve
 from rayjobs.dreambooth.training.batches import Batch, Batches
-from rayjobs.dreambooth.training.callback import Saving
+from rayjobs.dreambooth.training.callback import CheckpointCallback
 from rayjobs.dreambooth.training.worker import build, choose_precision, load
 
 WARM_UP = 2
@@ -52,10 +55,10 @@ class Ours:
 
     def __init__(self, task: Task, batch: int, cache: bool, **train: Any):
         self.uri = storage.join(task.outputs, uuid.uuid4().hex)
-        self.config = _configure(task, batch, cache, self.uri, train)
+        self.resolved = _resolve(_configure(task, batch, cache, self.uri, train))
         compute = choose_precision("auto", DEVICE)
-        model = load(self.config, DEVICE, compute)
-        self.batches, self.module = build(self.config, model, compute)
+        model = load(self.resolved.config, DEVICE, compute)
+        self.batches, self.module = build(self.resolved, model, compute)
         self.batches.fill_cache(0, 1)
 
     def run(self, num_steps: int, *callbacks: pl.Callback) -> np.ndarray:
@@ -116,6 +119,11 @@ def _configure(
         "output": {"uri": uri, "cache": cache},
     }
     return DreamBoothConfig.model_validate(values)
+
+
+def _resolve(config: DreamBoothConfig) -> ResolvedRun:
+    images = find_photos(str(config.prior.uri), str(config.prior.prompt))
+    return resolve(config).with_class_images(images)
 
 
 # The comparison
@@ -192,7 +200,8 @@ def stall(task: Task, method: str, batch: int, uri: str, num_steps: int) -> dict
         "output": OutputConfig(uri=storage.join(uri, method)),
         "checkpoint": CheckpointConfig(every_n_steps=SAVE_EVERY),
     }
-    saving = Saving(ours.config.model_copy(update=changed), 0, 1, False, "benchmark")
+    resolved = replace(ours.resolved, config=ours.resolved.config.model_copy(update=changed))
+    saving = CheckpointCallback(resolved, 0, 1, False, "benchmark")
     steps_s = ours.run(num_steps, saving, watch := _StallWatch(saving))[:, 0]
     wall_s = float(steps_s.sum())
     (latest,) = saving.checkpoints.list()[-1:]
@@ -210,7 +219,7 @@ def stall(task: Task, method: str, batch: int, uri: str, num_steps: int) -> dict
 class _StallWatch(pl.Callback):
     """How long training had waited when its last step was done."""
 
-    def __init__(self, saving: Saving):
+    def __init__(self, saving: CheckpointCallback):
         self._saving = saving
         self.in_training_s = 0.0
 

@@ -171,16 +171,12 @@ def _dreambooth(options: argparse.Namespace) -> int:
     from rayjobs.dreambooth.config import DreamBoothConfig
 
     config = load_config(DreamBoothConfig, options.config, options.overrides)
-    from rayjobs import cluster, priors
-    from rayjobs.dreambooth import job
+    from rayjobs.dreambooth import composition
 
-    config = job.anchored(config)
-    job.check(config)
-    if job.is_finished(config):
-        print(f"nothing to do; the weights are in {job.export_uri(config)}")
+    done = composition.train(config)
+    if done.was_finished:
+        print(f"nothing to do; the weights are in {done.export_uri}")
         return DONE
-    with cluster.session(job.num_cpus(config)):
-        done = job.run(priors.ready(config))
     rate = done.steps / done.seconds
     print(
         f"{done.steps:,} steps in {done.seconds:.0f} s ({rate:.2f}/s); the weights are in "
@@ -194,9 +190,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from rayjobs.dreambooth.evaluate_config import EvaluateConfig
 
     config = load_config(EvaluateConfig, options.config, options.overrides)
-    from rayjobs import evaluation
+    from rayjobs.dreambooth import composition
 
-    done = evaluation.run(config)
+    done = composition.evaluate(config)
     for name, value in {**done.metrics, "joint_score": done.score}.items():
         print(f"{name.replace('_', ' '):18} {value:.3f}")
     print(f"of {done.num_pictures:,} pictures; they are in {done.output_uri}")

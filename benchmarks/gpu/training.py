@@ -10,7 +10,7 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import build, unet_inputs
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.training.networks import Networks, Text
+from rayjobs.dreambooth.training.tuned_model import Text, TunedModel
 
 GIB = 2**30
 
@@ -51,16 +51,16 @@ def _step(bench: Bench, method: str, batch: int, checkpointing: bool) -> dict[st
     )
     compute = torch.bfloat16 if bench.on_gpu else torch.float32
     model = build(bench.device, bench.small, "float32" if method == "full" else "auto")
-    networks = Networks(model, config, compute)
-    networks.train()
+    tuned = TunedModel(model, config, compute)
+    tuned.train()
     before = torch.cuda.memory_allocated() if bench.on_gpu else 0
-    optimizer = torch.optim.AdamW(networks.trainable().values(), lr=1e-5)
+    optimizer = torch.optim.AdamW(tuned.trainable().values(), lr=1e-5)
     x_BCHW, t_B, arguments = unet_inputs(model, batch, bench.side)
     added = arguments["added_cond_kwargs"]
     text = Text(arguments["encoder_hidden_states"], added["text_embeds"])
 
     def step() -> None:
-        predicted = networks.predict(x_BCHW.float(), t_B.long(), text, added["time_ids"])
+        predicted = tuned.predict(x_BCHW.float(), t_B.long(), text, added["time_ids"])
         predicted.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

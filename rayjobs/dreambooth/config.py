@@ -112,7 +112,7 @@ class TrainConfig(Config):
     """Decides noise, timesteps, crops, flips, order and dropout, each by its own key."""
 
     @model_validator(mode="after")
-    def _fits(self) -> "TrainConfig":
+    def _check_ranges(self) -> "TrainConfig":
         if self.resolution is not None and self.resolution % 8:
             near = max(8, round(self.resolution / 8) * 8)
             raise ValueError(
@@ -233,14 +233,14 @@ class DreamBoothConfig(Config):
 
     @field_validator("validation")
     @classmethod
-    def _identifiable(cls, validation: ValidationConfig) -> ValidationConfig:
+    def _has_prompts(cls, validation: ValidationConfig) -> ValidationConfig:
         for prompt in validation.prompts:
             if not prompt.strip():
                 raise ValueError("validation.prompts has an empty prompt; remove it")
         return validation
 
     @model_validator(mode="after")
-    def _go_together(self) -> "DreamBoothConfig":
+    def _check_combinations(self) -> "DreamBoothConfig":
         self._check_prompts()
         self._check_inversion()
         for name, count in (("min", self.workers.min), ("max", self.workers.max_workers)):
@@ -262,26 +262,25 @@ class DreamBoothConfig(Config):
         return self
 
     @property
-    def word(self) -> str:
-        """The word that means the subject: the identifier, or what textual inversion learns."""
+    def identifier(self) -> str:
+        """The word that means the subject: a rare one, or the token that is learned."""
         if self.inversion.token:
             return self.inversion.token
-        return identifier(self.instance.prompt, self.prior.prompt or "")
+        return identifier_in(self.instance.prompt, self.prior.prompt or "")
 
     def _check_inversion(self) -> None:
-        asked = self.inversion
-        if asked.alone and not asked.num_vectors:
-            raise ValueError(
-                "inversion.alone trains learned words only; give inversion.num_vectors"
-            )
-        if not asked.num_vectors:
+        inversion = self.inversion
+        if inversion.alone and not inversion.num_vectors:
+            raise ValueError("inversion.alone trains new tokens only; give inversion.num_vectors")
+        if not inversion.num_vectors:
             return
-        if self.word not in self.instance.prompt.split():
+        if self.identifier not in self.instance.prompt.split():
             raise ValueError(
-                f"instance.prompt {self.instance.prompt!r} lacks the word to learn, {self.word!r}; "
-                "give one as inversion.token, such as <sks>, and put it into the prompt"
+                f"instance.prompt {self.instance.prompt!r} lacks the word to learn, "
+                f"{self.identifier!r}; give one as inversion.token, such as <sks>, and put it into "
+                "the prompt"
             )
-        if not asked.initial and not self.prior.prompt:
+        if not inversion.initial and not self.prior.prompt:
             raise ValueError("inversion.initial is missing: a word to start from, such as dog")
         if self.train.strategy == "fsdp":
             raise ValueError("inversion.num_vectors is not for train.strategy fsdp; use ddp")
@@ -303,15 +302,15 @@ class DreamBoothConfig(Config):
                 f"instance.prompt {self.instance.prompt!r} lacks the class word "
                 f"{class_words[-1]!r} of prior.prompt {self.prior.prompt!r}"
             )
-        if not identifier(self.instance.prompt, str(self.prior.prompt)):
+        if not identifier_in(self.instance.prompt, str(self.prior.prompt)):
             raise ValueError(
                 f"instance.prompt {self.instance.prompt!r} has no word that prior.prompt lacks; "
                 "put an identifier such as sks before the class word"
             )
 
 
-def identifier(instance_prompt: str, prior_prompt: str) -> str:
-    """The words that the class's prompt lacks, which are to mean the subject."""
+def identifier_in(instance_prompt: str, prior_prompt: str) -> str:
+    """The words that the class's prompt lacks, which mean the subject."""
     known = prior_prompt.split()
     articles = {"a", "an", "the", "my"}
     return " ".join(w for w in instance_prompt.split() if w not in known and w not in articles)

@@ -1,4 +1,4 @@
-"""The keys of an evaluation, and the prompts that it draws.
+"""The keys of an evaluation, and its prompts.
 
 Owns how lists of prompts are read, the DreamBooth paper's own file among them. Imports neither
 torch nor ray.
@@ -86,12 +86,12 @@ def read_prompts(config: EvaluateConfig) -> list[str]:
         "{identifier}": config.subject.identifier,
         "{class}": config.subject.class_word,
     }
-    found = []
+    prompts = []
     for text in texts:
         for place, word in words.items():
             text = text.replace(place, word)
-        found.append(text)
-    return list(dict.fromkeys(found))
+        prompts.append(text)
+    return list(dict.fromkeys(prompts))
 
 
 def _of_file(lines: list[str], kind: str) -> list[str]:
@@ -99,11 +99,11 @@ def _of_file(lines: list[str], kind: str) -> list[str]:
     headings = [line.strip().lower() for line in lines]
     if SECTIONS[kind] not in headings:
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    found = []
+    prompts = []
     for line in lines[headings.index(SECTIONS[kind]) + 1 :]:
         if line.strip().lower() in SECTIONS.values():
             break
         quoted = QUOTED.match(line)
         if quoted:
-            found.append(quoted["text"])
-    return found
+            prompts.append(quoted["text"])
+    return prompts

@@ -1,6 +1,6 @@
-"""From a checkpoint to weights that load everywhere: LoRA files, diffusers folders.
+"""Export: from a checkpoint to weights that other programs load: LoRA files, diffusers folders.
 
-Owns file names, key names and the note beside them. What is in a checkpoint is the callback's.
+Owns file names, key names and the manifest beside them. Reads checkpoints through `callback`.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import callback, lora
-from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
-from rayjobs.dreambooth.training.networks import Networks
+from rayjobs.dreambooth.training.checkpoints import Checkpoints
+from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exports
 from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
@@ -32,16 +32,14 @@ from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
 
-def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, float]) -> None:
-    """Export the checkpoint of a step to the folder `uri`, replacing what is there."""
-    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
-    (checkpoint,) = [each for each in checkpoints.list() if each.step == step]
-    folder = Path(tempfile.mkdtemp(prefix="export-"))
+def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
+    """Export the checkpoint of a step to the run's export folder, replacing what is there."""
+    uri, folder = run.export_uri, Path(tempfile.mkdtemp(prefix="export-"))
     try:
-        networks = rebuild(config, checkpoints, checkpoint)
-        save(config, networks, folder)
+        tuned = rebuild(run, step)
+        save(run.config, tuned, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        note = _note(config, networks.model, step, metrics)
+        note = _note(run, tuned.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
         storage.remove(storage.join(uri, exports.FILE))
         for path in files:
@@ -52,37 +50,38 @@ def write(config: DreamBoothConfig, step: int, uri: str, metrics: dict[str, floa
 
 
 def rebuild(
-    config: DreamBoothConfig,
-    checkpoints: Checkpoints,
-    checkpoint: Checkpoint,
-    device: str = "cpu",
-    compute: torch.dtype = torch.float32,
-) -> Networks:
-    """The tuned networks of a checkpoint, or their average where one is kept; to be used only."""
-    networks = Networks(load(config, device, compute), config, compute)
-    callback.load_weights(checkpoints, checkpoint, networks)
-    return networks.eval()
+    run: ResolvedRun, step: int, device: str = "cpu", compute: torch.dtype = torch.float32
+) -> TunedModel:
+    """The model as tuned after a step, or the average of its weights where one is kept.
+
+    For inference only.
+    """
+    checkpoints = Checkpoints(run.checkpoints_uri)
+    (checkpoint,) = [each for each in checkpoints.list() if each.step == step]
+    tuned = TunedModel(load(run.config, device, compute), run.config, compute)
+    callback.load_weights(checkpoints, checkpoint, tuned)
+    return tuned.eval()
 
 
-def save(config: DreamBoothConfig, networks: Networks, folder: Path) -> None:
-    """Write what plain diffusers loads, and what else was asked for."""
-    if networks.learned:
-        tensors = inversion.to_tensors(networks.model, config.word, list(networks.learned))
+def save(config: DreamBoothConfig, tuned: TunedModel, folder: Path) -> None:
+    """Write what plain diffusers loads, and the other layouts that the configuration names."""
+    if tuned.learned:
+        tensors = inversion.to_tensors(tuned.model, config.identifier, list(tuned.learned))
         save_file(tensors, folder / EMBEDDINGS_FILE)
-    if networks.alone:
+    if tuned.only_tokens:
         pass
-    elif networks.method == "full":
-        pipeline(networks.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
+    elif tuned.method == "full":
+        pipeline(tuned.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
     else:
-        _save_lora(networks, folder)
+        _save_lora(tuned, folder)
         if config.output.kohya:
             layers = load_file(folder / LORA_FILE)
             alpha = config.lora.alpha or config.lora.rank
             save_file(_to_kohya(layers, alpha), folder / "kohya_lora.safetensors")
         if config.output.fused:
-            for _, network in networks.parts():
+            for _, network in tuned.parts():
                 _fuse(network)
-            whole = pipeline(networks.model).to(DTYPES[config.output.dtype])
+            whole = pipeline(tuned.model).to(DTYPES[config.output.dtype])
             whole.save_pretrained(folder / "fused")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files as 0600
@@ -110,36 +109,36 @@ def pipeline(model: Model) -> Any:
     return plain(**parts, **unsafe)
 
 
-def _save_lora(networks: Networks, folder: Path) -> None:
+def _save_lora(tuned: TunedModel, folder: Path) -> None:
     kind: Any = (
-        StableDiffusionXLPipeline if networks.model.family == "sdxl" else StableDiffusionPipeline
+        StableDiffusionXLPipeline if tuned.model.family == "sdxl" else StableDiffusionPipeline
     )
-    layers, tuned = {}, {}
-    for part, network in networks.parts():
-        found = convert_state_dict_to_diffusers(lora.state(network))
+    layers, networks = {}, {}
+    for part, network in tuned.parts():
+        tensors = convert_state_dict_to_diffusers(lora.state(network))
         layers[f"{part}_lora_layers"] = {
-            _classic(part, name): tensor.float().cpu().contiguous()
-            for name, tensor in found.items()
+            _with_text_model(part, name): tensor.float().cpu().contiguous()
+            for name, tensor in tensors.items()
         }
-        tuned[part] = network
-    # Without its metadata diffusers takes alpha for the rank, and the adapter acts with 1.
-    kind.save_lora_weights(folder, **layers, **_collate_lora_metadata(tuned))
+        networks[part] = network
+    # Without its metadata diffusers assumes that alpha is the rank.
+    kind.save_lora_weights(folder, **layers, **_collate_lora_metadata(networks))
 
 
-def _classic(part: str, name: str) -> str:
-    """transformers 5.6 dropped `text_model.` from the first encoder; every reader expects it."""
+def _with_text_model(part: str, name: str) -> str:
+    """transformers 5.6 dropped `text_model.` from names; other programs expect it."""
     if part.startswith("text") and not name.startswith("text_model."):
         return f"text_model.{name}"
     return name
 
 
 def _to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    # diffusers' converter reads peft's names, and passes its own file's through half changed.
+    # diffusers' converter reads peft's names; it converts its own files' names only in part.
     by_peft = {FACTOR.sub(_peft_factor, name): tensor for name, tensor in layers.items()}
-    found: dict[str, torch.Tensor] = convert_state_dict_to_kohya(by_peft)
-    for name in [name for name in found if name.endswith("lora_down.weight")]:
-        found[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
-    return found
+    tensors: dict[str, torch.Tensor] = convert_state_dict_to_kohya(by_peft)
+    for name in [name for name in tensors if name.endswith("lora_down.weight")]:
+        tensors[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
+    return tensors
 
 
 def _peft_factor(match: re.Match[str]) -> str:
@@ -147,7 +146,7 @@ def _peft_factor(match: re.Match[str]) -> str:
 
 
 def _fuse(network: Any) -> None:
-    """Add the adapter's product to the weights and take the adapter out."""
+    """Add the LoRA's product to the weights and remove its layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(network.named_modules()):
@@ -159,21 +158,19 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(
-    config: DreamBoothConfig, model: Model, step: int, metrics: dict[str, float]
-) -> ExportNote:
-    photos = find_photos(config.instance.uri, config.instance.prompt)
+def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
+    config = run.config
     return ExportNote(
         kind="words" if config.inversion.alone else config.train.method,
-        tokens=(config.word,) if config.inversion.num_vectors else (),
+        tokens=(config.identifier,) if config.inversion.num_vectors else (),
         base_uri=config.model.uri,
         base_sha256=model.sha256,
         family=model.family,
         instance_prompt=config.instance.prompt,
-        identifier=config.word,
+        identifier=config.identifier,
         step=step,
         seed=config.train.seed,
         files={},
-        photos={photo.name: photo.sha256 for photo in photos},
+        photos={photo.name: photo.sha256 for photo in run.photos},
         metrics=metrics,
     )

@@ -1,4 +1,4 @@
-"""What a run is: its settings and its data, written down once, compared ever after.
+"""A run's lock: its settings and data, written at its start and compared at every later one.
 
 Owns the run's lock and what may change between two starts of one run. Knows no torch and no Ray.
 """
@@ -8,36 +8,33 @@ from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput, differences
-from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.resolved import ResolvedRun
 
 FILE = "run.lock.json"
-FREE = ("workers", "checkpoint", "validation", "output", "trackers")
-"""Keys that move no weight by more than rounding."""
-FREE_IN = {
+IGNORED_SECTIONS = ("workers", "checkpoint", "validation", "output", "trackers")
+"""Keys that change no weight by more than rounding."""
+IGNORED_KEYS = {
     "train": ("micro_batch_size", "gradient_checkpointing"),
     "model": ("uri", "device"),
     "instance": ("uri",),
     "prior": ("uri",),
 }
-"""Where things lie moves nothing either: what lies there is in the lock, as hashes."""
+"""Locations change no weight either: the lock has the hashes of what lies there."""
 
 
-def describe(
-    config: DreamBoothConfig, model_sha256: str, photos: list[Photo], priors: list[Photo]
-) -> dict[str, Any]:
-    """All that decides what is trained."""
-    values = config.model_dump(mode="json")
-    for key in FREE:
+def describe(run: ResolvedRun) -> dict[str, Any]:
+    """All that decides what is trained, whatever machine or folder it is on."""
+    values = run.config.model_dump(mode="json")
+    for key in IGNORED_SECTIONS:
         values.pop(key)
-    for key, names in FREE_IN.items():
+    for key, names in IGNORED_KEYS.items():
         for name in names:
             values[key].pop(name)
     return {
         **values,
-        "model_sha256": model_sha256,
-        "photos": {photo.name: [photo.sha256, *photo.captions] for photo in photos},
-        "priors": sorted(photo.sha256 for photo in priors),
+        "model_sha256": run.model_sha256,
+        "photos": {photo.name: [photo.sha256, *photo.captions] for photo in run.photos},
+        "priors": sorted(image.sha256 for image in run.class_images),
     }
 
 

@@ -53,18 +53,18 @@ def measure(
     The paper takes DINO ViT-S/16 for the first and third, CLIP for the second, and LPIPS for the
     last; here the subject encoder's distance stands for LPIPS.
     """
-    known = subject.features(real)
-    found = {"subject_likeness": _mean_cosine(subject.features(_all(made)), known)}
+    real_ND = subject.features(real)
+    values = {"subject_likeness": _mean_cosine(subject.features(_all(made)), real_ND)}
     if prompt is not None:
         prompts = [text for text, pictures in made.items() for _ in pictures]
-        found["prompt_likeness"] = float(prompt.likeness(_all(made), prompts).mean())
+        values["prompt_likeness"] = float(prompt.likeness(_all(made), prompts).mean())
     if of_class:
         features = [subject.features(pictures) for pictures in of_class.values()]
-        found["preservation"] = _mean_cosine(np.concatenate(features), known)
+        values["preservation"] = _mean_cosine(np.concatenate(features), real_ND)
         distances = [1 - float(a @ b) for some in features for a, b in combinations(some, 2)]
         if distances:
-            found["diversity"] = float(np.mean(distances))
-    return found
+            values["diversity"] = float(np.mean(distances))
+    return values
 
 
 def joint_score(metrics: dict[str, float], before: dict[str, float] | None = None) -> float:
@@ -123,11 +123,11 @@ class VisionTransformer:
 
     @torch.no_grad()
     def features(self, pictures: Pictures) -> np.ndarray:
-        found = []
+        features = []
         for picture in pictures:
             pixels = pretrained.pixels_for(self.processor, picture, self.model)
-            found.append(_unit(self.model(pixels).last_hidden_state[:, 0]))
-        return torch.cat(found).float().cpu().numpy()
+            features.append(_unit(self.model(pixels).last_hidden_state[:, 0]))
+        return torch.cat(features).float().cpu().numpy()
 
 
 class ClipEncoder:

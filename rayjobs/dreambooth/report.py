@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -16,30 +17,32 @@ import yaml
 from rayjobs import storage
 from rayjobs.dreambooth import results
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.training.callback import METRICS
 
-MOST_PHOTOS = 24
+MAX_PHOTOS = 24
 PHOTO_HEIGHT = 160
 CURVE_POINTS = 400
 SMOOTHED_OVER = 0.05
 """Share of the run that the bold curve averages over."""
 
 
-def write(config: DreamBoothConfig) -> str:
+def write(run: ResolvedRun) -> str:
     """Write index.html in the run's folder; return its URI."""
-    seen = results.read(config.output.uri)
+    config = run.config
+    validated = results.read(config.output.uri)
     rows = _metrics(config.output.uri)
     page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     filled = page.substitute(
         title=html.escape(f"DreamBooth: {config.run.name}"),
         subtitle=html.escape(f"{config.instance.prompt} · {config.model.uri}"),
-        tiles=_tiles(config, rows, seen),
-        photos=_photos(config),
-        pictures=_pictures(seen),
+        tiles=_tiles(config, rows, validated),
+        photos=_photos(run.photos),
+        pictures=_pictures(validated),
         curve=_curve([row["loss"] for row in rows]),
-        table=_table(seen),
+        table=_table(validated),
         settings=html.escape(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)),
     )
     uri = storage.join(config.output.uri, "index.html")
@@ -54,13 +57,13 @@ def _metrics(output_uri: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines()]
 
 
-def _tiles(config: DreamBoothConfig, rows: list[dict[str, float]], seen: list[Result]) -> str:
+def _tiles(config: DreamBoothConfig, rows: list[dict[str, float]], validated: list[Result]) -> str:
     facts = [
         (f"{len(rows):,}", f"of {config.train.steps:,} steps"),
         (config.train.method, f"{config.prior.mode} for the class"),
     ]
-    best = results.best_step(seen)
-    chosen = next((result for result in seen if result.step == best), None)
+    best = results.best_step(validated)
+    chosen = next((result for result in validated if result.step == best), None)
     if chosen is not None:
         facts.append((f"{best:,}", "exported: the best checkpoint"))
         facts += [
@@ -71,26 +74,26 @@ def _tiles(config: DreamBoothConfig, rows: list[dict[str, float]], seen: list[Re
     )
 
 
-def _photos(config: DreamBoothConfig) -> str:
-    found = []
-    for photo in find_photos(config.instance.uri, config.instance.prompt)[:MOST_PHOTOS]:
+def _photos(photos: Sequence[Photo]) -> str:
+    images = []
+    for photo in photos[:MAX_PHOTOS]:
         image = photo.open()
         image.thumbnail((4 * PHOTO_HEIGHT, PHOTO_HEIGHT))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=88)
         data = base64.b64encode(buffer.getvalue()).decode()
         name = html.escape(photo.name, quote=True)
-        found.append(f'<img src="data:image/jpeg;base64,{data}" alt="{name}">')
-    return "".join(found)
+        images.append(f'<img src="data:image/jpeg;base64,{data}" alt="{name}">')
+    return "".join(images)
 
 
-def _pictures(seen: list[Result]) -> str:
+def _pictures(validated: list[Result]) -> str:
     """Each prompt's grids, one below the other, as training went on."""
-    prompts = dict.fromkeys(prompt for result in seen for prompt in result.grids)
+    prompts = dict.fromkeys(prompt for result in validated for prompt in result.grids)
     parts = []
     for prompt in prompts:
         parts.append(f"<h2>{html.escape(prompt)}</h2>")
-        for result in seen:
+        for result in validated:
             if prompt in result.grids:
                 when = f"after step {result.step:,}" if result.step else "before"
                 source = html.escape(f"validation/{result.grids[prompt]}", quote=True)
@@ -127,14 +130,14 @@ def _path(values: list[float], top: float) -> str:
     return "M" + " L".join(points)
 
 
-def _table(seen: list[Result]) -> str:
-    names = list(dict.fromkeys(name for result in seen for name in result.metrics))
+def _table(validated: list[Result]) -> str:
+    names = list(dict.fromkeys(name for result in validated for name in result.metrics))
     if not names:
         return ""
-    best = results.best_step(seen)
+    best = results.best_step(validated)
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     body = ""
-    for result in seen:
+    for result in validated:
         cells = "".join(f"<td>{result.metrics.get(name, float('nan')):.3f}</td>" for name in names)
         mark = ' class="best"' if result.step == best else ""
         score = "" if result.score is None else f"{result.score:.3f}"

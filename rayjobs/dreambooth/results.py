@@ -1,6 +1,6 @@
-"""What was seen of each checkpoint: its pictures and its numbers, on storage.
+"""Validation results on storage: each checkpoint's metrics and image grids.
 
-Owns where validation leaves them, which checkpoint is best, and which must be kept. Knows no torch.
+Owns their files, which checkpoint is best, and which must be kept. Knows no torch.
 """
 
 import json
@@ -12,7 +12,7 @@ from rayjobs.storage import NotThere, join
 
 @dataclass(frozen=True)
 class Result:
-    """One look at the model after a step; step 0 is the model as it was."""
+    """The validation of the model after a step; step 0 is the untrained model."""
 
     step: int
     score: float | None
@@ -33,15 +33,15 @@ def write(output_uri: str, result: Result) -> None:
 
 def read(output_uri: str) -> list[Result]:
     """All there are, by step."""
-    found = []
+    results = []
     for name in storage.list_files(folder(output_uri)):
         if name.endswith(".json"):
             try:
                 data = storage.read_bytes(join(folder(output_uri), name))
             except NotThere:
                 continue
-            found.append(Result(**json.loads(data)))
-    return sorted(found, key=lambda result: result.step)
+            results.append(Result(**json.loads(data)))
+    return sorted(results, key=lambda result: result.step)
 
 
 def best_step(results: list[Result]) -> int | None:
@@ -53,8 +53,8 @@ def best_step(results: list[Result]) -> int | None:
 def to_keep(steps: list[int], results: list[Result], keep: int, every: int) -> set[int]:
     """The checkpoints to leave: the best, those still to be looked at, and the latest, `keep` in
     all where that is enough."""
-    seen = {result.step for result in results}
-    waiting = {step for step in steps if every and step % every == 0 and step not in seen}
+    validated = {result.step for result in results}
+    waiting = {step for step in steps if every and step % every == 0 and step not in validated}
     best = best_step(results)
     kept = {best} & set(steps) if best is not None else set()
     for step in sorted(steps, reverse=True):

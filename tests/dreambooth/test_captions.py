@@ -14,6 +14,8 @@ from PIL import Image
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.lock import Lock, Segment, create_lock
+from rayjobs.dataset.manifest import Manifest
 from rayjobs.dreambooth.data.photos import find_photos
 
 SKS = "a photo of sks dog"
@@ -117,7 +119,43 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
         find_photos(str(tmp_path / "none"), SKS)
 
 
-def test_the_good_records_of_a_data_set_are_pictures(
+def begin_data_set(uri: str, output_format: str = "parquet") -> Manifest:
+    """A data set whose shards are still to be made."""
+    segment = Segment(
+        job={"output": {"format": output_format}},
+        prompts_sha256="",
+        num_prompts=2,
+        model_name="starter",
+        model_sha256="",
+        guided=True,
+        num_records=2,
+        num_shards=2,
+    )
+    assert create_lock(Lock(segments=(segment,), determinism={}), uri)
+    return Manifest(uri, output_format)
+
+
+def shard(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=2)
+    return buffer.getvalue()
+
+
+def test_shards_of_another_format_are_refused(tmp_path: Path) -> None:
+    begin_data_set(str(tmp_path), "webdataset")
+    with pytest.raises(BadInput, match="no parquet shards"):
+        find_photos(str(tmp_path), SKS)
+
+
+def test_a_changed_photo_is_refused(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "dog.png")
+    (photo,) = find_photos(str(tmp_path), SKS)
+    picture(1).save(tmp_path / "dog.png")
+    with pytest.raises(BadInput, match=r"^dog\.png: changed while the run uses it"):
+        photo.open()
+
+
+def test_the_good_records_of_committed_shards_are_photos(
     picture: Callable[[int], Image.Image], tmp_path: Path
 ) -> None:
     images = [encode(picture(number)) for number in range(6)]
@@ -133,12 +171,13 @@ def test_the_good_records_of_a_data_set_are_pictures(
         }
         for number, data in enumerate(images)
     ]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "spec.lock.json").write_text("{}")
-    with pytest.raises(BadInput, match="no parquet shards"):
+    manifest = begin_data_set(str(tmp_path))
+    with pytest.raises(BadInput, match="its manifest names no finished shard"):
         find_photos(str(tmp_path), SKS)
-    shard = tmp_path / "data" / "shard-00000000.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), shard, row_group_size=2)
+    manifest.commit(0, {"shard-00000000.parquet": shard(rows)}, {"rows": 6, "failed": 1})
+    # What a worker left that died before it could commit.
+    stray = tmp_path / "data" / "shard-00000001.parquet"
+    stray.write_bytes(shard([row | {"record": 20 + row["record"]} for row in rows]))
     photos = find_photos(str(tmp_path), SKS)
     assert [photo.captions for photo in photos] == [(f"dog {n}",) for n in (0, 2, 3, 4, 5)]
     assert photos[-1].name == "shard-00000000.parquet, record 15"

@@ -8,8 +8,8 @@ from PIL import Image
 
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
-from rayjobs.dreambooth import job
-from rayjobs.dreambooth.config import DreamBoothConfig, identifier
+from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
+from rayjobs.dreambooth.resolved import resolve
 
 CONFIG = "configs/demo/dreambooth.yaml"
 
@@ -53,9 +53,7 @@ def test_a_mistake_in_the_settings(
 
 
 def config(folder: Path, *overrides: str) -> DreamBoothConfig:
-    return job.anchored(
-        load_config(DreamBoothConfig, CONFIG, [f"output.uri={folder}/out", *overrides])
-    )
+    return load_config(DreamBoothConfig, CONFIG, [f"output.uri={folder}/out", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -72,29 +70,29 @@ def test_a_mistake_seen_only_by_looking(
 ) -> None:
     filled = [text.replace("{edm}", str(folders["playground"])) for text in overrides]
     with pytest.raises(BadInput, match=told):
-        job.check(config(tmp_path, *filled))
+        resolve(config(tmp_path, *filled))
 
 
 def test_a_picture_that_is_far_too_small(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (12, 12)).save(tmp_path / "photos" / "tiny.png")
     with pytest.raises(BadInput, match=r"tiny\.png: 12 x 12 pixels are far too few"):
-        job.check(config(tmp_path, f"instance.uri={tmp_path}/photos"))
+        resolve(config(tmp_path, f"instance.uri={tmp_path}/photos"))
 
 
 def test_an_identifier_that_means_something(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job.check(config(tmp_path, "instance.prompt=a photo of a sks star"))
+    resolve(config(tmp_path, "instance.prompt=a photo of a sks star"))
     assert capsys.readouterr().err == ""
-    job.check(config(tmp_path, "instance.prompt=a photo of a incomprehensible star"))
+    resolve(config(tmp_path, "instance.prompt=a photo of a incomprehensible star"))
     assert "'incomprehensible' is 13 tokens" in capsys.readouterr().err
 
 
 def test_the_identifier_is_what_the_class_lacks() -> None:
-    assert identifier("a photo of sks dog", "a photo of a dog") == "sks"
-    assert identifier("a photo of a dog", "a photo of dog") == ""
-    assert identifier("my olis backpack", "a backpack") == "olis"
+    assert identifier_in("a photo of sks dog", "a photo of a dog") == "sks"
+    assert identifier_in("a photo of a dog", "a photo of dog") == ""
+    assert identifier_in("my olis backpack", "a backpack") == "olis"
 
 
 def test_every_default_is_shown(tmp_path: Path) -> None:

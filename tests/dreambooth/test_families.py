@@ -17,16 +17,19 @@ from diffusers import (
 from PIL import Image
 from torch.func import functional_call
 
+from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.dreambooth import export
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data import bucketing
+from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.data.schedule import Row
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.batches import Batch
-from rayjobs.dreambooth.training.networks import Networks
+from rayjobs.dreambooth.training.tuned_model import TunedModel
 
 # Lightning reads deprecated parts of torch, and would have frozen networks in training mode.
 pytestmark = [
@@ -80,7 +83,7 @@ def settings(model: Path, photos: Path, mode: str = "images", **train: Any) -> D
     )
 
 
-class LastStep(pl.Callback):
+class StepMetrics(pl.Callback):
     """The metrics of every step."""
 
     def __init__(self) -> None:
@@ -92,11 +95,18 @@ class LastStep(pl.Callback):
         self.rows.append(pl_module.metrics)
 
 
-def fit(config: DreamBoothConfig) -> tuple[Networks, list[dict[str, float]]]:
+def resolved(config: DreamBoothConfig) -> ResolvedRun:
+    photos = find_photos(config.instance.uri, config.instance.prompt)
+    has_prior = config.prior.mode != "none"
+    images = find_photos(str(config.prior.uri), str(config.prior.prompt)) if has_prior else []
+    return ResolvedRun(config, "", tuple(photos), tuple(images))
+
+
+def fit(config: DreamBoothConfig) -> tuple[TunedModel, list[dict[str, float]]]:
     """Every step, in this process."""
     model = worker.load(config, "cpu", torch.float32)
-    batches, module = worker.build(config, model, torch.float32)
-    seen = LastStep()
+    batches, module = worker.build(resolved(config), model, torch.float32)
+    seen = StepMetrics()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -110,7 +120,7 @@ def fit(config: DreamBoothConfig) -> tuple[Networks, list[dict[str, float]]]:
     most = config.train.micro_batch_size
     trainer.fit(module, train_dataloaders=batches.steps(0, config.train.steps, 0, 1, most))
     assert [row["step"] for row in seen.rows] == list(range(1, config.train.steps + 1))
-    return module.networks.eval(), seen.rows
+    return module.tuned.eval(), seen.rows
 
 
 @pytest.mark.parametrize("mode", ["images", "teacher", "none"])
@@ -120,7 +130,7 @@ def test_two_steps(
 ) -> None:
     """Every trained weight moves, no other does; the prior's loss is what its mode says."""
     config = settings(folders[family], photos, mode, method=method)
-    networks, rows = fit(config)
+    tuned, rows = fit(config)
     of_prior = [row["loss_prior"] for row in rows]
     if mode == "images":
         assert min(of_prior) > 0.01
@@ -130,23 +140,30 @@ def test_two_steps(
     else:
         assert of_prior == [0, 0]
     assert all(row["loss"] == row["loss_instance"] + row["loss_prior"] for row in rows)
-    assert rows[1]["loss_instance"] < 0.95 * rows[0]["loss_instance"] or method == "lora"
-    begun = Networks(worker.load(config, "cpu", torch.float32), config, torch.float32)
-    trained = networks.trainable()
+    model = worker.load(config, "cpu", torch.float32)
+    batches, module = worker.build(resolved(config), model, torch.float32)
+    begun = module.tuned
+    trained = tuned.trainable()
     assert trained.keys() == begun.trainable().keys()
     for name, before in begun.named_parameters():
-        after = networks.get_parameter(name)
+        after = tuned.get_parameter(name)
         assert torch.equal(before, after) == (name not in trained), name
-    vaes = (networks.model.vae.state_dict(), begun.model.vae.state_dict())
+    vaes = (tuned.model.vae.state_dict(), begun.model.vae.state_dict())
     assert all(torch.equal(vaes[0][name], vaes[1][name]) for name in vaes[0])
+    batch = batches.batch(batches.schedule.rows(0))
+    before = module.losses(batch)[0].item()
+    module.tuned = tuned
+    after = module.losses(batch)[0].item()
+    assert before == pytest.approx(rows[0]["loss_instance"], rel=1e-4)
+    assert after < {"lora": 0.99, "full": 0.95}[method] * before
 
 
 def test_text_encoders_may_stay(folders: dict[str, Path], photos: Path, family: str) -> None:
     config = settings(folders[family], photos, "teacher", text_encoders=False)
-    networks, _ = fit(config)
-    assert all(name.startswith("unet.") for name in networks.trainable())
+    tuned, _ = fit(config)
+    assert all(name.startswith("unet.") for name in tuned.trainable())
     fresh = load_model(str(folders[family]))
-    for ours, theirs in zip(networks.model.text_encoders, fresh.text_encoders, strict=True):
+    for ours, theirs in zip(tuned.model.text_encoders, fresh.text_encoders, strict=True):
         before = dict(theirs.named_parameters())
         assert all(torch.equal(before[name], p) for name, p in ours.named_parameters())
 
@@ -217,10 +234,10 @@ def test_an_exported_adapter(
 ) -> None:
     """Its file, its kohya file and the model it was fused into draw what the trained one draws."""
     base = folders[family]
-    networks, _ = fit(settings(base, photos, text_encoders=text_encoders))
-    trained = draw(export.pipeline(networks.model))
+    tuned, _ = fit(settings(base, photos, text_encoders=text_encoders))
+    trained = draw(export.pipeline(tuned.model))
     assert differ(trained, draw(opened(base))) > 1e-2
-    export.save(settings(base, photos), networks, tmp_path)
+    export.save(settings(base, photos), tuned, tmp_path)
     for name in (export.LORA_FILE, KOHYA):
         pipeline = opened(base)
         pipeline.load_lora_weights(tmp_path, weight_name=name)
@@ -235,10 +252,10 @@ def test_an_exported_model(
     folders: dict[str, Path], photos: Path, family: str, tmp_path: Path
 ) -> None:
     config = settings(folders[family], photos, method="full")
-    networks, _ = fit(config)
-    trained = draw(export.pipeline(networks.model))
+    tuned, _ = fit(config)
+    trained = draw(export.pipeline(tuned.model))
     assert differ(trained, draw(opened(folders[family]))) > 1e-3
-    export.save(config, networks, tmp_path)
+    export.save(config, tuned, tmp_path)
     assert differ(draw(DiffusionPipeline.from_pretrained(tmp_path)), trained) <= 1e-4
     assert differ(draw_ours(tmp_path), trained) <= 1e-4
 
@@ -253,14 +270,15 @@ def test_the_loss_by_hand(
     config = settings(
         folders[family], photos, global_batch_size=4, caption_dropout=drop, min_snr_gamma=gamma
     )
-    batches, module = worker.build(config, worker.load(config, "cpu", torch.float32), torch.float32)
-    rows = batches.curriculum.rows(3)
+    model = worker.load(config, "cpu", torch.float32)
+    batches, module = worker.build(resolved(config), model, torch.float32)
+    rows = batches.schedule.rows(3)
     assert any(row.caption is None for row in rows) == (drop > 0)
     batch = batches.batch(rows)
     pipeline = opened(folders[family])
     pipeline.unet.requires_grad_(False)
     assert differ(batch.z_BCHW, latents(pipeline, rows)) <= 1e-5
-    factors = module.networks.trainable()
+    factors = module.tuned.trainable()
     generator = torch.Generator().manual_seed(0)
     for factor in factors.values():
         torch.nn.init.normal_(factor, std=0.1, generator=generator)
@@ -390,3 +408,34 @@ def is_of(name: str, part: str) -> bool:
     """Whether a factor is of this part: text encoders are numbered from 0 in checkpoints."""
     numbers = {"unet": "unet.", "text_encoder": "text_encoders.0."}
     return name.startswith(numbers.get(part, "text_encoders.1."))
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_the_attention_kernel(
+    folders: dict[str, Path], photos: Path, saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model.attention` holds in training, also where layers run again for their gradients."""
+    config = settings(folders["sdxl"], photos, steps=1, gradient_checkpointing=saves)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"attention": "math"})}
+    )
+    seen: list[bool] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    tuned, _ = fit(config)
+    num_layers = len(tuned.unet.attn_processors)
+    assert seen.count(False) == num_layers * (2 if saves else 1)
+
+
+def test_an_attention_kernel_that_there_is_not(folders: dict[str, Path], photos: Path) -> None:
+    config = settings(folders["sdxl"], photos, steps=1)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"attention": "efficient"})}
+    )
+    with pytest.raises(BadInput, match=r"model\.attention efficient cannot train on this device"):
+        fit(config)

@@ -10,10 +10,11 @@ from rayjobs.config import BadInput
 from rayjobs.dreambooth import lock
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.resolved import ResolvedRun
 
 
 def photo(name: str, *captions: str, sha256: str = "") -> Photo:
-    return Photo(name, Path("x"), None, captions or ("a sks dog",), sha256 or name, 64, 64)
+    return Photo(name, "x", name, None, captions or ("a sks dog",), sha256 or name, 64, 64)
 
 
 def describe(
@@ -34,9 +35,9 @@ def describe(
         section, name = key.split("__")
         values.setdefault(section, {})[name] = value
     config = DreamBoothConfig.model_validate(values)
-    return lock.describe(
-        config, sha256, photos or [photo("a.png"), photo("b.png")], priors or [photo("p.png")]
-    )
+    instance = photos or [photo("a.png"), photo("b.png")]
+    run = ResolvedRun(config, sha256, tuple(instance), tuple(priors or [photo("p.png")]))
+    return lock.describe(run)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -21,8 +21,9 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load
 
 from rayjobs import storage
-from rayjobs.dreambooth import job
+from rayjobs.dreambooth import composition, job
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.resolved import resolve
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.models import exports
 
@@ -72,7 +73,8 @@ def values(
 
 def run(settings: dict[str, Any]) -> None:
     """In this process, on a Ray session of its own unless there is one."""
-    job.run(job.anchored(DreamBoothConfig.model_validate(settings)))
+    run = resolve(DreamBoothConfig.model_validate(settings))
+    job.run(composition.with_class_images(run))
 
 
 def start(folder: Path, settings: dict[str, Any]) -> subprocess.Popen[bytes]:

@@ -20,8 +20,9 @@ from safetensors.torch import load
 
 from rayjobs import storage
 from rayjobs.config import BadInput, JobFailed
-from rayjobs.dreambooth import job, results
+from rayjobs.dreambooth import composition, job, results
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.resolved import ResolvedRun, resolve
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.models import exports
 
@@ -56,8 +57,9 @@ def values(output: str, priors: Path, steps: int = 8, **keys: Any) -> dict[str, 
     } | keys
 
 
-def config(output: str, priors: Path, **keys: Any) -> DreamBoothConfig:
-    return job.anchored(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+def resolved(output: str, priors: Path, **keys: Any) -> ResolvedRun:
+    config = DreamBoothConfig.model_validate(values(output, priors, **keys))
+    return composition.with_class_images(resolve(config))
 
 
 def losses(output: str) -> list[float]:
@@ -79,7 +81,7 @@ def one_worker(
     cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[float]:
     output = str(tmp_path_factory.mktemp("one") / "out")
-    job.run(config(output, priors))
+    job.run(resolved(output, priors))
     return losses(output)
 
 
@@ -88,7 +90,7 @@ def test_more_workers_see_the_same_batch(
     one_worker: list[float], priors: Path, tmp_path: Path, workers: int
 ) -> None:
     output = str(tmp_path / "out")
-    job.run(config(output, priors, workers={"min": workers}))
+    job.run(resolved(output, priors, workers={"min": workers}))
     assert losses(output) == pytest.approx(one_worker, abs=1e-5)
     steps = [checkpoint.step for checkpoint in Checkpoints(f"{output}/checkpoints").list()]
     assert steps == [6, 8]
@@ -99,7 +101,7 @@ def test_small_calls_give_the_same_step(
 ) -> None:
     output = str(tmp_path / "out")
     train = values(output, priors)["train"] | {"micro_batch_size": 1}
-    job.run(config(output, priors, train=train))
+    job.run(resolved(output, priors, train=train))
     assert losses(output) == pytest.approx(one_worker, abs=1e-5)
 
 
@@ -126,7 +128,7 @@ def test_a_killed_driver_is_started_again(
     """Bit for bit, on S3, what one undisturbed run gives; then there is nothing to do."""
     calm, killed = str(tmp_path / "calm"), f"{bucket}/killed"
     long = {"steps": 24, "global_batch_size": 4, "learning_rate": 1e-3}
-    job.run(config(calm, priors, train=long))
+    job.run(resolved(calm, priors, train=long))
     run = values(killed, priors, train=long)
     process = start(tmp_path, run)
     wait_for_checkpoint(killed, 6)
@@ -166,9 +168,9 @@ def test_an_interruption(priors: Path, tmp_path: Path, sign: signal.Signals) -> 
 def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     short = {"steps": 1, "global_batch_size": 4}
-    job.run(config(output, priors, train=short))
+    job.run(resolved(output, priors, train=short))
     with pytest.raises(BadInput, match=r"train.learning_rate: 0.0001 there, 0.1 now"):
-        job.run(config(output, priors, train=short | {"learning_rate": 0.1}))
+        job.run(resolved(output, priors, train=short | {"learning_rate": 0.1}))
 
 
 def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
@@ -184,7 +186,7 @@ def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     train = {"steps": 30, "global_batch_size": 4, "learning_rate": 1e-3}
-    job.run(config(output, priors, train=train))
+    job.run(resolved(output, priors, train=train))
     killer.join(1)
     assert killed
     assert losses(output)[:8] == one_worker
@@ -208,7 +210,7 @@ def test_what_will_not_mend_is_told_once(cluster: None, priors: Path, tmp_path: 
     output = str(tmp_path / "out")
     wild = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e30, "method": "full"}
     with pytest.raises(JobFailed, match=r"not a number; lower train\.learning_rate"):
-        job.run(config(output, priors, train=wild))
+        job.run(resolved(output, priors, train=wild))
 
 
 def test_pictures_metrics_and_the_page(cluster: None, priors: Path, tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_pictures_metrics_and_the_page(cluster: None, priors: Path, tmp_path: Pa
         "steps": 2,
         "encoders": {"subject": "starter", "prompt": "starter"},
     }
-    run = config(
+    run = resolved(
         output,
         priors,
         train={"steps": 6, "global_batch_size": 2, "learning_rate": 1e-3},

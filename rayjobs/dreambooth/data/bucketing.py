@@ -1,6 +1,6 @@
-"""How a picture becomes training pixels: the bucket it goes into, the crop, SDXL's size words.
+"""Aspect-ratio bucketing: the size that an image is trained at, its crop, SDXL's size conditioning.
 
-Owns shapes and crops. Knows nothing of latents or of batches.
+Owns shapes and crops. Knows nothing of latents or batches.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from PIL import Image
 from rayjobs.dreambooth.data import rng
 from rayjobs.dreambooth.data.photos import Photo
 
-WIDEST = 2.0
+MAX_ASPECT_RATIO = 2.0
 """A bucket's longer side over its shorter one."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One way of looking at a picture: scaled, cropped and perhaps mirrored, to width x height."""
+    """A crop of an image: scaled, cut to width x height, and perhaps mirrored."""
 
     width: int
     height: int
@@ -41,9 +41,9 @@ def list_buckets(side: int, multiple: int) -> list[tuple[int, int]]:
     """Sizes (width, height) of about side x side pixels, in steps of `multiple`."""
     sizes = {(side, side)}
     width = multiple
-    while width <= side * WIDEST**0.5:
+    while width <= side * MAX_ASPECT_RATIO**0.5:
         height = int(side * side / width / multiple) * multiple
-        if height and max(width / height, height / width) <= WIDEST:
+        if height and max(width / height, height / width) <= MAX_ASPECT_RATIO:
             sizes |= {(width, height), (height, width)}
         width += multiple
     return sorted(sizes)
@@ -55,13 +55,13 @@ def bucket_multiple(side: int, vae_scale: int) -> int:
 
 
 def nearest_bucket(photo: Photo, buckets: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket that cuts least off."""
+    """The bucket that crops least."""
     shape = np.log(photo.width / photo.height)
     return min(buckets, key=lambda size: abs(np.log(size[0] / size[1]) - shape))
 
 
 def frame(photo: Photo, bucket: tuple[int, int], crop: int, mirrored: bool, seed: int) -> Frame:
-    """The `crop`-th frame of a picture: the middle one first, then others drawn for it."""
+    """The `crop`-th frame of an image: the centre first, then random ones."""
     width, height = bucket
     scale = max(width / photo.width, height / photo.height)
     scaled = (max(width, round(photo.width * scale)), max(height, round(photo.height * scale)))
@@ -74,17 +74,17 @@ def frame(photo: Photo, bucket: tuple[int, int], crop: int, mirrored: bool, seed
     return Frame(width, height, scaled, left, top, mirrored)
 
 
-def num_crops(photo: Photo, bucket: tuple[int, int], most: int) -> int:
-    """How many different frames a picture has, at most `most`."""
+def num_crops(photo: Photo, bucket: tuple[int, int], limit: int) -> int:
+    """How many different crops an image has, at most `limit`."""
     whole = frame(photo, bucket, 0, False, 0)
     spare = max(whole.scaled[0] - whole.width, whole.scaled[1] - whole.height)
-    return min(most, spare + 1)
+    return min(limit, spare + 1)
 
 
-def time_ids(photo: Photo, seen: Frame) -> list[float]:
-    """SDXL's six numbers: the picture's own size, the crop's corner, the size trained at."""
-    left = seen.scaled[0] - seen.width - seen.left if seen.mirrored else seen.left
-    return [photo.height, photo.width, seen.top, left, seen.height, seen.width]
+def time_ids(photo: Photo, frame: Frame) -> list[float]:
+    """SDXL's six numbers: the image's own size, the crop's corner, the size trained at."""
+    left = frame.scaled[0] - frame.width - frame.left if frame.mirrored else frame.left
+    return [photo.height, photo.width, frame.top, left, frame.height, frame.width]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

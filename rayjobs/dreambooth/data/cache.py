@@ -1,7 +1,7 @@
-"""Encodings made once: the autoencoder's moments of each view, the text encoders' of each caption.
+"""A cache of encodings: the autoencoder's moments of views, the text encoders' states of captions.
 
-Owns their names, and their copies on storage and on this machine. A name says all that an encoding
-depends on, so a changed picture or model never meets an old one.
+Owns their names, and their copies on storage and in memory. A name covers all that an encoding
+depends on, so a changed image or model never gets an old one.
 """
 
 import hashlib
@@ -14,38 +14,38 @@ from safetensors.torch import load, save
 from rayjobs import storage
 
 Tensors = dict[str, torch.Tensor]
-MOST_HELD_BYTES = 2 * 2**30
+MAX_BYTES_IN_MEMORY = 2 * 2**30
 
 
 class Cache:
-    """Small tensors by name, below `uri`; the latest used are held in memory."""
+    """Small tensors by name, below `uri`; the most recently used are kept in memory."""
 
     def __init__(self, uri: str, model_sha256: str):
         self.uri = uri
         self._model = model_sha256
-        self._held: OrderedDict[str, Tensors] = OrderedDict()
-        self._held_bytes = 0
+        self._in_memory: OrderedDict[str, Tensors] = OrderedDict()
+        self._bytes_in_memory = 0
 
     def missing(self, names: list[str]) -> list[str]:
-        """Those of `names` that nobody has stored."""
-        there = set(storage.list_files(self.uri))
-        return [name for name in names if self._file(name) not in there]
+        """Those of `names` that are not stored yet."""
+        stored = set(storage.list_files(self.uri))
+        return [name for name in names if self._file(name) not in stored]
 
     def put(self, name: str, tensors: Tensors) -> None:
-        plain = {key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}
-        storage.write_bytes(self._uri(name), save(plain), durable=False)
+        on_cpu = {key: tensor.float().cpu().contiguous() for key, tensor in tensors.items()}
+        storage.write_bytes(self._uri(name), save(on_cpu), durable=False)
 
     def get(self, name: str) -> Tensors:
         """float32 tensors on the CPU."""
-        if name in self._held:
-            self._held.move_to_end(name)
-            return self._held[name]
-        found = load(storage.read_bytes(self._uri(name)))
-        self._held[name] = found
-        self._held_bytes += _num_bytes(found)
-        while self._held_bytes > MOST_HELD_BYTES and len(self._held) > 1:
-            self._held_bytes -= _num_bytes(self._held.popitem(last=False)[1])
-        return found
+        if name in self._in_memory:
+            self._in_memory.move_to_end(name)
+            return self._in_memory[name]
+        tensors = load(storage.read_bytes(self._uri(name)))
+        self._in_memory[name] = tensors
+        self._bytes_in_memory += _num_bytes(tensors)
+        while self._bytes_in_memory > MAX_BYTES_IN_MEMORY and len(self._in_memory) > 1:
+            self._bytes_in_memory -= _num_bytes(self._in_memory.popitem(last=False)[1])
+        return tensors
 
     def _file(self, name: str) -> str:
         hashed = hashlib.sha256(f"{self._model}\0{name}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Randomness by counting: every random number of a run is a function of what it is for.
+"""Counter-based random numbers: each is a function of what it is for.
 
-`(run seed, step, position in the global batch, purpose)` names a stream of its own, so that noise,
-timesteps, crops and dropout are the same on any number of workers, after any interruption. Owns
-the keys and the streams; uses no global generator.
+`(run seed, step, position in the global batch, purpose)` is the key of a stream of its own, so that
+noise, timesteps, crops and dropout are the same on any number of workers and after any
+interruption. Owns keys and streams; uses no global generator.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ MASK_63 = (1 << 63) - 1
 
 
 def key(*names: int | str) -> int:
-    """63 bits that these names, in this order, always give."""
+    """A 63-bit hash of these names in this order."""
     text = "\0".join(str(name) for name in names)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & MASK_63
 
 
 def generator(*names: int | str) -> torch.Generator:
-    """A stream on the CPU, where a seed means the same on every machine."""
+    """A generator on the CPU, where a seed gives the same numbers on every machine."""
     return torch.Generator().manual_seed(key(*names))
 
 
@@ -41,14 +41,14 @@ def permutation(size: int, *names: int | str) -> tuple[int, ...]:
 
 
 def keep_mask(keys_B: torch.Tensor, num: int, drop: float) -> torch.Tensor:
-    """(B, num) bool, True with probability 1 - drop: a hash of each key and place, on any device.
+    """(B, num) bool, True with probability 1 - drop: a hash of each key and index, on any device.
 
     The 32-bit finalizer of MurmurHash3 over counters, in int64 so that all devices agree.
     """
-    places_N = torch.arange(num, device=keys_B.device, dtype=torch.int64)
+    index_N = torch.arange(num, device=keys_B.device, dtype=torch.int64)
     low_B1 = (keys_B & 0xFFFFFFFF)[:, None]
     high_B1 = ((keys_B >> 32) & 0xFFFFFFFF)[:, None]
-    hashed_BN = _mix(_mix(places_N[None, :] ^ low_B1) ^ high_B1)
+    hashed_BN = _mix(_mix(index_N[None, :] ^ low_B1) ^ high_B1)
     return hashed_BN >= int(drop * 2**32)
 
 

@@ -1,1 +1,1 @@
-"""How a run trains: networks, objective, the Lightning module, checkpoints."""
+"""How a run trains: the tuned model, the objective, the Lightning module, checkpoints."""

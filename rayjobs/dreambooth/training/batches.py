@@ -1,7 +1,7 @@
 """From the rows of a step to tensors: latents, noise, levels and conditioning.
 
-Owns encoding and its cache, and the making of a step's batches a step ahead of their use. Knows
-nothing of losses or of gradients. Legend: B rows, C H W latents.
+Owns encoding and its cache, and prepares a step's batches while the step before is trained on.
+Knows nothing of losses or gradients. Legend: B rows, C H W latents.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.vae.latents import encode_moments
 from rayjobs.dreambooth.data import bucketing
 from rayjobs.dreambooth.data.cache import Cache, Tensors
-from rayjobs.dreambooth.data.schedule import Curriculum, Row, View, micro_batches
-from rayjobs.dreambooth.training.networks import Networks, Text
+from rayjobs.dreambooth.data.schedule import BatchSchedule, Row, View, micro_batches
 from rayjobs.dreambooth.training.objective import Objective
+from rayjobs.dreambooth.training.tuned_model import Text, TunedModel
 
-MOST_TEXTS = 64
+MAX_TEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Batch:
     levels_B: torch.Tensor
     time_ids_B6: torch.Tensor
     is_prior_B: torch.Tensor
+    has_prior: bool
+    """Whether any row is a class image; known without asking the device."""
     dropout_keys_B: torch.Tensor
     captions: list[str | None]
     text: Text | None
-    """None where the text encoders train and must be run."""
+    """None where text is trained, and encoded again at every step."""
 
     def to(self, device: str) -> "Batch":
         moved: dict[str, Any] = {
@@ -54,84 +56,86 @@ class Batches:
 
     def __init__(
         self,
-        curriculum: Curriculum,
-        networks: Networks,
+        schedule: BatchSchedule,
+        tuned: TunedModel,
         objective: Objective,
         cache: Cache | None,
         noise_offset: float = 0.0,
     ):
-        self.curriculum = curriculum
-        self.networks = networks
+        self.schedule = schedule
+        self.tuned = tuned
         self.objective = objective
         self.cache = cache
         self.noise_offset = noise_offset
-        self._said: dict[str | None, Tensors] = {}
+        self._texts: dict[str | None, Tensors] = {}
         """Texts encoded without a cache."""
 
     def fill_cache(self, rank: int, num_workers: int) -> None:
-        """Encode this worker's share of what no cache has yet."""
+        """Encode this worker's share of what the cache lacks."""
         if self.cache is None:
             return
-        views = {f"view-{view.name}": view for view in self.curriculum.views()}
-        # Shared out before anybody looks what is there: others are storing theirs in the meantime.
+        views = {f"view-{view.name}": view for view in self.schedule.views()}
+        # Split before the cache is listed: other workers are storing their shares meanwhile.
         for name in self.cache.missing(list(views)[rank::num_workers]):
             self.cache.put(name, self._moments([views[name]])[0])
-        if self.networks.runs_text:
+        if self.tuned.trains_text:
             return
-        captions: list[str | None] = [None, *self.curriculum.captions()]
+        captions: list[str | None] = [None, *self.schedule.captions()]
         texts = {_text_name(caption): caption for caption in captions}
         for name in self.cache.missing(list(texts)[rank::num_workers]):
             self.cache.put(name, self._states(texts[name]))
 
     def steps(
-        self, first: int, last: int, rank: int, num_workers: int, most: int | None
+        self, first: int, last: int, rank: int, num_workers: int, max_photos: int | None
     ) -> Iterator[list[Batch]]:
         """The batches of steps first .. last - 1, each made while the one before is trained on.
 
-        Not so on a CPU: two pools of OpenMP threads on the same cores cost more than that hides.
+        Except on a CPU, where a second pool of OpenMP threads on the same cores costs more time
+        than it hides.
         """
 
         def make(step: int) -> list[Batch]:
-            rows = self.curriculum.rows(step, rank, num_workers)
-            return [self.batch(part) for part in micro_batches(rows, most)]
+            rows = self.schedule.rows(step, rank, num_workers)
+            return [self.batch(part) for part in micro_batches(rows, max_photos)]
 
-        if self.networks.model.device == "cpu":
+        if self.tuned.model.device == "cpu":
             yield from map(make, range(first, last))
             return
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(make, first)
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = pool.submit(make, first)
             for step in range(first, last):
-                made = coming.result()
+                batches = upcoming.result()
                 if step + 1 < last:
-                    coming = ahead.submit(make, step + 1)
-                yield made
+                    upcoming = pool.submit(make, step + 1)
+                yield batches
 
     def batch(self, rows: list[Row]) -> Batch:
         """Tensors of rows whose views have one size."""
         latents = self._latents(rows)
         shape = tuple(latents[0].shape)
-        frames = [bucketing.time_ids(row.view.photo, row.view.frame) for row in rows]
+        time_ids = [bucketing.time_ids(row.view.photo, row.view.frame) for row in rows]
         return Batch(
             z_BCHW=torch.stack(latents),
             noise_BCHW=torch.stack([self._noise(row, shape) for row in rows]),
-            levels_B=torch.tensor([self.objective.draw(row.chance) for row in rows]),
-            time_ids_B6=torch.tensor(frames, dtype=torch.float32),
+            levels_B=torch.tensor([self.objective.level(row.quantile) for row in rows]),
+            time_ids_B6=torch.tensor(time_ids, dtype=torch.float32),
             is_prior_B=torch.tensor([row.view.is_prior for row in rows]),
+            has_prior=any(row.view.is_prior for row in rows),
             dropout_keys_B=torch.tensor([row.dropout_key for row in rows]),
             captions=[row.caption for row in rows],
-            text=None if self.networks.runs_text else self._text(rows),
+            text=None if self.tuned.trains_text else self._text(rows),
         )
 
     def _latents(self, rows: list[Row]) -> list[torch.Tensor]:
-        """Each row's latents (C, H, W), drawn from the autoencoder's posterior and scaled."""
+        """Each row's latents (C, H, W), sampled from the autoencoder's posterior and scaled."""
         if self.cache is None:
-            found = self._moments([row.view for row in rows])
+            all_moments = self._moments([row.view for row in rows])
         else:
-            found = [self.cache.get(f"view-{row.view.name}") for row in rows]
-        model = self.networks.model
+            all_moments = [self.cache.get(f"view-{row.view.name}") for row in rows]
+        model = self.tuned.model
         mean, scale = (t[0].float().cpu() for t in model.latents_mean_std)
         latents = []
-        for row, moments in zip(rows, found, strict=True):
+        for row, moments in zip(rows, all_moments, strict=True):
             std = (0.5 * moments["logvar"].clamp(-30, 20)).exp()
             z_CHW = moments["mean"] + std * row.noise(tuple(std.shape), "posterior")
             latents.append((z_CHW - mean) * model.vae.config.scaling_factor / scale)
@@ -144,9 +148,9 @@ class Batches:
         return noise_CHW
 
     def _moments(self, views: list[View]) -> list[Tensors]:
-        """What the autoencoder makes of views of one size, all in one call."""
+        """The autoencoder's moments of views of one size, all in one call."""
         pixels = [bucketing.to_pixels(view.frame.cut(view.photo.open())) for view in views]
-        encoded = encode_moments(torch.stack(pixels), self.networks.model)
+        encoded = encode_moments(torch.stack(pixels), self.tuned.model)
         means, logvars = (each.float().cpu() for each in encoded)
         for view, mean, logvar in zip(views, means, logvars, strict=True):
             if not bool(mean.isfinite().all() and logvar.isfinite().all()):
@@ -157,25 +161,25 @@ class Batches:
 
     @torch.no_grad()
     def _states(self, caption: str | None) -> Tensors:
-        text = self.networks.encode([caption])
-        found = {"states": text.states_BLD[0]}
+        text = self.tuned.encode([caption])
+        tensors = {"states": text.states_BLD[0]}
         if text.pooled_BP is not None:
-            found["pooled"] = text.pooled_BP[0]
-        return {name: tensor.float().cpu() for name, tensor in found.items()}
+            tensors["pooled"] = text.pooled_BP[0]
+        return {name: tensor.float().cpu() for name, tensor in tensors.items()}
 
-    def _known_states(self, caption: str | None) -> Tensors:
+    def _cached_states(self, caption: str | None) -> Tensors:
         if self.cache is not None:
             return self.cache.get(_text_name(caption))
-        if caption not in self._said:
-            if len(self._said) == MOST_TEXTS:
-                self._said.clear()
-            self._said[caption] = self._states(caption)
-        return self._said[caption]
+        if caption not in self._texts:
+            if len(self._texts) == MAX_TEXTS:
+                self._texts.clear()
+            self._texts[caption] = self._states(caption)
+        return self._texts[caption]
 
     def _text(self, rows: list[Row]) -> Text:
-        found = [self._known_states(row.caption) for row in rows]
-        pooled = [each["pooled"] for each in found if "pooled" in each]
-        states_BLD = torch.stack([each["states"] for each in found])
+        texts = [self._cached_states(row.caption) for row in rows]
+        pooled = [text["pooled"] for text in texts if "pooled" in text]
+        states_BLD = torch.stack([text["states"] for text in texts])
         return Text(states_BLD, torch.stack(pooled) if pooled else None)
 
 

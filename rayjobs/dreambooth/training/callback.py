@@ -1,7 +1,7 @@
-"""The checkpoint callback: every K steps a copy of what is trained, stored beside training.
+"""The checkpoint callback: every K steps a copy of what is trained, uploaded in the background.
 
 Owns what a checkpoint holds (trained weights, their average, the optimizer's moments, the step; no
-random state, since there is none) and when it is written. One upload is under way at a time.
+random state, since there is none) and when it is written. Uploads one checkpoint at a time.
 """
 
 import json
@@ -17,11 +17,11 @@ import torch
 
 from rayjobs import storage
 from rayjobs.dreambooth import results
-from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import fsdp, trackers
 from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.training.module import DreamBooth
-from rayjobs.dreambooth.training.networks import Networks
+from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.storage import StorageError
 
 FILE = "state.pt"
@@ -30,35 +30,33 @@ PART_WAIT_S = 1800.0
 POLL_S = 1.0
 
 
-class Saving(pl.Callback):
+class CheckpointCallback(pl.Callback):
     """Writes checkpoints in the background, and the run's metrics with them.
 
-    Whole states are written by rank 0; of sharded ones every rank writes its part, and rank 0 the
-    note that makes a checkpoint of them. `attempt` names this start of the workers: parts of an
-    earlier one are not taken for theirs.
+    Rank 0 writes an unsharded state. Of a sharded one every rank writes its part, and rank 0 the
+    note that commits them. `attempt` names this start of the workers, so that parts from an
+    earlier start are not mixed in.
     """
 
-    def __init__(
-        self, config: DreamBoothConfig, rank: int, num_workers: int, sharded: bool, attempt: str
-    ):
-        self.uri = config.output.uri
-        self.config = config
-        self.checkpoints = Checkpoints(storage.join(self.uri, "checkpoints"))
+    def __init__(self, run: ResolvedRun, rank: int, num_workers: int, sharded: bool, attempt: str):
+        self.uri, self.config = run.config.output.uri, run.config
+        self.checkpoints = Checkpoints(run.checkpoints_uri)
         self.rank, self.num_workers = rank, num_workers
         self.sharded, self.attempt = sharded, attempt
         self.logs = Path(tempfile.mkdtemp(prefix="logs-"))
-        """Where trackers write; its files are stored with every checkpoint."""
+        """A local folder that trackers write to; it is uploaded with every checkpoint."""
         self.stalled_s = 0.0
-        """How long training has waited for this."""
+        """How long training has waited for checkpoints."""
         self._rows: list[str] = []
         self._start: Checkpoint | None = None
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def resume(self, step: int) -> None:
-        """Have training begin where the checkpoint of a step (0: none) was made."""
+        """Make training start from the checkpoint of a step; 0 is no checkpoint."""
         if step:
-            (self._start,) = [each for each in self.checkpoints.list() if each.step == step]
+            checkpoints = self.checkpoints.list()
+            (self._start,) = [checkpoint for checkpoint in checkpoints if checkpoint.step == step]
             self._rows = read_metrics(storage.join(self.uri, METRICS), step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -78,7 +76,7 @@ class Saving(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         started = time.perf_counter()
-        self._finish()
+        self._wait_for_upload()
         self.stalled_s += time.perf_counter() - started
         shutil.rmtree(self.logs, ignore_errors=True)
 
@@ -86,32 +84,32 @@ class Saving(pl.Callback):
         if self.rank and not self.sharded:
             return
         started = time.perf_counter()
-        self._finish()
+        self._wait_for_upload()
         trackers.flush(module.loggers)
         folder, rows = Path(tempfile.mkdtemp(prefix="checkpoint-")), "\n".join(self._rows) + "\n"
         if self.sharded:
             fsdp.write(folder, module)
             self._pending = self._thread.submit(self._store_part, module.step, folder, rows)
         else:
-            held = _to_cpu(state(module))
-            self._pending = self._thread.submit(self._store, module.step, folder, held, rows)
+            copy = _to_cpu(state(module))
+            self._pending = self._thread.submit(self._store, module.step, folder, copy, rows)
         self.stalled_s += time.perf_counter() - started
 
-    def _finish(self) -> None:
+    def _wait_for_upload(self) -> None:
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
-    def _store(self, step: int, folder: Path, held: dict[str, Any], rows: str) -> None:
+    def _store(self, step: int, folder: Path, state: dict[str, Any], rows: str) -> None:
         try:
-            torch.save(held, folder / FILE)
+            torch.save(state, folder / FILE)
             entry = self.checkpoints.put(step, FILE, folder / FILE)
         finally:
             shutil.rmtree(folder)
         self._commit(step, {FILE: entry}, rows)
 
     def _store_part(self, step: int, folder: Path, rows: str) -> None:
-        """Store this rank's files; as rank 0, wait for the others' and commit."""
+        """Store this rank's files; rank 0 then waits for the others' and commits."""
         try:
             files = {
                 f"{self.attempt}/{path.name}": self.checkpoints.put(
@@ -145,8 +143,8 @@ class Saving(pl.Callback):
 
 
 def state(module: DreamBooth) -> dict[str, Any]:
-    """All that a run needs to go on from here; plain tensors and numbers only."""
-    trained = module.networks.trainable()
+    """All that a run needs to resume; plain tensors and numbers only."""
+    trained = module.tuned.trainable()
     return {
         "step": module.step,
         "trained": {name: parameter.detach() for name, parameter in trained.items()},
@@ -157,26 +155,26 @@ def state(module: DreamBooth) -> dict[str, Any]:
 
 
 def restore(module: DreamBooth, folder: Path, sharded: bool) -> None:
-    """Put a state back; the module's optimizer is made already."""
+    """Load a state into the module, whose optimizer exists already."""
     if sharded:
         fsdp.read(_dcp_folder(folder), module)
         return
-    held = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-    _copy(module.networks.trainable(), held["trained"])
-    _copy(module.average, held["average"])
-    module.optimizer.load_state_dict(held["optimizer"])
-    if module.scaler is not None and held["scaler"]:
-        module.scaler.load_state_dict(held["scaler"])
+    state = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+    _copy(module.tuned.trainable(), state["trained"])
+    _copy(module.average, state["average"])
+    module.optimizer.load_state_dict(state["optimizer"])
+    if module.scaler is not None and state["scaler"]:
+        module.scaler.load_state_dict(state["scaler"])
 
 
-def load_weights(checkpoints: Checkpoints, checkpoint: Checkpoint, networks: Networks) -> None:
-    """Give whole networks in one process a checkpoint's weights; the average, where one is kept."""
+def load_weights(checkpoints: Checkpoints, checkpoint: Checkpoint, tuned: TunedModel) -> None:
+    """Load a checkpoint's weights, or their average where one is kept, in a single process."""
     folder = _fetch(checkpoints, checkpoint)
     try:
-        averaged, into = networks.averaged, networks.trainable()
+        averaged, into = tuned.averaged, tuned.trainable()
         if FILE in checkpoint.files:
-            held = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-            _copy(into, held["average" if averaged else "trained"])
+            state = torch.load(folder / FILE, map_location="cpu", weights_only=True)
+            _copy(into, state["average" if averaged else "trained"])
         else:
             fsdp.read_weights(_dcp_folder(folder), into, averaged)
     finally:
@@ -199,20 +197,20 @@ def _fetch(checkpoints: Checkpoints, checkpoint: Checkpoint) -> Path:
 
 
 def _dcp_folder(folder: Path) -> Path:
-    """Where shards lie: below the name of the attempt that wrote them."""
+    """The folder with the shards: below the name of the attempt that wrote them."""
     return next(folder.rglob(".metadata")).parent
 
 
-def _copy(into: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    if into.keys() != held.keys():
-        raise ValueError("the checkpoint is of other weights than those that are trained")
+def _copy(into: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    if into.keys() != tensors.keys():
+        raise ValueError("the checkpoint holds other weights than those that are trained")
     with torch.no_grad():
         for name, tensor in into.items():
-            tensor.copy_(held[name])
+            tensor.copy_(tensors[name])
 
 
 def _to_cpu(value: Any) -> Any:
-    """A copy on the CPU that later steps do not change."""
+    """A copy on the CPU, which later steps leave alone."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

@@ -23,7 +23,7 @@ NAME = "step-{:08d}"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was written to its end."""
+    """A checkpoint that was written completely."""
 
     step: int
     files: dict[str, dict[str, Any]]
@@ -32,25 +32,25 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Those below `uri`."""
+    """The checkpoints below `uri`."""
 
     def __init__(self, uri: str):
         self.uri = uri
 
     def list(self) -> list[Checkpoint]:
         """The complete ones, oldest first."""
-        found = []
+        checkpoints = []
         for name in storage.list_files(self.uri):
             if re.fullmatch(r"step-\d{8}\.json", name):
                 try:
                     note = json.loads(storage.read_bytes(storage.join(self.uri, name)))
                 except NotThere:
-                    continue  # pruned in this moment
-                found.append(Checkpoint(note["step"], note["files"], note["facts"]))
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+                    continue  # pruned since it was listed
+                checkpoints.append(Checkpoint(note["step"], note["files"], note["facts"]))
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
     def put(self, step: int, name: str, path: Path) -> dict[str, Any]:
-        """Store one file of a checkpoint to be; return its entry for `commit`."""
+        """Store one file of a future checkpoint; return its entry for `commit`."""
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         storage.put_file(storage.join(self.uri, NAME.format(step), name), path)
@@ -67,17 +67,17 @@ class Checkpoints:
             data = storage.read_bytes(storage.join(self.uri, NAME.format(step), name))
         except NotThere:
             return None
-        found: dict[str, Any] = json.loads(data)
-        return found
+        note: dict[str, Any] = json.loads(data)
+        return note
 
     def commit(self, step: int, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-        """Make a checkpoint of files that are all stored."""
+        """Make a checkpoint of files that are stored already."""
         note = {"step": step, "files": files, "facts": facts}
         uri = storage.join(self.uri, f"{NAME.format(step)}.json")
         storage.write_bytes(uri, json.dumps(note, indent=1).encode())
 
     def fetch(self, checkpoint: Checkpoint) -> Path | None:
-        """A local folder with its files, which the caller removes; None when one is not whole."""
+        """A local folder with its files, which the caller removes; None when one is damaged."""
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
         for name, entry in checkpoint.files.items():
             path = folder / name
@@ -110,9 +110,9 @@ class Checkpoints:
         return None
 
     def prune(self, keep: set[int]) -> None:
-        """Remove every complete checkpoint but those of these steps, and what is left of others.
+        """Remove complete checkpoints of other steps than `keep`, and remains of incomplete ones.
 
-        What is newer than all complete ones may be on its way, and stays.
+        Files newer than every complete checkpoint may still be being written, and stay.
         """
         for checkpoint in self.list():
             if checkpoint.step not in keep:
@@ -124,7 +124,7 @@ class Checkpoints:
                 storage.remove_folder(storage.join(self.uri, name))
 
     def _remove(self, step: int) -> None:
-        # The note first: what is removed only in part must not look whole.
+        # The note first: a checkpoint that is removed only in part must not look complete.
         storage.remove(storage.join(self.uri, f"{NAME.format(step)}.json"))
-        with contextlib.suppress(StorageError):  # the next pruning finds it
+        with contextlib.suppress(StorageError):  # the next pruning tries again
             storage.remove_folder(storage.join(self.uri, NAME.format(step)))

@@ -1,7 +1,7 @@
-"""Full fine-tuning with weights, gradients and moments spread over the workers (FSDP2).
+"""Full fine-tuning with weights, gradients and moments sharded over the workers (FSDP2).
 
 Owns the Lightning strategy, what is sharded, and how shards become files that any number of workers
-can read. Where the files go is `callback`'s.
+can read. `callback` stores the files.
 """
 
 from collections.abc import Generator, Iterator
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from rayjobs.dreambooth.training.networks import Networks
+from rayjobs.dreambooth.training.tuned_model import TunedModel
 
 
 class RayFSDP2(ModelParallelStrategy):
@@ -38,7 +38,7 @@ class RayFSDP2(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
-        """Gradients stay whole on each worker until the step's last backward pass."""
+        """Gradients stay on each worker, unreduced, until the step's last backward pass."""
         assert self.model is not None
         roots = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         for root in roots:
@@ -50,12 +50,12 @@ class RayFSDP2(ModelParallelStrategy):
                 root.set_requires_gradient_sync(True)
 
 
-def shard(networks: Networks, mesh: Any) -> None:
+def shard(tuned: TunedModel, mesh: Any) -> None:
     """Shard every tuned network, and the frozen teacher, block by block over `mesh`.
 
-    Must come before the optimizer is made, which else holds weights that nobody trains.
+    Must come before the optimizer is made, which would otherwise hold the unsharded weights.
     """
-    for network in [*(network for _, network in networks.parts()), *networks.teachers()]:
+    for network in [*(network for _, network in tuned.parts()), *tuned.teachers()]:
         for block in _blocks(network):
             fully_shard(block, mesh=mesh)
         fully_shard(network, mesh=mesh)
@@ -67,14 +67,14 @@ def write(folder: Path, module: Any) -> None:
 
 
 def read(folder: Path, module: Any) -> None:
-    """Put a state back, written by any number of workers. All workers call it together."""
+    """Load a state, written by any number of workers. All workers call it together."""
     state = _state(module)
     dcp.load(state, checkpoint_id=str(folder))
     with torch.no_grad():
-        trained = module.networks.trainable()
+        trained = module.tuned.trainable()
         for name, tensor in state["trained"].items():
             trained[name].copy_(tensor)
-    set_optimizer_state_dict(module.networks, module.optimizer, state["optimizer"])
+    set_optimizer_state_dict(module.tuned, module.optimizer, state["optimizer"])
 
 
 def read_weights(folder: Path, into: dict[str, torch.nn.Parameter], averaged: bool) -> None:
@@ -85,10 +85,10 @@ def read_weights(folder: Path, into: dict[str, torch.nn.Parameter], averaged: bo
 
 
 def _state(module: Any) -> dict[str, Any]:
-    trained = {name: p.detach() for name, p in module.networks.trainable().items()}
-    optimizer = get_optimizer_state_dict(module.networks, module.optimizer)
-    found = {"trained": trained, "optimizer": optimizer}
-    return found | ({"average": module.average} if module.average else {})
+    trained = {name: p.detach() for name, p in module.tuned.trainable().items()}
+    optimizer = get_optimizer_state_dict(module.tuned, module.optimizer)
+    state = {"trained": trained, "optimizer": optimizer}
+    return state | ({"average": module.average} if module.average else {})
 
 
 def _blocks(network: torch.nn.Module) -> Iterator[torch.nn.Module]:

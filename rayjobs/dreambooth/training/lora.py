@@ -1,6 +1,6 @@
-"""LoRA on the networks that are tuned: put in, counted dropout, taken out again.
+"""LoRA on the networks that are tuned: added, with reproducible dropout, and read out again.
 
-Owns where adapters go and their names in files. peft owns the arithmetic.
+Owns which layers get an adapter and its names in files. peft owns the arithmetic.
 """
 
 from collections.abc import Generator
@@ -20,7 +20,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class CountedDropout(torch.nn.Module):
+class KeyedDropout(torch.nn.Module):
     """Dropout whose mask depends on each row's key and this layer's name, and on nothing else."""
 
     def __init__(self, drop: float, name: str):
@@ -40,10 +40,9 @@ class CountedDropout(torch.nn.Module):
 def add(
     network: Any, part: str, config: LoraConfig, seed: int, unused: tuple[str, ...] = ()
 ) -> None:
-    """Put an adapter into a network (the UNet, or a text encoder), its weights drawn from `seed`.
+    """Add a LoRA to a network (the UNet, or a text encoder), its weights drawn from `seed`.
 
-    The network's own weights are frozen, the adapter's are float32. Layers whose names are among
-    `unused` get none.
+    The network's own weights are frozen, the LoRA's are float32. Layers named in `unused` get none.
     """
     targets = TEXT if part.startswith("text") else _unet_targets(config)
     alpha: Any = config.alpha or config.rank  # peft takes fractions too, though it names int
@@ -56,27 +55,27 @@ def add(
         exclude_modules=list(unused) or None,
     )
     network.requires_grad_(False)
-    # Before the adapter goes to a device, so that the same seed gives the same weights everywhere.
+    # Drawn on the CPU, so that the same seed gives the same weights on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.key(seed, "adapter", part))
         network.add_adapter(peft_config, adapter_name=NAME)
     for name, layer in _layers(network):
         if config.dropout:
-            layer.lora_dropout[NAME] = CountedDropout(config.dropout, f"{part}.{name}")
+            layer.lora_dropout[NAME] = KeyedDropout(config.dropout, f"{part}.{name}")
         for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
             factor.to(torch.float32)
 
 
-def count_dropout(network: torch.nn.Module, keys_B: torch.Tensor) -> None:
-    """Tell every dropout layer the keys of the rows that come next."""
+def set_dropout_keys(network: torch.nn.Module, keys_B: torch.Tensor) -> None:
+    """Set the keys of the rows that every dropout layer sees next."""
     for module in network.modules():
-        if isinstance(module, CountedDropout):
+        if isinstance(module, KeyedDropout):
             module.keys_B = keys_B
 
 
 @contextmanager
 def disabled(network: torch.nn.Module) -> Generator[None]:
-    """Within this context the network is what it was before training."""
+    """Within this context the network behaves as before training."""
     layers = [layer for _, layer in _layers(network)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -88,9 +87,9 @@ def disabled(network: torch.nn.Module) -> Generator[None]:
 
 
 def state(network: Any) -> dict[str, torch.Tensor]:
-    """The adapter's factors by peft's names."""
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(network, adapter_name=NAME)
-    return found
+    """The LoRA's matrices by peft's names."""
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(network, adapter_name=NAME)
+    return tensors
 
 
 def _unet_targets(config: LoraConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What the UNet is to predict, and how far off it is: epsilon, v and EDM objectives.
+"""What the UNet is trained to predict, and its error: epsilon, v and EDM objectives.
 
 Owns noise levels, targets, weights and the prior-preserving loss. All of it is float32, whatever
 the UNet runs in. Knows nothing of data, workers or optimizers. Legend: B rows, C H W latents.
@@ -13,10 +13,10 @@ from rayjobs.diffusion.facts import is_edm
 
 
 class Objective(Protocol):
-    """What one row is trained on. A level is a timestep, or for EDM a noise deviation sigma."""
+    """How a row is noised and judged. A level is a timestep, or for EDM a noise deviation sigma."""
 
-    def draw(self, chance: float) -> float:
-        """The level of a number in [0, 1)."""
+    def level(self, quantile: float) -> float:
+        """The noise level at a quantile in [0, 1) of the levels' distribution."""
         ...
 
     def inputs(
@@ -28,7 +28,7 @@ class Objective(Protocol):
     def target(
         self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
     ) -> torch.Tensor:
-        """What the UNet is to answer."""
+        """What the UNet should predict."""
         ...
 
     def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
@@ -49,11 +49,13 @@ class Diffusion:
                 "a schedule that ends in pure noise needs a model with v prediction, not epsilon"
             )
         self.alphas_cumprod = alphas_cumprod.float().cpu()
+        self._alphas = self.alphas_cumprod
+        """The same on the device of the latest levels: indexing there waits for no copy."""
         self.prediction_type = prediction_type
         self.gamma = min_snr_gamma
 
-    def draw(self, chance: float) -> float:
-        return float(int(chance * len(self.alphas_cumprod)))
+    def level(self, quantile: float) -> float:
+        return float(int(quantile * len(self.alphas_cumprod)))
 
     def inputs(
         self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
@@ -73,14 +75,19 @@ class Diffusion:
         """Ones, or min-SNR (arXiv 2303.09556): min(SNR, gamma) / SNR, for v over SNR + 1."""
         if self.gamma is None:
             return torch.ones_like(levels_B, dtype=torch.float32)
-        alpha_B = self.alphas_cumprod.to(levels_B.device)[levels_B.long()]
+        alpha_B = self._alphas_at(levels_B)
         snr_B = alpha_B / (1 - alpha_B)
         over_B = snr_B if self.prediction_type == "epsilon" else snr_B + 1
         return snr_B.clamp(max=self.gamma) / over_B
 
     def _scales(self, levels_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha_B111 = self.alphas_cumprod.to(levels_B.device)[levels_B.long()][:, None, None, None]
+        alpha_B111 = self._alphas_at(levels_B)[:, None, None, None]
         return alpha_B111.sqrt(), (1 - alpha_B111).sqrt()
+
+    def _alphas_at(self, levels_B: torch.Tensor) -> torch.Tensor:
+        if self._alphas.device != levels_B.device:
+            self._alphas = self.alphas_cumprod.to(levels_B.device)
+        return self._alphas[levels_B.long()]
 
 
 class EDM:
@@ -105,13 +112,13 @@ class EDM:
         self.rho, self.sigmas = rho, sigmas
         self.sign = 1.0 if prediction_type == "epsilon" else -1.0
 
-    def draw(self, chance: float) -> float:
+    def level(self, quantile: float) -> float:
         """Uniform over the sampler's own (Karras) schedule, or log-normal N(-1.2, 1.2^2)."""
         if self.sigmas == "lognormal":
-            quantile = torch.special.ndtri(torch.tensor(max(chance, 1e-9), dtype=torch.float64))
-            return math.exp(-1.2 + 1.2 * float(quantile))
+            quantile_1 = torch.tensor(max(quantile, 1e-9), dtype=torch.float64)
+            return math.exp(-1.2 + 1.2 * float(torch.special.ndtri(quantile_1)))
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return float((high + chance * (low - high)) ** self.rho)
+        return float((high + quantile * (low - high)) ** self.rho)
 
     def inputs(
         self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
@@ -124,8 +131,8 @@ class EDM:
         self, z_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, levels_B: torch.Tensor
     ) -> torch.Tensor:
         sigma, data = levels_B[:, None, None, None], self.sigma_data
-        wanted = (sigma * z_BCHW / data - data * noise_BCHW) / (sigma**2 + data**2).sqrt()
-        return self.sign * wanted
+        target = (sigma * z_BCHW / data - data * noise_BCHW) / (sigma**2 + data**2).sqrt()
+        return self.sign * target
 
     def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(levels_B, dtype=torch.float32)
@@ -134,9 +141,9 @@ class EDM:
 def build_objective(
     scheduler: Any, min_snr_gamma: float | None = None, edm_sigmas: str = "karras"
 ) -> Objective:
-    """The objective of the model whose sampler (a diffusers scheduler) this is.
+    """The objective for the model that this sampler (a diffusers scheduler) belongs to.
 
-    Raises ValueError when min-SNR is asked of an EDM model, for which it is not defined.
+    Raises ValueError for min-SNR with an EDM model, for which it is not defined.
     """
     config = scheduler.config
     if is_edm(type(scheduler).__name__):
@@ -156,12 +163,12 @@ def build_objective(
     return Diffusion(scheduler.alphas_cumprod, config.prediction_type, min_snr_gamma)
 
 
-def errors(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
+def squared_errors(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
     """Each row's mean squared error, (B,) float32."""
     return (prediction_BCHW.float() - target_BCHW.float()).pow(2).mean(dim=(1, 2, 3))
 
 
-def loss(
+def prior_preserving_loss(
     errors_B: torch.Tensor,
     weight_B: torch.Tensor,
     is_prior_B: torch.Tensor,
@@ -172,7 +179,7 @@ def loss(
     """mean_i(w_i e_i) + prior_weight mean_c(w_c e_c) (arXiv 2208.12242, eq. 2), or a part of it.
 
     The rows may be any part of a global batch of `num_instance` photographs and `num_prior` class
-    images: the parts' losses add up to that of the whole.
+    images: the losses of the parts add up to the loss of the whole.
     """
     share_B = torch.where(is_prior_B, prior_weight / max(1, num_prior), 1.0 / num_instance)
     return (share_B * weight_B * errors_B).sum()

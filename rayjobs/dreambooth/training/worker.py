@@ -1,7 +1,7 @@
 """What each Ray Train worker does: load, resume, train.
 
-Owns how the parts are put together in one process. What a step is lies in `module`; where workers
-run lies in `job`.
+Owns how the parts are assembled in one process. `module` says what a step is, `job` where workers
+run.
 """
 
 import logging
@@ -22,80 +22,81 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.cache import Cache
-from rayjobs.dreambooth.data.photos import find_photos
-from rayjobs.dreambooth.data.schedule import Curriculum
+from rayjobs.dreambooth.data.schedule import BatchSchedule
+from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import trackers
 from rayjobs.dreambooth.training.batches import Batch, Batches
-from rayjobs.dreambooth.training.callback import Saving
+from rayjobs.dreambooth.training.callback import CheckpointCallback
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.fsdp import RayFSDP2
 from rayjobs.dreambooth.training.module import DreamBooth
-from rayjobs.dreambooth.training.networks import Networks
 from rayjobs.dreambooth.training.objective import build_objective
+from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
 
-PATIENCE_S = 900.0
-"""How long workers wait for a storage server that is away."""
+STORAGE_WAIT_S = 900.0
+"""How long workers wait for a storage server that cannot be reached."""
 FATAL, ERRORS = "fatal", "errors"
-HOPELESS = (ValueError, TypeError, KeyError, FloatingPointError, torch.OutOfMemoryError)
+PERMANENT_ERRORS = (ValueError, TypeError, KeyError, FloatingPointError, torch.OutOfMemoryError)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(settings: dict[str, Any]) -> None:
     """Train this worker's share. Runs in every worker, again after each change of their number.
 
-    An error that would come again is told to the driver, and nothing more is tried; what may be the
-    fate of one machine is left to Ray, which starts all workers anew.
+    An error that would occur again is reported to the driver and ends the run; for one that may be
+    due to this machine, Ray starts all workers again.
     """
     counter = settings["counter"]
     if FATAL in ray.get(counter.read.remote())[1]:
         return
     try:
-        _train(DreamBoothConfig.model_validate(settings["config"]), counter)
+        _train(settings["run"], counter)
     except Exception as error:
-        _tell(error, counter)
+        _report_error(error, counter)
         raise
 
 
-def _tell(error: Exception, counter: Any) -> None:
-    """Note an error; one that no machine can help, or that comes at one step twice, is fatal."""
+def _report_error(error: Exception, counter: Any) -> None:
+    """Note an error; a permanent one, or one that occurs twice at one step, is fatal."""
     done, notes = ray.get(counter.read.remote())
     kind = "" if isinstance(error, (BadInput, FloatingPointError)) else f"{type(error).__name__}: "
-    words = kind + str(error).strip().split("\n")[0]
-    known = notes.get(ERRORS, [])
-    note: dict[str, Any] = {ERRORS: [*known, (done, words)]}
-    if isinstance(error, HOPELESS) or (done, words) in known:
-        note = {FATAL: words}
+    message = kind + str(error).strip().split("\n")[0]
+    earlier = notes.get(ERRORS, [])
+    note: dict[str, Any] = {ERRORS: [*earlier, (done, message)]}
+    if isinstance(error, PERMANENT_ERRORS) or (done, message) in earlier:
+        note = {FATAL: message}
     ray.get(counter.set.remote(done, **note))
 
 
-def _train(config: DreamBoothConfig, counter: Any) -> None:
-    storage.be_patient(PATIENCE_S)
-    _quiet()
-    _pin(config)
+def _train(run: ResolvedRun, counter: Any) -> None:
+    config = run.config
+    storage.be_patient(STORAGE_WAIT_S)
+    _silence_lightning()
+    _set_threads(config)
     device = ray.train.torch.get_device()
-    rank, num_workers = _place()
+    rank, num_workers = _rank_and_world_size()
     compute = choose_precision(config.train.precision, device.type)
     model = load(config, str(device), compute)
-    wants_shards = config.train.strategy == "fsdp" or model.family == "sdxl"
-    sharded = wants_shards and may_shard(config, device.type)
-    batches, module = build(config, model, compute, sharded)
-    checkpoints = Checkpoints(storage.join(config.output.uri, "checkpoints"))
+    prefers_sharding = config.train.strategy == "fsdp" or model.family == "sdxl"
+    sharded = prefers_sharding and may_shard(config, device.type)
+    batches, module = build(run, model, compute, sharded)
+    checkpoints = Checkpoints(run.checkpoints_uri)
     first, attempt = _agree_on_start(checkpoints, rank)
-    saver = Saving(config, rank, num_workers, sharded, attempt)
-    saver.resume(first)
+    checkpointing = CheckpointCallback(run, rank, num_workers, sharded, attempt)
+    checkpointing.resume(first)
     batches.fill_cache(rank, num_workers)
     _wait_for_all()
-    steps = _Steps(batches, config, first, rank, num_workers)
+    steps = _StepBatches(batches, config, first, rank, num_workers)
     strategy: Any = RayFSDP2() if sharded else RayDDPStrategy(gradient_as_bucket_view=True)
     trainer = pl.Trainer(
         accelerator=device.type if device.type == "cpu" else "gpu",
         devices="auto",
         strategy=strategy,
         plugins=[RayLightningEnvironment()],
-        callbacks=[saver, _Reporting(counter)],
-        logger=trackers.build(config, saver.logs) if rank == 0 else False,
+        callbacks=[checkpointing, _ProgressCallback(counter)],
+        logger=trackers.build(config, checkpointing.logs) if rank == 0 else False,
         max_epochs=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -106,28 +107,27 @@ def _train(config: DreamBoothConfig, counter: Any) -> None:
 
 
 def build(
-    config: DreamBoothConfig, model: Model, compute: torch.dtype, sharded: bool = False
+    run: ResolvedRun, model: Model, compute: torch.dtype, sharded: bool = False
 ) -> tuple[Batches, DreamBooth]:
-    """What makes the batches, and what trains on them."""
-    photos = find_photos(config.instance.uri, config.instance.prompt)
-    priors = []
-    if config.prior.mode != "none":
-        priors = find_photos(str(config.prior.uri), str(config.prior.prompt))
+    """The batches and the module that trains on them."""
+    config = run.config
     side = config.train.resolution or model.default_side
-    curriculum = Curriculum(config.train, photos, priors, side, model.vae_scale)
-    aim = build_objective(model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas)
-    networks = Networks(model, config, compute)
+    schedule = BatchSchedule(config.train, run.photos, run.class_images, side, model.vae_scale)
+    objective = build_objective(
+        model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas
+    )
+    tuned = TunedModel(model, config, compute)
     cache = None
     if config.output.cache:
-        cache = Cache(storage.join(config.output.uri, "cache"), model.sha256)
-    batches = Batches(curriculum, networks, aim, cache, config.train.noise_offset)
-    counts = (curriculum.num_instance, curriculum.num_prior)
-    module = DreamBooth(config, networks, aim, *counts, sharded)
+        cache = Cache(run.cache_uri, model.sha256)
+    batches = Batches(schedule, tuned, objective, cache, config.train.noise_offset)
+    counts = (schedule.num_instance, schedule.num_prior)
+    module = DreamBooth(config, tuned, objective, *counts, sharded)
     return batches, module
 
 
 def load(config: DreamBoothConfig, device: str, compute: torch.dtype) -> Model:
-    """The model to tune: in float32 where all of it is trained, else in the math's dtype."""
+    """The model to tune: in float32 where all of it is trained, else in the compute dtype."""
     is_full = config.train.method == "full"
     options = LoadOptions(
         dtype="float32" if is_full else str(compute).removeprefix("torch."),  # type: ignore
@@ -147,13 +147,13 @@ def choose_precision(name: str, device: str) -> torch.dtype:
     return PRECISIONS[name]
 
 
-class _Steps:
-    """The steps that are left, as Lightning wants its data."""
+class _StepBatches:
+    """The remaining steps' batches, as Lightning's data loader."""
 
     def __init__(
         self, batches: Batches, config: DreamBoothConfig, first: int, rank: int, num_workers: int
     ):
-        self._make = batches.steps
+        self._steps = batches.steps
         self._range = (first, config.train.steps)
         self._share = (rank, num_workers, config.train.micro_batch_size)
 
@@ -161,11 +161,11 @@ class _Steps:
         return self._range[1] - self._range[0]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        return self._make(*self._range, *self._share)
+        return self._steps(*self._range, *self._share)
 
 
-class _Reporting(pl.Callback):
-    """Tells the driver's bar how far the run is."""
+class _ProgressCallback(pl.Callback):
+    """Reports each step to the driver's progress bar."""
 
     def __init__(self, counter: Any):
         self._counter = counter
@@ -178,31 +178,31 @@ class _Reporting(pl.Callback):
             self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world_size() -> tuple[int, int]:
     context = ray.train.get_context()
     return context.get_world_rank(), context.get_world_size()
 
 
 def may_shard(config: DreamBoothConfig, device: str) -> bool:
-    """Whether weights may be spread over the workers; by itself only full fine-tuning on GPUs."""
+    """Whether weights may be sharded over the workers; `auto`: only full fine-tuning on GPUs."""
     if config.train.strategy != "auto":
         return config.train.strategy == "fsdp"
-    many = config.workers.max_workers > 1
-    return many and config.train.method == "full" and device.startswith("cuda")
+    has_many = config.workers.max_workers > 1
+    return has_many and config.train.method == "full" and device.startswith("cuda")
 
 
 def _agree_on_start(checkpoints: Checkpoints, rank: int) -> tuple[int, str]:
-    """The step to go on from, as the first worker sees it, and a name for this start.
+    """The step to resume from, as the first worker sees it, and a name for this start.
 
-    Another worker might see a checkpoint that a late writer has just finished.
+    Another worker might already see a checkpoint that an earlier start has just finished writing.
     """
-    found: list[Any] = [0, uuid.uuid4().hex[:12]]
+    start: list[Any] = [0, uuid.uuid4().hex[:12]]
     if rank == 0:
         latest = checkpoints.latest()
-        found[0] = latest.step if latest is not None else 0
+        start[0] = latest.step if latest is not None else 0
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
-    return found[0], found[1]
+        torch.distributed.broadcast_object_list(start, src=0)
+    return start[0], start[1]
 
 
 def _wait_for_all() -> None:
@@ -210,11 +210,11 @@ def _wait_for_all() -> None:
         torch.distributed.barrier()
 
 
-def _pin(config: DreamBoothConfig) -> None:
+def _set_threads(config: DreamBoothConfig) -> None:
     torch.set_num_threads(max(1, int(config.workers.num_cpus)))
     torch.backends.cudnn.benchmark = False
 
 
-def _quiet() -> None:
+def _silence_lightning() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")

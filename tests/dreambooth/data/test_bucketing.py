@@ -1,7 +1,5 @@
 """Shapes and crops: buckets fit the model, frames lie inside pictures, SDXL is told the truth."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,9 @@ from rayjobs.dreambooth.data.photos import Photo
 
 
 def photo(width: int, height: int, number: int = 0) -> Photo:
-    return Photo(f"{number}.png", Path("x"), None, ("x",), f"{number:064x}", width, height)
+    return Photo(
+        f"{number}.png", "x", f"{number}.png", None, ("x",), f"{number:064x}", width, height
+    )
 
 
 def random_sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:

@@ -39,7 +39,7 @@ def wide(picture: Callable[[int], Image.Image], number: int = 0) -> Image.Image:
 
 
 def sized(width: int, height: int) -> Photo:
-    return Photo("dog.png", Path("dog.png"), None, (SKS,), "0" * 64, width, height)
+    return Photo("dog.png", ".", "dog.png", None, (SKS,), "0" * 64, width, height)
 
 
 @pytest.mark.parametrize("orientation", STORED_AS)

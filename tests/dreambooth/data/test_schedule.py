@@ -1,7 +1,6 @@
 """A step's rows are a function of its number: on any number of workers, at any time."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from rayjobs.dreambooth.config import TrainConfig
 from rayjobs.dreambooth.data.photos import Photo
-from rayjobs.dreambooth.data.schedule import Curriculum, Row, micro_batches
+from rayjobs.dreambooth.data.schedule import BatchSchedule, Row, micro_batches
 
 SIZES = [(64, 64), (120, 80), (80, 120), (300, 100), (65, 64), (640, 480), (90, 90)]
 
@@ -18,16 +17,18 @@ def photos(count: int, kind: str = "photo") -> list[Photo]:
     made = []
     for number in range(count):
         name, size = f"{kind} {number}", SIZES[number % len(SIZES)]
-        made.append(Photo(f"{name}.png", Path("x"), None, (name,), f"hash of {name}", *size))
+        made.append(Photo(f"{name}.png", "x", "x.png", None, (name,), f"hash of {name}", *size))
     return made
 
 
-def curriculum(*, pictures: list[Photo] | None = None, priors: int = 5, **train: Any) -> Curriculum:
+def schedule(
+    *, pictures: list[Photo] | None = None, priors: int = 5, **train: Any
+) -> BatchSchedule:
     config = TrainConfig(**{"global_batch_size": 4, "seed": 3, **train})
-    return Curriculum(config, pictures or photos(7), photos(priors, "prior"), 64, 8)
+    return BatchSchedule(config, pictures or photos(7), photos(priors, "prior"), 64, 8)
 
 
-def mixed(step: int, made: Curriculum) -> tuple[list[Row], list[Row]]:
+def mixed(step: int, made: BatchSchedule) -> tuple[list[Row], list[Row]]:
     rows = made.rows(step)
     return [r for r in rows if not r.view.is_prior], [r for r in rows if r.view.is_prior]
 
@@ -35,7 +36,7 @@ def mixed(step: int, made: Curriculum) -> tuple[list[Row], list[Row]]:
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
 @pytest.mark.parametrize("priors", [0, 5])
 def test_workers_share_the_rows_of_one(num_workers: int, priors: int) -> None:
-    made = curriculum(priors=priors, caption_dropout=0.3, flip=True)
+    made = schedule(priors=priors, caption_dropout=0.3, flip=True)
     for step in range(20):
         alone = {row.stream: row for row in made.rows(step)}
         shares = [made.rows(step, rank, num_workers) for rank in range(num_workers)]
@@ -47,7 +48,7 @@ def test_workers_share_the_rows_of_one(num_workers: int, priors: int) -> None:
 
 
 def test_rows_of_all_workers_draw_the_noise_of_one() -> None:
-    made = curriculum()
+    made = schedule()
     alone = {row.stream: row for row in made.rows(11)}
     for rank in range(4):
         for row in made.rows(11, rank, 4):
@@ -57,18 +58,18 @@ def test_rows_of_all_workers_draw_the_noise_of_one() -> None:
 
 
 def test_every_photograph_comes_with_a_class_image() -> None:
-    made = curriculum()
+    made = schedule()
     assert (made.num_instance, made.num_prior) == (4, 4)
     for rank in range(2):
         assert [row.view.is_prior for row in made.rows(5, rank, 2)] == [False, True] * 2
-    without = curriculum(priors=0)
+    without = schedule(priors=0)
     assert (without.num_instance, without.num_prior) == (4, 0)
     assert [row.view.is_prior for row in without.rows(5)] == [False] * 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
 def test_an_epoch_shows_every_picture_once(batch_size: int) -> None:
-    made = curriculum(global_batch_size=batch_size)
+    made = schedule(global_batch_size=batch_size)
     shown: tuple[list[str], list[str]] = ([], [])
     for step in range(1 + 70 // batch_size):
         for names, rows in zip(shown, mixed(step, made), strict=True):
@@ -83,7 +84,7 @@ def test_an_epoch_shows_every_picture_once(batch_size: int) -> None:
 @pytest.mark.parametrize("buckets", [False, True])
 @pytest.mark.parametrize("crops", [1, 4])
 def test_what_is_shown_was_announced(flip: bool, buckets: bool, crops: int) -> None:
-    made = curriculum(flip=flip, buckets=buckets, crops=crops)
+    made = schedule(flip=flip, buckets=buckets, crops=crops)
     announced = {view.name: view for view in made.views()}
     shown = {row.view.name: row.view for step in range(50) for row in made.rows(step)}
     assert shown.keys() <= announced.keys()
@@ -97,19 +98,19 @@ def test_what_is_shown_was_announced(flip: bool, buckets: bool, crops: int) -> N
 
 
 def test_every_view_is_shown_sooner_or_later() -> None:
-    made = curriculum(flip=True)
+    made = schedule(flip=True)
     shown = {row.view.name for step in range(400) for row in made.rows(step)}
     assert shown == {view.name for view in made.views()}
 
 
 def test_views_have_names_of_their_own() -> None:
-    made = curriculum(flip=True)
+    made = schedule(flip=True)
     facts = {(view.photo.sha256, view.frame) for view in made.views()}
     assert len({view.name for view in made.views()}) == len(facts)
 
 
 def test_a_step_is_always_the_same() -> None:
-    made, again = curriculum(caption_dropout=0.3), curriculum(caption_dropout=0.3)
+    made, again = schedule(caption_dropout=0.3), schedule(caption_dropout=0.3)
     later = [made.rows(step) for step in range(20)]
     assert [again.rows(step) for step in reversed(range(20))] == later[::-1]
     assert made.rows(7) == later[7]
@@ -118,12 +119,14 @@ def test_a_step_is_always_the_same() -> None:
 
 
 def test_seeds_and_steps_and_purposes_differ() -> None:
-    made, other = curriculum(), curriculum(seed=4)
+    made, other = schedule(), schedule(seed=4)
     rows = [*made.rows(0), *made.rows(1), *other.rows(0), *other.rows(1)]
     noises = [row.noise((4, 8, 8), purpose) for row in rows for purpose in ("noise", "offset")]
     correlations = torch.corrcoef(torch.stack(noises).flatten(1)) - torch.eye(len(noises))
     assert correlations.abs().max() < 0.35
-    assert len({row.chance for row in rows}) == len({row.dropout_key for row in rows}) == len(rows)
+    assert (
+        len({row.quantile for row in rows}) == len({row.dropout_key for row in rows}) == len(rows)
+    )
     orders = [
         [row.view.photo.name for step in range(20) for row in one.rows(step)]
         for one in (made, other)
@@ -132,16 +135,16 @@ def test_seeds_and_steps_and_purposes_differ() -> None:
 
 
 def test_noise_levels_are_uniform() -> None:
-    made = curriculum()
-    chances = torch.tensor([row.chance for step in range(500) for row in made.rows(step)])
-    assert 0 <= chances.min() < 0.01
-    assert 0.99 < chances.max() < 1
-    assert chances.mean().item() == pytest.approx(0.5, abs=0.02)
+    made = schedule()
+    quantiles = torch.tensor([row.quantile for step in range(500) for row in made.rows(step)])
+    assert 0 <= quantiles.min() < 0.01
+    assert 0.99 < quantiles.max() < 1
+    assert quantiles.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
 def test_as_many_captions_are_left_out_as_asked(dropout: float) -> None:
-    made = curriculum(caption_dropout=dropout)
+    made = schedule(caption_dropout=dropout)
     rows = [row for step in range(500) for row in made.rows(step)]
     left_out = sum(row.caption is None for row in rows)
     assert left_out / len(rows) == pytest.approx(dropout, abs=0.03 if dropout else 0)
@@ -150,15 +153,19 @@ def test_as_many_captions_are_left_out_as_asked(dropout: float) -> None:
 
 
 def test_a_dropped_caption_moves_nothing_else() -> None:
-    made, other = curriculum(), curriculum(caption_dropout=0.9)
+    made, other = schedule(), schedule(caption_dropout=0.9)
     for row, without in zip(made.rows(3), other.rows(3), strict=True):
-        assert (row.view, row.chance, row.stream) == (without.view, without.chance, without.stream)
+        assert (row.view, row.quantile, row.stream) == (
+            without.view,
+            without.quantile,
+            without.stream,
+        )
 
 
 def test_each_of_a_pictures_captions_is_drawn() -> None:
     said = ("a sks dog", "sks dog, asleep", "sks dog on grass")
-    pictures = [Photo("dog.png", Path("x"), None, said, "dog", 64, 64)]
-    made = curriculum(pictures=pictures, priors=2)
+    pictures = [Photo("dog.png", "x", "dog.png", None, said, "dog", 64, 64)]
+    made = schedule(pictures=pictures, priors=2)
     drawn = Counter(row.caption for step in range(300) for row in mixed(step, made)[0])
     assert set(drawn) == set(said)
     assert min(drawn.values()) > 340
@@ -166,8 +173,8 @@ def test_each_of_a_pictures_captions_is_drawn() -> None:
 
 
 def test_half_of_the_views_are_mirrored_and_every_crop_is_as_likely() -> None:
-    pictures = [Photo("dog.png", Path("x"), None, ("x",), "dog", 300, 100)]
-    made = curriculum(pictures=pictures, priors=0, flip=True)
+    pictures = [Photo("dog.png", "x", "dog.png", None, ("x",), "dog", 300, 100)]
+    made = schedule(pictures=pictures, priors=0, flip=True)
     seen = [row.view.frame for step in range(500) for row in made.rows(step)]
     assert sum(frame.mirrored for frame in seen) / 2000 == pytest.approx(0.5, abs=0.05)
     lefts = Counter(frame.left for frame in seen)
@@ -179,7 +186,7 @@ def test_half_of_the_views_are_mirrored_and_every_crop_is_as_likely() -> None:
 @pytest.mark.parametrize("priors", [0, 5])
 @pytest.mark.parametrize("buckets", [False, True])
 def test_micro_batches_keep_every_row(most: int | None, priors: int, buckets: bool) -> None:
-    made = curriculum(priors=priors, buckets=buckets, global_batch_size=8)
+    made = schedule(priors=priors, buckets=buckets, global_batch_size=8)
     for step in range(10):
         rows = made.rows(step)
         parts = micro_batches(rows, most)
@@ -193,7 +200,7 @@ def test_micro_batches_keep_every_row(most: int | None, priors: int, buckets: bo
 
 
 def test_micro_batches_hold_photographs_with_their_class_images() -> None:
-    made = curriculum(buckets=False, global_batch_size=6)
+    made = schedule(buckets=False, global_batch_size=6)
     parts = micro_batches(made.rows(0), 2)
     assert [len(part) for part in parts] == [4, 4, 4]
     for part in parts:

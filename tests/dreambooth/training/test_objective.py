@@ -8,7 +8,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from rayjobs.dreambooth.training.objective import Objective, build_objective, errors, loss
+from rayjobs.dreambooth.training.objective import (
+    Objective,
+    build_objective,
+    prior_preserving_loss,
+    squared_errors,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (4, 6, 6)
@@ -63,11 +68,11 @@ def reference(
     return found + prior * sums[True] / counts[True] if counts[True] else found
 
 
-def make_rows(aim: Objective, pairs: int, with_prior: bool = True) -> dict[str, torch.Tensor]:
+def make_rows(objective: Objective, pairs: int, with_prior: bool = True) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(pairs)
     size = pairs * (2 if with_prior else 1)
     is_prior = torch.arange(size) % 2 == 1 if with_prior else torch.zeros(size, dtype=torch.bool)
-    levels = [aim.draw(float(u)) for u in torch.rand(size, generator=g)]
+    levels = [objective.level(float(u)) for u in torch.rand(size, generator=g)]
     return {
         "z": torch.randn(size, *SHAPE, generator=g) * 0.6,
         "noise": torch.randn(size, *SHAPE, generator=g),
@@ -77,7 +82,11 @@ def make_rows(aim: Objective, pairs: int, with_prior: bool = True) -> dict[str, 
 
 
 def ours(
-    aim: Objective, rows: dict[str, torch.Tensor], theta: torch.Tensor, prior: float, part: int
+    objective: Objective,
+    rows: dict[str, torch.Tensor],
+    theta: torch.Tensor,
+    prior: float,
+    part: int,
 ) -> torch.Tensor:
     """The same through the objective, in parts of `part` rows whose losses are added."""
     is_prior = rows["is_prior"]
@@ -85,9 +94,11 @@ def ours(
     total = torch.zeros(())
     for first in range(0, len(is_prior), part):
         z, n, levels, of_prior = (tensor[first : first + part] for tensor in rows.values())
-        x, t = aim.inputs(z, n, levels)
-        wrong = errors(network(x, t.float(), theta), aim.target(z, n, levels))
-        total = total + loss(wrong, aim.weight(levels), of_prior, prior, *counts)
+        x, t = objective.inputs(z, n, levels)
+        wrong = squared_errors(network(x, t.float(), theta), objective.target(z, n, levels))
+        total = total + prior_preserving_loss(
+            wrong, objective.weight(levels), of_prior, prior, *counts
+        )
     return total
 
 
@@ -104,12 +115,12 @@ CASES = [
 @pytest.mark.parametrize("pairs", [1, 2, 3])
 @pytest.mark.parametrize("with_prior", [True, False])
 def test_loss_and_gradients(kind: str, gamma: float | None, pairs: int, with_prior: bool) -> None:
-    aim = build_objective(scheduler(kind), gamma)
-    rows = make_rows(aim, pairs, with_prior)
+    objective = build_objective(scheduler(kind), gamma)
+    rows = make_rows(objective, pairs, with_prior)
     for part in (1, 2, 3, 100):
         theta = torch.tensor([0.7, 0.3, 1.1], requires_grad=True)
         exact = theta.detach().double().requires_grad_()
-        mine = ours(aim, rows, theta, 0.7, part)
+        mine = ours(objective, rows, theta, 0.7, part)
         wanted = reference(kind, gamma, rows, exact, 0.7)
         mine.backward()
         wanted.backward()
@@ -122,12 +133,12 @@ def test_loss_and_gradients(kind: str, gamma: float | None, pairs: int, with_pri
 
 def test_edm_targets_stay_exact_at_the_smallest_noise() -> None:
     """Built from the noisy latents F* loses its digits as sigma falls."""
-    aim = build_objective(scheduler("edm"))
-    rows = make_rows(aim, 4)
+    objective = build_objective(scheduler("edm"))
+    rows = make_rows(objective, 4)
     sigma, data = torch.full((8,), 0.002), 0.5
     z, n = rows["z"], rows["noise"]
     exact = (0.002 * z.double() / data - data * n.double()) / (0.002**2 + data**2) ** 0.5
-    assert (aim.target(z, n, sigma) - exact).abs().max() < 1e-6
+    assert (objective.target(z, n, sigma) - exact).abs().max() < 1e-6
     noisy = (z + 0.002 * n).bfloat16()
     skip, out = data**2 / (0.002**2 + data**2), 0.002 * data / (0.002**2 + data**2) ** 0.5
     naive = (z.bfloat16() - skip * noisy) / out
@@ -140,13 +151,13 @@ def test_a_whole_batch_of_prompts_keeps_its_order() -> None:
     repeated = ["i", "c"] * 2
     assert [a == b for a, b in zip(pictures, repeated, strict=True)] == [True, False, False, True]
     # Ours says for each row what it is; the order of rows moves nothing.
-    aim = build_objective(scheduler("epsilon"), 5.0)
-    rows = make_rows(aim, 3)
+    objective = build_objective(scheduler("epsilon"), 5.0)
+    rows = make_rows(objective, 3)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     shuffled = {name: tensor[order] for name, tensor in rows.items()}
     theta = torch.tensor([0.7, 0.3, 1.1])
-    assert float(ours(aim, rows, theta, 1.0, 6)) == pytest.approx(
-        float(ours(aim, shuffled, theta, 1.0, 6)), rel=1e-6
+    assert float(ours(objective, rows, theta, 1.0, 6)) == pytest.approx(
+        float(ours(objective, shuffled, theta, 1.0, 6)), rel=1e-6
     )
 
 
@@ -154,7 +165,7 @@ def test_weights_of_both_halves_are_kept_apart() -> None:
     """The peers' mistake: weights of 2 B rows against the loss of B broadcast silently at B = 1."""
     wrong, weight = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 0.1])
     broadcast = (weight * wrong[:1]).mean() + wrong[1:].mean()
-    right = loss(wrong, weight, torch.tensor([False, True]), 1.0, 1, 1)
+    right = prior_preserving_loss(wrong, weight, torch.tensor([False, True]), 1.0, 1, 1)
     assert float(right) == pytest.approx(2.0 + 0.1)
     assert float(broadcast) == pytest.approx(2.1, abs=1e-6)  # 1.1 of the subject, 1 of the class
     assert float((weight * wrong[:1]).mean()) == pytest.approx(1.1)
@@ -162,9 +173,9 @@ def test_weights_of_both_halves_are_kept_apart() -> None:
 
 def test_min_snr_of_v_is_never_above_one() -> None:
     """The peers' mistake: min(SNR, gamma) / SNR + 1 in place of min(SNR, gamma) / (SNR + 1)."""
-    aim = build_objective(scheduler("v_prediction"), 5.0)
+    objective = build_objective(scheduler("v_prediction"), 5.0)
     levels = torch.tensor([0.0, 10, 100, 250, 500, 750, 999])
-    weights = aim.weight(levels)
+    weights = objective.weight(levels)
     published = [0.0043, 0.048, 0.529, 0.674, 0.276, 0.056, 0.0047]
     assert weights.tolist() == pytest.approx(published, rel=0.05)
     snr = alphas_of(levels)
@@ -181,11 +192,11 @@ def alphas_of(levels: torch.Tensor) -> torch.Tensor:
 
 def test_the_prior_half_is_weighed_like_the_other() -> None:
     """The peers' mistake: min-SNR on one half only, so that gamma moves the prior's weight."""
-    aim = build_objective(scheduler("epsilon"), 5.0)
+    objective = build_objective(scheduler("epsilon"), 5.0)
     levels = torch.tensor([3.0, 3.0])
     wrong, is_prior = torch.ones(2), torch.tensor([False, True])
     halves = [
-        loss(wrong * mask, aim.weight(levels), is_prior, 1.0, 1, 1)
+        prior_preserving_loss(wrong * mask, objective.weight(levels), is_prior, 1.0, 1, 1)
         for mask in (~is_prior, is_prior)
     ]
     assert float(halves[0]) == float(halves[1]) < 0.1
@@ -206,9 +217,28 @@ def test_what_is_not_defined_is_refused() -> None:
     ("name", "median", "below_one"), [("karras", 2.5, 0.40), ("lognormal", 0.30, 0.84)]
 )
 def test_edm_noise_levels(name: str, median: float, below_one: float) -> None:
-    aim = build_objective(scheduler("edm"), None, name)
-    draw: Callable[[float], float] = aim.draw
+    objective = build_objective(scheduler("edm"), None, name)
+    draw: Callable[[float], float] = objective.level
     sigmas = torch.tensor([draw((i + 0.5) / 10_000) for i in range(10_000)])
     assert float(sigmas.median()) == pytest.approx(median, rel=0.05)
     assert float((sigmas < 1).float().mean()) == pytest.approx(below_one, abs=0.01)
     assert 0.001 < float(sigmas.min()) < float(sigmas.max()) < 110
+
+
+def test_the_table_of_noise_levels_is_copied_to_a_device_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy at every call would wait for the device each time."""
+    objective = build_objective(scheduler("v_prediction"), 5.0)
+    levels = torch.tensor([3.0, 500.0], device="meta")
+    z = torch.zeros(2, 4, 8, 8, device="meta")
+    copies = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *args: (copies.append(args), to(self, *args))[1]
+    )
+    for _ in range(2):
+        objective.inputs(z, z, levels)
+        objective.target(z, z, levels)
+        objective.weight(levels)
+    assert copies == [(torch.device("meta"),)]

@@ -1,7 +1,7 @@
-"""The networks of a model while it is tuned: which parts train, how each predicts.
+"""A model while it is tuned: which of its networks train, and what they predict.
 
 Owns what is trainable and its names in a checkpoint, the text conditioning and the UNet call.
-Knows nothing of data, of optimizers or of workers. Legend: B rows, L tokens, D P widths.
+Knows nothing of data, optimizers or workers. Legend: B rows, L tokens, D P widths.
 """
 
 import copy
@@ -11,49 +11,60 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
+from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.text.inversion import expand_words
+from rayjobs.diffusion.unet.batch import KERNELS
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.training import lora
 
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""In torch's messages, on CUDA and on a CPU, when the kernel does not take these tensors."""
+
 
 class Text(NamedTuple):
-    """What the UNet is told of B captions: states (B, L, D) and, for SDXL, pooled (B, P)."""
+    """The UNet's text conditioning: states (B, L, D) and, for SDXL, pooled vectors (B, P)."""
 
     states_BLD: torch.Tensor
     pooled_BP: torch.Tensor | None
 
 
-class Networks(torch.nn.Module):
-    """The UNet, and the text encoders where they train; everything else of the model stays out."""
+class TunedModel(torch.nn.Module):
+    """The UNet, the text encoders where they train, and learned tokens.
+
+    The names of these three attributes are part of the parameters' names in checkpoints.
+    """
 
     def __init__(self, model: Model, config: DreamBoothConfig, compute: torch.dtype):
         super().__init__()
         self.method = config.train.method
-        self.alone = config.inversion.alone
-        asked = config.inversion
-        self.runs_text = config.train.text_encoders or asked.num_vectors > 0
-        """Whether text must be encoded anew at every step."""
+        self.only_tokens = config.inversion.alone
+        """Whether nothing but learned tokens is trained."""
+        self.trains_text = config.train.text_encoders or config.inversion.num_vectors > 0
+        """Whether captions must be encoded again at every step."""
         self.averaged = config.train.ema_decay is not None
         self.compute = compute
         self.unet = model.unet
-        self.learned = torch.nn.ParameterList(_learn_word(model, config))
-        tuned = model.text_encoders if config.train.text_encoders else []
-        self.text_encoders = torch.nn.ModuleList(tuned)
-        # Held in lists these are no submodules: neither trained, nor sent around, nor saved.
+        self.learned = torch.nn.ParameterList(_add_tokens(model, config))
+        encoders = model.text_encoders if config.train.text_encoders else []
+        self.text_encoders = torch.nn.ModuleList(encoders)
+        if model.options.attention != "auto":
+            _fix_attention_kernel(model.unet, model.options.attention)
+        # Inside a list a module is no submodule: it is neither trained, synchronised nor saved.
         self._model = [model]
         full_teacher = self.method == "full" and config.prior.mode == "teacher"
-        copied = full_teacher and not self.alone
-        self._teacher = [_frozen_copy(model, config.train.text_encoders)] if copied else []
+        needs_copy = full_teacher and not self.only_tokens
+        self._teacher = [_frozen_copy(model, config.train.text_encoders)] if needs_copy else []
         for part, network in self.parts():
-            idle = _idle_layers(model, network, part)
+            unused = _unused_layers(model, network, part)
             if self.method == "lora":
-                lora.add(network, part, config.lora, config.train.seed, idle)
+                lora.add(network, part, config.lora, config.train.seed, unused)
             else:
                 network.requires_grad_(True)
-                for name in idle:
+                for name in unused:
                     network.get_submodule(name).requires_grad_(False)
         self.learned.requires_grad_(True)
         if config.train.gradient_checkpointing:
@@ -64,15 +75,15 @@ class Networks(torch.nn.Module):
         return self._model[0]
 
     def parts(self) -> Iterator[tuple[str, Any]]:
-        """What is tuned, by its folder's name in a pipeline."""
-        if self.alone:
+        """The tuned networks, each with its folder's name in a pipeline."""
+        if self.only_tokens:
             return
         yield "unet", self.unet
         for number, encoder in enumerate(self.text_encoders):
             yield ("text_encoder" if number == 0 else f"text_encoder_{number + 1}"), encoder
 
     def teachers(self) -> list[Any]:
-        """The frozen networks beside, of full fine-tuning towards a teacher."""
+        """The frozen UNet that full fine-tuning towards a teacher keeps."""
         return [teacher.unet for teacher in self._teacher]
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -80,13 +91,13 @@ class Networks(torch.nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def encode(self, captions: Sequence[str | None]) -> Text:
-        with self._computing():
+        with self._autocast():
             return encode(self.model, captions)
 
     def predict(
         self, x_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: Text, time_ids_B6: torch.Tensor
     ) -> torch.Tensor:
-        with self._computing():
+        with self._autocast():
             return predict(self.model, x_BCHW, timesteps_B, text, time_ids_B6)
 
     @torch.no_grad()
@@ -98,17 +109,20 @@ class Networks(torch.nn.Module):
         text: Text,
         time_ids_B6: torch.Tensor,
     ) -> torch.Tensor:
-        """What the untrained model predicts of the same latents; `text` is used where frozen."""
+        """What the untrained model predicts for the same latents.
+
+        `text` is used where no text encoder trains; else the captions are encoded by the teacher.
+        """
         teacher = self._teacher[0] if self._teacher else self.model
         with ExitStack() as stack:
-            stack.enter_context(self._computing())
+            stack.enter_context(self._autocast())
             if not self._teacher:
                 for _, network in self.parts():
                     stack.enter_context(lora.disabled(network))
-            known = encode(teacher, captions) if self.runs_text else text
-            return predict(teacher, x_BCHW, timesteps_B, known, time_ids_B6)
+            teachers_text = encode(teacher, captions) if self.trains_text else text
+            return predict(teacher, x_BCHW, timesteps_B, teachers_text, time_ids_B6)
 
-    def _computing(self) -> Any:
+    def _autocast(self) -> Any:
         """Mixed precision for the forward pass."""
         if self.compute == torch.float32:
             return nullcontext()
@@ -123,10 +137,10 @@ class Networks(torch.nn.Module):
 
 
 def encode(model: Model, captions: Sequence[str | None]) -> Text:
-    """Text conditioning of captions; None is no text, as the model's makers mean it.
+    """Text conditioning of captions; None is no text, encoded as in the model's own training.
 
-    SDXL: the last hidden states but one of both encoders, side by side, and the second's pooled
-    vector, zeros for no text; Stable Diffusion: the last states, normed.
+    SDXL: the last hidden states but one of both encoders, concatenated, and the second's pooled
+    vector, zeros for no text; Stable Diffusion: the last states, normalised.
     """
     sdxl, states, pooled_BP = model.family == "sdxl", [], None
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
@@ -142,9 +156,9 @@ def encode(model: Model, captions: Sequence[str | None]) -> Text:
         pooled_BP = output[0] if sdxl and output[0].ndim == 2 else pooled_BP
     states_BLD = torch.cat(states, dim=-1)
     if model.force_zeros:
-        said_B = torch.tensor([caption is not None for caption in captions]).to(model.device)
-        states_BLD = states_BLD * said_B[:, None, None]
-        pooled_BP = None if pooled_BP is None else pooled_BP * said_B[:, None]
+        has_text_B = torch.tensor([caption is not None for caption in captions]).to(model.device)
+        states_BLD = states_BLD * has_text_B[:, None, None]
+        pooled_BP = None if pooled_BP is None else pooled_BP * has_text_B[:, None]
     return Text(states_BLD, pooled_BP)
 
 
@@ -173,18 +187,43 @@ def predict(
     return output.float()
 
 
-def _learn_word(model: Model, config: DreamBoothConfig) -> list[torch.nn.Parameter]:
-    """The embeddings of the identifier, where it is learned as a word of its own."""
-    asked = config.inversion
-    if not asked.num_vectors:
+def _add_tokens(model: Model, config: DreamBoothConfig) -> list[torch.nn.Parameter]:
+    """The identifier's embeddings as new tokens, where textual inversion is on."""
+    settings = config.inversion
+    if not settings.num_vectors:
         return []
-    like = asked.initial or str(config.prior.prompt).split()[-1]
-    vectors = inversion.initial_vectors(model, like, asked.num_vectors)
-    return inversion.add_word(model, config.word, vectors)
+    initial = settings.initial or str(config.prior.prompt).split()[-1]
+    vectors = inversion.initial_vectors(model, initial, settings.num_vectors)
+    return inversion.add_word(model, config.identifier, vectors)
 
 
-def _idle_layers(model: Model, network: Any, part: str) -> tuple[str, ...]:
-    """Layers that no loss reaches: SDXL reads the first encoder before its last layer."""
+class _FixedKernel:
+    """An attention processor that runs in one of torch's kernels, also when it is recomputed."""
+
+    def __init__(self, processor: Any, name: str):
+        self._processor, self._name = processor, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with sdpa_kernel(KERNELS[self._name]):
+                return self._processor(*args, **kwargs)
+        except RuntimeError as error:
+            if not any(text in str(error) for text in NO_KERNEL):
+                raise
+            raise BadInput(
+                f"model.attention {self._name} cannot train on this device in this precision; "
+                "use auto, or another train.precision"
+            ) from None
+
+
+def _fix_attention_kernel(unet: Any, name: str) -> None:
+    """Wrap processors, not the UNet's call, outside which gradient checkpointing repeats layers."""
+    processors = unet.attn_processors
+    unet.set_attn_processor({key: _FixedKernel(each, name) for key, each in processors.items()})
+
+
+def _unused_layers(model: Model, network: Any, part: str) -> tuple[str, ...]:
+    """Layers without a gradient: SDXL reads the first encoder's states before its last layer."""
     if model.family != "sdxl" or part != "text_encoder":
         return ()
     last = f"encoder.layers.{network.config.num_hidden_layers - 1}."

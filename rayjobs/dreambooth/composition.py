@@ -1,0 +1,159 @@
+"""Where DreamBooth meets the generation job: class images before training, images to evaluate.
+
+The only module of this package that knows `rayjobs.generation`. Owns how the settings of one job
+become those of the other, and the order of a whole run: resolve, make class images, train.
+"""
+
+import io
+import json
+import sys
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from rayjobs import cluster, storage
+from rayjobs.config import BadInput
+from rayjobs.dataset.lock import read_lock
+from rayjobs.dataset.reader import Reader
+from rayjobs.dreambooth import job, metrics
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.data.photos import Photo, find_photos
+from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
+from rayjobs.dreambooth.resolved import ResolvedRun, resolve
+from rayjobs.generation import job as generation_job
+from rayjobs.generation import prior as prior_job
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.prior import PriorConfig
+
+METRICS = "metrics.json"
+IMAGES_PER_SHARD = 16
+
+
+def train(config: DreamBoothConfig) -> job.Summary:
+    """A whole run, on the cluster there is or one of its own. A finished run is left as it is.
+
+    Raises BadInput, StorageError or JobFailed.
+    """
+    run = resolve(config)
+    if job.is_finished(run):
+        return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
+    with cluster.session(job.num_cpus(run.config)):
+        return job.run(with_class_images(run))
+
+
+def with_class_images(run: ResolvedRun) -> ResolvedRun:
+    """The run with its class images: the user's own, or made by the prior job where missing.
+
+    Raises BadInput when a folder of the user's own has too few, JobFailed when they cannot be made.
+    """
+    prior, uri = run.config.prior, run.class_images_uri
+    if prior.mode == "none":
+        return run
+    prompt, lock = str(prior.prompt), read_lock(uri)
+    if lock is None and prior.uri and storage.list_files(uri):
+        return run.with_class_images(_check_enough(run, find_photos(uri, prompt)))
+    if lock is not None:
+        _warn_of_other_model(run, lock.segments[0].model_sha256)
+        if prior.uri and Reader(uri).num_committed >= prior.num_images:
+            images = find_photos(uri, prompt)
+            if len(images) >= prior.num_images:
+                return run.with_class_images(images)
+    prior_job.run(_prior_config(run))
+    return run.with_class_images(find_photos(uri, prompt))
+
+
+def _prior_config(run: ResolvedRun) -> PriorConfig:
+    config, side = run.config, run.config.train.resolution
+    return PriorConfig.model_validate(
+        {
+            "model": {
+                "uri": config.model.uri,
+                "config": config.model.config,
+                "device": config.model.device,
+                "attention": config.model.attention,
+            },
+            "prompts": {"inline": [config.prior.prompt]},
+            "num_images": config.prior.num_images,
+            "job_seed": config.train.seed,
+            "sampler": {
+                "steps": config.prior.steps,
+                "guidance_scale": config.prior.guidance_scale,
+            },
+            "image": {"width": side, "height": side},
+            "output": {"uri": run.class_images_uri, "images_per_shard": IMAGES_PER_SHARD},
+            "workers": config.workers.shared,
+        }
+    )
+
+
+def _check_enough(run: ResolvedRun, images: list[Photo]) -> list[Photo]:
+    wanted = run.config.prior.num_images
+    if len(images) < wanted:
+        raise BadInput(
+            f"prior.uri {run.class_images_uri} has {len(images)} pictures, but prior.num_images is "
+            f"{wanted}; add some, or lower it, or leave prior.uri out to have them made"
+        )
+    return images
+
+
+def _warn_of_other_model(run: ResolvedRun, made_by_sha256: str) -> None:
+    if made_by_sha256 != run.model_sha256:
+        print(
+            f"warning: the class images in {run.class_images_uri} were made by another model than "
+            f"{run.config.model.uri}: they will pull it towards that one, and some licences "
+            "(Playground v2.5's among them) forbid to improve other models with a model's pictures",
+            file=sys.stderr,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and of how many images."""
+
+    metrics: dict[str, float]
+    score: float
+    num_pictures: int
+    output_uri: str
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Generate what is missing, measure, write metrics.json. Raises BadInput without encoders."""
+    if config.encoders.subject is None:
+        raise BadInput("encoders.subject is missing, such as facebook/dino-vits16")
+    prompts = read_prompts(config)
+    photos = find_photos(config.subject.uri, "")
+    class_prompt = f"a photo of a {config.subject.class_word}"
+    images = _generate(config, prompts, config.num_images, "pictures")
+    class_images = _generate(config, [class_prompt], config.num_class_images, "class")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    subject, prompt = metrics.load_encoders(config.encoders, device)
+    assert subject is not None
+    real = [photo.open() for photo in photos]
+    values = metrics.measure(subject, prompt, real, images, class_images)
+    score = metrics.joint_score(values)
+    data = json.dumps({**values, "joint_score": score}, indent=1)
+    storage.write_bytes(storage.join(config.output.uri, METRICS), data.encode())
+    return Evaluation(values, score, sum(map(len, images.values())), config.output.uri)
+
+
+def _generate(
+    config: EvaluateConfig, prompts: list[str], count: int, name: str
+) -> dict[str, list[Image.Image]]:
+    """Images by prompt, made by the generation job in a folder of their own."""
+    uri = storage.join(config.output.uri, name)
+    values = {
+        "model": config.model.model_dump(),
+        "prompts": {"inline": prompts},
+        "seeds": {"count": count},
+        "sampler": {"steps": config.steps, "guidance_scale": config.guidance_scale},
+        "output": {"uri": uri, "images_per_shard": IMAGES_PER_SHARD},
+        "workers": config.workers.shared,
+    }
+    generation_job.run(GenerateConfig.model_validate(values))
+    images: dict[str, list[Image.Image]] = {}
+    for row in Reader(uri).read(["prompt", "status", "image"]):
+        if row["status"] == "ok":
+            image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+            images.setdefault(row["prompt"], []).append(image)
+    return images

@@ -1,0 +1,118 @@
+"""A run's entrance: whatever its configuration names is looked up here, once, and handed on.
+
+Owns `ResolvedRun` and the checks that need to look at the model and the photographs. Nothing
+further in looks for photographs, class images or paths again. Knows no torch and no Ray.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rayjobs import storage
+from rayjobs.config import BadInput
+from rayjobs.diffusion.weights import Weights
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.data.photos import Photo, check_sizes, find_photos
+from rayjobs.models.facts import find_weights
+
+MAX_IDENTIFIER_TOKENS = 4
+COMMON_SHARE = 0.8
+"""Of CLIP's vocabulary: tokens below are common words."""
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run with its model, photographs and class images found. Every worker is handed the same."""
+
+    config: DreamBoothConfig
+    """With absolute URIs, whatever the working directory of those who read it."""
+    model_sha256: str
+    photos: tuple[Photo, ...]
+    class_images: tuple[Photo, ...] = ()
+
+    @property
+    def checkpoints_uri(self) -> str:
+        return self._inside("checkpoints")
+
+    @property
+    def cache_uri(self) -> str:
+        return self._inside("cache")
+
+    @property
+    def class_images_uri(self) -> str:
+        """Where class images are, or are to be made."""
+        return self.config.prior.uri or self._inside("prior")
+
+    @property
+    def export_uri(self) -> str:
+        return self._inside("export")
+
+    def with_class_images(self, images: list[Photo]) -> "ResolvedRun":
+        prior = self.config.prior.model_copy(update={"uri": self.class_images_uri})
+        config = self.config.model_copy(update={"prior": prior})
+        return replace(self, config=config, class_images=tuple(images))
+
+    def _inside(self, name: str) -> str:
+        return storage.join(self.config.output.uri, name)
+
+
+def resolve(config: DreamBoothConfig) -> ResolvedRun:
+    """Find what a configuration names, and check it; class images are for `composition` to add.
+
+    Prints warnings. Raises BadInput or StorageError for what can be known to be wrong before any
+    work.
+    """
+    config = _with_absolute_uris(config)
+    storage.check(config.output.uri, write=True)
+    _check_trackers(config)
+    weights = find_weights(config.model.uri)
+    photos = find_photos(config.instance.uri, config.instance.prompt)
+    _warn(_check_identifier(config, weights))
+    _warn(check_sizes(photos, config.train.resolution or weights.default_side))
+    if weights.is_edm and config.train.min_snr_gamma is not None:
+        raise BadInput(
+            "train.min_snr_gamma is not defined for an EDM model; leave it out: "
+            "the EDM loss has its own weights"
+        )
+    return ResolvedRun(config, weights.sha256, tuple(photos))
+
+
+def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
+    def absolute(section: Any) -> Any:
+        uri = section.uri
+        is_path = uri is not None and (section is not config.model or Path(uri).exists())
+        return section.model_copy(update={"uri": storage.absolute(uri)}) if is_path else section
+
+    names = ("model", "instance", "prior", "output")
+    return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
+
+
+def _check_trackers(config: DreamBoothConfig) -> None:
+    for name in ("wandb", "mlflow"):
+        is_wanted = getattr(config.trackers, name) is not None
+        if is_wanted and importlib.util.find_spec(name) is None:
+            raise BadInput(f"trackers.{name} needs the package {name}; install it on every node")
+
+
+def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
+    """Warnings for an identifier that means something already, or is many tokens."""
+    word, folder = config.identifier, weights.path / "tokenizer"
+    if config.inversion.num_vectors or not word or not folder.is_dir():
+        return []
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) > MAX_IDENTIFIER_TOKENS:
+        return [f"the identifier {word!r} is {len(ids)} tokens; a rare one of up to 3 binds better"]
+    # CLIP's byte pairs were learned in the order of how common they are.
+    if len(ids) == 1 and ids[0] < COMMON_SHARE * len(tokenizer):
+        return [f"the identifier {word!r} is a common word, whose meaning would be overwritten"]
+    return []
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
