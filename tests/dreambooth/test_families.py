@@ -1,7 +1,7 @@
 """Training on tiny models of every family: what is exported works in plain diffusers, and the loss
 is the one that plain torch calls give."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,12 @@ from rayjobs.dreambooth.training.networks import Networks
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
-    pytest.mark.usefixtures("one_thread"),
 ]
 KOHYA = "kohya_lora.safetensors"
 RANK, ALPHA = 4, 2
 PRIOR_WEIGHT = 0.7
 SIZES = {"0.png": (80, 64), "1.png": (64, 96)}
 """Width and height of the photographs; class images are 64 x 64."""
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

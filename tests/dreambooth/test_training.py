@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from safetensors.torch import load
 
@@ -68,15 +67,8 @@ def losses(output: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def one_worker(
-    cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[float]:
     output = str(tmp_path_factory.mktemp("one") / "out")
     job.run(config(output, priors))
@@ -163,7 +155,7 @@ def test_an_interruption(priors: Path, tmp_path: Path, sign: signal.Signals) -> 
     assert b"Traceback" not in said
 
 
-def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -> None:
+def test_a_changed_run_is_refused(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     short = {"steps": 1, "global_batch_size": 4}
     job.run(config(output, priors, train=short))
@@ -171,7 +163,7 @@ def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -
         job.run(config(output, priors, train=short | {"learning_rate": 0.1}))
 
 
-def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
+def test_a_worker_dies(ray_cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
     """Ray starts a new one, which goes on from the latest checkpoint."""
     output = str(tmp_path / "out")
     killed: list[int] = []
@@ -204,14 +196,14 @@ def train_worker(root: int) -> int:
     return next(pid for pid, _, args in rows if pid in family and "RayTrainWorker" in args)
 
 
-def test_what_will_not_mend_is_told_once(cluster: None, priors: Path, tmp_path: Path) -> None:
+def test_what_will_not_mend_is_told_once(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     wild = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e30, "method": "full"}
     with pytest.raises(JobFailed, match=r"not a number; lower train\.learning_rate"):
         job.run(config(output, priors, train=wild))
 
 
-def test_pictures_metrics_and_the_page(cluster: None, priors: Path, tmp_path: Path) -> None:
+def test_pictures_metrics_and_the_page(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     """Checkpoints are looked at beside training; the best one is exported, and all is shown."""
     output = str(tmp_path / "out")
     look = {
