@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load
 
 from rayjobs import storage
+from rayjobs.cli import main
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import job, results
 from rayjobs.dreambooth.config import DreamBoothConfig
@@ -113,7 +114,11 @@ def wait_for_checkpoint(output: str, step: int) -> None:
 
 
 def test_a_killed_driver_is_started_again(
-    one_worker: list[float], priors: Path, tmp_path: Path, bucket: str
+    one_worker: list[float],
+    priors: Path,
+    tmp_path: Path,
+    bucket: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Bit for bit, on S3, what one undisturbed run gives; then there is nothing to do."""
     calm, killed = str(tmp_path / "calm"), f"{bucket}/killed"
@@ -134,10 +139,8 @@ def test_a_killed_driver_is_started_again(
     weights = [load(storage.read_bytes(uri)) for uri in uris]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    again = start(tmp_path, run)
-    out, _ = again.communicate(timeout=60)
-    assert again.returncode == 0
-    assert out.startswith(b"nothing to do")
+    assert main(["dreambooth", str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().out.startswith("nothing to do")
 
 
 @pytest.mark.parametrize(
