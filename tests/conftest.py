@@ -44,14 +44,28 @@ def pytest_runtest_setup() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of one node in which jobs of this process run. Do not kill its node."""
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """The Ray cluster in which jobs of this process run, started once. Do not kill its node."""
     import ray
 
-    ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
+
+
+@pytest.fixture
+def no_ray_cluster() -> Iterator[None]:
+    """For a test that starts, and ends, another cluster in this process."""
+    import ray
+
+    ray.shutdown()
     yield
     ray.shutdown()
+
+
+def pytest_sessionfinish() -> None:
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def cluster(output: str) -> Iterator[Cluster]:
+def cluster(output: str, no_ray_cluster: None) -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     made.add_node(num_cpus=2)
     ray.init(address=made.address, log_to_driver=False)
