@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from rayjobs.diffusion.model import Model
+    from tests.serving.running import Running
 
 __all__ = ["bucket", "ceph", "ceph_bucket", "ceph_server", "s3_server"]
 
@@ -66,6 +67,21 @@ def no_ray_cluster() -> Iterator[None]:
 def pytest_sessionfinish() -> None:
     if ray := sys.modules.get("ray"):
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def app() -> "Iterator[Running]":
+    """Serving the starter model, in processes of its own, for all tests that only request."""
+    from tests.serving.running import running
+
+    starter = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"num_cpus": 1}}
+    with running(starter) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def app_url(app: "Running") -> str:
+    return app.url
 
 
 @pytest.fixture(scope="session")
