@@ -1,11 +1,11 @@
 # `make demo` and `make test` are all that a newcomer needs; each sets the environment up first.
 PYTHON ?= python3
 BIN := .venv/bin
-# Threads that wait for work sleep: tests run beside each other's processes on few cores.
-test test-all: export OMP_WAIT_POLICY = passive
+# Two processes share the tests; those that share a slow fixture run in the same one (conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo demo-dreambooth serve test test-all check format bench starter setup clean
-.PHONY: reference pictures docs
+.PHONY: demo demo-dreambooth serve test test-unit test-all wheel-check check format bench starter
+.PHONY: reference pictures docs setup clean
 
 demo: setup ## make a data set with the starter model and say where to look
 	$(BIN)/python -m rayjobs generate configs/demo/generate.yaml
@@ -17,10 +17,16 @@ serve: setup ## an image API and a page on http://127.0.0.1:8000, until Ctrl-C
 	$(BIN)/serve run configs/demo/serve.yaml
 
 test: setup ## everything that runs in a few minutes without a GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
-test-all: setup ## the slow tests too
+test-unit: setup ## the inner loop: no Ray, nothing slow
+	$(PYTEST) -m "not slow and not gpu and not ray"
+
+test-all: setup ## the slow tests too, one at a time: some measure seconds
 	$(BIN)/python -m pytest
+
+wheel-check: setup ## build a wheel and use it outside the clone
+	.ci/wheel $(BIN)/python
 
 check: setup ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -1,35 +1,94 @@
-"""Small random models of each family, built in process, and the starter model, loaded once."""
+"""What all tests share: a Ray cluster, models loaded once, one thread each, who runs together.
 
-from collections.abc import Callable
+Imports neither torch nor ray by itself: a test that needs neither starts at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from diffusers import (
-    AutoencoderKL,
-    EDMDPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rayjobs.diffusion.model import Model, load_model
-from rayjobs.starter import components
 from tests.servers import bucket, ceph, ceph_bucket, ceph_server, s3_server
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from rayjobs.diffusion.model import Model
+    from tests.serving.running import Running
 
 __all__ = ["bucket", "ceph", "ceph_bucket", "ceph_server", "s3_server"]
 
-torch.set_num_threads(2)
+# Before torch is loaded, here and in every process that a test starts. The models are so small
+# that a second thread costs ten times the processor time, and threads that wait must not spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+SHARED = ("app", "ray_cluster", "ceph")
+"""Fixtures that take long to start: under pytest-xdist, all their tests go to one process."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests by the shared fixture that they use, else by file; long groups begin first."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        group = next((name for name in SHARED if name in fixtures), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+def pytest_runtest_setup() -> None:
+    """A job sets torch's threads for its process; here the next test begins with one again."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """The Ray cluster in which jobs of this process run, started once. Do not kill its node."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
+
+
+@pytest.fixture
+def no_ray_cluster() -> Iterator[None]:
+    """For a test that starts, and ends, another cluster in this process."""
+    import ray
+
+    ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+def pytest_sessionfinish() -> None:
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[[int], Image.Image]:
+def app() -> "Iterator[Running]":
+    """Serving the starter model, in processes of its own, for all tests that only request."""
+    from tests.serving.running import running
+
+    starter = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"num_cpus": 1}}
+    with running(starter) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def app_url(app: "Running") -> str:
+    return app.url
+
+
+@pytest.fixture(scope="session")
+def picture() -> "Callable[[int], Image.Image]":
     """A smooth random picture of 64x64 for each number."""
+    import numpy as np
+    from PIL import Image
 
     def make(number: int) -> Image.Image:
         coarse = np.random.default_rng(number).integers(0, 255, (6, 6, 3), np.uint8)
@@ -39,7 +98,9 @@ def picture() -> Callable[[int], Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def starter() -> Model:
+def starter() -> "Model":
+    from rayjobs.diffusion.model import load_model
+
     return load_model("starter")
 
 
@@ -51,110 +112,12 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A diffusers folder with random weights for each family, by name."""
+    import torch
+
+    from tests import families
+
     root = tmp_path_factory.mktemp("models")
-    made = {}
-    for name in ("sdxl", "sd", "playground"):
+    for name in families.FAMILIES:
         torch.manual_seed(0)
-        build_pipeline(name, root).save_pretrained(root / name)
-        made[name] = root / name
-    return made
-
-
-def build_pipeline(name: str, root: Path) -> StableDiffusionXLPipeline | StableDiffusionPipeline:
-    xl = name != "sd"
-    tokenizers = [
-        components.save_tokenizer(root / f"tokenizer-{pad[:1]}", pad)
-        for pad in (components.END, "!")
-    ]
-    parts = {
-        "vae": _vae(edm=name == "playground"),
-        "unet": _unet(xl),
-        "tokenizer": tokenizers[0],
-        "text_encoder": CLIPTextModel(_text_config(tokenizers[0])),
-    }
-    if not xl:
-        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        scheduler = PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1)
-        return StableDiffusionPipeline(
-            **parts,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    scheduler = (
-        EDMDPMSolverMultistepScheduler()
-        if name == "playground"
-        else EulerDiscreteScheduler.from_config(components.build_scheduler().config)
-    )
-    second = CLIPTextModelWithProjection(_text_config(tokenizers[1]))
-    return StableDiffusionXLPipeline(
-        **parts,
-        text_encoder_2=second,
-        tokenizer_2=tokenizers[1],
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
-
-
-def _text_config(tokenizer: components.CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=32,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _vae(edm: bool) -> AutoencoderKL:
-    kinds = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }
-    normal = (
-        {
-            "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
-            "scaling_factor": 0.5,
-            "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
-        }
-        if edm
-        else {}
-    )
-    return AutoencoderKL(
-        block_out_channels=[16, 16, 16, 16],
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=64,
-        **kinds,
-        **normal,
-    )
-
-
-def _unet(xl: bool) -> UNet2DConditionModel:
-    extra = (
-        {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 32 + 6 * 8,
-        }
-        if xl
-        else {}
-    )
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=xl,
-        cross_attention_dim=64 if xl else 32,
-        norm_num_groups=8,
-        **extra,
-    )
+        families.build_pipeline(name, root).save_pretrained(root / name)
+    return {name: root / name for name in families.FAMILIES}

@@ -11,6 +11,8 @@ from safetensors.numpy import save_file
 from rayjobs.cli import main
 from rayjobs.generation import job
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -110,7 +112,7 @@ def test_a_report_needs_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_show_prints_every_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "configs/demo/generate.yaml", "sampler.steps=7"]) == 0
+    assert main(["show", str(ROOT / "configs/demo/generate.yaml"), "sampler.steps=7"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["sampler"]["steps"] == 7
     assert shown["workers"]["num_gpus"] == 0

@@ -9,13 +9,11 @@ import importlib.metadata
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from PIL import Image, features
 from safetensors.numpy import load_file
@@ -47,13 +45,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(copy)
     return copy
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +97,7 @@ def test_a_data_set_verifies(
 
 @pytest.mark.ray
 def test_an_interrupted_data_set_goes_on(
-    cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
+    ray_cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of an export's pictures: the adapter and the words are the same by their hashes."""
     output = "tuned-unfinished"
@@ -127,7 +118,7 @@ def test_an_interrupted_data_set_goes_on(
 
 @pytest.mark.ray
 def test_an_interrupted_run_goes_on(
-    cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
+    ray_cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its losses and weights are those of the run that was not interrupted, `runs/sks`."""
     assert main(["dreambooth", "dreambooth.yaml", "output.uri=run-unfinished"]) == 0

@@ -7,11 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.running import running
-
 ROOT = Path(__file__).parents[1]
 DATASET = ROOT / "tests" / "fixtures" / "before_rooms" / "tuned"
-SERVED = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"num_cpus": 1}}
 
 
 def run(name: str, folder: Path, *arguments: str) -> str:
@@ -43,9 +40,8 @@ def test_a_pipeline_of_your_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_openai_client(tmp_path: Path) -> None:
-    with running(SERVED) as app:
-        printed = run("openai_client.py", tmp_path, app.url)
+def test_openai_client(tmp_path: Path, app_url: str) -> None:
+    printed = run("openai_client.py", tmp_path, app_url)
     assert (tmp_path / "star.png").exists()
     assert "image_generation.completed" in printed
 

@@ -17,7 +17,7 @@ SAMPLERS = ["euler", "ddim", "dpmpp_2m", "heun", "euler_a", "pndm"]
 Picture = Callable[[int], Image.Image]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def requests(picture: Picture) -> list[Request]:
     return [
         Request(
@@ -32,7 +32,7 @@ def requests(picture: Picture) -> list[Request]:
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def truncated(picture: Picture) -> bytes:
     whole = io.BytesIO()
     picture(0).save(whole, "PNG")
@@ -65,11 +65,19 @@ def run(
     return by_seed(results)
 
 
+@pytest.fixture(scope="module")
+def calm(starter: Model, requests: list[Request], truncated: bytes) -> dict[int, Result]:
+    return run(Engine(starter), requests, truncated)
+
+
 @pytest.mark.parametrize("disturb", ["cancel", "nan", "join", "truncated"])
 def test_neighbours_do_not_notice(
-    starter: Model, requests: list[Request], truncated: bytes, disturb: str
+    starter: Model,
+    requests: list[Request],
+    truncated: bytes,
+    calm: dict[int, Result],
+    disturb: str,
 ) -> None:
-    calm = run(Engine(starter), requests, truncated)
     disturbed = run(Engine(starter), requests, truncated, disturb)
     for request in requests:
         a, b = calm[request.seed], disturbed[request.seed]

@@ -1,6 +1,7 @@
 """The engine's pictures against diffusers' own pipelines, every sampler in one mixed batch."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def mixed_requests(family: str, picture: Picture) -> list[Request]:
     return requests
 
 
+@lru_cache(maxsize=2)
+def opened(pipeline_class: Any, folder: Path) -> tuple[Any, Any]:
+    """A pipeline, loaded once for all requests, and its own scheduler's configuration."""
+    pipeline = pipeline_class.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, pipeline.scheduler.config
+
+
 def reference(folder: Path, request: Request, edm: bool) -> torch.Tensor:
     """The same picture from diffusers' pipeline, as its user would write it; (3, H, W) in 0..1."""
     xl = "XL" in (folder / "model_index.json").read_text()
@@ -60,10 +69,9 @@ def reference(folder: Path, request: Request, edm: bool) -> torch.Tensor:
         (False, False): StableDiffusionPipeline,
         (False, True): StableDiffusionImg2ImgPipeline,
     }[xl, img2img]
-    pipeline = pipeline_class.from_pretrained(folder)
+    pipeline, scheduler_config = opened(pipeline_class, folder)
     sampler_class, options = resolve(request.sampler, request.sampler_options, edm)
-    pipeline.scheduler = sampler_class.from_config(pipeline.scheduler.config, **options)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = sampler_class.from_config(scheduler_config, **options)
     arguments: dict[str, Any] = {"height": 64, "width": 64}
     if img2img:
         arguments = {"image": request.init_image, "strength": request.strength}

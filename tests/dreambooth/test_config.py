@@ -11,7 +11,7 @@ from rayjobs.config import BadInput, load_config
 from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
 from rayjobs.dreambooth.resolved import resolve
 
-CONFIG = "configs/demo/dreambooth.yaml"
+CONFIG = str(Path(__file__).parents[2] / "configs/demo/dreambooth.yaml")
 
 MISTAKES = [
     (["train.global_batch_size=3"], "workers.min=2 workers cannot share evenly"),

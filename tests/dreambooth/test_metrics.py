@@ -15,6 +15,8 @@ from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
 from rayjobs.dreambooth.results import Result
 from rayjobs.starter import subject, world
 
+CONFIG = str(Path(__file__).parents[2] / "configs/demo/evaluate.yaml")
+
 
 class Table:
     """An encoder whose answer for a picture is written in its first pixel."""
@@ -140,7 +142,7 @@ def test_the_papers_prompts(tmp_path: Path, kind: str, expected: list[str]) -> N
     (tmp_path / "prompts.txt").write_text(PAPER)
     config = load_config(
         EvaluateConfig,
-        "configs/demo/evaluate.yaml",
+        CONFIG,
         [
             "prompts.inline=[]",
             f"prompts.uri={tmp_path}/prompts.txt",
@@ -154,5 +156,5 @@ def test_the_papers_prompts(tmp_path: Path, kind: str, expected: list[str]) -> N
 def test_a_plain_list_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# mine\na {identifier} {class} at sea\n\na {0} {1}\n")
     overrides = ["prompts.inline=[]", f"prompts.uri={tmp_path}/prompts.txt"]
-    config = load_config(EvaluateConfig, "configs/demo/evaluate.yaml", overrides)
+    config = load_config(EvaluateConfig, CONFIG, overrides)
     assert read_prompts(config) == ["a sks star at sea", "a sks star"]

@@ -8,17 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from safetensors.torch import load
 
 from rayjobs import storage
+from rayjobs.cli import main
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import composition, job, results
 from rayjobs.dreambooth.config import DreamBoothConfig
@@ -70,15 +70,8 @@ def losses(output: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=5, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def one_worker(
-    cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[float]:
     output = str(tmp_path_factory.mktemp("one") / "out")
     job.run(resolved(output, priors))
@@ -123,7 +116,11 @@ def wait_for_checkpoint(output: str, step: int) -> None:
 
 
 def test_a_killed_driver_is_started_again(
-    one_worker: list[float], priors: Path, tmp_path: Path, bucket: str
+    one_worker: list[float],
+    priors: Path,
+    tmp_path: Path,
+    bucket: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Bit for bit, on S3, what one undisturbed run gives; then there is nothing to do."""
     calm, killed = str(tmp_path / "calm"), f"{bucket}/killed"
@@ -144,10 +141,8 @@ def test_a_killed_driver_is_started_again(
     weights = [load(storage.read_bytes(uri)) for uri in uris]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    again = start(tmp_path, run)
-    out, _ = again.communicate(timeout=60)
-    assert again.returncode == 0
-    assert out.startswith(b"nothing to do")
+    assert main(["dreambooth", str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().out.startswith("nothing to do")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +160,7 @@ def test_an_interruption(priors: Path, tmp_path: Path, sign: signal.Signals) -> 
     assert b"Traceback" not in said
 
 
-def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -> None:
+def test_a_changed_run_is_refused(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     short = {"steps": 1, "global_batch_size": 4}
     job.run(resolved(output, priors, train=short))
@@ -173,7 +168,7 @@ def test_a_changed_run_is_refused(cluster: None, priors: Path, tmp_path: Path) -
         job.run(resolved(output, priors, train=short | {"learning_rate": 0.1}))
 
 
-def test_a_worker_dies(cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
+def test_a_worker_dies(ray_cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
     """Ray starts a new one, which goes on from the latest checkpoint."""
     output = str(tmp_path / "out")
     killed: list[int] = []
@@ -206,14 +201,14 @@ def train_worker(root: int) -> int:
     return next(pid for pid, _, args in rows if pid in family and "RayTrainWorker" in args)
 
 
-def test_what_will_not_mend_is_told_once(cluster: None, priors: Path, tmp_path: Path) -> None:
+def test_what_will_not_mend_is_told_once(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     wild = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e30, "method": "full"}
     with pytest.raises(JobFailed, match=r"not a number; lower train\.learning_rate"):
         job.run(resolved(output, priors, train=wild))
 
 
-def test_pictures_metrics_and_the_page(cluster: None, priors: Path, tmp_path: Path) -> None:
+def test_pictures_metrics_and_the_page(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     """Checkpoints are looked at beside training; the best one is exported, and all is shown."""
     output = str(tmp_path / "out")
     look = {

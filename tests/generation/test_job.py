@@ -1,25 +1,20 @@
 """The job on a real Ray cluster of one machine."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 
 # Ray Data 2.60 reads its own deprecated switches.
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 def configure(output: Path, workers: int) -> GenerateConfig:

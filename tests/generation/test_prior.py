@@ -2,12 +2,10 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from PIL import Image
 
 from rayjobs.config import BadInput
@@ -17,14 +15,11 @@ from rayjobs.generation import prior
 from rayjobs.generation.tools.verify import verify
 
 # Ray Data 2.60 reads its own deprecated switches.
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 def configure(output: Path, templates: list[str], num_images: int, **changes: Any) -> Any:

@@ -34,7 +34,6 @@ def configure(folder: Path, **output: Any) -> GenerateConfig:
         "sampler": {"name": "euler", "steps": 2, "guidance_scale": 1.0},
         "output": {"uri": str(folder / "source"), "images_per_shard": 4} | output,
         "engine": {"batch_size": 4},
-        "workers": {"num_cpus": 2},
     }
     return GenerateConfig.model_validate(values)
 

@@ -51,7 +51,7 @@ class Census:
 
 
 @pytest.fixture
-def census() -> Iterator[Census]:
+def census(no_ray_cluster: None) -> Iterator[Census]:
     context = ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False)
     yield Census(context.dashboard_url)
     ray.shutdown()
@@ -71,7 +71,7 @@ def test_workers_come_with_the_work_and_go_with_it(census: Census, tmp_path: Pat
     assert verify(str(tmp_path / "out")).faults == []
 
 
-def test_more_workers_than_cpus(tmp_path: Path) -> None:
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
-        summary = job.run(config(tmp_path, ["a red star,4"] * 32, {"min": 4}))
+def test_more_workers_than_cpus(ray_cluster: None, tmp_path: Path) -> None:
+    assert ray.cluster_resources()["CPU"] < 7
+    summary = job.run(config(tmp_path, ["a red star,4"] * 32, {"min": 7}))
     assert (summary.num_made, summary.num_failed) == (32, 0)

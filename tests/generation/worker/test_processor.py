@@ -29,12 +29,9 @@ CONFIG = ProcessorConfig.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+@pytest.fixture
+def cluster(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "enable_progress_bars", False)
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ def configure(output: str, **changes: Any) -> GenerateConfig:
         "sampler": {"name": "euler", "steps": 2, "guidance_scale": 3.0},
         "output": {"uri": output, "images_per_shard": 4},
         "engine": {"batch_size": 4},
-        "workers": {"num_cpus": 2},
     }
     return GenerateConfig.model_validate(values | changes)
 
