@@ -122,7 +122,10 @@ def _save_lora(tuned: TunedModel, folder: Path) -> None:
         }
         networks[part] = network
     # Without its metadata diffusers assumes that alpha is the rank.
-    kind.save_lora_weights(folder, **layers, **_collate_lora_metadata(networks))
+    metadata = _collate_lora_metadata(networks)
+    for adapter in metadata.values():
+        adapter.pop("base_model_name_or_path", None)  # where the model lay, on this machine
+    kind.save_lora_weights(folder, **layers, **metadata)
 
 
 def _with_text_model(part: str, name: str) -> str:

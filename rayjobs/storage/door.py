@@ -27,6 +27,8 @@ from rayjobs.storage.s3 import HOW_TO_ALLOW, NotThere, StorageError, Unavailable
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
 LONGEST_WAIT_S = 15.0
+MAX_REMOVALS = 5
+"""Of one folder, whose files others remove at the same time."""
 _AWAY = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
 _patience_s = 0.0
 
@@ -233,8 +235,11 @@ def remove_folder(uri: str) -> None:
     """Remove a folder and all in it; nothing happens when it is not there."""
     fs, path = _open(uri)
     with _told(uri):
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        for _ in range(MAX_REMOVALS):
+            with contextlib.suppress(FileNotFoundError):  # a dying worker removes its files too
+                if fs.exists(path):
+                    fs.rm(path, recursive=True)
+                return
 
 
 @_patient

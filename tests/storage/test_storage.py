@@ -1,10 +1,12 @@
 """One door, two kinds of storage: the same tests on a local folder and on a real S3 server."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from rayjobs import storage
 from rayjobs.storage import StorageError, join
@@ -77,3 +79,20 @@ def test_unusable_storage_is_told_in_time(bucket: str, monkeypatch: pytest.Monke
     with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID"):
         storage.check(bucket)
     assert time.monotonic() - started < 15
+
+
+def test_a_folder_goes_though_others_remove_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(join(str(tmp_path), "folder", "a"), b"one")
+    calls = []
+
+    def remove(path: str, **_: object) -> None:
+        calls.append(path)
+        shutil.rmtree(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(LocalFileSystem, "rm", lambda _, path, **rest: remove(path, **rest))
+    storage.remove_folder(join(str(tmp_path), "folder"))
+    assert calls
+    assert not storage.exists(join(str(tmp_path), "folder"))
