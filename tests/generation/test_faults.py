@@ -212,7 +212,10 @@ def test_a_picture_that_kills_its_decoder(
     config = GenerateConfig.model_validate(
         values(output, 2)
         | {"prompts": {"inline": ["a red star"]}, "seeds": {"count": 1}}
-        | {"init": {"uri": str(pictures)}, "output": {"uri": output, "images_per_shard": 32}}
+        | {
+            "init": {"uri": str(pictures), "strength": 1.0},
+            "output": {"uri": output, "images_per_shard": 32},
+        }
     )
     lock = job.prepare(config)
     (entry,) = ShardWorker(config, lock).make([0])
