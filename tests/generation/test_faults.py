@@ -187,12 +187,12 @@ POISON = """
 import os
 from PIL import Image
 opened = Image.open
-def open(file, *args):
+def open(file, *args, **named):
     head = file.read(6)
     file.seek(0)
     if head == b"POISON":
         os.kill(os.getpid(), 9)
-    return opened(file, *args)
+    return opened(file, *args, **named)
 Image.open = open
 """
 
@@ -213,7 +213,8 @@ def test_a_picture_that_kills_its_decoder(
         values(output, 2)
         | {"prompts": {"inline": ["a red star"]}, "seeds": {"count": 1}}
         | {
-            "init": {"uri": str(pictures), "strength": 1.0},
+            "init": {"uri": str(pictures)},
+            "sampler": {"name": "euler_a", "steps": 2, "guidance_scale": 1.0},
             "output": {"uri": output, "images_per_shard": 32},
         }
     )

@@ -99,7 +99,7 @@ def test_an_adapter_whose_base_is_not_here(tmp_path: Path, starter: Model) -> No
     export(tmp_path / "dog", starter, base_uri="/absent/model")
     registry = Registry(config(tmp_path))
     assert registry.find("dog") is None
-    assert "which does not exist" in registry.problems["dog"]
+    assert "/absent/model, which is not here" in registry.problems["dog"]
 
 
 def test_a_lora_for_no_model(tmp_path: Path, starter: Model) -> None:
