@@ -1,5 +1,6 @@
 """The one door to bytes: local paths and `s3://`, with the same calls and the same errors."""
 
+from rayjobs.storage.copies import fetch, state, to_local
 from rayjobs.storage.door import (
     absolute,
     absolute_if_path,
@@ -8,7 +9,6 @@ from rayjobs.storage.door import (
     create_bytes,
     etag,
     exists,
-    fetch,
     forget_connections,
     get_file,
     is_folder,
@@ -24,9 +24,7 @@ from rayjobs.storage.door import (
     remove,
     remove_folder,
     replace_bytes,
-    state,
     through,
-    to_local,
     write_bytes,
 )
 from rayjobs.storage.s3 import NotThere, StorageError, Unavailable

@@ -1,18 +1,13 @@
 """The one door to bytes: local paths and `s3://`, with the same calls and the same errors.
 
-Owns access, atomic creation, patience with a server that is away, and the copies of remote folders
-on this machine. Endpoint and credentials come from the standard AWS variables. Knows nothing of
-what the bytes mean.
+Owns access, atomic creation and patience with a server that is away. Endpoint and credentials come
+from the standard AWS variables. Knows nothing of what the bytes mean.
 """
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from functools import lru_cache, wraps
@@ -69,11 +64,6 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
-def to_local(uri: str) -> str:
-    """What a library can load: what is on S3 as a local path, fetched first; all else as it is."""
-    return str(fetch(uri)) if is_remote(uri) else uri
-
-
 def absolute(uri: str) -> str:
     """The same place from any working directory: local paths made absolute, others as they are."""
     return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
@@ -97,24 +87,24 @@ def check(uri: str, write: bool = False) -> None:
 
 @_patient
 def exists(uri: str) -> bool:
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         fs.invalidate_cache()
         return bool(fs.exists(path))
 
 
 @_patient
 def is_folder(uri: str) -> bool:
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         return bool(fs.isdir(path))
 
 
 @_patient
 def list_files(uri: str) -> list[str]:
     """Paths of all files below `uri`, relative to it, sorted; none when there is no such folder."""
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         fs.invalidate_cache()
         found = fs.find(path)
     return sorted(os.path.relpath(name, path) for name in found)
@@ -123,8 +113,8 @@ def list_files(uri: str) -> list[str]:
 @_patient
 def list_folders(uri: str) -> list[str]:
     """Names of the folders right below `uri`, sorted; none when there is no such folder."""
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         fs.invalidate_cache()
         try:
             found = fs.ls(path, detail=True)
@@ -137,8 +127,8 @@ def list_folders(uri: str) -> list[str]:
 
 def link(uri: str, seconds: int) -> str:
     """A URL by which anybody can read an object on S3 for so long."""
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         signed: str = fs.sign(path, expiration=seconds)
         return signed
 
@@ -146,8 +136,8 @@ def link(uri: str, seconds: int) -> str:
 @_patient
 def open_input(uri: str) -> IO[bytes]:
     """A seekable binary file for reading."""
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         file: IO[bytes] = fs.open(path, "rb")
         return file
 
@@ -155,14 +145,14 @@ def open_input(uri: str) -> IO[bytes]:
 @_patient
 def through(uri: str, read: Callable[[], T]) -> T:
     """`read()` on a file that `open_input` opened, with this door's errors and patience."""
-    with _told(uri):
+    with translate_errors(uri):
         return read()
 
 
 @_patient
 def read_bytes(uri: str) -> bytes:
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         data: bytes = fs.cat_file(path)
         return data
 
@@ -173,8 +163,8 @@ def write_bytes(uri: str, data: bytes, staging: str | None = None, durable: bool
 
     `staging` is as for `create_bytes`; what is not `durable` need not outlive a power cut.
     """
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         if is_remote(uri):
             fs.pipe_file(path, data)
         else:
@@ -188,8 +178,8 @@ def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
     Locally the bytes are first written in the folder `staging` of the same file system (else beside
     the file), so that a killed writer leaves nothing half done where others look.
     """
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         if not is_remote(uri):
             return local.create(path, data, staging)
         return _put_if(fs, path, data, IfNoneMatch="*")
@@ -198,8 +188,8 @@ def create_bytes(uri: str, data: bytes, staging: str | None = None) -> bool:
 @_patient
 def etag(uri: str) -> str | None:
     """A mark of the object's present state, for `replace_bytes`; None when nothing is there."""
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         if not is_remote(uri):
             return local.mark(path)
         try:
@@ -211,8 +201,8 @@ def etag(uri: str) -> str | None:
 @_patient
 def replace_bytes(uri: str, data: bytes, mark: str, staging: str | None = None) -> bool:
     """Write `data` if the object is still in the state that `etag` told; else return False."""
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         if not is_remote(uri):
             return local.replace(path, data, mark, staging)
         # AWS and others write ETags in quotes; Ceph compares with the bare one.
@@ -225,28 +215,31 @@ def replace_bytes(uri: str, data: bytes, mark: str, staging: str | None = None) 
 @_patient
 def remove(uri: str) -> None:
     """Remove one file; nothing happens when it is not there."""
-    fs, path = _open(uri)
-    with _told(uri), contextlib.suppress(FileNotFoundError):
+    fs, path = open_fs(uri)
+    with translate_errors(uri), contextlib.suppress(FileNotFoundError):
         fs.rm_file(path)
 
 
 @_patient
 def remove_folder(uri: str) -> None:
     """Remove a folder and all in it; nothing happens when it is not there."""
-    fs, path = _open(uri)
-    with _told(uri):
-        for _ in range(MAX_REMOVALS):
-            with contextlib.suppress(FileNotFoundError):  # a dying worker removes its files too
-                if fs.exists(path):
-                    fs.rm(path, recursive=True)
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
+        for attempt in range(MAX_REMOVALS):
+            if not fs.exists(path):
                 return
+            try:
+                fs.rm(path, recursive=True)
+            except FileNotFoundError:  # a dying worker removes its files too
+                if attempt == MAX_REMOVALS - 1:
+                    raise
 
 
 @_patient
 def put_file(uri: str, path: str | Path, staging: str | None = None) -> None:
     """Copy the local file at `path` to `uri`, replacing what is there."""
-    fs, target = _open(uri)
-    with _told(uri):
+    fs, target = open_fs(uri)
+    with translate_errors(uri):
         if is_remote(uri):
             fs.put_file(str(path), target)
         else:
@@ -256,8 +249,8 @@ def put_file(uri: str, path: str | Path, staging: str | None = None) -> None:
 @_patient
 def get_file(uri: str, path: str | Path) -> None:
     """Copy `uri` to the local file at `path`, whose folder is there."""
-    fs, source = _open(uri)
-    with _told(uri):
+    fs, source = open_fs(uri)
+    with translate_errors(uri):
         fs.get_file(source, str(path))
 
 
@@ -267,8 +260,8 @@ def put_folder(uri: str, files: dict[str, bytes], staging: str) -> None:
 
     A local folder appears at once and whole; on S3 its objects appear in the order given.
     """
-    fs, path = _open(uri)
-    with _told(uri):
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
         if is_remote(uri):
             for name, data in files.items():
                 fs.pipe_file(f"{path}/{name}", data)
@@ -276,57 +269,8 @@ def put_folder(uri: str, files: dict[str, bytes], staging: str) -> None:
         local.put_folder(path, files, staging)
 
 
-def state(uri: str) -> str:
-    """A mark of a source's present state: it changes when the file or folder does."""
-    fs, path = _open(uri)
-    with _told(uri):
-        fs.invalidate_cache()
-        found = fs.find(path, detail=True)
-    facts = [(n, i["size"], str(i.get("ETag") or i.get("mtime"))) for n, i in found.items()]
-    return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()
-
-
-def fetch(uri: str) -> Path:
-    """A local path with the content of `uri`: itself when local, else one copy for this machine.
-
-    The copy is made under a lock, so that many workers fetch once, and has a name of its own for
-    each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
-    """
-    if not is_remote(uri):
-        return Path(uri.removeprefix("file://"))
-    fs, path = _open(uri)
-    with _told(uri):
-        fs.invalidate_cache()
-        found = fs.find(path, detail=True)
-        if not found:
-            raise StorageError(f"{uri}: nothing is there")
-    state = sorted((name, info["size"], str(info.get("ETag"))) for name, info in found.items())
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
-    target = cache / key
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            partial = Path(tempfile.mkdtemp(dir=cache))
-            _download(fs, path, found, partial)
-            partial.rename(target)
-    return target / os.path.basename(path) if list(found) == [path] else target
-
-
-def _download(fs: Any, root: str, found: dict[str, Any], folder: Path) -> None:
-    for name, info in found.items():
-        relative = os.path.basename(name) if name == root else os.path.relpath(name, root)
-        local = folder / relative
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with _told(name):
-            fs.get_file(name, str(local))
-        if local.stat().st_size != info["size"]:
-            shutil.rmtree(folder)
-            raise StorageError(f"{name}: got {local.stat().st_size} of {info['size']} bytes")
-
-
-def _open(uri: str) -> tuple[Any, str]:
+def open_fs(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path in it. Raises StorageError for an unknown kind."""
     if uri.startswith("s3://"):
         return _s3(), uri.removeprefix("s3://").rstrip("/")
     check(uri)
@@ -349,7 +293,7 @@ def _s3() -> Any:
 
 
 @contextlib.contextmanager
-def _told(uri: str) -> Generator[None]:
+def translate_errors(uri: str) -> Generator[None]:
     """Turn a file system's error into one that says what to do."""
     try:
         yield

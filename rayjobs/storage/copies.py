@@ -1,0 +1,71 @@
+"""What lies on storage as files of this machine: one copy for all its processes.
+
+Owns the copies of remote files and folders, named by the state of what they copy. Knows nothing of
+what the bytes mean.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rayjobs.storage.door import is_remote, open_fs, translate_errors
+from rayjobs.storage.s3 import StorageError
+
+
+def to_local(uri: str) -> str:
+    """What a library can load: what is on S3 as a local path, fetched first; all else as it is."""
+    return str(fetch(uri)) if is_remote(uri) else uri
+
+
+def state(uri: str) -> str:
+    """A mark of a source's present state: it changes when the file or folder does."""
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+    facts = [(n, i["size"], str(i.get("ETag") or i.get("mtime"))) for n, i in found.items()]
+    return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()
+
+
+def fetch(uri: str) -> Path:
+    """A local path with the content of `uri`: itself when local, else one copy for this machine.
+
+    The copy is made under a lock, so that many workers fetch once, and has a name of its own for
+    each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
+    """
+    if not is_remote(uri):
+        return Path(uri.removeprefix("file://"))
+    fs, path = open_fs(uri)
+    with translate_errors(uri):
+        fs.invalidate_cache()
+        found = fs.find(path, detail=True)
+        if not found:
+            raise StorageError(f"{uri}: nothing is there")
+    state = sorted((name, info["size"], str(info.get("ETag"))) for name, info in found.items())
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
+    target = cache / key
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = Path(tempfile.mkdtemp(dir=cache))
+            _download(fs, path, found, partial)
+            partial.rename(target)
+    return target / os.path.basename(path) if list(found) == [path] else target
+
+
+def _download(fs: Any, root: str, found: dict[str, Any], folder: Path) -> None:
+    for name, info in found.items():
+        relative = os.path.basename(name) if name == root else os.path.relpath(name, root)
+        local = folder / relative
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with translate_errors(name):
+            fs.get_file(name, str(local))
+        if local.stat().st_size != info["size"]:
+            shutil.rmtree(folder)
+            raise StorageError(f"{name}: got {local.stat().st_size} of {info['size']} bytes")
