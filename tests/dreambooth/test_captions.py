@@ -19,14 +19,6 @@ from rayjobs.dataset.manifest import Manifest
 from rayjobs.dreambooth.data.photos import find_photos
 
 SKS = "a photo of sks dog"
-STORED_AS = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    6: Image.Transpose.ROTATE_90,
-    8: Image.Transpose.ROTATE_270,
-}
-"""How the pixels of an upright picture lie in a file of each orientation."""
 
 
 def encode(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
