@@ -16,7 +16,7 @@ from rayjobs import cluster, storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
-from rayjobs.dreambooth import job, metrics
+from rayjobs.dreambooth import job, lock, metrics
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo, find_photos
 from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
@@ -33,10 +33,12 @@ IMAGES_PER_SHARD = 16
 def train(config: DreamBoothConfig) -> job.Summary:
     """A whole run, on the cluster there is or one of its own. A finished run is left as it is.
 
-    Raises BadInput, StorageError or JobFailed.
+    Raises BadInput, also when the folder holds a run of other settings, StorageError or JobFailed.
     """
     run = resolve(config)
     if job.is_finished(run):
+        # Its class images are not looked for: they may be gone.
+        lock.compare(config.output.uri, lock.describe(run), without=("priors",))
         return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
     with cluster.session(job.num_cpus(run.config)):
         return job.run(with_class_images(run))
@@ -50,11 +52,11 @@ def with_class_images(run: ResolvedRun) -> ResolvedRun:
     prior, uri = run.config.prior, run.class_images_uri
     if prior.mode == "none":
         return run
-    prompt, lock = str(prior.prompt), read_lock(uri)
-    if lock is None and prior.uri and storage.list_files(uri):
+    prompt, made = str(prior.prompt), read_lock(uri)
+    if made is None and prior.uri and storage.list_files(uri):
         return run.with_class_images(_check_enough(run, find_photos(uri, prompt)))
-    if lock is not None:
-        _warn_of_other_model(run, lock.segments[0].model_sha256)
+    if made is not None:
+        _warn_of_other_model(run, made.segments[0].model_sha256)
         if prior.uri and Reader(uri).num_committed >= prior.num_images:
             images = find_photos(uri, prompt)
             if len(images) >= prior.num_images:

@@ -40,12 +40,19 @@ def describe(run: ResolvedRun) -> dict[str, Any]:
 
 def enter(uri: str, run: dict[str, Any]) -> None:
     """Begin a run, or go on with it. Raises BadInput, with the difference, when it is another."""
-    lock = storage.join(uri, FILE)
     written = json.dumps(run, indent=1, ensure_ascii=False).encode()
-    if storage.create_bytes(lock, written):
-        return
-    there = json.loads(storage.read_bytes(lock))
-    changed = differences(there, run)
+    if not storage.create_bytes(storage.join(uri, FILE), written):
+        compare(uri, run)
+
+
+def compare(uri: str, run: dict[str, Any], without: tuple[str, ...] = ()) -> None:
+    """Raise BadInput, with the difference, when the folder holds another run.
+
+    Facts named in `without` are passed over: those that are not known before there is work.
+    """
+    there = json.loads(storage.read_bytes(storage.join(uri, FILE)))
+    before, after = ({k: v for k, v in x.items() if k not in without} for x in (there, run))
+    changed = differences(before, after)
     if not changed:
         return
     name, now = there["run"]["name"], run["run"]["name"]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from diffusers import (
     DDPMScheduler,
@@ -30,13 +29,11 @@ from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.batches import Batch
 from rayjobs.dreambooth.training.tuned_model import TunedModel
+from tests.dreambooth import fitting
 from tests.families import FAMILIES
 
-# Lightning reads deprecated parts of torch, and would have frozen networks in training mode.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode"),
-]
+# Lightning reads deprecated parts of torch.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 KOHYA = "kohya_lora.safetensors"
 RANK, ALPHA = 4, 2
 PRIOR_WEIGHT = 0.7
@@ -74,18 +71,6 @@ def settings(model: Path, photos: Path, mode: str = "images", **train: Any) -> D
     )
 
 
-class StepMetrics(pl.Callback):
-    """The metrics of every step."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.rows.append(pl_module.metrics)
-
-
 def resolved(config: DreamBoothConfig) -> ResolvedRun:
     photos = find_photos(config.instance.uri, config.instance.prompt)
     has_prior = config.prior.mode != "none"
@@ -94,24 +79,7 @@ def resolved(config: DreamBoothConfig) -> ResolvedRun:
 
 
 def fit(config: DreamBoothConfig) -> tuple[TunedModel, list[dict[str, float]]]:
-    """Every step, in this process."""
-    model = worker.load(config, "cpu", torch.float32)
-    batches, module = worker.build(resolved(config), model, torch.float32)
-    seen = StepMetrics()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=[seen],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=1,
-    )
-    most = config.train.micro_batch_size
-    trainer.fit(module, train_dataloaders=batches.steps(0, config.train.steps, 0, 1, most))
-    assert [row["step"] for row in seen.rows] == list(range(1, config.train.steps + 1))
-    return module.tuned.eval(), seen.rows
+    return fitting.fit(resolved(config))
 
 
 METHODS, MODES = ("lora", "full"), ("images", "teacher", "none")

@@ -1,4 +1,7 @@
-"""Runs on Ray Train's workers: resumed, spread over workers, killed, refused."""
+"""Runs on Ray Train's workers: resumed, spread over workers, killed, refused.
+
+What every run must come to is computed without Ray: the same steps in this process.
+"""
 
 import json
 import os
@@ -11,20 +14,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 
 from rayjobs import storage
 from rayjobs.cli import main
 from rayjobs.config import BadInput, JobFailed
-from rayjobs.dreambooth import composition, job, results
+from rayjobs.dreambooth import composition, export, job, results
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.models import exports
+from tests.dreambooth import fitting
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [
@@ -33,6 +37,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 SUBJECT = ROOT / "configs" / "demo" / "subject"
+SHORT = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e-3}
+LONG = SHORT | {"steps": 24}
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +50,24 @@ def priors(tmp_path_factory: pytest.TempPathFactory, picture: Callable[[int], An
     return folder
 
 
-def values(output: str, priors: Path, steps: int = 8, **keys: Any) -> dict[str, Any]:
+def values(output: str, priors: Path, **keys: Any) -> dict[str, Any]:
     return {
         "model": {"uri": "starter"},
         "instance": {"uri": str(SUBJECT), "prompt": "a photo of a sks star"},
         "prior": {"prompt": "a photo of a star", "num_images": 6, "uri": str(priors)},
-        "train": {"steps": steps, "global_batch_size": 4, "learning_rate": 1e-3},
+        "train": SHORT,
         "lora": {"rank": 4, "dropout": 0.2},
         "checkpoint": {"every_n_steps": 3, "keep": 2},
         "run": {"name": "test"},
         "output": {"uri": output},
     } | keys
+
+
+class Calm(NamedTuple):
+    """What a run that nobody disturbs comes to."""
+
+    losses: list[float]
+    weights: Path
 
 
 def resolved(output: str, priors: Path, **keys: Any) -> ResolvedRun:
@@ -70,35 +83,59 @@ def losses(output: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def one_worker(
-    ray_cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[float]:
-    output = str(tmp_path_factory.mktemp("one") / "out")
-    job.run(resolved(output, priors))
-    return losses(output)
+def calm(priors: Path, tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    """24 steps in this process, and what they export."""
+    folder = tmp_path_factory.mktemp("calm")
+    run = resolved(str(folder), priors, train=LONG)
+    tuned, rows = fitting.fit(run)
+    (folder / "export").mkdir()
+    export.save(run.config, tuned, folder / "export")
+    return Calm([row["loss"] for row in rows], folder / "export" / exports.LORA_FILE)
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_more_workers_see_the_same_batch(
-    one_worker: list[float], priors: Path, tmp_path: Path, workers: int
+@pytest.fixture(scope="module")
+def spread(ray_cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a run on two workers, of which one is killed on the way.
+
+    They make their shares of a batch one by one.
+    """
+    output = str(tmp_path_factory.mktemp("spread") / "out")
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for_checkpoint(output, 3)
+        killed.append(train_worker(os.getpid()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    train = LONG | {"micro_batch_size": 1}
+    job.run(resolved(output, priors, train=train, workers={"min": 2}))
+    killer.join(1)
+    assert killed
+    return output
+
+
+def test_two_workers_of_which_one_dies(calm: Calm, spread: str) -> None:
+    """They see the same batches, and Ray's new worker goes on from the latest checkpoint."""
+    assert losses(spread) == pytest.approx(calm.losses, abs=1e-5)
+    steps = [checkpoint.step for checkpoint in Checkpoints(f"{spread}/checkpoints").list()]
+    assert steps == [21, 24]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "most"), [(2, None), (4, None), (1, 1)])
+def test_workers_and_calls(
+    calm: Calm, ray_cluster: None, priors: Path, tmp_path: Path, workers: int, most: int | None
 ) -> None:
     output = str(tmp_path / "out")
-    job.run(resolved(output, priors, workers={"min": workers}))
-    assert losses(output) == pytest.approx(one_worker, abs=1e-5)
-    steps = [checkpoint.step for checkpoint in Checkpoints(f"{output}/checkpoints").list()]
-    assert steps == [6, 8]
-
-
-def test_small_calls_give_the_same_step(
-    one_worker: list[float], priors: Path, tmp_path: Path
-) -> None:
-    output = str(tmp_path / "out")
-    train = values(output, priors)["train"] | {"micro_batch_size": 1}
-    job.run(resolved(output, priors, train=train))
-    assert losses(output) == pytest.approx(one_worker, abs=1e-5)
+    train = SHORT | {"micro_batch_size": most}
+    job.run(resolved(output, priors, train=train, workers={"min": workers}))
+    assert losses(output) == pytest.approx(calm.losses[:8], abs=1e-5)
 
 
 def start(folder: Path, run: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """The command for this run, in a process and a Ray session of its own."""
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     command = [sys.executable, "-m", "rayjobs", "dreambooth", str(folder / "run.yaml")]
     pipe = subprocess.PIPE
@@ -115,77 +152,59 @@ def wait_for_checkpoint(output: str, step: int) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_driver_is_started_again(
-    one_worker: list[float],
+@pytest.mark.parametrize(
+    "sign",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_driver_is_started_again(
+    calm: Calm,
     priors: Path,
     tmp_path: Path,
     bucket: str,
+    sign: signal.Signals,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Bit for bit, on S3, what one undisturbed run gives; then there is nothing to do."""
-    calm, killed = str(tmp_path / "calm"), f"{bucket}/killed"
-    long = {"steps": 24, "global_batch_size": 4, "learning_rate": 1e-3}
-    job.run(resolved(calm, priors, train=long))
-    run = values(killed, priors, train=long)
-    process = start(tmp_path, run)
-    wait_for_checkpoint(killed, 6)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert exports.read(f"{killed}/export") is None
-    process = start(tmp_path, run)
-    _, said = process.communicate(timeout=180)
+    """Bit for bit, on S3, what the undisturbed steps give; then there is nothing to do."""
+    output = f"{bucket}/stopped"
+    run = values(output, priors, train=LONG)
+    with start(tmp_path, run) as process:
+        wait_for_checkpoint(output, 6)
+        process.send_signal(sign)
+        _, said = process.communicate(timeout=60)
+    assert exports.read(f"{output}/export") is None
+    if sign != signal.SIGKILL:
+        assert process.returncode == 130, said
+        assert b"continues where this stopped" in said
+        assert b"Traceback" not in said
+    with start(tmp_path, run) as process:
+        _, said = process.communicate(timeout=180)
     assert process.returncode == 0, said
-    assert losses(killed) == losses(calm)
-    assert losses(killed)[:8] == one_worker
-    uris = [storage.join(each, "export", exports.LORA_FILE) for each in (calm, killed)]
-    weights = [load(storage.read_bytes(uri)) for uri in uris]
-    assert weights[0].keys() == weights[1].keys()
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert losses(output) == calm.losses
+    made = load(storage.read_bytes(storage.join(output, "export", exports.LORA_FILE)))
+    wanted = load_file(calm.weights)
+    assert made.keys() == wanted.keys()
+    assert all((made[name] == wanted[name]).all() for name in wanted)
     assert main(["dreambooth", str(tmp_path / "run.yaml")]) == 0
     assert capsys.readouterr().out.startswith("nothing to do")
 
 
-@pytest.mark.parametrize(
-    "sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
-def test_an_interruption(priors: Path, tmp_path: Path, sign: signal.Signals) -> None:
-    output = str(tmp_path / "out")
-    long = {"steps": 500, "global_batch_size": 4}
-    process = start(tmp_path, values(output, priors, train=long))
-    wait_for_checkpoint(output, 3)
-    process.send_signal(sign)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert b"continues where this stopped" in said
-    assert b"Traceback" not in said
-
-
-def test_a_changed_run_is_refused(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
-    output = str(tmp_path / "out")
-    short = {"steps": 1, "global_batch_size": 4}
-    job.run(resolved(output, priors, train=short))
-    with pytest.raises(BadInput, match=r"train.learning_rate: 0.0001 there, 0.1 now"):
-        job.run(resolved(output, priors, train=short | {"learning_rate": 0.1}))
-
-
-def test_a_worker_dies(ray_cluster: None, priors: Path, tmp_path: Path, one_worker: Any) -> None:
-    """Ray starts a new one, which goes on from the latest checkpoint."""
-    output = str(tmp_path / "out")
-    killed: list[int] = []
-
-    def kill() -> None:
-        wait_for_checkpoint(output, 3)
-        killed.append(train_worker(os.getpid()))
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    train = {"steps": 30, "global_batch_size": 4, "learning_rate": 1e-3}
-    job.run(resolved(output, priors, train=train))
-    killer.join(1)
-    assert killed
-    assert losses(output)[:8] == one_worker
-    assert [c.step for c in Checkpoints(f"{output}/checkpoints").list()] == [27, 30]
+def test_a_changed_run_is_refused(spread: str, priors: Path) -> None:
+    """Also when it is finished: nobody takes its weights for those of the new settings."""
+    other = {"uri": str(priors), "prompt": "a photo of a sks star"}
+    for changed, told in [
+        ({"train": LONG | {"learning_rate": 0.1}}, r"train.learning_rate: 0.001 there, 0.1 now"),
+        ({"train": LONG, "lora": {"rank": 8, "dropout": 0.2}}, r"lora.rank: 4 there, 8 now"),
+        ({"train": LONG, "instance": other}, r"photos"),
+    ]:
+        config = DreamBoothConfig.model_validate(values(spread, priors, **changed))
+        with pytest.raises(BadInput, match=told):
+            composition.train(config)
+        with pytest.raises(BadInput, match=told):
+            job.run(resolved(spread, priors, **changed))
 
 
 def train_worker(root: int) -> int:
@@ -201,6 +220,7 @@ def train_worker(root: int) -> int:
     return next(pid for pid, _, args in rows if pid in family and "RayTrainWorker" in args)
 
 
+@pytest.mark.slow
 def test_what_will_not_mend_is_told_once(ray_cluster: None, priors: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
     wild = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e30, "method": "full"}
