@@ -1,6 +1,6 @@
 """DreamBooth from Python: a short training of the starter model, then a picture of its subject.
 
-python examples/dreambooth.py [PHOTOS [STEPS]]
+.venv/bin/python examples/dreambooth.py [PHOTOS [STEPS]]
 """
 
 import sys

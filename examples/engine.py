@@ -1,6 +1,6 @@
 """The engine alone: unlike requests share its steps. Writes one PNG for each into engine-pictures/.
 
-python examples/engine.py
+.venv/bin/python examples/engine.py
 """
 
 from pathlib import Path

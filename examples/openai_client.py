@@ -1,6 +1,6 @@
 """OpenAI's client against a server that runs, such as the one of `make serve`.
 
-python examples/openai_client.py [http://127.0.0.1:8000]
+.venv/bin/python examples/openai_client.py [http://127.0.0.1:8000]
 """
 
 import base64

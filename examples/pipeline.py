@@ -1,6 +1,6 @@
 """A pipeline of your own on Ray Data: rows with prompts in, the same rows with pictures out.
 
-python examples/pipeline.py
+.venv/bin/python examples/pipeline.py
 """
 
 import ray.data

@@ -1,6 +1,6 @@
 """Reads a data set: only shards that the manifest names are part of it.
 
-python examples/read_dataset.py [demo/dataset]
+.venv/bin/python examples/read_dataset.py [demo/dataset]
 """
 
 import io

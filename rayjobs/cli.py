@@ -21,8 +21,8 @@ DONE, FAILED, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code.
 
-    0 done, 2 bad input (nothing started), 3 finished with failed records, 130 interrupted
-    (resumable), 1 anything else.
+    0 done, 2 bad input or storage that this process cannot use, 3 finished with failed records, 130
+    interrupted (resumable), 1 anything else.
     """
     options = _parser().parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--record", type=int, metavar="K", help="print record K and nothing else")
     plan.add_argument("--rate", type=float, metavar="R", help="images per second of one worker")
     plan.add_argument("--probe", action="store_true", help="measure the rate with a few images")
-    plan.add_argument("--price", type=float, metavar="P", help="of a worker's hour, for the cost")
+    plan.add_argument(
+        "--price", type=float, metavar="P", help="of a GPU's hour, else a worker's, for the cost"
+    )
     job("show", _show, "print a job's configuration with every default")
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")

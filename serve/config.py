@@ -23,7 +23,8 @@ class ModelConfig(LoadOptions):
     """`starter`, a diffusers folder or .safetensors file (local or s3://), a hub id, or an export
     of `dreambooth`."""
     config: str | None = None
-    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
+    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
+    tokenizers; without it they are fetched from the hub."""
     preload: bool = True
     """Load the model when a replica starts, not at the first request."""
     hint: str | None = None
@@ -75,13 +76,14 @@ class LimitsConfig(Config):
     """Limits of a request, checked before any work and before images are decoded."""
 
     max_pixels: int = Field(default=1536 * 1536, ge=64)
-    """Width times height of a generated image."""
+    """Width times height that a request may ask for. A size left out, the model's own or an edit's
+    like its image, is not checked."""
     max_side: int = Field(default=2048, ge=8)
-    """Largest width and height of a generated image, in pixels."""
+    """Largest width and height that a request may ask for, and of an edit, in pixels."""
     max_steps: int = Field(default=150, ge=1, le=1000)
     """Largest num_inference_steps."""
     max_n: int = Field(default=10, ge=1)
-    """Images of one request."""
+    """Images of one request; above 10 it has no effect."""
     max_prompt_chars: int = Field(default=4000, ge=1)
     """Characters of a prompt, and of a negative prompt."""
     max_loras: int = Field(default=8, ge=0)
@@ -102,13 +104,14 @@ class KeyConfig(Config):
     name: str
     """Whose key it is; limits and fair sharing are by this name."""
     key: str | None = None
-    """The key itself; prefer sha256, which is safe to publish."""
+    """The key itself; prefer sha256, which is safe to publish: Ray Serve logs what is here."""
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the key in hex, from `printf %s KEY | sha256sum`."""
+    """SHA-256 of the key in hex, from `printf %s KEY | sha256sum | cut -c1-64`."""
     max_concurrent: int = Field(default=64, ge=1)
-    """Requests of this key in progress or waiting."""
+    """Requests of this key in progress or waiting, in each ingress replica."""
     images_per_minute: float | None = Field(default=None, gt=0)
-    """Images that this key may request per minute; without it, any number."""
+    """Images that this key may request per minute, of each ingress replica; without it, any
+    number."""
 
     @model_validator(mode="after")
     def _one_secret(self) -> "KeyConfig":
@@ -155,7 +158,7 @@ class ScalingConfig(Config):
 
 class SafetyConfig(Config):
     uri: str | None = None
-    """An image classifier (folder, s3:// or hub id) that checks every image."""
+    """An image classifier (folder, s3:// or hub id) that checks every finished image."""
     threshold: float = Field(default=0.5, gt=0, lt=1)
     """An image that is unsafe with a higher probability is not returned."""
 
@@ -164,7 +167,7 @@ class ResultsConfig(Config):
     uri: str | None = None
     """Where images are stored for response_format url: an s3:// folder."""
     expires_s: int = Field(default=3600, ge=60, le=7 * 86400)
-    """Seconds for which such a link is valid."""
+    """Seconds for which such a link is valid; the image stays."""
 
 
 class ServeConfig(Config):

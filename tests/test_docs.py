@@ -9,6 +9,7 @@ import pytest
 
 from docs import reference
 from rayjobs import cli, keys
+from rayjobs.diffusion.sampler_names import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -18,7 +19,7 @@ KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`")
 MODULE = re.compile(r"`((?:rayjobs|serve|tests|docs|examples|configs)/[\w/.]+)`")
 OVERRIDE = re.compile(r"(?<=[ '])([a-z_]+(?:\.[a-z_]+)+)=")
 NOT_KEYS = re.compile(
-    r"^(rayjobs|serve|http_options|ray|image)\.|\.(py|md|json|jsonl|yaml|txt|jpg|html|toml|safetensors)$"
+    r"^(rayjobs|serve|http_options|runtime_env|ray|image)\.|\.(py|md|json|jsonl|yaml|txt|jpg|html|toml|safetensors)$"
 )
 
 
@@ -89,6 +90,12 @@ def test_make_targets_exist() -> None:
 
 def test_the_reference_is_current() -> None:
     assert reference.PAGE.read_text("utf-8") == reference.page(), "run `make reference`"
+
+
+def test_every_sampler_is_named() -> None:
+    text = (ROOT / "docs/guides/generate.md").read_text("utf-8")
+    section = text.partition("\n## Samplers\n")[2].partition("\n\n`sampler.name`")[0]
+    assert section.split() == [f"`{name}`" for name in sorted(SAMPLERS)]
 
 
 def test_every_key_is_described() -> None:

@@ -16,7 +16,8 @@ class ModelConfig(Config):
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
     config: str | None = None
-    """For a single file: a diffusers folder with its configs and tokenizers; else from the hub."""
+    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
+    tokenizers; without it they are fetched from the hub."""
     device: str = "auto"
     """auto, cpu or cuda."""
     attention: Attention = "auto"

@@ -167,7 +167,8 @@ class ParametersConfig(Config):
 
 class SamplerConfig(Config):
     name: str | None = None
-    """A short name such as euler, or a diffusers class name; without it the model's own."""
+    """A short name such as euler, or a class of rayjobs/diffusion/sampler_names.py; without it the
+    model's own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Config options of that class, and eta."""
     steps: int = Field(default=30, ge=1, le=1000)
