@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 POLL_S = 0.5
 LOG_EVERY_S = 10.0
+FATAL = "fatal"
+"""The note with an error that ends the work."""
 
 
 class Counter:

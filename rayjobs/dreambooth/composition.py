@@ -9,14 +9,13 @@ import json
 import sys
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 
 from rayjobs import cluster, storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
-from rayjobs.dreambooth import job, lock, metrics
+from rayjobs.dreambooth import job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo, find_photos
 from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
@@ -123,6 +122,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Generate what is missing, measure, write metrics.json. Raises BadInput without encoders."""
     if config.encoders.subject is None:
         raise BadInput("encoders.subject is missing, such as facebook/dino-vits16")
+    import torch
+
+    from rayjobs.dreambooth import metrics
+
     prompts = read_prompts(config)
     photos = find_photos(config.subject.uri, "")
     class_prompt = f"a photo of a {config.subject.class_word}"

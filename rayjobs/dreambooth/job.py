@@ -1,7 +1,8 @@
 """A DreamBooth run: lock, train on Ray Train's workers, export the best checkpoint, report.
 
 Owns this order and the workers' resources. A run's only state is its folder: run.lock.json,
-checkpoints/ and export/. Gets the run resolved; looks nothing up itself.
+checkpoints/ and export/. Gets the run resolved; looks nothing up itself. What runs in workers is
+imported there: the driver and Ray's controller start without Lightning and diffusers.
 """
 
 import sys
@@ -19,15 +20,14 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayjobs import cluster
 from rayjobs.config import JobFailed
-from rayjobs.dreambooth import export, lock, report, results
+from rayjobs.dreambooth import lock, report, results
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
-from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import ValidationLoop
 from rayjobs.models import exports
-from rayjobs.progress import Progress
+from rayjobs.progress import FATAL, Progress
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _export(run: ResolvedRun, checkpoints: Checkpoints) -> None:
     validated = results.read(run.config.output.uri)
     step = _choose(run, checkpoints, validated)
     metrics = next((result.metrics for result in validated if result.step == step), {})
-    task = ray.remote(export.write).options(num_cpus=run.config.workers.num_cpus)
+    task = ray.remote(_write_export).options(num_cpus=run.config.workers.num_cpus)
     try:
         ray.get(task.remote(run, step, metrics))
     except ray.exceptions.RayError as error:
@@ -118,7 +118,7 @@ def _train(run: ResolvedRun, first: int) -> None:
     ):
         settings = {"run": run, "counter": progress.counter}
         trainer = TorchTrainer(
-            worker.train,
+            _train_worker,
             train_loop_config=settings,
             scaling_config=_scaling(config.workers),
             # For Ray's own files only: the checkpoints go to the run's folder, by our callback.
@@ -133,8 +133,20 @@ def _train(run: ResolvedRun, first: int) -> None:
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             raise cluster.unwrap_error(error) from None
         notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
-        if worker.FATAL in notes:
-            raise JobFailed(notes[worker.FATAL])
+        if FATAL in notes:
+            raise JobFailed(notes[FATAL])
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    from rayjobs.dreambooth.training import worker
+
+    worker.train(settings)
+
+
+def _write_export(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
+    from rayjobs.dreambooth import export
+
+    export.write(run, step, metrics)
 
 
 def _fit(trainer: TorchTrainer) -> None:

@@ -20,7 +20,6 @@ from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
-from rayjobs.dreambooth.training.callback import METRICS
 
 MAX_PHOTOS = 24
 PHOTO_HEIGHT = 160
@@ -51,7 +50,7 @@ def write(run: ResolvedRun) -> str:
 
 
 def _metrics(output_uri: str) -> list[dict[str, float]]:
-    uri = storage.join(output_uri, METRICS)
+    uri = storage.join(output_uri, results.METRICS)
     if not storage.exists(uri):
         return []
     return [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines()]

@@ -1,4 +1,4 @@
-"""Validation results on storage: each checkpoint's metrics and image grids.
+"""Results of a run on storage: metrics of the steps, metrics and image grids of checkpoints.
 
 Owns their files, which checkpoint is best, and which must be kept. Knows no torch.
 """
@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 
 from rayjobs import storage
 from rayjobs.storage import NotThere, join
+
+METRICS = "metrics.jsonl"
+"""One line a step."""
 
 
 @dataclass(frozen=True)

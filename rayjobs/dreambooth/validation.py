@@ -1,35 +1,20 @@
-"""Validation: images and metrics of each checkpoint, made beside training.
+"""Validation beside training: each checkpoint that is due is looked at once, in a Ray task.
 
-Owns what is generated, and the loop that validates each checkpoint once. The images come from the
-engine, in a Ray task of their own.
+Owns which checkpoints are due. `samples` makes and measures the images.
 """
 
 import contextlib
-import io
 import threading
-from typing import Any
 
 import ray
 import ray.exceptions
-import torch
-from PIL import Image
 
 from rayjobs import storage
-from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request
-from rayjobs.dreambooth import metrics, results
-from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.export import rebuild
+from rayjobs.dreambooth import results
 from rayjobs.dreambooth.resolved import ResolvedRun
-from rayjobs.dreambooth.results import Result
-from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 
 POLL_S = 2.0
-MAX_ROWS = 8
-GRID_SIDE = 256
-"""Pixels of a picture in a grid, at most."""
 
 
 class ValidationLoop:
@@ -78,7 +63,7 @@ class ValidationLoop:
 
     def _validate(self, step: int) -> None:
         resources = self.run.config.validation
-        task = ray.remote(validate).options(
+        task = ray.remote(_validate).options(
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus
         )
         try:
@@ -87,86 +72,8 @@ class ValidationLoop:
             self.failures[step] = str(error).strip().splitlines()[-1]
 
 
-def validate(run: ResolvedRun, step: int) -> None:
-    """Generate and measure images of the model as it is after a step, and store the result."""
-    config = run.config
-    torch.set_num_threads(max(1, int(config.validation.num_cpus)))
-    model = _model(run, step)
-    prompts = list(config.validation.prompts or (config.instance.prompt,))
-    class_prompts = [config.prior.prompt] if config.prior.prompt else []
-    images = generate(model, config, prompts, config.validation.num_images)
-    class_images = generate(model, config, class_prompts, 2 * config.validation.num_images)
-    grids = {}
-    for number, (prompt, pictures) in enumerate((images | class_images).items()):
-        name = f"step-{step:08d}-{number:02d}.jpg"
-        storage.write_bytes(storage.join(results.folder(config.output.uri), name), grid(pictures))
-        grids[prompt] = name
-    values = measure(run, images, class_images, model.device)
-    before = next((r.metrics for r in results.read(config.output.uri) if r.step == 0), None)
-    score = metrics.joint_score(values, before or values) if values else None
-    results.write(config.output.uri, Result(step, score, values, grids))
+def _validate(run: ResolvedRun, step: int) -> None:
+    """In the task: the driver does without torch and the engine."""
+    from rayjobs.dreambooth import samples
 
-
-def generate(
-    model: Model, config: DreamBoothConfig, prompts: list[str], num_images: int
-) -> dict[str, metrics.Pictures]:
-    """Images by prompt, with seeds 0, 1, ...; the same for every step of a run."""
-    settings = config.validation
-    side = config.train.resolution or model.default_side
-    engine = Engine(model, max_rows=MAX_ROWS)
-    images: dict[str, metrics.Pictures] = {}
-    for prompt in prompts:
-        requests = [
-            Request(
-                prompt=prompt,
-                seed=seed,
-                steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                width=side,
-                height=side,
-            )
-            for seed in range(num_images)
-        ]
-        done = sorted(engine.generate(requests), key=lambda result: result.request.seed)
-        images[prompt] = [_image(result) for result in done]
-    return images
-
-
-def measure(
-    run: ResolvedRun,
-    images: dict[str, metrics.Pictures],
-    class_images: dict[str, metrics.Pictures],
-    device: str,
-) -> dict[str, float]:
-    """The metrics, where encoders are named."""
-    subject, prompt = metrics.load_encoders(run.config.validation.encoders, device)
-    if subject is None:
-        return {}
-    real = [photo.open() for photo in run.photos]
-    return metrics.measure(subject, prompt, real, images, class_images)
-
-
-def grid(pictures: metrics.Pictures) -> bytes:
-    """A JPEG with the pictures side by side."""
-    side = min(GRID_SIDE, pictures[0].width)
-    height = round(side * pictures[0].height / pictures[0].width)
-    sheet = Image.new("RGB", (side * len(pictures), height))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture.resize((side, height), Image.Resampling.LANCZOS), (number * side, 0))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
-
-
-def _model(run: ResolvedRun, step: int) -> Model:
-    device = "cuda" if run.config.validation.num_gpus else "cpu"
-    compute = worker.choose_precision(run.config.train.precision, device)
-    if step == 0:
-        return worker.load(run.config, device, compute)
-    return rebuild(run, step, device, compute).model
-
-
-def _image(result: Any) -> Image.Image:
-    if result.image is None:
-        raise RuntimeError(result.error)
-    return result.image
+    samples.validate(run, step)

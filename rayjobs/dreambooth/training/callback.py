@@ -25,7 +25,6 @@ from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.storage import StorageError
 
 FILE = "state.pt"
-METRICS = "metrics.jsonl"
 PART_WAIT_S = 1800.0
 POLL_S = 1.0
 
@@ -57,7 +56,7 @@ class CheckpointCallback(pl.Callback):
         if step:
             checkpoints = self.checkpoints.list()
             (self._start,) = [checkpoint for checkpoint in checkpoints if checkpoint.step == step]
-            self._rows = read_metrics(storage.join(self.uri, METRICS), step)
+            self._rows = read_metrics(storage.join(self.uri, results.METRICS), step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if self._start is not None:
@@ -134,7 +133,7 @@ class CheckpointCallback(pl.Callback):
         return f"{self.attempt}/part-{rank:05d}.json"
 
     def _commit(self, step: int, files: dict[str, dict[str, Any]], rows: str) -> None:
-        storage.write_bytes(storage.join(self.uri, METRICS), rows.encode())
+        storage.write_bytes(storage.join(self.uri, results.METRICS), rows.encode())
         trackers.store(self.uri, self.logs)
         self.checkpoints.commit(step, files, {"workers": self.num_workers})
         steps = [checkpoint.step for checkpoint in self.checkpoints.list()]

@@ -34,10 +34,11 @@ from rayjobs.dreambooth.training.objective import build_objective
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
+from rayjobs.progress import FATAL
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
-FATAL, ERRORS = "fatal", "errors"
+ERRORS = "errors"
 PERMANENT_ERRORS = (ValueError, TypeError, KeyError, FloatingPointError, torch.OutOfMemoryError)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
