@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.weights import lora_file
 
 LoraUse = tuple[tuple[str, float], ...]
 """A row's adapters: (SHA-256 of the file, scale), in order."""
@@ -67,7 +68,7 @@ class LoraBank:
 
         Raises ValueError when the file is missing or is no LoRA.
         """
-        file = weight_file(Path(path))
+        file = lora_file(Path(path))
         with file.open("rb") as opened:
             sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         return Adapter(path, file, sha256, self._read(file))
@@ -296,13 +297,3 @@ def _find_module(model: Model, part: str, name: str) -> torch.nn.Module | None:
         except AttributeError:
             continue
     return None
-
-
-def weight_file(path: Path) -> Path:
-    if path.is_dir():
-        path = path / "pytorch_lora_weights.safetensors"
-    if not path.is_file():
-        raise ValueError(f"LoRA {path} does not exist")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
-    return path

@@ -186,3 +186,14 @@ def _pickle_message(path: Path) -> str:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lora_file(path: Path) -> Path:
+    """The adapter's file: `path` or the one in it. Raises ValueError where there is none."""
+    if path.is_dir():
+        path = path / "pytorch_lora_weights.safetensors"
+    if not path.is_file():
+        raise ValueError(f"LoRA {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
+    return path

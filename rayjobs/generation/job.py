@@ -5,7 +5,6 @@ workers are run in `worker.pool`.
 """
 
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
@@ -19,13 +18,13 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
+from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import ensure_segment, open_draft
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
 MAX_DEDUPLICATED = 100_000
 """Records up to which near-duplicates are searched for at the end of each run."""
-Redo = Mapping[int, Mapping[int, int]]
 
 
 @dataclass(frozen=True)

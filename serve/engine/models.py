@@ -22,9 +22,9 @@ import torch
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.lora import Adapter, weight_file
+from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.weights import first_line
+from rayjobs.diffusion.weights import first_line, lora_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach
 from serve.config import EngineConfig
@@ -118,7 +118,7 @@ class ModelCache:
             return path
 
         def read() -> Adapter:
-            return loaded.engine.loras.read(str(weight_file(Path(storage.to_local(uri)))))
+            return loaded.engine.loras.read(str(lora_file(Path(storage.to_local(uri)))))
 
         try:
             adapter = await asyncio.get_running_loop().run_in_executor(self._reader, read)

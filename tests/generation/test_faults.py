@@ -148,7 +148,7 @@ def test_a_worker_and_a_node_die(
 def test_the_driver_dies_and_is_started_again(
     output: str, tmp_path: Path, expected: Callable[[int], list[str]]
 ) -> None:
-    command = generate(tmp_path, values(output, 96, workers=2))
+    command = generate(tmp_path, values(output, 96))
     killed(command, output, signal.SIGKILL, 3)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr

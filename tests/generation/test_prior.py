@@ -14,12 +14,7 @@ from rayjobs.dataset.records import schema
 from rayjobs.generation import prior
 from rayjobs.generation.tools.verify import verify
 
-# Ray Data 2.60 reads its own deprecated switches.
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.usefixtures("in_process")
 
 
 def configure(output: Path, templates: list[str], num_images: int, **changes: Any) -> Any:

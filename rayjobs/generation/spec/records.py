@@ -16,6 +16,8 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.templates import TemplateTexts
 
 NUM_SEEDS = 2**63
+Redo = Mapping[int, Mapping[int, int]]
+"""Finished shards to make again: the records of each, and their new seeds."""
 
 
 class Rows(Protocol):

@@ -227,11 +227,9 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
 
 def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
     """Hash and scale of each adapter."""
-    from rayjobs.diffusion.lora import weight_file
-
     hashes = []
     for lora in config.model.loras:
-        file = _named("model.loras", lambda uri=lora.uri: weight_file(storage.fetch(uri)))
+        file = _named("model.loras", lambda uri=lora.uri: weights.lora_file(storage.fetch(uri)))
         hashes.append(f"{weights.sha256_of(Path(file))} x {lora.scale:g}")
     return tuple(hashes)
 

@@ -1,7 +1,8 @@
 """Workers on Ray: Ray Data carries shard numbers to them and their entries back.
 
 Owns the pool, the blocks of shard numbers, and the measurement of how fast one worker is. Knows
-nothing of how shards are made; no pixel passes through here.
+nothing of how shards are made; no pixel passes through here. The engine is imported where it works,
+so that a driver starts without it.
 """
 
 import logging
@@ -21,13 +22,11 @@ from rayjobs import cluster, storage
 from rayjobs.config import BadInput, Workers
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
-from rayjobs.diffusion.faults import DeviceLost
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec import determinism
+from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import JobDraft, open_draft
-from rayjobs.generation.worker.generator import RecordGenerator
-from rayjobs.generation.worker.shards import Redo, ShardWorker
 from rayjobs.progress import Progress
 
 T = TypeVar("T")
@@ -45,6 +44,8 @@ class RayShardWorker:
     def __init__(
         self, config: dict[str, Any], lock: dict[str, Any], segment: int, redo: Any, progress: Any
     ):
+        from rayjobs.generation.worker.shards import ShardWorker
+
         storage.be_patient(STORAGE_PATIENCE_S)
         self.progress = progress
         self.worker = ShardWorker(
@@ -67,6 +68,8 @@ class RayShardWorker:
 @contextmanager
 def exit_if_device_lost() -> Generator[None]:
     """End this process when its device is lost: Ray starts another, while an error ends the job."""
+    from rayjobs.diffusion.faults import DeviceLost
+
     try:
         yield
     except DeviceLost:
@@ -156,6 +159,8 @@ def measure_rate(config: ResolvedConfig) -> float:
 
 
 def _measure(draft: JobDraft) -> float:
+    from rayjobs.generation.worker.generator import RecordGenerator
+
     config, spec = draft.config, draft.spec()
     generator = RecordGenerator(config, draft.segment.model_name, draft.segment.guided)
     size = config.engine.batch_size

@@ -19,7 +19,7 @@ from rayjobs.dataset.records import Row
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.lock import open_spec, record_of, record_schema
-from rayjobs.generation.spec.records import Record
+from rayjobs.generation.spec.records import Record, Redo
 from rayjobs.generation.worker.generator import RecordGenerator
 
 MAX_UNSAVED_SHARDS = 2
@@ -28,7 +28,6 @@ MAX_SOLO_CRASHES = 2
 """Crashes of a worker while it made one record alone, after which that record is marked failed."""
 CRASHES_WORKER = "it ends the worker process that makes it"
 """The error of such a record."""
-Redo = Mapping[int, Mapping[int, int]]
 
 
 @dataclass(eq=False)

@@ -69,9 +69,3 @@ def test_workers_come_with_the_work_and_go_with_it(census: Census, tmp_path: Pat
     assert 1 in alive[:last], alive
     assert 1 in alive[last:], alive
     assert verify(str(tmp_path / "out")).faults == []
-
-
-def test_more_workers_than_cpus(ray_cluster: None, tmp_path: Path) -> None:
-    assert ray.cluster_resources()["CPU"] < 7
-    summary = job.run(config(tmp_path, ["a red star,4"] * 32, {"min": 7}))
-    assert (summary.num_made, summary.num_failed) == (32, 0)
