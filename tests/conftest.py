@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.servers import bucket, ceph, ceph_bucket, ceph_server, s3_server
+from tests.servers import (
+    bucket,
+    ceph,
+    ceph_bucket,
+    ceph_server,
+    new_bucket,
+    s3_server,
+    variables,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,12 +54,20 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="module")
-def ray_cluster() -> None:
-    """The Ray cluster in which jobs of this process run, started once. Do not kill its node."""
+def ray_cluster(s3_server: str) -> str:
+    """The address of the Ray cluster in which jobs of this process run, started once.
+
+    Its workers know the S3 server. Do not kill its node.
+    """
     import ray
 
     if not ray.is_initialized():
-        ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in variables(s3_server).items():
+                environment.setenv(name, value)
+            ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
+    address: str = ray.get_runtime_context().gcs_address
+    return address
 
 
 @pytest.fixture
@@ -70,12 +86,25 @@ def pytest_sessionfinish() -> None:
 
 
 @pytest.fixture(scope="session")
-def app() -> "Iterator[Running]":
+def served_runs(s3_server: str) -> str:
+    """The folder on S3 whose exports the application serves; leave it empty."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in variables(s3_server).items():
+            environment.setenv(name, value)
+        return f"{new_bucket()}/runs"
+
+
+@pytest.fixture(scope="session")
+def app(s3_server: str, served_runs: str) -> "Iterator[Running]":
     """Serving the starter model, in processes of its own, for all tests that only request."""
     from tests.serving.running import running
 
-    starter = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"num_cpus": 1}}
-    with running(starter) as found:
+    keys = {
+        "models": [{"name": "starter", "uri": "starter"}],
+        "registry": {"uri": served_runs, "refresh_s": 1},
+        "scaling": {"num_cpus": 1},
+    }
+    with running(keys, environment=variables(s3_server)) as found:
         yield found
 
 

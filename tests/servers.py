@@ -44,16 +44,28 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fresh bucket's URI; the standard AWS variables name its server."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in variables(s3_server).items():
+        monkeypatch.setenv(name, value)
+    storage.forget_connections()
+    yield new_bucket()
+    storage.forget_connections()
+
+
+def variables(s3_server: str) -> dict[str, str]:
+    """What tells a process of the server."""
+    return {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def new_bucket() -> str:
+    """The URI of an empty bucket on the server that the environment names."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
-    client = botocore.session.get_session().create_client("s3")
-    client.create_bucket(Bucket=name)
-    storage.forget_connections()
-    yield f"s3://{name}"
-    storage.forget_connections()
+    botocore.session.get_session().create_client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 CEPH_CONF = """

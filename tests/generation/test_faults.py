@@ -143,41 +143,44 @@ def test_a_worker_and_a_node_die(
     check(output, expected(256), 256)
 
 
+@quiet
 @pytest.mark.ray
 @pytest.mark.parametrize("output", [FOLDER, "moto", CEPH], indirect=True)
 def test_the_driver_dies_and_is_started_again(
-    output: str, tmp_path: Path, expected: Callable[[int], list[str]]
+    output: str, tmp_path: Path, expected: Callable[[int], list[str]], ray_cluster: str
 ) -> None:
-    command = generate(tmp_path, values(output, 96))
-    killed(command, output, signal.SIGKILL, 3)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    command = write_job(tmp_path, values(output, 96))
+    stopped(command, {"RAY_ADDRESS": ray_cluster}, output, signal.SIGKILL, 3)
+    assert main(command) == 0
     check(output, expected(96), 96)
 
 
 @pytest.mark.ray
 def test_an_interruption_leaves_what_is_finished(tmp_path: Path) -> None:
+    """On a Ray session of its own, which it ends."""
     output = str(tmp_path / "out")
-    done = killed(generate(tmp_path, values(output, 64)), output, signal.SIGTERM, 1)
+    command = write_job(tmp_path, values(output, 64))
+    done = stopped(command, {"RAY_ADDRESS": ""}, output, signal.SIGTERM, 1)
     assert done.returncode == 130
     assert b"continues where this stopped" in done.stderr
     assert verify(output).faults == []
     assert storage.list_files(storage.join(output, "attempts")) == []
 
 
-def generate(folder: Path, job_values: dict[str, Any]) -> list[str]:
-    """The command that runs this job."""
+def write_job(folder: Path, job_values: dict[str, Any]) -> list[str]:
+    """The arguments of `rayjobs` that run this job."""
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(job_values))
-    return [sys.executable, "-m", "rayjobs", "generate", str(path)]
+    return ["generate", str(path)]
 
 
-def killed(
-    command: list[str], output: str, sign: signal.Signals, shards: int
+def stopped(
+    command: list[str], variables: dict[str, str], output: str, sign: signal.Signals, shards: int
 ) -> subprocess.CompletedProcess[bytes]:
     """What a command left that was sent a signal once so many shards were finished."""
+    arguments = [sys.executable, "-m", "rayjobs", *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | variables, **pipes) as process:
         after(output, shards, lambda: process.send_signal(sign)).join(120)
         out, err = process.communicate(timeout=60)
     return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -71,7 +71,12 @@ class Running:
 
 
 @contextmanager
-def running(args: dict[str, Any], nodes: tuple[int, ...] = (4,), **more: Any) -> Generator[Running]:
+def running(
+    args: dict[str, Any],
+    nodes: tuple[int, ...] = (4,),
+    environment: dict[str, str] | None = None,
+    **more: Any,
+) -> Generator[Running]:
     """The application of `args` at /, on nodes of so many CPUs each.
 
     `more` are other applications, by name: a prefix and arguments each.
@@ -79,11 +84,12 @@ def running(args: dict[str, Any], nodes: tuple[int, ...] = (4,), **more: Any) ->
     port = free_port()
     apps = {"images": ["/", args]} | more
     command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, nodes])]
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
-    environment.pop("RAY_ADDRESS", None)
+    variables = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
+    variables |= environment or {}
+    variables.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=errors
+            command, cwd=ROOT, env=variables, text=True, stdin=-1, stdout=-1, stderr=errors
         )
         try:
             assert process.stdout is not None

@@ -31,7 +31,7 @@ from serve.images import to_image
 from serve.protocol import Event, Failed, Finished, ImagesRequest
 from serve.registry import Registry
 from tests.serving.calls import ask_all
-from tests.serving.running import get, running
+from tests.serving.running import get
 
 STARTER = {"name": "starter", "uri": "starter"}
 LAYERS = [f"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{x}" for x in "qv"]
@@ -223,28 +223,30 @@ def test_an_adapter_for_another_model_is_told(
 
 @pytest.mark.ray
 def test_an_export_on_s3_is_served_without_a_restart(
-    tmp_path: Path, bucket: str, starter: Model
+    tmp_path: Path, app_url: str, bucket: str, served_runs: str, starter: Model
 ) -> None:
-    keys = {"models": [STARTER], "registry": {"uri": f"{bucket}/runs", "refresh_s": 1}}
     body = {"model": "dog", "prompt": "a photo of a sks star", "seed": 3, "size": "64x64"}
-    with running(keys) as app:
-        (refused,) = ask_all(app.url, [body])
-        assert refused.status == 404
-        place = export(tmp_path / "dog", starter)
-        for path in place.iterdir():
-            storage.put_file(f"{bucket}/runs/dog/export/{path.name}", path)
+    (refused,) = ask_all(app_url, [body])
+    assert refused.status == 404
+    place = export(tmp_path / "dog", starter)
+    for path in place.iterdir():
+        storage.put_file(f"{served_runs}/dog/export/{path.name}", path)
+    try:
         time.sleep(1.1)
-        listed = json.loads(get(f"{app.url}/v1/models"))["data"]
+        listed = json.loads(get(f"{app_url}/v1/models"))["data"]
         assert [each["id"] for each in listed] == ["starter", "dog"]
-        assert json.loads(get(f"{app.url}/v1/models/dog"))["kind"] == "lora"
+        assert json.loads(get(f"{app_url}/v1/models/dog"))["kind"] == "lora"
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            get(f"{app.url}/v1/models/..%2Fdog")
+            get(f"{app_url}/v1/models/..%2Fdog")
         plain = body | {"model": "starter"}
         stacked = plain | {"loras": [{"name": "dog", "scale": 1.0}]}
-        answers = ask_all(app.url, [body, plain, stacked])
+        answers = ask_all(app_url, [body, plain, stacked])
         dog, base, same = (answer.pictures()[0] for answer in answers)
         assert np.abs(dog - same).max() <= 1
         assert np.abs(dog - base).mean() > 1
+    finally:
+        storage.remove_folder(served_runs)
+        time.sleep(1.1)
 
 
 def test_an_odd_note_hides_itself_only(tmp_path: Path, starter: Model) -> None:

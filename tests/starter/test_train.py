@@ -12,7 +12,7 @@ from rayjobs.diffusion.request import Request
 from rayjobs.starter import train
 from rayjobs.starter.train import Recipe
 
-RECIPE = Recipe(num_pictures=64, vae_cycles=(2, 2), vae_batch=4, unet_cycles=(4,), unet_batch=4)
+RECIPE = Recipe(num_pictures=8, vae_cycles=(2, 2), vae_batch=1, unet_cycles=(4,), unet_batch=1)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
