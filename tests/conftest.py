@@ -6,8 +6,9 @@ Imports neither torch nor ray by itself: a test that needs neither starts at onc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -80,6 +81,31 @@ def no_ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Jobs whose one worker is this process: for tests of what goes on around the pool."""
+    with jobs_in_process():
+        yield
+
+
+@contextmanager
+def jobs_in_process() -> Iterator[None]:
+    from rayjobs import cluster
+    from rayjobs.generation.worker import pool
+    from rayjobs.generation.worker.shards import ShardWorker
+
+    def make(
+        config: Any, lock: Any, segment: int, shards: Any, redo: Any, num_images: int
+    ) -> Iterator[Any]:
+        return ShardWorker(config, lock, segment, redo=redo).make(map(int, shards))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "is_own", lambda: True)
+        patch.setattr(pool, "session", lambda workers: nullcontext())
+        patch.setattr(pool, "make", make)
+        yield
+
+
 def pytest_sessionfinish() -> None:
     if ray := sys.modules.get("ray"):
         ray.shutdown()
@@ -131,6 +157,14 @@ def starter() -> "Model":
     from rayjobs.diffusion.model import load_model
 
     return load_model("starter")
+
+
+@pytest.fixture(scope="session")
+def tiny(folders: dict[str, Path]) -> "Model":
+    """A random SDXL many times smaller than the starter, where no picture is looked at."""
+    from rayjobs.diffusion.model import load_model
+
+    return load_model(str(folders["sdxl"]))
 
 
 @pytest.fixture(scope="session", params=["sdxl", "sd", "playground"])

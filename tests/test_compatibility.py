@@ -95,9 +95,8 @@ def test_a_data_set_verifies(
         assert "cannot make the same bits" in said.err
 
 
-@pytest.mark.ray
 def test_an_interrupted_data_set_goes_on(
-    ray_cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
+    in_process: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of an export's pictures: the adapter and the words are the same by their hashes."""
     output = "tuned-unfinished"

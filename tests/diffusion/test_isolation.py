@@ -11,7 +11,9 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.request import Request, Result
 
-SAMPLERS = ["euler", "ddim", "dpmpp_2m", "heun", "euler_a", "pndm"]
+SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_a"]
+ROWS = 5
+"""All requests and a victim at once."""
 
 
 Picture = Callable[[int], Image.Image]
@@ -28,7 +30,7 @@ def requests(picture: Picture) -> list[Request]:
             guidance_scale=[4.0, 1.0, 7.0][number % 3],
             init_image=picture(number) if number % 2 else None,
         )
-        for number, colour in enumerate(["red", "green", "blue", "pink", "white", "cyan"])
+        for number, colour in enumerate(["red", "green", "blue", "pink"])
     ]
 
 
@@ -67,7 +69,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def calm(starter: Model, requests: list[Request], truncated: bytes) -> dict[int, Result]:
-    return run(Engine(starter), requests, truncated)
+    return run(Engine(starter, ROWS), requests, truncated)
 
 
 @pytest.mark.parametrize("disturb", ["cancel", "nan", "join", "truncated"])
@@ -78,7 +80,7 @@ def test_neighbours_do_not_notice(
     calm: dict[int, Result],
     disturb: str,
 ) -> None:
-    disturbed = run(Engine(starter), requests, truncated, disturb)
+    disturbed = run(Engine(starter, ROWS), requests, truncated, disturb)
     for request in requests:
         a, b = calm[request.seed], disturbed[request.seed]
         assert b.error is None
@@ -93,10 +95,10 @@ def test_neighbours_do_not_notice(
 
 
 def test_alone_in_company_and_in_any_order(starter: Model, requests: list[Request]) -> None:
-    together = by_seed(list(Engine(starter).generate(requests, keep_pixels=True)))
-    backwards = by_seed(list(Engine(starter).generate(requests[::-1], keep_pixels=True)))
+    together = by_seed(list(Engine(starter, ROWS).generate(requests, keep_pixels=True)))
+    backwards = by_seed(list(Engine(starter, ROWS).generate(requests[::-1], keep_pixels=True)))
     for request in requests:
-        (alone,) = Engine(starter).generate([request], keep_pixels=True)
+        (alone,) = Engine(starter, ROWS).generate([request], keep_pixels=True)
         assert torch.equal(alone.pixels, together[request.seed].pixels)
         assert torch.equal(alone.pixels, backwards[request.seed].pixels)
 
@@ -104,8 +106,8 @@ def test_alone_in_company_and_in_any_order(starter: Model, requests: list[Reques
 def test_without_a_fixed_shape_the_difference_stays_small(
     starter: Model, requests: list[Request]
 ) -> None:
-    fixed = by_seed(list(Engine(starter).generate(requests, keep_pixels=True)))
-    engine = Engine(starter, fixed_shape=False)
+    fixed = by_seed(list(Engine(starter, ROWS).generate(requests, keep_pixels=True)))
+    engine = Engine(starter, ROWS, fixed_shape=False)
     for result in engine.generate(requests, keep_pixels=True):
         difference = (result.pixels - fixed[result.request.seed].pixels).abs().max()
         assert difference < 1e-4
@@ -113,7 +115,7 @@ def test_without_a_fixed_shape_the_difference_stays_small(
 
 def test_rows_with_calls_of_their_own(starter: Model, requests: list[Request]) -> None:
     """What a CUDA device gets, where a row's place in a call moves its bits."""
-    engine, seen = Engine(starter), []
+    engine, seen = Engine(starter, ROWS), []
     unet_batch = engine._unet_batch
     unet_batch.alone = True
     hook = starter.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
@@ -125,7 +127,7 @@ def test_rows_with_calls_of_their_own(starter: Model, requests: list[Request]) -
     finally:
         hook.remove()
     assert sorted(set(seen)) == [1, 2]  # guided rows have two places, and no call is padded
-    fixed = by_seed(list(Engine(starter).generate(requests, keep_pixels=True)))
+    fixed = by_seed(list(Engine(starter, ROWS).generate(requests, keep_pixels=True)))
     for seed, result in fixed.items():
         assert (result.pixels - together[seed].pixels).abs().max() < 1e-4
 
@@ -135,7 +137,7 @@ def test_on_a_gpu_a_place_moves_no_bits(requests: list[Request]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     model = load_model("starter", ModelOptions(device="cuda"))
-    together = by_seed(list(Engine(model).generate(requests, keep_pixels=True)))
+    together = by_seed(list(Engine(model, ROWS).generate(requests, keep_pixels=True)))
     for request in requests:
-        (alone,) = Engine(model).generate([request], keep_pixels=True)
+        (alone,) = Engine(model, ROWS).generate([request], keep_pixels=True)
         assert torch.equal(alone.pixels, together[request.seed].pixels)

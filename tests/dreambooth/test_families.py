@@ -136,7 +136,17 @@ def test_text_encoders_may_stay(folders: dict[str, Path], photos: Path, family: 
         assert all(torch.equal(before[name], p) for name, p in ours.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("sdxl", "lora"),
+        ("sd", "full"),
+        ("playground", "lora"),
+        pytest.param("sdxl", "full", marks=pytest.mark.slow),
+        pytest.param("sd", "lora", marks=pytest.mark.slow),
+        pytest.param("playground", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_saving_memory_moves_no_loss(
     folders: dict[str, Path], photos: Path, family: str, method: str
 ) -> None:
@@ -196,7 +206,17 @@ def differ(one: torch.Tensor, other: torch.Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-@pytest.mark.parametrize("text_encoders", [True, False])
+@pytest.mark.parametrize(
+    ("family", "text_encoders"),
+    [
+        ("sdxl", True),
+        ("sd", False),
+        ("playground", True),
+        pytest.param("sdxl", False, marks=pytest.mark.slow),
+        pytest.param("sd", True, marks=pytest.mark.slow),
+        pytest.param("playground", False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_exported_adapter(
     folders: dict[str, Path], photos: Path, family: str, text_encoders: bool, tmp_path: Path
 ) -> None:

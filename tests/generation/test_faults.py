@@ -150,19 +150,26 @@ def test_the_driver_dies_and_is_started_again(
     output: str, tmp_path: Path, expected: Callable[[int], list[str]], ray_cluster: str
 ) -> None:
     command = write_job(tmp_path, values(output, 96))
-    stopped(command, {"RAY_ADDRESS": ray_cluster}, output, signal.SIGKILL, 3)
+    kill_driver(command, ray_cluster, output, 3)
     assert main(command) == 0
     check(output, expected(96), 96)
 
 
+@quiet
 @pytest.mark.ray
-def test_an_interruption_leaves_what_is_finished(tmp_path: Path) -> None:
-    """On a Ray session of its own, which it ends."""
+def test_an_interruption_leaves_what_is_finished(
+    tmp_path: Path, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = str(tmp_path / "out")
     command = write_job(tmp_path, values(output, 64))
-    done = stopped(command, {"RAY_ADDRESS": ""}, output, signal.SIGTERM, 1)
-    assert done.returncode == 130
-    assert b"continues where this stopped" in done.stderr
+    handler = signal.getsignal(signal.SIGTERM)
+    after(output, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert main(command) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "continues where this stopped" in capsys.readouterr().err
+    assert 0 < verify(output).num_records < 64
     assert verify(output).faults == []
     assert storage.list_files(storage.join(output, "attempts")) == []
 
@@ -174,16 +181,14 @@ def write_job(folder: Path, job_values: dict[str, Any]) -> list[str]:
     return ["generate", str(path)]
 
 
-def stopped(
-    command: list[str], variables: dict[str, str], output: str, sign: signal.Signals, shards: int
-) -> subprocess.CompletedProcess[bytes]:
-    """What a command left that was sent a signal once so many shards were finished."""
+def kill_driver(command: list[str], cluster: str, output: str, shards: int) -> None:
+    """Run a command in a process that is killed once so many shards are finished."""
     arguments = [sys.executable, "-m", "rayjobs", *command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(arguments, cwd=ROOT, env=os.environ | variables, **pipes) as process:
-        after(output, shards, lambda: process.send_signal(sign)).join(120)
-        out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    variables = os.environ | {"RAY_ADDRESS": cluster}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=quiet, stderr=quiet) as driver:
+        after(output, shards, driver.kill).join(120)
+        assert driver.wait(60) == -signal.SIGKILL
 
 
 POISON = """

@@ -10,13 +10,10 @@ import ray
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from tests.conftest import jobs_in_process
 
 # Ray Data 2.60 reads its own deprecated switches.
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def configure(output: Path, workers: int) -> GenerateConfig:
@@ -46,12 +43,12 @@ class Other:
         pass
 
 
+@pytest.mark.ray
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, two_cpus: None) -> None:
-    """One that stops at a limit and goes on, and more than there are CPUs for."""
-    one, many = configure(tmp_path / "1", 1), configure(tmp_path / "4", 4)
-    assert job.run(one, limit=4).num_made == 6  # whole shards
-    assert job.run(one).num_made == 6
-    summary = job.run(many)
+    """One without Ray, and more than there are CPUs for."""
+    with jobs_in_process():
+        job.run(configure(tmp_path / "1", 1))
+    summary = job.run(configure(tmp_path / "4", 4))
     assert (summary.num_made, summary.num_failed) == (12, 0)
     hashes = []
     for output in (tmp_path / "1", tmp_path / "4"):
@@ -65,18 +62,28 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, two_cpus: No
         ]
     assert len(hashes[0]) == 4
     assert hashes[0] == hashes[1]
-    assert job.run(one).num_made == 0
 
 
-def test_failed_records_are_told_again_and_made_again(tmp_path: Path, picture: Any) -> None:
+def test_a_limit_makes_the_first_records_and_more_later(tmp_path: Path, in_process: None) -> None:
+    config = configure(tmp_path / "out", 1)
+    assert job.run(config, limit=4).num_made == 6  # whole shards
+    assert job.run(config).num_made == 6
+    assert job.run(config).num_made == 0
+
+
+@pytest.mark.ray
+def test_failed_records_are_told_again_and_made_again(
+    tmp_path: Path, ray_cluster: None, picture: Any
+) -> None:
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt,init_image\na red star,good.png\na blue star,bad.png\n")
     picture(1).save(tmp_path / "good.png")
     values = configure(tmp_path / "out", 1).model_dump()
     values |= {"prompts": {"uri": str(prompts)}, "seeds": {"count": 2}}
     config = GenerateConfig.model_validate(values)
-    assert job.run(config).num_failed == 2
-    again = job.run(config)
+    with jobs_in_process():
+        assert job.run(config).num_failed == 2
+        again = job.run(config)
     assert (again.num_made, again.num_failed) == (0, 2)
     picture(2).save(tmp_path / "bad.png")
     mended = job.run(config, retry_failed=True)

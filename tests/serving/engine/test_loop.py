@@ -26,7 +26,8 @@ STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
 
 @asynccontextmanager
 async def running(**engine: Any) -> AsyncIterator[EngineLoop]:
-    config = ServeConfig.model_validate(STARTER | {"engine": engine})
+    # Each step computes all places of a replica, the empty ones too.
+    config = ServeConfig.model_validate(STARTER | {"engine": {"max_rows": 4} | engine})
     loop = EngineLoop(config.engine, Registry(config))
     try:
         await loop.warm_up("starter")
