@@ -3,6 +3,7 @@
 Imports neither torch nor ray by itself: a test that needs neither starts at once.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from tests.servers import (
     s3_server,
     variables,
 )
+from tests.warm import warm_workers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +41,7 @@ SHARED = ("app", "ray_cluster", "ceph")
 """Fixtures that take long to start: under pytest-xdist, all their tests go to one process."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests by the shared fixture that they use, else by file; long groups begin first."""
     for item in items:
@@ -54,21 +57,39 @@ def pytest_runtest_setup() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(s3_server: str) -> str:
-    """The address of the Ray cluster in which jobs of this process run, started once.
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A runtime environment for Ray whose workers start at once."""
+    with warm_workers(tmp_path_factory.mktemp("warm")) as runtime_env:
+        yield runtime_env
 
-    Its workers know the S3 server. Do not kill its node.
+
+@pytest.fixture(scope="module")
+def ray_cluster(s3_server: str, warm: dict[str, str]) -> None:
+    """The Ray cluster in which jobs of this process run, started once. Do not kill its node.
+
+    Its workers know the S3 server.
     """
     import ray
 
     if not ray.is_initialized():
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
         with pytest.MonkeyPatch.context() as environment:
             for name, value in variables(s3_server).items():
                 environment.setenv(name, value)
-            ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
-    address: str = ray.get_runtime_context().gcs_address
-    return address
+            ray.init(address="local", num_cpus=5, runtime_env=warm, **options)
+
+
+@pytest.fixture
+def joining(ray_cluster: None, warm: dict[str, str]) -> dict[str, str]:
+    """The variables of a process that joins the cluster, as `ray job submit` sets them."""
+    import ray
+
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} | job_config(warm)
+
+
+def job_config(runtime_env: dict[str, str]) -> dict[str, str]:
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
 
 
 @pytest.fixture
@@ -121,7 +142,7 @@ def served_runs(s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def app(s3_server: str, served_runs: str) -> "Iterator[Running]":
+def app(s3_server: str, served_runs: str, warm: dict[str, str]) -> "Iterator[Running]":
     """Serving the starter model, in processes of its own, for all tests that only request."""
     from tests.serving.running import running
 
@@ -130,7 +151,7 @@ def app(s3_server: str, served_runs: str) -> "Iterator[Running]":
         "registry": {"uri": served_runs, "refresh_s": 1},
         "scaling": {"num_cpus": 1},
     }
-    with running(keys, environment=variables(s3_server)) as found:
+    with running(keys, environment=variables(s3_server) | job_config(warm)) as found:
         yield found
 
 

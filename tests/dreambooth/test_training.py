@@ -94,7 +94,7 @@ def calm(priors: Path, tmp_path_factory: pytest.TempPathFactory) -> Calm:
 
 
 @pytest.fixture(scope="module")
-def spread(ray_cluster: str, priors: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def spread(ray_cluster: None, priors: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a run on two workers, which make their shares of a batch one by one."""
     output = str(tmp_path_factory.mktemp("spread") / "out")
     train = SHORT | {"micro_batch_size": 1}
@@ -119,16 +119,20 @@ def test_workers_and_calls(
     assert losses(output) == pytest.approx(calm.losses[:8], abs=1e-5)
 
 
-def start(folder: Path, run: dict[str, Any], cluster: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, run: dict[str, Any], variables: dict[str, str]) -> subprocess.Popen[bytes]:
     """The command for this run, in a process of its own."""
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     command = [sys.executable, "-m", "rayjobs", "dreambooth", str(folder / "run.yaml")]
     pipe = subprocess.PIPE
     # A shell's background jobs, of which this may be one, are started deaf to SIGINT.
     listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    joins = os.environ | {"RAY_ADDRESS": cluster}
     return subprocess.Popen(
-        command, cwd=ROOT, env=joins, stdout=pipe, stderr=pipe, preexec_fn=listening
+        command,
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=pipe,
+        stderr=pipe,
+        preexec_fn=listening,
     )
 
 
@@ -150,7 +154,7 @@ def wait_for_checkpoint(output: str, step: int) -> None:
 )
 def test_a_stopped_driver_is_started_again(
     calm: Calm,
-    ray_cluster: str,
+    joining: dict[str, str],
     priors: Path,
     tmp_path: Path,
     bucket: str,
@@ -159,7 +163,7 @@ def test_a_stopped_driver_is_started_again(
     """And then its worker is killed: bit for bit, on S3, what the undisturbed steps give."""
     output = f"{bucket}/stopped"
     run = values(output, priors, train=LONG)
-    with start(tmp_path, run, ray_cluster) as process:
+    with start(tmp_path, run, joining) as process:
         wait_for_checkpoint(output, 6)
         process.send_signal(sign)
         _, said = process.communicate(timeout=60)

@@ -147,10 +147,10 @@ def test_a_worker_and_a_node_die(
 @pytest.mark.ray
 @pytest.mark.parametrize("output", [FOLDER, "moto", CEPH], indirect=True)
 def test_the_driver_dies_and_is_started_again(
-    output: str, tmp_path: Path, expected: Callable[[int], list[str]], ray_cluster: str
+    output: str, tmp_path: Path, expected: Callable[[int], list[str]], joining: dict[str, str]
 ) -> None:
     command = write_job(tmp_path, values(output, 96))
-    kill_driver(command, ray_cluster, output, 3)
+    kill_driver(command, joining, output, 3)
     assert main(command) == 0
     check(output, expected(96), 96)
 
@@ -158,7 +158,7 @@ def test_the_driver_dies_and_is_started_again(
 @quiet
 @pytest.mark.ray
 def test_an_interruption_leaves_what_is_finished(
-    tmp_path: Path, ray_cluster: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out")
     command = write_job(tmp_path, values(output, 64))
@@ -181,12 +181,13 @@ def write_job(folder: Path, job_values: dict[str, Any]) -> list[str]:
     return ["generate", str(path)]
 
 
-def kill_driver(command: list[str], cluster: str, output: str, shards: int) -> None:
+def kill_driver(command: list[str], variables: dict[str, str], output: str, shards: int) -> None:
     """Run a command in a process that is killed once so many shards are finished."""
     arguments = [sys.executable, "-m", "rayjobs", *command]
-    variables = os.environ | {"RAY_ADDRESS": cluster}
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=quiet, stderr=quiet) as driver:
+    with subprocess.Popen(
+        arguments, cwd=ROOT, env=os.environ | variables, stdout=quiet, stderr=quiet
+    ) as driver:
         after(output, shards, driver.kill).join(120)
         assert driver.wait(60) == -signal.SIGKILL
 
