@@ -18,6 +18,9 @@ import ray
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
 
+REMEMBER_ADDRESS = {"worker_process_setup_hook": "rayjobs.cluster.remember_address"}
+"""The runtime environment of a local cluster: there may be another one on the machine."""
+
 
 @contextmanager
 def session(num_cpus: float) -> Generator[None]:
@@ -33,12 +36,22 @@ def session(num_cpus: float) -> Generator[None]:
         if own:
             cpus = max(os.cpu_count() or 1, math.ceil(num_cpus) + 1)
             quiet |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+            quiet["runtime_env"] = REMEMBER_ADDRESS
         _init(quiet)
     try:
         yield
     finally:
         if own:
             ray.shutdown()
+
+
+def remember_address() -> None:
+    """In a worker: Ray's state API, by which Ray Train sees who lives, asks this cluster.
+
+    Without the variable it asks the one that was started last on the machine, finds no controller
+    there, and ends a training that runs.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def is_own() -> bool:

@@ -72,12 +72,14 @@ def ray_cluster(s3_server: str, warm: dict[str, str]) -> None:
     """
     import ray
 
+    from rayjobs.cluster import REMEMBER_ADDRESS
+
     if not ray.is_initialized():
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
         with pytest.MonkeyPatch.context() as environment:
             for name, value in variables(s3_server).items():
                 environment.setenv(name, value)
-            ray.init(address="local", num_cpus=5, runtime_env=warm, **options)
+            ray.init(address="local", num_cpus=5, runtime_env=warm | REMEMBER_ADDRESS, **options)
 
 
 @pytest.fixture

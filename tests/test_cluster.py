@@ -361,3 +361,22 @@ def test_a_stopped_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     after = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
     assert sorted(after) == list(range(24))
     assert {shard: after[shard] for shard in before} == before
+
+
+BESIDE = """
+import os, ray
+from ray.cluster_utils import Cluster
+from rayjobs import cluster
+with cluster.session(1):
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    address = ray.remote(lambda: os.environ["RAY_ADDRESS"]).remote()
+    assert ray.get(address) == ray.get_runtime_context().gcs_address != other.address
+    other.shutdown()
+"""
+
+
+@pytest.mark.ray
+def test_workers_know_their_cluster_beside_another() -> None:
+    """Ray Train ends a training whose controller it seeks in the other one."""
+    command, environment = [sys.executable, "-c", BESIDE], os.environ | {"RAY_ADDRESS": ""}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)

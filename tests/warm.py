@@ -17,21 +17,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 SOCKET = "RAYJOBS_TESTS_WARM_SOCKET"
-MODULES = (
-    "rayjobs.dreambooth.samples",
-    "rayjobs.generation.worker.processor",
-    "ray.train.lightning",
-    "ray.train.torch",
-    "serve.engine.loop",
-    "serve.ingress.api",
-)
+MODULES = ("pytorch_lightning", "peft", "diffusers.loaders", "rayjobs.diffusion.engine")
+"""Not Ray, nor pyarrow: they begin threads, and what a thread holds when it forks stays locked."""
 POLL_S = 0.1
 
 
@@ -39,12 +33,13 @@ POLL_S = 0.1
 def warm_workers(folder: Path) -> Generator[dict[str, str]]:
     """The runtime environment whose workers are forks; they need `SOCKET` in Ray's environment."""
     path = str(folder / "warm")
-    server = subprocess.Popen([sys.executable, __file__, "serve", path], stdin=subprocess.PIPE)
+    command, alone = [sys.executable, __file__, "serve", path], {"OPENBLAS_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | alone)
     os.environ[SOCKET] = path
     try:
         while not Path(path).exists():
             assert server.poll() is None
-            time.sleep(0.02)
+            time.sleep(0.1)
         # -S: this file needs the standard library only, and site would read every .pth file.
         yield {"py_executable": f"{sys.executable} -S -E {__file__}"}
     finally:
@@ -53,6 +48,11 @@ def warm_workers(folder: Path) -> Generator[dict[str, str]]:
 
 def serve(path: str) -> None:
     """Fork for every connection, until standard input ends; then end all forks."""
+    for module in MODULES:
+        __import__(module)
+    assert "ray" not in sys.modules
+    assert threading.active_count() == 1
+    gc.freeze()
     forks: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
         listener.bind(path)
@@ -79,8 +79,6 @@ def serve(path: str) -> None:
 def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
     data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 2)
     asked = json.loads(data)
-    os.environ.update(asked["environment"])  # Ray reads some of it when it is imported
-    _load_once()
     if pid := os.fork():
         for descriptor in descriptors:
             os.close(descriptor)
@@ -106,13 +104,6 @@ def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-@cache
-def _load_once() -> None:
-    for module in MODULES:
-        __import__(module)
-    gc.freeze()
 
 
 def _reap(forks: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
