@@ -63,7 +63,7 @@ class ValidationLoop:
 
     def _validate(self, step: int) -> None:
         resources = self.run.config.validation
-        task = ray.remote(_validate).options(
+        task = ray.remote(_validate_in_task).options(
             num_cpus=resources.num_cpus, num_gpus=resources.num_gpus
         )
         try:
@@ -72,8 +72,8 @@ class ValidationLoop:
             self.failures[step] = str(error).strip().splitlines()[-1]
 
 
-def _validate(run: ResolvedRun, step: int) -> None:
-    """In the task: the driver does without torch and the engine."""
+def _validate_in_task(run: ResolvedRun, step: int) -> None:
+    """The driver does without torch and the engine."""
     from rayjobs.dreambooth import samples
 
     samples.validate(run, step)
