@@ -18,6 +18,7 @@ from tests.servers import (
     ceph,
     ceph_bucket,
     ceph_server,
+    environment,
     new_bucket,
     s3_server,
     variables,
@@ -76,9 +77,7 @@ def ray_cluster(s3_server: str, warm: dict[str, str]) -> None:
 
     if not ray.is_initialized():
         options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-        with pytest.MonkeyPatch.context() as environment:
-            for name, value in variables(s3_server).items():
-                environment.setenv(name, value)
+        with environment(s3_server):
             ray.init(address="local", num_cpus=5, runtime_env=warm | REMEMBER_ADDRESS, **options)
 
 
@@ -137,9 +136,7 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def served_runs(s3_server: str) -> str:
     """The folder on S3 whose exports the application serves; leave it empty."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in variables(s3_server).items():
-            environment.setenv(name, value)
+    with environment(s3_server):
         return f"{new_bucket()}/runs"
 
 

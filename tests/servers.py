@@ -42,13 +42,21 @@ def s3_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(s3_server: str) -> Iterator[str]:
     """A fresh bucket's URI; the standard AWS variables name its server."""
-    for name, value in variables(s3_server).items():
-        monkeypatch.setenv(name, value)
+    with environment(s3_server):
+        storage.forget_connections()
+        yield new_bucket()
     storage.forget_connections()
-    yield new_bucket()
-    storage.forget_connections()
+
+
+@contextlib.contextmanager
+def environment(s3_server: str) -> Iterator[None]:
+    """The server's variables, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables(s3_server).items():
+            patch.setenv(name, value)
+        yield
 
 
 def variables(s3_server: str) -> dict[str, str]:
