@@ -86,7 +86,11 @@ def joining(ray_cluster: None, warm: dict[str, str]) -> dict[str, str]:
     """The variables of a process that joins the cluster, as `ray job submit` sets them."""
     import ray
 
-    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} | job_config(warm)
+    from rayjobs.cluster import REMEMBER_ADDRESS
+
+    # Its own workers must know this cluster too: that of `app` runs beside it.
+    job = job_config(warm | REMEMBER_ADDRESS)
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} | job
 
 
 def job_config(runtime_env: dict[str, str]) -> dict[str, str]:
