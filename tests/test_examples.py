@@ -1,4 +1,4 @@
-"""Every program under examples/ runs, as a newcomer would run it."""
+"""Every program under examples/ runs as a program, in this process and its cluster."""
 
 import runpy
 import sys

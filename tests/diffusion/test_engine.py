@@ -51,7 +51,7 @@ def test_an_init_image_decides_the_size_when_none_is_asked_for(tiny: Model) -> N
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"clip_skip": 9}, "clip_skip is 9; this model allows at most"),
+        ({"clip_skip": 9}, "clip_skip is 9; this model allows at most 2"),
         ({"init_image": b"no picture"}, "no picture in a format that is read here"),
         ({"init_image": "/no/such.png"}, "no such file"),
         ({"init_image": Image.new("RGB", (64, 64)), "strength": 0.1}, "leaves no step to make"),

@@ -184,9 +184,9 @@ def write_job(folder: Path, job_values: dict[str, Any]) -> list[str]:
 def kill_driver(command: list[str], variables: dict[str, str], output: str, shards: int) -> None:
     """Run a command in a process that is killed once so many shards are finished."""
     arguments = [sys.executable, "-m", "rayjobs", *command]
-    quiet = subprocess.DEVNULL
+    nowhere = subprocess.DEVNULL
     with subprocess.Popen(
-        arguments, cwd=ROOT, env=os.environ | variables, stdout=quiet, stderr=quiet
+        arguments, cwd=ROOT, env=os.environ | variables, stdout=nowhere, stderr=nowhere
     ) as driver:
         after(output, shards, driver.kill).join(120)
         assert driver.wait(60) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The pool of workers: it grows to the work, shrinks when the work ends, never hangs for a CPU."""
+"""The pool of workers: it grows to the work and shrinks when the work ends."""
 
 import threading
 from collections.abc import Iterator
