@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
 
 REMEMBER_ADDRESS = {"worker_process_setup_hook": "rayjobs.cluster.remember_address"}
-"""The runtime environment of a local cluster: there may be another one on the machine."""
+"""The runtime environment of a cluster beside which there may be another one on the machine."""
 
 
 @contextmanager
@@ -35,8 +36,7 @@ def session(num_cpus: float) -> Generator[None]:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if own:
             cpus = max(os.cpu_count() or 1, math.ceil(num_cpus) + 1)
-            quiet |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-            quiet["runtime_env"] = REMEMBER_ADDRESS
+            quiet |= local(cpus)
         _init(quiet)
     try:
         yield
@@ -45,12 +45,24 @@ def session(num_cpus: float) -> Generator[None]:
             ray.shutdown()
 
 
-def remember_address() -> None:
-    """In a worker: Ray's state API, by which Ray Train sees who lives, asks this cluster.
+def local(num_cpus: int) -> dict[str, Any]:
+    """What starts a cluster of this process's own, for `ray.init`.
 
-    Without the variable it asks the one that was started last on the machine, finds no controller
-    there, and ends a training that runs.
+    Ray Train ends a training whose controller is not alive, and asks the dashboard. That of another
+    cluster on this machine has never heard of it. So workers ask their own cluster, and its address
+    of a dashboard, which it has even without one, is not the usual one, where the other's may be.
     """
+    return {
+        "address": "local",
+        "num_cpus": num_cpus,
+        "include_dashboard": False,
+        "dashboard_port": _free_port(),
+        "runtime_env": dict(REMEMBER_ADDRESS),
+    }
+
+
+def remember_address() -> None:
+    """In a worker: Ray's state API is to ask this cluster, not the one that was started last."""
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
@@ -69,6 +81,12 @@ def unwrap_error(error: Exception) -> Exception:
     lines = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)\b", line)]
     reason = lines[-1] if lines else str(error).strip().splitlines()[-1]
     return JobFailed(reason.removeprefix("rayjobs.diffusion.faults."))
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def _init(options: dict[str, Any]) -> None:

@@ -73,12 +73,13 @@ def ray_cluster(s3_server: str, warm: dict[str, str]) -> None:
     """
     import ray
 
-    from rayjobs.cluster import REMEMBER_ADDRESS
+    from rayjobs.cluster import local
 
     if not ray.is_initialized():
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+        options = local(num_cpus=5)
+        options["runtime_env"] |= warm
         with environment(s3_server):
-            ray.init(address="local", num_cpus=5, runtime_env=warm | REMEMBER_ADDRESS, **options)
+            ray.init(**options, log_to_driver=False)
 
 
 @pytest.fixture
