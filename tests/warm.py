@@ -1,11 +1,13 @@
 """Ray workers that start in a second: forks of one process that has the libraries loaded.
 
 Most of a small job's time is the import of torch, diffusers and Lightning by each of its processes.
-Ray starts this file in the place of Python (`py_executable`); it hands its arguments, environment
-and output to the server, which forks, and it ends as that fork ends. What runs in a worker, and
-how Ray starts, watches and ends it, is as ever.
+Ray starts this file in the place of its own `setup_worker.py`, or in the place of Python
+(`py_executable`) where a cluster is started elsewhere. It hands its arguments, environment and
+output to the server, which forks, and it ends as that fork ends. What runs in a worker, and how Ray
+starts, watches and ends it, is as ever.
 """
 
+import argparse
 import array
 import atexit
 import gc
@@ -17,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Generator
@@ -25,24 +26,43 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SOCKET = "RAYJOBS_TESTS_WARM_SOCKET"
-MODULES = ("pytorch_lightning", "peft", "diffusers.loaders", "rayjobs.diffusion.engine")
-"""Not Ray, nor pyarrow: they begin threads, and what a thread holds when it forks stays locked."""
+MODULES = (
+    *("aiohttp", "botocore.session", "fastapi", "google.protobuf.descriptor_pb2", "grpc"),
+    *("opentelemetry.sdk.metrics", "pandas", "pyarrow.dataset", "s3fs", "uvicorn", "uvloop"),
+    *("diffusers.loaders", "peft", "pytorch_lightning", "tqdm.auto"),
+    *("rayjobs.diffusion.engine", "rayjobs.models.loading"),
+)
+"""Not Ray: as it is imported it reads the variables that tell a worker its job."""
+NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""What a thread holds when its process forks stays locked, so no library may begin one."""
 POLL_S = 0.1
 
 
 @contextmanager
 def warm_workers(folder: Path) -> Generator[dict[str, str]]:
-    """The runtime environment whose workers are forks; they need `SOCKET` in Ray's environment."""
+    """The runtime environment whose workers are forks; they need `SOCKET` in Ray's environment.
+
+    A cluster that this process starts meanwhile needs no such environment.
+    """
     path = str(folder / "warm")
-    command, alone = [sys.executable, __file__, "serve", path], {"OPENBLAS_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | alone)
+    command = [sys.executable, __file__, "serve", path]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | NO_THREADS)
     os.environ[SOCKET] = path
     try:
         while not Path(path).exists():
             assert server.poll() is None
             time.sleep(0.1)
-        # -S: this file needs the standard library only, and site would read every .pth file.
-        yield {"py_executable": f"{sys.executable} -S -E {__file__}"}
+        # Ray joins the name to a folder's path, which an absolute one replaces;
+        # the raylet knows the file by the end of its name.
+        stand_in_file = folder / "setup_worker.py"
+        stand_in_file.symlink_to(__file__)
+        import pytest  # not above: workers come through here without their packages
+
+        with pytest.MonkeyPatch.context() as patch:
+            name = "ray._private.ray_constants.SETUP_WORKER_FILENAME"
+            patch.setattr(name, str(stand_in_file))
+            # -S: this file needs the standard library only, and site would read every .pth file.
+            yield {"py_executable": f"{sys.executable} -S -E {__file__}"}
     finally:
         server.communicate()
 
@@ -52,7 +72,7 @@ def serve(path: str) -> None:
     for module in MODULES:
         __import__(module)
     assert "ray" not in sys.modules
-    assert threading.active_count() == 1
+    assert len(os.listdir("/proc/self/task")) == 1
     gc.freeze()
     forks: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
@@ -93,9 +113,10 @@ def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.argv = asked["arguments"]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     code = 1
     try:
+        _enter_runtime_environment()
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as ended:
@@ -107,6 +128,18 @@ def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _enter_runtime_environment() -> None:
+    """What Ray's `setup_worker.py` does in a process of its own, which loads Ray for that."""
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.utils import update_envs
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--serialized-runtime-env-context", default="{}")
+    parser.add_argument("--language")
+    told, sys.argv = parser.parse_known_args(sys.argv)
+    update_envs(RuntimeEnvContext.deserialize(told.serialized_runtime_env_context).env_vars)
 
 
 def _reap(forks: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
