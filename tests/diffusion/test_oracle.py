@@ -38,7 +38,7 @@ def mixed_requests(family: str, picture: Picture) -> list[Request]:
                     prompt=f"a photo of a red star, {name}",
                     negative_prompt=[None, "", "blue"][number % 3],
                     seed=100 + number,
-                    steps=6 + number % 5,
+                    steps=5 + number % 3,
                     sampler=name,
                     sampler_options=options,
                     guidance_scale=[1.0, 4.0, 7.5][number % 3],
