@@ -23,6 +23,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from rayjobs.cluster import REMEMBER_ADDRESS, local
 from rayjobs.dataset.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
@@ -390,7 +391,15 @@ with cluster.session(2):
 """
 
 
+def test_a_local_cluster_has_a_dashboard_s_address_of_its_own() -> None:
+    """Ray's is 8265 everywhere, also where there is no dashboard."""
+    options = [local(num_cpus=1) for _ in range(2)]
+    assert len({8265} | {each["dashboard_port"] for each in options}) == 3
+    assert all(each["runtime_env"] == REMEMBER_ADDRESS for each in options)
+
+
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_actor_is_not_sought_in_the_cluster_beside() -> None:
     """Ray Train ends a training whose controller is said to be dead."""
     command, environment = [sys.executable, "-c", BESIDE], os.environ | {"RAY_ADDRESS": ""}

@@ -62,6 +62,7 @@ class Engine:
         self._unet_batch = UNetBatch(
             model, self.loras, slots or 2 * max_rows, fixed_shape=fixed_shape, alone=alone
         )
+        self._traced_s = model.replay.trace_warmup_s  # by this model's other engines
         self._vae = VaeWorker(model, isolate_oom)
         self._previewer = Previewer(model)
         self._failed: list[Result] = []
@@ -79,7 +80,7 @@ class Engine:
     @property
     def trace_warmup_s(self) -> float:
         """Seconds spent on recording the UNet, over what those steps take afterwards."""
-        return self._unet_batch.replay.trace_warmup_s
+        return self.model.replay.trace_warmup_s - self._traced_s
 
     @property
     def num_pending(self) -> int:

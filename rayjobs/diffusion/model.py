@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayjobs.diffusion import facts, onednn
 from rayjobs.diffusion.facts import FAMILIES
+from rayjobs.diffusion.unet.replay import Replay
 from rayjobs.diffusion.weights import Weights, first_line, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -84,6 +85,11 @@ class Model:
     @property
     def default_guidance_scale(self) -> float:
         return facts.default_guidance_scale(self.family, self.is_edm)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Calls the UNet; its recording serves every engine of this model."""
+        return Replay(self.unet)
 
     @cached_property
     def latents_mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,13 +116,12 @@ def test_without_a_fixed_shape_the_difference_stays_small(
 
 def test_rows_with_calls_of_their_own(starter: Model, requests: list[Request]) -> None:
     """What a CUDA device gets, where a row's place in a call moves its bits."""
-    engine, seen = Engine(starter, ROWS), []
-    unet_batch = engine._unet_batch
-    unet_batch.alone = True
-    hook = starter.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    unet_batch.replay = lambda x, t, arguments: starter.unet(x, t, return_dict=False, **arguments)[
-        0
-    ]
+    model = replace(starter)
+    engine, seen = Engine(model, ROWS), []
+    unet = model.unet
+    model.__dict__["replay"] = lambda x, t, given: unet(x, t, return_dict=False, **given)[0]
+    engine._unet_batch.alone = True
+    hook = unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     try:
         together = by_seed(list(engine.generate(requests, keep_pixels=True)))
     finally:

@@ -38,7 +38,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 SUBJECT = ROOT / "configs" / "demo" / "subject"
 SHORT = {"steps": 8, "global_batch_size": 4, "learning_rate": 1e-3}
-LONG = SHORT | {"steps": 24}
+LONG = SHORT | {"steps": 15}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def losses(output: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def calm(priors: Path, tmp_path_factory: pytest.TempPathFactory) -> Calm:
-    """24 steps in this process, and what they export."""
+    """All steps in this process, and what they export."""
     folder = tmp_path_factory.mktemp("calm")
     run = resolved(str(folder), priors, train=LONG)
     tuned, rows = fitting.fit(run)
@@ -164,7 +164,7 @@ def test_a_stopped_driver_is_started_again(
     output = f"{bucket}/stopped"
     run = values(output, priors, train=LONG)
     with start(tmp_path, run, joining) as process:
-        wait_for_checkpoint(output, 6)
+        wait_for_checkpoint(output, 3)
         process.send_signal(sign)
         _, said = process.communicate(timeout=60)
     assert exports.read(f"{output}/export") is None
@@ -175,7 +175,7 @@ def test_a_stopped_driver_is_started_again(
     killed: list[int] = []
 
     def kill_worker() -> None:
-        wait_for_checkpoint(output, 15)
+        wait_for_checkpoint(output, 9)
         killed.append(train_worker(os.getpid()))
         os.kill(killed[0], signal.SIGKILL)
 

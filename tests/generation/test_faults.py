@@ -149,10 +149,10 @@ def test_a_worker_and_a_node_die(
 def test_the_driver_dies_and_is_started_again(
     output: str, tmp_path: Path, expected: Callable[[int], list[str]], joining: dict[str, str]
 ) -> None:
-    command = write_job(tmp_path, values(output, 96))
-    kill_driver(command, joining, output, 3)
+    command = write_job(tmp_path, values(output, 64))
+    kill_driver(command, joining, output, 2)
     assert main(command) == 0
-    check(output, expected(96), 96)
+    check(output, expected(64), 64)
 
 
 @quiet
@@ -270,9 +270,12 @@ print(codes)
 """Workers forked one after the other, so that libraries are loaded once."""
 
 
-def test_a_record_that_kills_its_worker_is_found_out(tmp_path: Path) -> None:
+def test_a_record_that_kills_its_worker_is_found_out(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
     output = str(tmp_path / "out")
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values(output, 16)))
+    tiny = {"model": {"uri": str(folders["sdxl"])}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values(output, 16) | tiny))
     command = [sys.executable, "-c", FRAGILE, str(tmp_path / "job.yaml")]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     # Three attempts at the shard, two at its record alone.

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.unet.replay import Replay
 
 if TYPE_CHECKING:
     from rayjobs.diffusion.row import Row
@@ -54,7 +53,6 @@ class UNetBatch:
         self.num_slots = 2 if alone else num_slots
         self.fixed_shape = fixed_shape
         self.alone = alone
-        self.replay = Replay(model.unet)
         self._conditions_of: tuple[int, ...] = ()
         self._conditions: list[dict[str, Any]] = []
 
@@ -90,7 +88,7 @@ class UNetBatch:
                 # Adapters are hooks of modules, which a recording passes over.
                 noise_PCHW = self.model.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
             else:
-                noise_PCHW = self.replay(x_PCHW, t_P, arguments)
+                noise_PCHW = self.model.replay(x_PCHW, t_P, arguments)
         return noise_PCHW[:num]
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
