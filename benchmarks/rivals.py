@@ -22,7 +22,7 @@ from PIL import Image
 from ray import serve as ray_serve
 from ray.serve import Application
 
-from rayjobs.diffusion import onednn
+from rayjobs.diffusion.modules import onednn
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.weights import locate
 from serve.images import encode, to_pixels

@@ -23,7 +23,7 @@ from tests.servers import (
     s3_server,
     variables,
 )
-from tests.warm import warm_workers
+from tests.warm import use_warm_workers, warm_workers
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,14 +59,14 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A runtime environment for Ray whose workers start at once."""
-    with warm_workers(tmp_path_factory.mktemp("warm")) as runtime_env:
-        yield runtime_env
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers of the clusters that tests share start at once."""
+    with warm_workers(tmp_path_factory.mktemp("warm")):
+        yield
 
 
 @pytest.fixture(scope="module")
-def ray_cluster(s3_server: str, warm: dict[str, str]) -> None:
+def ray_cluster(s3_server: str, warm: None) -> None:
     """The Ray cluster in which jobs of this process run, started once. Do not kill its node.
 
     Its workers know the S3 server.
@@ -76,26 +76,22 @@ def ray_cluster(s3_server: str, warm: dict[str, str]) -> None:
     from rayjobs.cluster import local
 
     if not ray.is_initialized():
-        options = local(num_cpus=5)
-        options["runtime_env"] |= warm
+        use_warm_workers()
         with environment(s3_server):
-            ray.init(**options, log_to_driver=False)
+            ray.init(**local(num_cpus=5), log_to_driver=False)
 
 
 @pytest.fixture
-def joining(ray_cluster: None, warm: dict[str, str]) -> dict[str, str]:
+def joining(ray_cluster: None) -> dict[str, str]:
     """The variables of a process that joins the cluster, as `ray job submit` sets them."""
     import ray
 
     from rayjobs.cluster import REMEMBER_ADDRESS
 
     # Its own workers must know this cluster too: that of `app` runs beside it.
-    job = job_config(warm | REMEMBER_ADDRESS)
-    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} | job
-
-
-def job_config(runtime_env: dict[str, str]) -> dict[str, str]:
-    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
+    job_config = json.dumps({"runtime_env": REMEMBER_ADDRESS})
+    address = ray.get_runtime_context().gcs_address
+    return {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": job_config}
 
 
 @pytest.fixture
@@ -146,7 +142,7 @@ def served_runs(s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def app(s3_server: str, served_runs: str, warm: dict[str, str]) -> "Iterator[Running]":
+def app(s3_server: str, served_runs: str, warm: None) -> "Iterator[Running]":
     """Serving the starter model, in processes of its own, for all tests that only request."""
     from tests.serving.running import running
 
@@ -155,7 +151,7 @@ def app(s3_server: str, served_runs: str, warm: dict[str, str]) -> "Iterator[Run
         "registry": {"uri": served_runs, "refresh_s": 1},
         "scaling": {"num_cpus": 1},
     }
-    with running(keys, environment=variables(s3_server) | job_config(warm)) as found:
+    with running(keys, environment=variables(s3_server)) as found:
         yield found
 
 

@@ -1,10 +1,9 @@
 """Ray workers that start in a second: forks of one process that has the libraries loaded.
 
 Most of a small job's time is the import of torch, diffusers and Lightning by each of its processes.
-Ray starts this file in the place of its own `setup_worker.py`, or in the place of Python
-(`py_executable`) where a cluster is started elsewhere. It hands its arguments, environment and
-output to the server, which forks, and it ends as that fork ends. What runs in a worker, and how Ray
-starts, watches and ends it, is as ever.
+Ray starts this file in the place of its own `setup_worker.py`. It hands its arguments, environment
+and output to the server, which forks, and it ends as that fork ends. What runs in a worker, and how
+Ray starts, watches and ends it, is as ever.
 """
 
 import argparse
@@ -39,32 +38,31 @@ POLL_S = 0.1
 
 
 @contextmanager
-def warm_workers(folder: Path) -> Generator[dict[str, str]]:
-    """The runtime environment whose workers are forks; they need `SOCKET` in Ray's environment.
-
-    A cluster that this process starts meanwhile needs no such environment.
-    """
+def warm_workers(folder: Path) -> Generator[None]:
+    """Meanwhile the workers of clusters after `use_warm_workers` are forks."""
     path = str(folder / "warm")
     command = [sys.executable, __file__, "serve", path]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | NO_THREADS)
     os.environ[SOCKET] = path
+    # The raylet knows the file by the end of its name.
+    (folder / "setup_worker.py").symlink_to(__file__)
     try:
         while not Path(path).exists():
             assert server.poll() is None
             time.sleep(0.1)
-        # Ray joins the name to a folder's path, which an absolute one replaces;
-        # the raylet knows the file by the end of its name.
-        stand_in_file = folder / "setup_worker.py"
-        stand_in_file.symlink_to(__file__)
-        import pytest  # not above: workers come through here without their packages
-
-        with pytest.MonkeyPatch.context() as patch:
-            name = "ray._private.ray_constants.SETUP_WORKER_FILENAME"
-            patch.setattr(name, str(stand_in_file))
-            # -S: this file needs the standard library only, and site would read every .pth file.
-            yield {"py_executable": f"{sys.executable} -S -E {__file__}"}
+        yield
     finally:
+        del os.environ[SOCKET]
         server.communicate()
+
+
+def use_warm_workers() -> None:
+    """Have clusters that this process starts use the server, where there is one."""
+    from ray._private import ray_constants
+
+    if path := os.environ.get(SOCKET):
+        # Ray joins the name to a folder's path, which an absolute one replaces.
+        ray_constants.SETUP_WORKER_FILENAME = str(Path(path).with_name("setup_worker.py"))
 
 
 def serve(path: str) -> None:

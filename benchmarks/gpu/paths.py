@@ -13,7 +13,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 from benchmarks.gpu.model import call
-from rayjobs.diffusion.unet.replay import Replay
+from rayjobs.diffusion.modules.replay import Replay
 
 Path = Callable[[Any], torch.Tensor]
 

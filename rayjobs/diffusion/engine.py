@@ -18,7 +18,7 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.text.encoder import PromptEncoder
-from rayjobs.diffusion.unet.batch import UNetBatch
+from rayjobs.diffusion.unet_batch import UNetBatch
 from rayjobs.diffusion.vae.preview import Previewer
 from rayjobs.diffusion.vae.worker import VaeWorker
 

@@ -14,9 +14,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from rayjobs.diffusion import facts, onednn
+from rayjobs.diffusion import facts
 from rayjobs.diffusion.facts import FAMILIES
-from rayjobs.diffusion.unet.replay import Replay
+from rayjobs.diffusion.modules import onednn
+from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.weights import Weights, first_line, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

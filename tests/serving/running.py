@@ -27,7 +27,9 @@ from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
 from serve.app import build
 from serve.config import ServeConfig
+from tests.warm import use_warm_workers
 
+use_warm_workers()
 config, port, nodes = json.loads(sys.argv[1])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": nodes[0]})
 for num_cpus in nodes[1:]:
@@ -107,7 +109,7 @@ def _told(errors: IO[str]) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """ImagesRequest it to end, by ending its input; a process that will not is killed."""
+    """Ask it to end, by ending its input; a process that will not is killed."""
     try:
         process.communicate(timeout=END_S)
     except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.text.inversion import expand_words
-from rayjobs.diffusion.unet.batch import KERNELS
+from rayjobs.diffusion.unet_batch import KERNELS
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.training import lora
 

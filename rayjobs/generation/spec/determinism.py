@@ -72,7 +72,7 @@ def _device(wanted: str) -> str:
     """The kind of processor, as far as it may change bits."""
     import torch
 
-    from rayjobs.diffusion import onednn
+    from rayjobs.diffusion.modules import onednn
 
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         linear = "oneDNN" if onednn.is_faster() else "MKL"

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from rayjobs.diffusion import onednn
 from rayjobs.diffusion.model import Model, load_model
-from rayjobs.diffusion.unet.replay import Replay
+from rayjobs.diffusion.modules import onednn
+from rayjobs.diffusion.modules.replay import Replay
 
 
 @pytest.fixture

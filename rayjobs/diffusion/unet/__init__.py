@@ -1,1 +1,0 @@
-"""The UNet call for many rows at once."""
