@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes share the tests; those that share a slow fixture run in the same one (conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Plugins that only the slow tests use take seconds to load, in every process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+	-p no:schemathesis -p no:hypothesispytest
 
 .PHONY: demo demo-dreambooth serve test test-unit test-all wheel-check check format bench starter
 .PHONY: reference pictures docs setup clean
@@ -19,8 +21,8 @@ serve: setup ## an image API and a page on http://127.0.0.1:8000, until Ctrl-C
 test: setup ## everything that runs in a few minutes without a GPU
 	$(PYTEST) -m "not slow and not gpu"
 
-test-unit: setup ## the inner loop: no Ray, nothing slow
-	$(PYTEST) -m "not slow and not gpu and not ray"
+test-unit: setup ## the inner loop: no Ray, no network for seconds, nothing slow
+	$(PYTEST) -m "not slow and not gpu and not ray and not model"
 
 test-all: setup ## the slow tests too, one at a time: some measure seconds
 	$(BIN)/python -m pytest

@@ -21,7 +21,10 @@ from safetensors.numpy import load_file
 from rayjobs.cli import main
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 WRITTEN = Path(__file__).parent / "fixtures" / "before_rooms"
 MADE_IN = "/data/before_rooms"
 MEASURED = {"image", "image_sha256", "blank", "sharpness", "phash", "colours"}

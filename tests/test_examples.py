@@ -40,6 +40,7 @@ def test_reading_a_data_set(example: Example) -> None:
     assert "records" in example.run("read_dataset.py", str(DATASET))
 
 
+@pytest.mark.model
 def test_the_engine_alone(example: Example) -> None:
     assert example.run("engine.py").count(".png") == 3
     assert len(list(example.folder.glob("engine-pictures/*.png"))) == 3

@@ -12,6 +12,8 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.request import Request, Result
 
+pytestmark = pytest.mark.model
+
 SAMPLERS = ["euler", "dpmpp_2m", "heun", "euler_a"]
 ROWS = 5
 """All requests and a victim at once."""

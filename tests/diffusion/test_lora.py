@@ -14,6 +14,8 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Lora, Request
 
+pytestmark = pytest.mark.model
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # Apart: of a file with both, diffusers 0.42 loses the attention layers without a word.
 OTHERS = ["conv1", "proj_in"]

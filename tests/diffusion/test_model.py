@@ -14,6 +14,8 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import ModelOptions, load_model
 from rayjobs.diffusion.request import Request
 
+pytestmark = pytest.mark.model
+
 
 def test_the_identity_is_that_of_all_files(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "model"

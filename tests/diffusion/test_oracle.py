@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
@@ -18,6 +19,8 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import EDM, SAMPLERS, resolve
+
+pytestmark = pytest.mark.model
 
 Picture = Callable[[int], Image.Image]
 TOLERANCE = 1e-4

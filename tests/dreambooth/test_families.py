@@ -20,7 +20,10 @@ from tests.dreambooth.fitting import differ, opened, resolved, settings
 from tests.families import FAMILIES
 
 # Lightning reads deprecated parts of torch.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 KOHYA = "kohya_lora.safetensors"
 
 

@@ -23,6 +23,8 @@ from tests.dreambooth.fitting import (
     settings,
 )
 
+pytestmark = pytest.mark.model
+
 
 @pytest.mark.parametrize(("gamma", "drop"), [(None, 0.0), (5.0, 0.5)])
 def test_the_loss_by_hand(

@@ -21,6 +21,8 @@ from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.models.options import ModelConfig
 
+pytestmark = pytest.mark.model
+
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 

@@ -25,6 +25,8 @@ from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import CRASHES_WORKER, ShardWorker
 from tests.servers import Ceph
 
+pytestmark = pytest.mark.model
+
 ROOT = Path(__file__).parents[2]
 # Ray Data 2.60 reads its own deprecated switches.
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -64,6 +64,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, two_cpus: No
     assert hashes[0] == hashes[1]
 
 
+@pytest.mark.model
 def test_a_limit_makes_the_first_records_and_more_later(tmp_path: Path, in_process: None) -> None:
     config = configure(tmp_path / "out", 1)
     assert job.run(config, limit=4).num_made == 6  # whole shards

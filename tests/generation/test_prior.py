@@ -14,7 +14,7 @@ from rayjobs.dataset.records import schema
 from rayjobs.generation import prior
 from rayjobs.generation.tools.verify import verify
 
-pytestmark = pytest.mark.usefixtures("in_process")
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("in_process")]
 
 
 def configure(output: Path, templates: list[str], num_images: int, **changes: Any) -> Any:

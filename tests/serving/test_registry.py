@@ -33,6 +33,8 @@ from serve.registry import Registry
 from tests.serving.calls import ask_all
 from tests.serving.running import get
 
+pytestmark = pytest.mark.model
+
 STARTER = {"name": "starter", "uri": "starter"}
 LAYERS = [f"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{x}" for x in "qv"]
 

@@ -7,6 +7,8 @@ import pytest
 
 from rayjobs.starter import checker, world
 
+pytestmark = pytest.mark.model
+
 SEED = 20_000_003  # far from the training's
 
 

@@ -9,6 +9,8 @@ from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.modules import onednn
 from rayjobs.diffusion.modules.replay import Replay
 
+pytestmark = pytest.mark.model
+
 
 @pytest.fixture
 def model() -> Model:

@@ -19,6 +19,8 @@ from rayjobs.diffusion.text.inversion import (
     to_tensors,
 )
 
+pytestmark = pytest.mark.model
+
 WORD = "<sks>"
 PROMPT = "a photo of a <sks> star"
 

@@ -16,6 +16,8 @@ from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import SAMPLERS, resolve
 
+pytestmark = pytest.mark.model
+
 Picture = Callable[[int], Image.Image]
 TOLERANCE = 1e-4
 

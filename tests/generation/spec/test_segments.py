@@ -14,6 +14,8 @@ from rayjobs.generation.spec.lock import config_of
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 
+pytestmark = pytest.mark.model
+
 
 def configure(folder: Path, texts: list[str], numbers: dict[str, Any], **changes: Any) -> Any:
     values: dict[str, Any] = {

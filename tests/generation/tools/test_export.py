@@ -23,6 +23,8 @@ from rayjobs.generation.tools.export import ExportConfig
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.quality import duplicates
 
+pytestmark = pytest.mark.model
+
 PROMPTS = "prompt,width,topic\na red star,,sky\na blue ring,,shape\na wide star,70,sky\n"
 
 

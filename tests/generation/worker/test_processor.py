@@ -117,6 +117,7 @@ def test_without_checkpoints_any_source_goes(cluster: None) -> None:
     build_processor(CONFIG)(ray.data.from_items([{"prompt": "a red star"}]))
 
 
+@pytest.mark.model
 def test_rows_keep_their_order_and_their_values(step: ImageStep) -> None:
     batch = pa.table(
         {

@@ -16,6 +16,8 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.reports import dataset_report
 
+pytestmark = pytest.mark.model
+
 
 def configure(output: str, **changes: Any) -> GenerateConfig:
     values: dict[str, Any] = {

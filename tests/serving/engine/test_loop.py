@@ -21,6 +21,8 @@ from serve.images import to_image
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Registry
 
+pytestmark = pytest.mark.model
+
 STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
 
 
