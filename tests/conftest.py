@@ -6,8 +6,8 @@ Imports neither torch nor ray by itself: a test that needs neither starts at onc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SHARED = ("app", "ray_cluster", "ceph")
 """Fixtures that take long to start: under pytest-xdist, all their tests go to one process."""
+_shared: dict[str, ExitStack] = {}
+"""What ends them, by name."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
@@ -50,6 +52,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = next((name for name in SHARED if name in fixtures), item.path.stem)
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """End what a group shared after its last test: idle clusters take a third of a processor.
+
+    Under pytest-xdist a group's tests follow each other, in one process.
+    """
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and nextitem is not None:
+        group, following = (each.get_closest_marker("xdist_group") for each in (item, nextitem))
+        if group and following and group.args != following.args and group.args[0] in _shared:
+            _shared.pop(group.args[0]).close()
 
 
 def pytest_runtest_setup() -> None:
@@ -79,6 +94,8 @@ def ray_cluster(s3_server: str, warm: None) -> None:
         use_warm_workers()
         with environment(s3_server):
             ray.init(**local(num_cpus=5), log_to_driver=False)
+        _shared["ray_cluster"] = ExitStack()
+        _shared["ray_cluster"].callback(ray.shutdown)
 
 
 @pytest.fixture
@@ -151,8 +168,8 @@ def app(s3_server: str, served_runs: str, warm: None) -> "Iterator[Running]":
         "registry": {"uri": served_runs, "refresh_s": 1},
         "scaling": {"num_cpus": 1},
     }
-    with running(keys, environment=variables(s3_server)) as found:
-        yield found
+    with ExitStack() as _shared["app"]:
+        yield _shared["app"].enter_context(running(keys, environment=variables(s3_server)))
 
 
 @pytest.fixture(scope="session")
