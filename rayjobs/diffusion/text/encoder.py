@@ -4,12 +4,12 @@ Owns tokenizing, which hidden state each family reads, and the cache. Knows noth
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
@@ -54,8 +54,7 @@ class PromptEncoder:
         self.loras = loras
         self.batch = batch
         self.fixed_shape = fixed_shape
-        self.cache_size = cache_size
-        self._cache: OrderedDict[Text, Embedding] = OrderedDict()
+        self._cache: LRUCache[Text, Embedding] = LRUCache(cache_size)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[Text]) -> list[Embedding]:
@@ -65,11 +64,7 @@ class PromptEncoder:
         missing = [text for text in dict.fromkeys(texts) if text not in embeddings]
         for group in self._groups(missing):
             embeddings |= zip(group, self._encode(group), strict=True)
-        for text in texts:
-            self._cache[text] = embeddings[text]
-            self._cache.move_to_end(text)
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+        self._cache.update(embeddings)
         return [embeddings[text] for text in texts]
 
     def _canonical(self, text: Text) -> Text:

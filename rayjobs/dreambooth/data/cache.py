@@ -5,10 +5,10 @@ depends on, so a changed image or model never gets an old one.
 """
 
 import hashlib
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 from safetensors.torch import load, save
 
 from rayjobs import storage
@@ -23,8 +23,7 @@ class Cache:
     def __init__(self, uri: str, model_sha256: str):
         self.uri = uri
         self._model = model_sha256
-        self._in_memory: OrderedDict[str, Tensors] = OrderedDict()
-        self._bytes_in_memory = 0
+        self._in_memory: LRUCache[str, Tensors] = LRUCache(MAX_BYTES_IN_MEMORY, _num_bytes)
 
     def missing(self, names: list[str]) -> list[str]:
         """Those of `names` that are not stored yet."""
@@ -37,15 +36,9 @@ class Cache:
 
     def get(self, name: str) -> Tensors:
         """float32 tensors on the CPU."""
-        if name in self._in_memory:
-            self._in_memory.move_to_end(name)
-            return self._in_memory[name]
-        tensors = load(storage.read_bytes(self._uri(name)))
-        self._in_memory[name] = tensors
-        self._bytes_in_memory += _num_bytes(tensors)
-        while self._bytes_in_memory > MAX_BYTES_IN_MEMORY and len(self._in_memory) > 1:
-            self._bytes_in_memory -= _num_bytes(self._in_memory.popitem(last=False)[1])
-        return tensors
+        if name not in self._in_memory:
+            self._in_memory[name] = load(storage.read_bytes(self._uri(name)))
+        return self._in_memory[name]
 
     def _file(self, name: str) -> str:
         hashed = hashlib.sha256(f"{self._model}\0{name}".encode()).hexdigest()
