@@ -22,12 +22,19 @@ import pytest
 from rayjobs import storage
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on, each another one."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server (moto) in a process of its own, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -118,11 +125,7 @@ class Ceph:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.access_key, self.secret_key = "writer", "writer-secret"
-        with contextlib.ExitStack() as stack:
-            probes = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for probe in probes:
-                probe.bind(("127.0.0.1", 0))
-            self._mon, self._old, self._gateway = (p.getsockname()[1] for p in probes)
+        self._mon, self._old, self._gateway = free_ports(3)
         self.endpoint = f"http://127.0.0.1:{self._gateway}"
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._parent = ThreadPoolExecutor(1)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from tests.servers import free_ports
 
 ROOT = Path(__file__).parents[2]
 START_S = 180.0
@@ -83,7 +84,7 @@ def running(
 
     `more` are other applications, by name: a prefix and arguments each.
     """
-    port = free_port()
+    [port] = free_ports(1)
     apps = {"images": ["/", args]} | more
     command = [sys.executable, "-c", PROGRAM, json.dumps([apps, port, nodes])]
     variables = os.environ | {"OMP_WAIT_POLICY": "passive", "RAY_SERVE_LOG_TO_STDERR": "0"}
@@ -118,12 +119,6 @@ def end(process: subprocess.Popen[str]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def get(url: str, timeout: float = 30) -> bytes:

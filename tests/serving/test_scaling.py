@@ -7,8 +7,9 @@ import urllib.error
 
 import pytest
 
+from tests.servers import free_ports
 from tests.serving.calls import ask_all, mixed
-from tests.serving.running import free_port, get, running
+from tests.serving.running import get, running
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STARTER = [{"name": "starter", "uri": "starter"}]
@@ -71,7 +72,7 @@ def test_an_open_door_without_keys_is_refused() -> None:
     from tests.serving.running import ROOT
 
     config = f"""
-http_options: {{host: 0.0.0.0, port: {free_port()}}}
+http_options: {{host: 0.0.0.0, port: {free_ports(1)[0]}}}
 applications:
   - name: images
     import_path: serve.app:build

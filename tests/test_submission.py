@@ -1,0 +1,224 @@
+"""Jobs that `ray job submit` starts, on a real cluster of three nodes with a token."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayjobs.dataset.manifest import Manifest
+from tests.servers import free_ports
+
+# Every test uses a cluster that takes a minute to start.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).parent / "ray")
+GENERATE = (sys.executable, "-m", "rayjobs", "generate")
+DEMO = ("configs/demo/generate.yaml", "prompts.axes.shape=[star]", "sampler.steps=4")
+# One worker fits on a node of three CPUs, and a CPU is left for Ray Data's own tasks.
+ONE_A_NODE = ("workers.min=2", "workers.num_cpus=2")
+
+
+class Cluster:
+    """A head without CPUs and two nodes, started as cluster.yaml does, and a token of their own."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.token = secrets.token_hex(32)
+        self.gcs, self.client, self.port = free_ports(3)
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.environment = self.strangers_environment | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+        }
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def strangers_environment(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return kept | {"HOME": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
+
+    def start(self) -> None:
+        ports = (f"--ray-client-server-port={self.client}", f"--dashboard-port={self.port}")
+        self._start("--head", f"--port={self.gcs}", "--num-cpus=0", *ports)
+        wait_for(lambda: self.ask("/api/version"), 60)
+        for _ in range(2):
+            self._start(f"--address=127.0.0.1:{self.gcs}", "--num-cpus=3")
+        wait_for(lambda: len(self.ask("/nodes?view=summary")["data"]["summary"]) == 3, 60)
+
+    def _start(self, *options: str) -> None:
+        # A folder for each, as on hosts of their own: nodes delete a job's code when they are done.
+        place = f"--temp-dir={self.folder}/{len(self._nodes)}"
+        [agent] = free_ports(1)
+        own = ("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}")
+        store = f"--object-store-memory={80 * 2**20}"
+        with (self.folder / "start.out").open("ab") as log:
+            node = subprocess.Popen(
+                [RAY, "start", "--block", place, *own, store, *options],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._nodes.append(node)
+
+    def ask(self, path: str, **headers: str) -> Any:
+        """What the dashboard answers; with the token, unless other headers are given."""
+        named = headers or {"Authorization": f"Bearer {self.token}"}
+        request = urllib.request.Request(f"{self.address}{path}", headers=named)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise
+
+    def ray(self, *command: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+        """Exit code and output of `ray job ...` as a user would call it."""
+        done = subprocess.run(
+            [RAY, "job", command[0], "--address", self.address, *command[1:]],
+            cwd=self.folder / "repository",
+            env=environment or self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def submit(self, name: str, *settings: str, wait: bool = True) -> tuple[int, str]:
+        options = ["--working-dir", ".", "--submission-id", name, *([] if wait else ["--no-wait"])]
+        return self.ray("submit", *options, "--", *GENERATE, *settings, *ONE_A_NODE)
+
+    def close(self) -> None:
+        for node in self._nodes:  # ray start --block ends what it started, if slowly
+            node.terminate()
+        for node in self._nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+
+def wait_for(ready: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if ready():
+                return
+        except (OSError, KeyError):
+            pass
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="r-", ignore_cleanup_errors=True) as folder:
+        copy_repository(Path(folder, "repository"))
+        made = Cluster(folder)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.close()
+
+
+def copy_repository(target: Path) -> None:
+    """What git knows or would take, and beside it what must not be uploaded."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    for folder in (".venv", "build", "demo"):
+        (target / folder).mkdir()
+        (target / folder / "large").write_bytes(bytes(1000))
+
+
+def test_a_job_uses_every_node(cluster: Cluster, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    own = (f"output.uri={output}", "output.images_per_shard=1", "seeds.count=2")
+    code, said = cluster.submit("first", *DEMO, *own)
+    assert code == 0, said
+    assert sum(entry["rows"] for entry in Manifest(str(output)).entries()) == 16
+    assert (output / "index.html").is_file()
+    assert len(nodes_of(cluster, "first")) == 2
+    [package] = cluster.folder.glob(
+        "0/session_latest/runtime_resources/working_dir_files/*/rayjobs/.."
+    )
+    files = [path for path in package.resolve().rglob("*") if path.is_file()]
+    assert not [path for path in files if path.name == "large"]
+    assert sum(path.stat().st_size for path in files) < 20e6
+
+
+def nodes_of(cluster: Cluster, name: str) -> set[str]:
+    """The nodes that a job's workers were on."""
+    found = cluster.ask("/api/v0/actors?detail=true&limit=1000")["data"]["result"]["result"]
+    number = cluster.ask(f"/api/jobs/{name}")["job_id"]
+    workers = [actor for actor in found if "ShardWorker" in json.dumps(actor)]
+    return {actor["node_id"] for actor in workers if actor["job_id"] == number}
+
+
+def test_nobody_gets_in_without_the_token(cluster: Cluster, tmp_path: Path) -> None:
+    for headers, status in (({"Accept": "*/*"}, 401), ({"Authorization": "Bearer wrong"}, 403)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            cluster.ask("/api/jobs/", **headers)
+        assert refused.value.code == status
+    command = ("submit", "--working-dir", ".", "--", "touch", str(tmp_path / "was-here"))
+    code, said = cluster.ray(*command, environment=cluster.strangers_environment)
+    assert code != 0
+    assert "authentication is enabled" in said
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    prompts = f"prompt,init_image\na red star,{tmp_path}/broken.png\na blue ring,\n"
+    (tmp_path / "prompts.csv").write_text(prompts)
+    job = {
+        "model": {"uri": "starter"},
+        "prompts": {"uri": str(tmp_path / "prompts.csv")},
+        "sampler": {"name": "euler", "steps": 2},
+        "output": {"uri": str(tmp_path / "out")},
+    }
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(job))
+    for name, expected, *settings in (("bad-input", 2, "output.uri=ftp://x"), ("some-failed", 3)):
+        code, said = cluster.submit(name, str(config), *settings)
+        assert code != 0, said
+        assert f"exit code {expected}" in said, said
+        assert cluster.ask(f"/api/jobs/{name}")["driver_exit_code"] == expected
+
+
+def test_a_stopped_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    own = (f"output.uri={output}", "output.images_per_shard=4", "seeds.count=12")
+    code, said = cluster.submit("stopped", *DEMO, *own, wait=False)
+    assert code == 0, said
+    wait_for(lambda: len(list((output / "manifest").glob("*.json"))) >= 1, 240)
+    code, said = cluster.ray("stop", "stopped")
+    assert code == 0, said
+    assert cluster.ask("/api/jobs/stopped")["status"] == "STOPPED"
+    before = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
+    assert 1 <= len(before) < 24
+    code, said = cluster.submit("goes-on", *DEMO, *own)
+    assert code == 0, said
+    after = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
+    assert sorted(after) == list(range(24))
+    assert {shard: after[shard] for shard in before} == before
