@@ -190,6 +190,32 @@ def picture() -> "Callable[[int], Image.Image]":
     return make
 
 
+FRAIL = """
+import os, time
+from PIL import Image
+opened = Image.open
+def open(file, *args, **named):
+    head = file.read(6)
+    file.seek(0)
+    if head == b"KILLED":
+        os.kill(os.getpid(), 9)
+    if head == b"HANGED":
+        time.sleep(100)
+    return opened(file, *args, **named)
+Image.open = open
+"""
+
+
+@pytest.fixture
+def frail_decoders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes begun meanwhile die of a picture that begins with KILLED, and hang on HANGED."""
+    folder = tmp_path_factory.mktemp("frail")
+    (folder / "sitecustomize.py").write_text(FRAIL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
 @pytest.fixture(scope="session")
 def starter() -> "Model":
     from rayjobs.diffusion.model import load_model

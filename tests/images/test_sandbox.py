@@ -2,7 +2,6 @@
 
 import io
 import threading
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -33,28 +32,10 @@ def test_a_sandbox_decodes_as_this_process_does() -> None:
     sandbox.close()
 
 
-POISON = """
-import os, time
-from PIL import Image
-opened = Image.open
-def open(file, *args, **named):
-    head = file.read(6)
-    file.seek(0)
-    if head == b"KILLED":
-        os.kill(os.getpid(), 9)
-    if head == b"HANGED":
-        time.sleep(100)
-    return opened(file, *args, **named)
-Image.open = open
-"""
-
-
 @pytest.mark.parametrize(("bad", "timeout_s"), [(b"KILLED", 60.0), (b"HANGED", 0.5)])
 def test_a_picture_that_ends_its_process_is_given_up_and_the_next_is_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: bytes, timeout_s: float
+    frail_decoders: None, monkeypatch: pytest.MonkeyPatch, bad: bytes, timeout_s: float
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(POISON)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     sandbox = Sandbox()
     sandbox.decode(png((1, 2, 3)))
     monkeypatch.setattr("rayjobs.images.sandbox.TIMEOUT_S", timeout_s)
