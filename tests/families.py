@@ -1,6 +1,8 @@
 """Small random models of each family, built in process. Loads torch: import it inside fixtures."""
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
@@ -16,6 +18,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rayjobs.starter import components
 
 FAMILIES = ("sdxl", "sd", "playground")
+
+
+@lru_cache(maxsize=2)
+def reference_pipeline(folder: Path, sdxl_class: Any, sd_class: Any) -> tuple[Any, Any]:
+    """diffusers' pipeline of a folder's family, loaded once, and its own scheduler's settings."""
+    xl = "XL" in (folder / "model_index.json").read_text()
+    pipeline = (sdxl_class if xl else sd_class).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, pipeline.scheduler.config
 
 
 def build_pipeline(name: str, root: Path) -> StableDiffusionXLPipeline | StableDiffusionPipeline:

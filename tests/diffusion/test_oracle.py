@@ -1,7 +1,6 @@
 """The engine's pictures against diffusers' own pipelines, every sampler in one mixed batch."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,14 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import EDM, SAMPLERS, resolve
+from tests.families import reference_pipeline
 
 pytestmark = pytest.mark.model
 
 Picture = Callable[[int], Image.Image]
 TOLERANCE = 1e-4
+TEXT_TO_IMAGE = StableDiffusionXLPipeline, StableDiffusionPipeline
+IMAGE_TO_IMAGE = StableDiffusionXLImg2ImgPipeline, StableDiffusionImg2ImgPipeline
 
 
 def mixed_requests(family: str, picture: Picture) -> list[Request]:
@@ -54,31 +56,17 @@ def mixed_requests(family: str, picture: Picture) -> list[Request]:
     return requests
 
 
-@lru_cache(maxsize=2)
-def opened(pipeline_class: Any, folder: Path) -> tuple[Any, Any]:
-    """A pipeline, loaded once for all requests, and its own scheduler's configuration."""
-    pipeline = pipeline_class.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, pipeline.scheduler.config
-
-
 def reference(folder: Path, request: Request, edm: bool) -> torch.Tensor:
     """The same picture from diffusers' pipeline, as its user would write it; (3, H, W) in 0..1."""
-    xl = "XL" in (folder / "model_index.json").read_text()
     img2img = request.init_image is not None
-    pipeline_class = {
-        (True, False): StableDiffusionXLPipeline,
-        (True, True): StableDiffusionXLImg2ImgPipeline,
-        (False, False): StableDiffusionPipeline,
-        (False, True): StableDiffusionImg2ImgPipeline,
-    }[xl, img2img]
-    pipeline, scheduler_config = opened(pipeline_class, folder)
+    classes = IMAGE_TO_IMAGE if img2img else TEXT_TO_IMAGE
+    pipeline, scheduler_config = reference_pipeline(folder, *classes)
     sampler_class, options = resolve(request.sampler, request.sampler_options, edm)
     pipeline.scheduler = sampler_class.from_config(scheduler_config, **options)
     arguments: dict[str, Any] = {"height": 64, "width": 64}
     if img2img:
         arguments = {"image": request.init_image, "strength": request.strength}
-    if xl or not img2img:
+    if not isinstance(pipeline, StableDiffusionImg2ImgPipeline):  # it has no such argument
         arguments["guidance_rescale"] = request.guidance_rescale
     images = pipeline(
         request.prompt,

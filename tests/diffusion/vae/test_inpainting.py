@@ -1,9 +1,7 @@
 """Masked image-to-image against diffusers' inpainting pipelines; previews against the picture."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import SAMPLERS, resolve
+from tests.families import reference_pipeline
 
 pytestmark = pytest.mark.model
 
@@ -28,18 +27,10 @@ def half_mask(side: int = 64) -> Image.Image:
     return Image.fromarray(values)
 
 
-@lru_cache(maxsize=1)
-def opened(folder: Path) -> tuple[Any, Any]:
-    """A pipeline, loaded once for all requests, and its own scheduler's configuration."""
-    xl = "XL" in (folder / "model_index.json").read_text()
-    pipeline_class = StableDiffusionXLInpaintPipeline if xl else StableDiffusionInpaintPipeline
-    pipeline = pipeline_class.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, pipeline.scheduler.config
-
-
 def reference(folder: Path, request: Request) -> torch.Tensor:
-    pipeline, scheduler_config = opened(folder)
+    pipeline, scheduler_config = reference_pipeline(
+        folder, StableDiffusionXLInpaintPipeline, StableDiffusionInpaintPipeline
+    )
     sampler_class, options = resolve(str(request.sampler), request.sampler_options, False)
     pipeline.scheduler = sampler_class.from_config(scheduler_config, **options)
     return pipeline(
