@@ -36,9 +36,10 @@ class Cache:
 
     def get(self, name: str) -> Tensors:
         """float32 tensors on the CPU."""
-        if name not in self._in_memory:
-            self._in_memory[name] = load(storage.read_bytes(self._uri(name)))
-        return self._in_memory[name]
+        tensors: Tensors | None = self._in_memory.get(name)
+        if tensors is None:
+            tensors = self._in_memory[name] = load(storage.read_bytes(self._uri(name)))
+        return tensors
 
     def _file(self, name: str) -> str:
         hashed = hashlib.sha256(f"{self._model}\0{name}".encode()).hexdigest()
