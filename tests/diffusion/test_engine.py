@@ -1,5 +1,6 @@
 """What a caller may ask of the engine, and what it is told."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,3 +117,14 @@ def test_places_too_few_for_all_rows_make_more_calls_not_other_pictures(tiny: Mo
 def test_an_engine_needs_a_row(tiny: Model) -> None:
     with pytest.raises(ValueError, match="max_rows is 0"):
         Engine(tiny, max_rows=0)
+
+
+def test_engines_of_one_model_share_its_recording(tiny: Model) -> None:
+    model, spent_s, pictures = replace(tiny), [], []
+    for _ in range(2):
+        engine = Engine(model, max_rows=1)
+        (result,) = engine.generate([Request(prompt="a", seed=1, steps=2)], keep_pixels=True)
+        spent_s.append(engine.trace_warmup_s)
+        pictures.append(result.pixels)
+    assert spent_s[0] > 0 == spent_s[1]
+    assert torch.equal(*pictures)
