@@ -94,18 +94,21 @@ def test_a_mask_needs_a_picture(tiny: Model) -> None:
 
 # IPNDM hands the UNet timesteps of another scale (0..1), whose predictions say nothing.
 SKETCHED = [name for name in SAMPLERS if not name.startswith("edm") and name != "ipndm"]
+KINDS = ["euler", "ddim", "heun", "dpmpp_2m", "dpmpp_sde", "unipc", "pndm", "lcm"]
+"""One of each way to hold latents, and to call the network."""
 
 
-def test_a_preview_has_the_picture_s_colours(starter: Model) -> None:
-    """With every sampler, in one batch."""
-    engine = Engine(starter, max_rows=len(SKETCHED))
+@pytest.mark.parametrize("samplers", [KINDS, pytest.param(SKETCHED, marks=pytest.mark.slow)])
+def test_a_preview_has_the_picture_s_colours(starter: Model, samplers: list[str]) -> None:
+    """With each sampler, in one batch."""
+    engine = Engine(starter, max_rows=len(samplers))
     prompt = "a photo of a red star on a blue background"
     names = {
         engine.add(Request(prompt=prompt, seed=3, steps=12, sampler=name)): name
-        for name in SKETCHED
+        for name in samplers
     }
     assert all(engine.preview(row_id) is None for row_id in names)
-    shown: dict[str, list[Image.Image]] = {name: [] for name in SKETCHED}
+    shown: dict[str, list[Image.Image]] = {name: [] for name in samplers}
     finals: dict[str, Image.Image] = {}
     while engine.rows:
         finals |= {str(result.request.sampler): result.image for result in engine.step()}

@@ -26,6 +26,12 @@ pytestmark = pytest.mark.model
 STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
 
 
+@pytest.fixture(autouse=True)
+def loaded_once(starter: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every loop has the same model, recorded by the first; test_registry.py loads them."""
+    monkeypatch.setattr("serve.engine.models.load_weights", lambda *_, **__: starter)
+
+
 @asynccontextmanager
 async def running(**engine: Any) -> AsyncIterator[EngineLoop]:
     # Each step computes all places of a replica, the empty ones too.
