@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.lora import LoraBank, LoraUse
+from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result, check_side
 from rayjobs.diffusion.sampler import Sampler
@@ -49,6 +49,8 @@ class Row:
     embeddings: list[Embedding] | None = field(default=None)
     last_step: LastStep | None = None
     """The last step, for a preview."""
+    warnings: tuple[str, ...] = ()
+    """What of the request is not done as asked, apart from its texts."""
 
     @property
     def is_ready(self) -> bool:
@@ -100,7 +102,8 @@ class Row:
             self.latents = self.inpainting.blend(self.latents, self.sampler)
 
     def result(self, **outcome: Any) -> Result:
-        warnings = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
+        of_texts = (w for e in self.embeddings or [] for w in e.warnings)
+        warnings = dict.fromkeys([*self.warnings, *of_texts])
         return Result(id=self.id, request=self.request, warnings=tuple(warnings), **outcome)
 
 
@@ -134,6 +137,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         texts=_texts(request, guidance, use, model),
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
+        warnings=loras.warnings(use),
     )
     if image is None:
         row.latents = sampler.start(draw_noise(generator, row.shape, model))

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rayjobs.diffusion.lora import LoraBank
+from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.model import Model
 
 if TYPE_CHECKING:

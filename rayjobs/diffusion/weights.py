@@ -20,6 +20,7 @@ from rayjobs.diffusion.facts import FAMILIES
 STARTER = Path(__file__).parents[1] / "starter" / "model"
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 IDENTITY = {".json", ".txt", ".safetensors", ".model"}
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -189,9 +190,17 @@ def sha256_of(path: Path) -> str:
 
 
 def lora_file(path: Path) -> Path:
-    """The adapter's file: `path` or the one in it. Raises ValueError where there is none."""
+    """The adapter's file: `path`, or the one in it: diffusers', peft's, or the only one.
+
+    Raises ValueError where there is none.
+    """
     if path.is_dir():
-        path = path / "pytorch_lora_weights.safetensors"
+        named = [path / name for name in LORA_FILES if (path / name).is_file()]
+        found = named[:1] or sorted(path.glob("*.safetensors"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"LoRA {path} is a folder of {names}; name the file")
+        path = found[0] if found else path / LORA_FILES[0]
     if not path.is_file():
         raise ValueError(f"LoRA {path} does not exist")
     if path.suffix != ".safetensors":

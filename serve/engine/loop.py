@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 
 from rayjobs.config import BadInput
-from rayjobs.diffusion.lora import Adapter
+from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.request import Lora
 from rayjobs.models.facts import ModelFacts
 from rayjobs.storage import StorageError

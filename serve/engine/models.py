@@ -21,8 +21,8 @@ import torch
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.weights import first_line, lora_file
 from rayjobs.models.facts import find_weights

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from PIL.Image import Image
 
+from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
-from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Result
 from rayjobs.diffusion.weights import first_line
 from serve.engine.fairness import FairQueue, RowPriority

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from cachetools import LRUCache
 
-from rayjobs.diffusion.lora import LoraBank, LoraUse
+from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.text.inversion import expand_words
 

@@ -28,6 +28,7 @@ from rayjobs.dataset.lock import (
 )
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
+from rayjobs.diffusion.adapters.notes import file_sha256
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
@@ -230,7 +231,7 @@ def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
     hashes = []
     for lora in config.model.loras:
         file = _named("model.loras", lambda uri=lora.uri: weights.lora_file(storage.fetch(uri)))
-        hashes.append(f"{weights.sha256_of(Path(file))} x {lora.scale:g}")
+        hashes.append(f"{file_sha256(file)} x {lora.scale:g}")
     return tuple(hashes)
 
 
