@@ -29,12 +29,13 @@ class Delta(Protocol):
     def nbytes(self) -> int: ...
 
 
+@dataclass(frozen=True)
 class _Factors:
-    """Tensors that move together; subclasses are dataclasses of tensors and numbers."""
+    """Tensors that move together."""
 
     def to(self, weight: torch.Tensor) -> Self:
         tensors = {n: _moved(t, weight) for n, t in self._tensors.items()}
-        return replace(self, **tensors)  # type: ignore[type-var]
+        return replace(self, **tensors)
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +43,7 @@ class _Factors:
 
     @property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 

@@ -37,8 +37,8 @@ _FIELDS = {field: re.compile(rf"(?P<layer>.+?)(?:{end})") for field, end in FIEL
 MERGE = "merge it into the model with the tool that made it, and give the merged model"
 EMBEDDING = "give it as a word: model.words in a job, words in a served model"
 FOREIGN = (
-    (r"oft_|\.oft", "an OFT (orthogonal) adapter", MERGE),
     (r"\.boft_", "a BOFT adapter", MERGE),
+    (r"\.oft_", "an OFT (orthogonal) adapter", MERGE),
     (r"\.on_input$|ia3_l", "an (IA)3 adapter", MERGE),
     (r"\.[ab][12]\.weight$|\.bm\.weight$", "a GLoRA adapter", MERGE),
     (r"vera_lambda", "a VeRA adapter", MERGE),

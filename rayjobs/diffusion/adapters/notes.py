@@ -32,14 +32,15 @@ class Notes:
         """
         settings = self.parts.get(part, self.parts.get("", {}))
         names = (name, f"{part}.{name}", f"{part}.text_model.{name}")
-        if rank is None:
-            rank = _of_layer(names, settings.get("rank_pattern"), settings.get("r"))
+        size: float | None = rank
+        if size is None:
+            size = _of_layer(names, settings.get("rank_pattern"), settings.get("r"))
         if alpha is None:
             default = settings.get("lora_alpha", settings.get("alpha"))
             alpha = _of_layer(names, settings.get("alpha_pattern"), default)
-        if alpha is None or rank is None:
+        if alpha is None or size is None:
             return 1.0
-        return float(alpha) / (float(rank) ** (0.5 if settings.get("use_rslora") else 1))
+        return alpha / (size**0.5 if settings.get("use_rslora") else size)
 
     @property
     def tells_strength(self) -> bool:

@@ -22,6 +22,7 @@ UP = "up_blocks.0.resnets.1.conv2"
 NORM = "down_blocks.1.attentions.0.transformer_blocks.0.norm1"
 GROUP = "down_blocks.1.resnets.0.norm1"
 TEXT = "encoder.layers.1.self_attn.q_proj"
+"""In SDXL's first encoder; transformers has `text_model.` before it in the second."""
 SGM = {
     QUERY: "input_blocks_3_1_transformer_blocks_0_attn1_to_q",
     OUT: "input_blocks_3_1_transformer_blocks_0_attn2_to_out_0",
@@ -53,13 +54,16 @@ class Made:
     weights: dict[tuple[str, str], Changed] = field(default_factory=dict)
     biases: dict[tuple[str, str], Changed] = field(default_factory=dict)
 
+    def text_layer(self, part: str) -> str:
+        return next(name for of, name in self.modules if of == part and name.endswith(TEXT))
+
     def weight(self, layer: str, part: str = "unet") -> torch.Tensor:
         return self.modules[part, layer].weight.detach()
 
     def adds(self, layer: str, delta: torch.Tensor, part: str = "unet") -> None:
         before = self.weights.get((part, layer), lambda _: self.weight(layer, part))
-        self.weights[part, layer] = lambda scale: before(scale) + scale * delta.float().view(
-            self.weight(layer, part).shape
+        self.weights[part, layer] = lambda scale: (
+            before(scale) + scale * delta.float().reshape(self.weight(layer, part).shape)
         )
 
     def adds_bias(self, layer: str, delta: torch.Tensor) -> None:
@@ -75,7 +79,7 @@ class Made:
             whole = weight + scale * delta.view(weight.shape)
             rest = [n for n in range(whole.ndim) if n != axis]
             shape = [-1 if n == axis else 1 for n in range(whole.ndim)]
-            return whole / whole.norm(dim=rest, keepdim=True) * lengths.view(shape)
+            return whole / (whole * whole).sum(rest, keepdim=True).sqrt() * lengths.view(shape)
 
         self.weights["unet", layer] = changed
 
@@ -105,14 +109,11 @@ def put_kohya(
     rank: int = 3,
     alpha: float = 2.0,
     part: str = "unet",
-    dtype: torch.dtype = torch.float32,
-    pixels: bool = False,
 ) -> torch.Tensor:
-    down, up = (factor.to(dtype) for factor in made.factors(layer, rank, part))
-    kernel = (1, 1) if pixels else ()
+    down, up = made.factors(layer, rank, part)
     made.tensors |= {
-        f"{name}.lora_down.weight": down.view(*down.shape, *kernel),
-        f"{name}.lora_up.weight": up.view(*up.shape, *kernel),
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
         f"{name}.alpha": torch.tensor(alpha, dtype=torch.float32),
     }
     delta = product(down, up) * alpha / rank
@@ -147,8 +148,8 @@ def kohya_conv(made: Made) -> None:
 
 def kohya_text_encoders(made: Made) -> None:
     name = f"text_model_{TEXT.replace('.', '_')}"
-    put_kohya(made, TEXT, f"lora_te1_{name}", part="text_encoder")
-    put_kohya(made, TEXT, f"lora_te2_{name}", part="text_encoder_2")
+    for number, part in enumerate(("text_encoder", "text_encoder_2"), start=1):
+        put_kohya(made, made.text_layer(part), f"lora_te{number}_{name}", part=part)
 
 
 def kohya_other_ranks(made: Made) -> None:
@@ -161,20 +162,30 @@ def kohya_without_alpha(made: Made) -> None:
     del made.tensors[f"{kohya(QUERY)}.alpha"]
 
 
+def _in_dtype(made: Made, dtype: torch.dtype) -> None:
+    put_kohya(made, QUERY, kohya(QUERY), alpha=3.0)
+    keys = [f"{kohya(QUERY)}.lora_{half}.weight" for half in ("down", "up")]
+    made.tensors |= {key: made.tensors[key].to(dtype) for key in keys}
+    made.weights.clear()
+    made.adds(QUERY, product(*(made.tensors[key] for key in keys)))
+
+
 def kohya_fp16(made: Made) -> None:
-    put_kohya(made, QUERY, kohya(QUERY), dtype=torch.float16)
+    _in_dtype(made, torch.float16)
 
 
 def kohya_bf16(made: Made) -> None:
-    put_kohya(made, QUERY, kohya(QUERY), dtype=torch.bfloat16)
+    _in_dtype(made, torch.bfloat16)
 
 
 def kohya_fp8(made: Made) -> None:
-    put_kohya(made, QUERY, kohya(QUERY), dtype=torch.float8_e4m3fn)
+    _in_dtype(made, torch.float8_e4m3fn)
 
 
 def kohya_linear_as_pixels(made: Made) -> None:
-    put_kohya(made, QUERY, kohya(QUERY), pixels=True)
+    put_kohya(made, QUERY, kohya(QUERY))
+    for half in ("down", "up"):
+        made.tensors[f"{kohya(QUERY)}.lora_{half}.weight"].unsqueeze_(-1).unsqueeze_(-1)
 
 
 def locon_tucker(made: Made) -> None:
@@ -293,13 +304,12 @@ def put_lokr(
     layer: str,
     name: str,
     factored: tuple[bool, bool] = (False, False),
-    divisor: int = 4,
-    flat: bool = False,
     alpha: float = 1.0,
 ) -> torch.Tensor:
-    """A Kronecker product of (divisor, divisor) and the rest, either side perhaps of rank 2."""
+    """A Kronecker product of (4, 4) and the rest, either side perhaps of rank 2."""
     weight, rank = made.weight(layer), 2
     num_out, num_in, *kernel = weight.shape
+    divisor = 4
     size = torch.Size(kernel).numel()
     shapes = ((divisor, divisor), (num_out // divisor, num_in // divisor * size))
     sides = []
@@ -310,7 +320,7 @@ def put_lokr(
             sides.append(a @ b)
         else:
             side = random(*shape)
-            shaped = side if number == 1 or flat else side.view(shape[0], -1, *kernel)
+            shaped = side if number == 1 else side.view(shape[0], -1, *kernel)
             made.tensors[f"{name}.lokr_w{number}"] = shaped
             sides.append(side)
     made.tensors[f"{name}.alpha"] = torch.tensor(alpha)
@@ -339,7 +349,9 @@ def lokr_left_factored(made: Made) -> None:
 
 
 def lokr_flat(made: Made) -> None:
-    put_lokr(made, CONV, kohya(CONV), flat=True)
+    put_lokr(made, CONV, kohya(CONV))
+    key = f"{kohya(CONV)}.lokr_w2"
+    made.tensors[key] = made.tensors[key].flatten(1)
 
 
 def lokr_across_the_kernel(made: Made) -> None:
@@ -361,7 +373,7 @@ def lokr_tucker(made: Made) -> None:
         f"{name}.lokr_w2_b": b,
         f"{name}.alpha": torch.tensor(1.0),
     }
-    right = torch.einsum("rshw,ro,si->oihw", core, a, b)
+    right = torch.einsum("rshw,ro,si->oihw", core, a, b).contiguous()
     made.adds(CONV, torch.kron(left[:, :, None, None], right) / rank)
 
 
@@ -385,14 +397,10 @@ def lokr_dora(made: Made) -> None:
 # diffusers' and peft's names.
 
 
-def put_named(
-    made: Made, layer: str, down_key: str, up_key: str, part: str = "unet", rank: int = 3
-) -> torch.Tensor:
-    down, up = made.factors(layer, rank, part)
+def put_named(made: Made, layer: str, down_key: str, up_key: str, part: str = "unet") -> None:
+    down, up = made.factors(layer, 3, part)
     made.tensors |= {down_key: down, up_key: up}
-    delta = product(down, up)
-    made.adds(layer, delta, part)
-    return delta
+    made.adds(layer, product(down, up), part)
 
 
 def put_peft(
@@ -402,10 +410,9 @@ def put_peft(
     alpha: float | None = None,
     rank: int = 3,
     root: bool = False,
-    infix: str = "",
 ) -> torch.Tensor:
     down, up = made.factors(layer, rank)
-    made.tensors |= {f"{name}.lora_A{infix}.weight": down, f"{name}.lora_B{infix}.weight": up}
+    made.tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     strength = 1.0 if alpha is None else alpha / rank ** (0.5 if root else 1)
     delta = product(down, up) * strength
     made.adds(layer, delta)
@@ -432,9 +439,11 @@ def diffusers_names(made: Made) -> None:
         key = f"unet.{layer}.lora"
         put_named(made, layer, f"{key}.down.weight", f"{key}.up.weight")
     key = f"text_encoder.text_model.{TEXT}.lora_linear_layer"
-    put_named(made, TEXT, f"{key}.down.weight", f"{key}.up.weight", "text_encoder")
+    layer = made.text_layer("text_encoder")
+    put_named(made, layer, f"{key}.down.weight", f"{key}.up.weight", "text_encoder")
     older = f"text_encoder_2.text_model.{TEXT.replace('q_proj', 'to_q')}_lora"
-    put_named(made, TEXT, f"{older}.down.weight", f"{older}.up.weight", "text_encoder_2")
+    layer = made.text_layer("text_encoder_2")
+    put_named(made, layer, f"{older}.down.weight", f"{older}.up.weight", "text_encoder_2")
 
 
 def peft_names(made: Made) -> None:
@@ -451,7 +460,8 @@ def peft_wrapped_in_unet(made: Made) -> None:
 
 
 def peft_default(made: Made) -> None:
-    put_peft(made, QUERY, f"unet.{QUERY}", infix=".default")
+    key = f"unet.{QUERY}.lora"
+    put_named(made, QUERY, f"{key}_A.default.weight", f"{key}_B.default.weight")
 
 
 def comfy_names(made: Made) -> None:
@@ -460,7 +470,8 @@ def comfy_names(made: Made) -> None:
     name = "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_out.0"
     put_named(made, OUT, f"{name}.lora_A.weight", f"{name}.lora_B.weight")
     name = f"text_encoders.clip_g.transformer.text_model.{TEXT}"
-    put_named(made, TEXT, f"{name}.lora_down.weight", f"{name}.lora_up.weight", "text_encoder_2")
+    layer = made.text_layer("text_encoder_2")
+    put_named(made, layer, f"{name}.lora_down.weight", f"{name}.lora_up.weight", "text_encoder_2")
 
 
 def lycoris_names(made: Made) -> None:
