@@ -49,7 +49,7 @@ class Weights:
         """The class of the model's own sampler."""
         if self.path.is_file():
             return "EulerDiscreteScheduler" if self.family == "sdxl" else "PNDMScheduler"
-        name = _read_json(self.path / "scheduler" / "scheduler_config.json").get("_class_name")
+        name = read_json(self.path / "scheduler" / "scheduler_config.json").get("_class_name")
         if not isinstance(name, str):
             raise ValueError(f"{self.path}/scheduler: scheduler_config.json names no class")
         return name
@@ -63,7 +63,7 @@ class Weights:
         """Pixels along a side of the pictures that the model was trained on."""
         if self.path.is_file():
             return 1024 if self.family == "sdxl" else 512
-        unet, vae = (_read_json(self.path / name / "config.json") for name in ("unet", "vae"))
+        unet, vae = (read_json(self.path / name / "config.json") for name in ("unet", "vae"))
         return facts.default_side(unet, vae)
 
     @cached_property
@@ -72,7 +72,7 @@ class Weights:
         if self.path.is_file():
             files = [(self.path.name, self.path)]
         else:
-            index = _read_json(self.path / "model_index.json")
+            index = read_json(self.path / "model_index.json")
             parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
             paths = [path for part in parts for path in (self.path / part).rglob("*")]
             paths = [path for path in paths if path.is_file() and path.suffix in IDENTITY]
@@ -94,7 +94,7 @@ def locate(uri: str) -> Weights:
     if not (folder / "model_index.json").is_file():
         refuse_pickles([folder])
         raise ValueError(f"model {uri!r} is not a diffusers folder: it has no model_index.json")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     class_name = str(index.get("_class_name"))
     if class_name not in FAMILIES:
         raise ValueError(f"model {uri!r} is a {class_name}; supported are {', '.join(FAMILIES)}")
@@ -131,7 +131,7 @@ def _single_file(path: Path) -> Weights:
 
 def _check_part(folder: Path) -> None:
     """Raise ValueError unless a part has its config and undamaged weights."""
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     files = list(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no .safetensors weights")
@@ -148,7 +148,8 @@ def _tensor_names(path: Path) -> list[str]:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError where it is missing or is none."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

@@ -94,6 +94,11 @@ def _read(path: str, file: Path, layers: Layers) -> Adapter:
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from None
     warnings = []
+    if not told.tells_strength and _is_peft_without_alpha(by_layer, tensors):
+        warnings.append(
+            f"LoRA {file.name} has peft's names but neither alpha nor its adapter_config.json "
+            "beside it: alpha is taken to be the rank"
+        )
     if words:
         warnings.append(
             f"LoRA {file.name} carries embeddings of {', '.join(sorted(words))}, which are not "
@@ -101,6 +106,13 @@ def _read(path: str, file: Path, layers: Layers) -> Adapter:
         )
     is_dora = any(change.magnitude is not None for change in changes.values())
     return Adapter(path, file, notes.file_sha256(file), changes, is_dora, tuple(warnings))
+
+
+def _is_peft_without_alpha(
+    by_layer: Mapping[Layer, Mapping[str, torch.Tensor]], tensors: Tensors
+) -> bool:
+    has_alpha = any("alpha" in fields for fields in by_layer.values())
+    return not has_alpha and any(key.startswith("base_model.model.") for key in tensors)
 
 
 def _load(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

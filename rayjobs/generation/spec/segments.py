@@ -42,6 +42,7 @@ from rayjobs.generation.spec.lock import config_of, job_part, record_schema
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights
+from rayjobs.models.options import LoraConfig
 
 T = TypeVar("T")
 SEED_KEYS = {"job.seeds.count", "job.seeds.values", "job.seeds.derive"}
@@ -77,7 +78,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
-    loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
+    loras_sha256, scorers_sha256 = _hash_loras(config, model), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
         num_prompts = write_snapshot(config.prompts, str(prompts))
@@ -226,13 +227,21 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     return model
 
 
-def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
-    """Hash and scale of each adapter."""
-    hashes = []
-    for lora in config.model.loras:
-        file = _named("model.loras", lambda uri=lora.uri: weights.lora_file(storage.fetch(uri)))
-        hashes.append(f"{file_sha256(file)} x {lora.scale:g}")
-    return tuple(hashes)
+def _hash_loras(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
+    """Hash and scale of each adapter. Raises BadInput for one that does not fit the model."""
+    return tuple(
+        _named("model.loras", lambda lora=lora: _hash_lora(lora, config, model))
+        for lora in config.model.loras
+    )
+
+
+def _hash_lora(lora: LoraConfig, config: GenerateConfig, model: weights.Weights) -> str:
+    from rayjobs.diffusion.adapters import fit
+
+    path = storage.fetch(lora.uri)
+    configs = config.model.config
+    fit.check(path, model, None if configs is None else Path(storage.to_local(configs)))
+    return f"{file_sha256(weights.lora_file(path))} x {lora.scale:g}"
 
 
 def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
