@@ -206,7 +206,7 @@ class OutputConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of an exported model; a LoRA file is always float32."""
     fused: bool = False
-    """Also export a whole model with the adapter fused into it."""
+    """Also export a whole model that needs neither adapter nor learned embeddings."""
     kohya: bool = False
     """Also export the adapter in kohya's layout, for ComfyUI and A1111."""
 

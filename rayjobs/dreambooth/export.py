@@ -29,6 +29,8 @@ from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exports
 from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
 
+KOHYA_FILE = "kohya_lora.safetensors"
+FUSED = "fused"
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
 
@@ -39,12 +41,12 @@ def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
         tuned = rebuild(run, step)
         save(run.config, tuned, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        note = _note(run, tuned.model, step, metrics)
+        facts = describe(run, tuned.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
         storage.remove(storage.join(uri, exports.FILE))
         for path in files:
             storage.put_file(storage.join(uri, path.relative_to(folder).as_posix()), path)
-        exports.write(uri, dataclasses.replace(note, files=hashes))
+        exports.write(uri, dataclasses.replace(facts, files=hashes))
     finally:
         shutil.rmtree(folder)
 
@@ -68,23 +70,33 @@ def save(config: DreamBoothConfig, tuned: TunedModel, folder: Path) -> None:
     if tuned.learned:
         tensors = inversion.to_tensors(tuned.model, config.identifier, list(tuned.learned))
         save_file(tensors, folder / EMBEDDINGS_FILE)
-    if tuned.only_tokens:
-        pass
-    elif tuned.method == "full":
-        pipeline(tuned.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
-    else:
+    kind = kind_of(config)
+    if kind == "lora":
         _save_lora(tuned, folder)
         if config.output.kohya:
             layers = load_file(folder / LORA_FILE)
             alpha = config.lora.alpha or config.lora.rank
-            save_file(_to_kohya(layers, alpha), folder / "kohya_lora.safetensors")
-        if config.output.fused:
-            for _, network in tuned.parts():
-                _fuse(network)
-            whole = pipeline(tuned.model).to(DTYPES[config.output.dtype])
-            whole.save_pretrained(folder / "fused")
+            save_file(_to_kohya(layers, alpha), folder / KOHYA_FILE)
+    if kind == "full":
+        _save_whole(tuned, DTYPES[config.output.dtype], folder)
+    elif config.output.fused:
+        _save_whole(tuned, DTYPES[config.output.dtype], folder / FUSED)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files as 0600
+
+
+def kind_of(config: DreamBoothConfig) -> str:
+    """What a run exports: `lora`, `full` or `words`, as in the note beside it."""
+    return "words" if config.inversion.alone else config.train.method
+
+
+def _save_whole(tuned: TunedModel, dtype: torch.dtype, folder: Path) -> None:
+    """A diffusers folder that needs neither adapter nor embeddings; changes the tuned model."""
+    if tuned.method == "lora":
+        for _, network in tuned.parts():
+            _fuse(network)
+    inversion.settle_words(tuned.model)
+    pipeline(tuned.model).to(dtype).save_pretrained(folder)
 
 
 def pipeline(model: Model) -> Any:
@@ -161,11 +173,13 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
+def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
     config = run.config
+    kind, learns = kind_of(config), config.inversion.num_vectors > 0
     return ExportNote(
-        kind="words" if config.inversion.alone else config.train.method,
-        tokens=(config.identifier,) if config.inversion.num_vectors else (),
+        kind=kind,
+        tokens=(config.identifier,) if learns else (),
+        knows_words=learns and kind == "full",
         base_uri=config.model.uri,
         base_sha256=model.sha256,
         family=model.family,
