@@ -105,7 +105,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Export an exponential moving average of the weights."""
+    """Export an exponential moving average of the weights. It warms up: early steps decay sooner."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """fsdp shards weights and moments over the workers; auto: for full fine-tuning of SDXL on more
     than one GPU."""
@@ -124,6 +124,13 @@ class TrainConfig(Config):
                 f"train.warmup_steps is {self.warmup_steps}, but there are {self.steps} train.steps"
             )
         return self
+
+
+    def ema_decay_at(self, step: int) -> float:
+        """The average's decay at step 0, 1, ...: at first 0, then (1 + step) / (10 + step), up to
+        ema_decay. As in diffusers' EMAModel: short runs do not export the weights they began with.
+        """
+        return min(self.ema_decay or 0.0, (1 + step) / (10 + step)) if step else 0.0
 
 
 class LoraConfig(Config):

@@ -13,7 +13,7 @@ from typing import Any
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.weights import Weights
-from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
 from rayjobs.dreambooth.data.photos import Photo, check_sizes, find_photos
 from rayjobs.models.facts import find_weights
 
@@ -70,6 +70,7 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     weights = find_weights(config.model.uri)
     photos = find_photos(config.instance.uri, config.instance.prompt)
     _warn(_check_identifier(config, weights))
+    _warn(_check_average(config.train))
     _warn(check_sizes(photos, config.train.resolution or weights.default_side))
     if weights.is_edm and config.train.min_snr_gamma is not None:
         raise BadInput(
@@ -111,6 +112,17 @@ def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
     if len(ids) == 1 and ids[0] < COMMON_SHARE * len(tokenizer):
         return [f"the identifier {word!r} is a common word, whose meaning would be overwritten"]
     return []
+
+
+def _check_average(train: TrainConfig) -> list[str]:
+    """A warning for an average that would reach further back than the run."""
+    at_end = train.ema_decay_at(train.steps - 1)
+    if train.ema_decay is None or at_end >= train.ema_decay:
+        return []
+    return [
+        f"train.ema_decay {train.ema_decay} averages over more than the {train.steps} train.steps: "
+        f"it is still warming up at the end, at {at_end:.2g}"
+    ]
 
 
 def _warn(warnings: list[str]) -> None:

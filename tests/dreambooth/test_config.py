@@ -89,6 +89,15 @@ def test_an_identifier_that_means_something(
     assert "'incomprehensible' is 13 tokens" in capsys.readouterr().err
 
 
+def test_an_average_that_reaches_further_back_than_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(config(tmp_path, "train.ema_decay=0.9999", "train.steps=60"))
+    told = capsys.readouterr().err
+    assert "train.ema_decay 0.9999 averages over more than the 60 train.steps" in told
+    assert "at 0.87" in told
+
+
 def test_the_identifier_is_what_the_class_lacks() -> None:
     assert identifier_in("a photo of sks dog", "a photo of a dog") == "sks"
     assert identifier_in("a photo of a dog", "a photo of dog") == ""
