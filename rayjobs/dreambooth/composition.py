@@ -30,17 +30,19 @@ IMAGES_PER_SHARD = 16
 
 
 def train(config: DreamBoothConfig) -> job.Summary:
-    """A whole run, on the cluster there is or one of its own. A finished run is left as it is.
+    """A whole run, on the cluster there is or one of its own. A finished run is left as it is,
+    but for outputs that it lacks.
 
     Raises BadInput, also when the folder holds a run of other settings, StorageError or JobFailed.
     """
     run = resolve(config)
-    if job.is_finished(run):
-        # Its class images are not looked for: they may be gone.
-        lock.compare(config.output.uri, lock.describe(run), without=("priors",))
+    lock.compare(run.config.output.uri, lock.describe(run), without=("priors",))
+    finished = job.is_finished(run)
+    if finished and job.is_complete(run):
         return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
     with cluster.session(job.num_cpus(run.config)):
-        return job.run(with_class_images(run))
+        # A finished run's class images are not looked for: they may be gone.
+        return job.run(run if finished else with_class_images(run))
 
 
 def with_class_images(run: ResolvedRun) -> ResolvedRun:

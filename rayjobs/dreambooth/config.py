@@ -105,7 +105,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Export an exponential moving average of the weights. It warms up: early steps decay sooner."""
+    """Export an exponential moving average of the weights, which warms up over the first steps."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """fsdp shards weights and moments over the workers; auto: for full fine-tuning of SDXL on more
     than one GPU."""
@@ -124,7 +124,6 @@ class TrainConfig(Config):
                 f"train.warmup_steps is {self.warmup_steps}, but there are {self.steps} train.steps"
             )
         return self
-
 
     def ema_decay_at(self, step: int) -> float:
         """The average's decay at step 0, 1, ...: at first 0, then (1 + step) / (10 + step), up to
@@ -275,6 +274,11 @@ class DreamBoothConfig(Config):
         if self.inversion.token:
             return self.inversion.token
         return identifier_in(self.instance.prompt, self.prior.prompt or "")
+
+    @property
+    def export_kind(self) -> str:
+        """What is exported: `lora`, `full` or `words`, as in the note beside it."""
+        return "words" if self.inversion.alone else self.train.method
 
     def _check_inversion(self) -> None:
         inversion = self.inversion

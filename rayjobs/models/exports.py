@@ -21,6 +21,9 @@ from rayjobs.models.options import LoraConfig, ModelConfig, WordConfig
 FILE = "manifest.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "learned_embeds.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
+FUSED = "fused"
+"""The folder of a whole model beside an adapter or words."""
 FORMAT = 1
 
 
@@ -46,6 +49,10 @@ class ExportNote:
     """Words of learned embeddings, in learned_embeds.safetensors."""
     knows_words: bool = False
     """Whether the model of a `full` export has the words in its own text encoders."""
+    steps: int = 0
+    """The run's steps, of which `step` is the exported one; 0 in notes of older versions."""
+    dtype: str = ""
+    """Of a whole model's weights; empty in notes of older versions."""
     metrics: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 

@@ -1,5 +1,6 @@
 """Every sort of export, loaded back by plain diffusers and by our engine: the same picture."""
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.dreambooth import export
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.export import FUSED, KOHYA_FILE
 from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models import exports, loading
+from rayjobs.models.exports import FUSED, KOHYA_FILE
 from rayjobs.models.options import LoadOptions, LoraConfig, ModelConfig
 from tests.dreambooth.fitting import differ, opened, resolved, settings
 
@@ -103,7 +104,7 @@ def test_every_export_is_loaded_back(
     assert differ(trained, draw(opened(base))) > 1e-3
     export.save(config, model, tmp_path)
     exports.write(str(tmp_path), export.describe(resolved(config), model.model, 1, {}))
-    kind = export.kind_of(config)
+    kind = config.export_kind
     assert differ(draw_uri(tmp_path), trained) <= 1e-4
     if kind == "full":
         assert differ(draw(opened(tmp_path)), trained) <= 1e-4
@@ -122,6 +123,25 @@ def test_every_export_is_loaded_back(
         taught = exports.resolve(ModelConfig(uri=str(tmp_path))).model_copy(update={"loras": ()})
         kohya = LoraConfig(uri=str(tmp_path / KOHYA_FILE))
         assert differ(draw_ours(loading.load(taught), (kohya,)), trained) <= 1e-4
+
+
+def test_an_adapter_has_the_same_bytes_each_time(
+    folders: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    """Nothing in it is in the order of a set or of a hash table."""
+    _, model = tuned(folders["sdxl"], photos, "lora", "none")
+    written = set()
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+        export._save_lora(model, tmp_path / str(number))
+        written.add((tmp_path / str(number) / exports.LORA_FILE).read_bytes())
+    (data,) = written
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header["__metadata__"]
+    assert list(metadata) == sorted(metadata)
+    targets = json.loads(metadata["lora_adapter_metadata"])["unet.target_modules"]
+    assert len(targets) > 4
+    assert targets == sorted(targets)
 
 
 def test_a_pipeline_that_diffusers_taught_and_saved(
