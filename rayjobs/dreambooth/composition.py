@@ -17,9 +17,9 @@ from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
 from rayjobs.dreambooth import job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo, find_photos
+from rayjobs.dreambooth.data.photos import Photo, find_photos, look_for_photos, tell_skipped
 from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
-from rayjobs.dreambooth.resolved import ResolvedRun, resolve
+from rayjobs.dreambooth.resolved import ResolvedRun, resolve, warn
 from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
 from rayjobs.generation.config import GenerateConfig
@@ -55,7 +55,9 @@ def with_class_images(run: ResolvedRun) -> ResolvedRun:
         return run
     prompt, made = str(prior.prompt), read_lock(uri)
     if made is None and prior.uri and storage.list_files(uri):
-        return run.with_class_images(_check_enough(run, find_photos(uri, prompt)))
+        found = look_for_photos(uri, prompt)
+        warn(tell_skipped(found.skipped))
+        return run.with_class_images(_check_enough(run, found.photos))
     if made is not None:
         _warn_of_other_model(run, made.segments[0].model_sha256)
         if prior.uri and Reader(uri).num_committed >= prior.num_images:

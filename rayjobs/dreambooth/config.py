@@ -11,6 +11,20 @@ from pydantic import Field, field_validator, model_validator
 from rayjobs.config import Config, Workers
 from rayjobs.models.options import Attention
 
+ARTICLES = {"a", "an", "the", "my"}
+FRAMES = {
+    "photo",
+    "photograph",
+    "picture",
+    "image",
+    "painting",
+    "drawing",
+    "portrait",
+    "style",
+    "of",
+}
+"""Words of a prompt that name no subject."""
+
 
 class ModelConfig(Config):
     uri: str
@@ -27,8 +41,8 @@ class ModelConfig(Config):
 class InstanceConfig(Config):
     uri: str
     """The folder of the subject's photographs, local or s3://. Captions may lie beside them:
-    `dog.txt` for `dog.jpg`, each line a caption, of which one is drawn each time; or a
-    `metadata.jsonl` with file_name and text."""
+    `dog.txt` or `dog.caption` for `dog.jpg`, each line a caption, of which one is drawn each time;
+    or a `metadata.jsonl` or `metadata.csv` with file_name and text."""
     prompt: str
     """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
 
@@ -322,7 +336,12 @@ class DreamBoothConfig(Config):
 
 
 def identifier_in(instance_prompt: str, prior_prompt: str) -> str:
-    """The words that the class's prompt lacks, which mean the subject."""
-    known = prior_prompt.split()
-    articles = {"a", "an", "the", "my"}
-    return " ".join(w for w in instance_prompt.split() if w not in known and w not in articles)
+    """The words that the class's prompt lacks, which mean the subject.
+
+    Without that prompt a guess: what is left of "a photo of sks dog" without its last word.
+    """
+    known = set(prior_prompt.split()) | ARTICLES
+    if prior_prompt:
+        return " ".join(w for w in instance_prompt.split() if w not in known)
+    words = [w for w in instance_prompt.split() if w.lower() not in known | FRAMES]
+    return " ".join(words[:-1] or words)
