@@ -66,8 +66,6 @@ class Model:
     dtype: torch.dtype
     device: str
     options: ModelOptions = field(default_factory=ModelOptions)
-    words: dict[str, int] = field(default_factory=dict)
-    """Learned words, and of how many tokens each is (`rayjobs.diffusion.text.inversion`)."""
 
     @property
     def is_edm(self) -> bool:

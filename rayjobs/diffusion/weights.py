@@ -207,3 +207,18 @@ def lora_file(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
     return path
+
+
+def word_file(path: Path) -> Path:
+    """The file of learned embeddings: `path` or the one in it. Raises ValueError for no such."""
+    path = path / "learned_embeds.safetensors" if path.is_dir() else path
+    if path.suffix in PICKLES and path.is_file():
+        raise ValueError(
+            f"learned words {path} are a pickle, which can run code when it is opened. Convert it "
+            f"once where you trust it: held = torch.load({str(path)!r}, weights_only=True); "
+            "safetensors.torch.save_file({'emb_params': held['string_to_param']['*'].detach()}, "
+            f"{path.with_suffix('.safetensors').name!r})"
+        )
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"learned words {path}: no such .safetensors file")
+    return path

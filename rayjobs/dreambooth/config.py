@@ -11,6 +11,20 @@ from pydantic import Field, field_validator, model_validator
 from rayjobs.config import Config, Workers
 from rayjobs.models.options import Attention
 
+ARTICLES = {"a", "an", "the", "my"}
+FRAMES = {
+    "photo",
+    "photograph",
+    "picture",
+    "image",
+    "painting",
+    "drawing",
+    "portrait",
+    "style",
+    "of",
+}
+"""Words of a prompt that name no subject."""
+
 
 class ModelConfig(Config):
     uri: str
@@ -27,8 +41,8 @@ class ModelConfig(Config):
 class InstanceConfig(Config):
     uri: str
     """The folder of the subject's photographs, local or s3://. Captions may lie beside them:
-    `dog.txt` for `dog.jpg`, each line a caption, of which one is drawn each time; or a
-    `metadata.jsonl` with file_name and text."""
+    `dog.txt` or `dog.caption` for `dog.jpg`, each line a caption, of which one is drawn each time;
+    or a `metadata.jsonl` or `metadata.csv` with file_name and text."""
     prompt: str
     """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
 
@@ -105,7 +119,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Export an exponential moving average of the weights."""
+    """Export an exponential moving average of the weights, which warms up over the first steps."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """fsdp shards weights and moments over the workers; auto: for full fine-tuning of SDXL on more
     than one GPU."""
@@ -124,6 +138,12 @@ class TrainConfig(Config):
                 f"train.warmup_steps is {self.warmup_steps}, but there are {self.steps} train.steps"
             )
         return self
+
+    def ema_decay_at(self, step: int) -> float:
+        """The average's decay at step 0, 1, ...: at first 0, then (1 + step) / (10 + step), up to
+        ema_decay. As in diffusers' EMAModel: short runs do not export the weights they began with.
+        """
+        return min(self.ema_decay or 0.0, (1 + step) / (10 + step)) if step else 0.0
 
 
 class LoraConfig(Config):
@@ -206,7 +226,7 @@ class OutputConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of an exported model; a LoRA file is always float32."""
     fused: bool = False
-    """Also export a whole model with the adapter fused into it."""
+    """Also export a whole model that needs neither adapter nor learned embeddings."""
     kohya: bool = False
     """Also export the adapter in kohya's layout, for ComfyUI and A1111."""
 
@@ -269,6 +289,11 @@ class DreamBoothConfig(Config):
             return self.inversion.token
         return identifier_in(self.instance.prompt, self.prior.prompt or "")
 
+    @property
+    def export_kind(self) -> str:
+        """What is exported: `lora`, `full` or `words`, as in the note beside it."""
+        return "words" if self.inversion.alone else self.train.method
+
     def _check_inversion(self) -> None:
         inversion = self.inversion
         if inversion.alone and not inversion.num_vectors:
@@ -311,7 +336,12 @@ class DreamBoothConfig(Config):
 
 
 def identifier_in(instance_prompt: str, prior_prompt: str) -> str:
-    """The words that the class's prompt lacks, which mean the subject."""
-    known = prior_prompt.split()
-    articles = {"a", "an", "the", "my"}
-    return " ".join(w for w in instance_prompt.split() if w not in known and w not in articles)
+    """The words that the class's prompt lacks, which mean the subject.
+
+    Without that prompt a guess: what is left of "a photo of sks dog" without its last word.
+    """
+    known = set(prior_prompt.split()) | ARTICLES
+    if prior_prompt:
+        return " ".join(w for w in instance_prompt.split() if w not in known)
+    words = [w for w in instance_prompt.split() if w.lower() not in known | FRAMES]
+    return " ".join(words[:-1] or words)

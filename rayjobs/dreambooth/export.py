@@ -4,6 +4,7 @@ Owns file names, key names and the manifest beside them. Reads checkpoints throu
 """
 
 import dataclasses
+import json
 import re
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exports
-from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
+from rayjobs.models.exports import EMBEDDINGS_FILE, FUSED, KOHYA_FILE, LORA_FILE, ExportNote
 
 FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
 
@@ -39,12 +40,15 @@ def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
         tuned = rebuild(run, step)
         save(run.config, tuned, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        note = _note(run, tuned.model, step, metrics)
+        facts = describe(run, tuned.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+        before = exports.read(uri)
         storage.remove(storage.join(uri, exports.FILE))
         for path in files:
             storage.put_file(storage.join(uri, path.relative_to(folder).as_posix()), path)
-        exports.write(uri, dataclasses.replace(note, files=hashes))
+        exports.write(uri, dataclasses.replace(facts, files=hashes))
+        for name in () if before is None else before.files.keys() - hashes.keys():
+            storage.remove(storage.join(uri, name))
     finally:
         shutil.rmtree(folder)
 
@@ -68,23 +72,28 @@ def save(config: DreamBoothConfig, tuned: TunedModel, folder: Path) -> None:
     if tuned.learned:
         tensors = inversion.to_tensors(tuned.model, config.identifier, list(tuned.learned))
         save_file(tensors, folder / EMBEDDINGS_FILE)
-    if tuned.only_tokens:
-        pass
-    elif tuned.method == "full":
-        pipeline(tuned.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
-    else:
+    kind = config.export_kind
+    if kind == "lora":
         _save_lora(tuned, folder)
         if config.output.kohya:
             layers = load_file(folder / LORA_FILE)
             alpha = config.lora.alpha or config.lora.rank
-            save_file(_to_kohya(layers, alpha), folder / "kohya_lora.safetensors")
-        if config.output.fused:
-            for _, network in tuned.parts():
-                _fuse(network)
-            whole = pipeline(tuned.model).to(DTYPES[config.output.dtype])
-            whole.save_pretrained(folder / "fused")
+            save_file(_to_kohya(layers, alpha), folder / KOHYA_FILE)
+    if kind == "full":
+        _save_whole(tuned, DTYPES[config.output.dtype], folder)
+    elif config.output.fused:
+        _save_whole(tuned, DTYPES[config.output.dtype], folder / FUSED)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files as 0600
+
+
+def _save_whole(tuned: TunedModel, dtype: torch.dtype, folder: Path) -> None:
+    """A diffusers folder that needs neither adapter nor embeddings; changes the tuned model."""
+    if tuned.method == "lora":
+        for _, network in tuned.parts():
+            _fuse(network)
+    inversion.settle_words(tuned.model)
+    pipeline(tuned.model).to(dtype).save_pretrained(folder)
 
 
 def pipeline(model: Model) -> Any:
@@ -125,7 +134,21 @@ def _save_lora(tuned: TunedModel, folder: Path) -> None:
     metadata = _collate_lora_metadata(networks)
     for adapter in metadata.values():
         adapter.pop("base_model_name_or_path", None)  # where the model lay, on this machine
+        for key, value in adapter.items():  # of sets, in another order in every process
+            adapter[key] = sorted(value) if isinstance(value, (set, list)) else value
     kind.save_lora_weights(folder, **layers, **metadata)
+    _sort_metadata(folder / LORA_FILE)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Give a safetensors file the same bytes each time: its metadata is written in any order."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def _with_text_model(part: str, name: str) -> str:
@@ -161,17 +184,21 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
+def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
     config = run.config
+    kind, learns = config.export_kind, config.inversion.num_vectors > 0
     return ExportNote(
-        kind="words" if config.inversion.alone else config.train.method,
-        tokens=(config.identifier,) if config.inversion.num_vectors else (),
+        kind=kind,
+        tokens=(config.identifier,) if learns else (),
+        knows_words=learns and kind == "full",
         base_uri=config.model.uri,
         base_sha256=model.sha256,
         family=model.family,
         instance_prompt=config.instance.prompt,
         identifier=config.identifier,
         step=step,
+        steps=config.train.steps,
+        dtype=config.output.dtype,
         seed=config.train.seed,
         files={},
         photos={photo.name: photo.sha256 for photo in run.photos},

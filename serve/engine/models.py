@@ -179,7 +179,6 @@ class ModelCache:
                 base.engine.model,
                 text_encoders=copy.deepcopy(base.engine.model.text_encoders),
                 tokenizers=copy.deepcopy(base.engine.model.tokenizers),
-                words={},
             )
         return teach(model, weights.words)
 

@@ -89,7 +89,7 @@ class PromptEncoder:
             for tokenizer, encoder in zip(
                 self.model.tokenizers, self.model.text_encoders, strict=True
             ):
-                said = [expand_words(text.text or "", self.model.words) for text in padded]
+                said = [expand_words(text.text or "", tokenizer) for text in padded]
                 tokens, whole = _tokenize(tokenizer, said)
                 output = encoder(tokens.to(self.model.device), output_hidden_states=True)
                 states.append(self._pick_state(encoder, output, texts[0].clip_skip))
