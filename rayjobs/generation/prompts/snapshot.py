@@ -63,6 +63,22 @@ def write_names(names: Iterable[str], path: str) -> int:
     return total
 
 
+def check_numbers(path: str) -> None:
+    """Raise BadInput where a number of the snapshot is above 2**63 - 1: few read that in JSON."""
+    facts = pq.ParquetFile(path).metadata
+    for group in map(facts.row_group, range(facts.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            known = column.statistics
+            if known is None or not known.has_min_max or not isinstance(known.max, int):
+                continue
+            if known.max >= 2**63:
+                raise BadInput(
+                    f"prompts.uri: the column {column.path_in_schema!r} has the number {known.max},"
+                    " which few readers of JSON can hold; write it as text, or use "
+                    "output.format=parquet"
+                )
+
+
 def write_like(wanted: Sequence[pa.Field], path: str, to: str) -> None:
     """Copy the snapshot at `path` to `to` with exactly the `wanted` passed-through columns.
 

@@ -33,6 +33,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
     Snapshot,
+    check_numbers,
     list_pictures,
     write_like,
     write_names,
@@ -95,6 +96,8 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if not confirmed:
             _check_size(config, spec.num_records)
         check_schema(config.output.format, record_schema(config, rows))
+        if config.output.format != "parquet":
+            check_numbers(str(prompts))
         segment = Segment(
             job=job_part(config),
             prompts_sha256=weights.sha256_of(prompts),
