@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     0 done, 2 bad input or storage that this process cannot use, 3 finished with failed records, 130
     interrupted (resumable), 1 anything else.
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -50,6 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _interrupt(*_: object) -> None:
     """What ends a job from outside is an interruption, like Ctrl-C."""
     raise KeyboardInterrupt
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse does not look for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(text[0] == "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 class _Version(argparse.Action):

@@ -90,6 +90,11 @@ class Manifest:
         done[single[single < num_shards]] = True
         return done
 
+    def is_untouched(self) -> bool:
+        """Whether nothing was made yet, nor is being made, as far as markers tell."""
+        places = ("manifest", "data", "attempts")
+        return not any(storage.list_files(storage.join(self.uri, place)) for place in places)
+
     def entries(self) -> Iterator[Entry]:
         """The finished shards' entries, in order; a group of them in memory at a time."""
         single, compact = self._names()

@@ -17,7 +17,7 @@ from rayjobs.dataset.manifest import GROUP, Manifest
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
+from rayjobs.generation.spec.lock import config_of, data_set_schema
 from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import ensure_segment, open_draft
 from rayjobs.quality import duplicates
@@ -74,6 +74,8 @@ def run(
     config = resolve(config)
     with ExitStack() as stack:
         lock = _lock(config, extend, stack)
+        # Without a card, others would take the prompts' snapshot for the records.
+        _write_card(config, lock)
         manifest = Manifest(config.output.uri, lock.format)
         manifest.recover()
         manifest.compact()
@@ -184,13 +186,16 @@ def _failed(lock: Lock, manifest: Manifest) -> list[_Work]:
     return work
 
 
+def _write_card(config: GenerateConfig, lock: Lock) -> None:
+    uri = config.output.uri
+    card.write(uri, config.model.uri, lock, data_set_schema(uri, lock))
+
+
 def _finish(
     config: GenerateConfig, lock: Lock, manifest: Manifest, made: int, started: float
 ) -> Summary:
     uri = config.output.uri
     failed = sum(entry["failed"] for entry in manifest.entries())
-    spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
-    card.write(config.output.uri, config.model.uri, lock, record_schema(config, spec.rows))
     if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
         duplicates.write(uri)
     dataset_report.write(uri)

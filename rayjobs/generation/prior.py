@@ -158,7 +158,7 @@ def _job(config: PriorConfig, prompts: PromptsConfig) -> GenerateConfig:
 def _check_same_settings(config: PriorConfig) -> None:
     """Raise BadInput when the images that are there were made in another way."""
     lock = read_lock(config.output.uri)
-    if lock is None:
+    if lock is None or Manifest(config.output.uri).is_untouched():
         return
     before = dict(lock.segments[-1].job)
     after = job_part(_job(config, config.prompts))

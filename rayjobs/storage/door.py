@@ -103,11 +103,18 @@ def is_folder(uri: str) -> bool:
 @_patient
 def list_files(uri: str) -> list[str]:
     """Paths of all files below `uri`, relative to it, sorted; none when there is no such folder."""
+    path = open_fs(uri)[1]
+    return sorted(os.path.relpath(name, path) for name in find(uri))
+
+
+def find(uri: str) -> dict[str, dict[str, Any]]:
+    """What is known of each file at or below `uri`, by its file system's own path."""
     fs, path = open_fs(uri)
     with translate_errors(uri):
         fs.invalidate_cache()
-        found = fs.find(path)
-    return sorted(os.path.relpath(name, path) for name in found)
+        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    # Consoles make empty objects such as `photos/`, to show a folder that is not there.
+    return {name: facts for name, facts in found.items() if not name.endswith("/")}
 
 
 @_patient
@@ -225,6 +232,10 @@ def remove_folder(uri: str) -> None:
     """Remove a folder and all in it; nothing happens when it is not there."""
     fs, path = open_fs(uri)
     with translate_errors(uri):
+        if is_remote(uri):
+            fs.invalidate_cache()
+            s3.remove(fs, fs.find(path))
+            return
         for attempt in range(MAX_REMOVALS):
             if not fs.exists(path):
                 return

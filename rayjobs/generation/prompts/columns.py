@@ -93,16 +93,16 @@ class ColumnTypes:
     ) -> pa.DataType:
         if isinstance(values, pa.Array):
             try:
-                return _joined(known, values.type)
+                return joined(known, values.type)
             except pa.ArrowException:
                 message = f"{name} is {values.type}, in rows before {known}; make them one type"
                 raise chunk.refusal(0, message) from None
         try:
-            return _joined(known, _inferred(values))
+            return joined(known, _inferred(values))
         except (pa.ArrowException, OverflowError):
             for row, value in enumerate(values):
                 try:
-                    known = _joined(known, pa.infer_type([value]))
+                    known = joined(known, pa.infer_type([value]))
                 except (pa.ArrowException, OverflowError):
                     message = _misfit(name, value, known)
                     raise chunk.refusal(row, message) from None
@@ -117,7 +117,7 @@ def _inferred(values: list[Any]) -> pa.DataType:
     return pa.infer_type(values)
 
 
-def _joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+def joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     """A type that holds the values of both; raises ArrowException when there is none."""
     if a == b or pa.types.is_null(b):
         return a

@@ -17,7 +17,12 @@ import pyarrow.parquet as pq
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import OVERRIDES
-from rayjobs.generation.prompts.columns import ColumnTypes, check_rows, find_prompt_column
+from rayjobs.generation.prompts.columns import (
+    ColumnTypes,
+    check_rows,
+    find_prompt_column,
+    joined,
+)
 from rayjobs.generation.prompts.files import Chunk, read_chunks
 
 if TYPE_CHECKING:
@@ -56,6 +61,63 @@ def write_names(names: Iterable[str], path: str) -> int:
             writer.write_table(pa.table([some], schema=NAMES), row_group_size=ROWS_PER_GROUP)
             total += len(some)
     return total
+
+
+def check_numbers(path: str) -> None:
+    """Raise BadInput where a number of the snapshot is above 2**63 - 1: few read that in JSON."""
+    facts = pq.ParquetFile(path).metadata
+    for group in map(facts.row_group, range(facts.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            known = column.statistics
+            if known is None or not known.has_min_max or not isinstance(known.max, int):
+                continue
+            if known.max >= 2**63:
+                raise BadInput(
+                    f"prompts.uri: the column {column.path_in_schema!r} has the number {known.max},"
+                    " which few readers of JSON can hold; write it as text, or use "
+                    "output.format=parquet"
+                )
+
+
+def write_like(wanted: Sequence[pa.Field], path: str, to: str) -> None:
+    """Copy the snapshot at `path` to `to` with exactly the `wanted` passed-through columns.
+
+    What it lacks is null. Raises BadInput when it has a column that is not wanted, or one whose
+    values the wanted type cannot hold.
+    """
+    source = pq.ParquetFile(path)
+    own, names = source.schema_arrow, [field.name for field in wanted]
+    known = [field for field in own if field.name in {"prompt", *OVERRIDES}]
+    for name in own.names:
+        if name not in [*names, *(field.name for field in known)]:
+            raise BadInput(
+                f"--extend cannot add the column {name!r}, which the data set's records do not "
+                f"have: they have {', '.join(names) or 'none of their own'}; drop it, or choose "
+                "another output.uri"
+            )
+    schema = pa.schema([*known, *wanted])
+    with pq.ParquetWriter(to, schema) as writer:
+        for number in range(source.num_row_groups):
+            table = source.read_row_group(number)
+            columns = [_column_like(field, table) for field in schema]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROWS_PER_GROUP)
+
+
+def _column_like(wanted: pa.Field, table: pa.Table) -> pa.ChunkedArray | pa.Array:
+    if wanted.name not in table.column_names:
+        return pa.nulls(len(table), wanted.type)
+    column = table[wanted.name]
+    if column.null_count == len(column):
+        return pa.nulls(len(table), wanted.type)
+    try:
+        if joined(wanted.type, column.type) == wanted.type:
+            return column.cast(wanted.type)
+    except pa.ArrowException:
+        pass
+    raise BadInput(
+        f"--extend: the column {wanted.name!r} is {column.type}, but {wanted.type} in the data "
+        "set's records; write it alike, or choose another output.uri"
+    )
 
 
 class Snapshot:

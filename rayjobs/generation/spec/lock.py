@@ -10,8 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
-from rayjobs.dataset.records import SCORES, schema
+from rayjobs.config import BadInput
+from rayjobs.dataset.lock import Lock, Segment, names_uri, snapshot_uri
+from rayjobs.dataset.records import COLUMNS, SCORES, schema
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
@@ -61,3 +62,26 @@ def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
     scores = [name for name in SCORES if getattr(config.quality, name) is not None]
     return schema(rows.passed_through, scores)
+
+
+def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
+    """The columns of all segments together; those that a segment lacks are null there."""
+    schemas = [
+        record_schema(config_of(segment, uri), Snapshot(snapshot_uri(uri, number)))
+        for number, segment in enumerate(lock.segments)
+    ]
+    try:
+        whole = pa.unify_schemas(schemas)
+    except pa.ArrowException as error:
+        raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
+    return schema(passed_through(whole), [score for score in SCORES if _has(whole, score)])
+
+
+def passed_through(whole: pa.Schema) -> list[pa.Field]:
+    """The records' columns that come from prompt files."""
+    own = {*COLUMNS, *(name for name, _ in SCORES.values())}
+    return [field for field in whole if field.name not in own]
+
+
+def _has(whole: pa.Schema, score: str) -> bool:
+    return SCORES[score][0] in whole.names

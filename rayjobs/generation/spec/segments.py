@@ -7,8 +7,8 @@ extended job is new. Knows nothing of Ray or of how records are made.
 import hashlib
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from rayjobs.dataset.lock import (
     replace_lock,
     snapshot_uri,
 )
+from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters.notes import file_sha256
@@ -33,12 +34,20 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
     Snapshot,
+    check_numbers,
     list_pictures,
+    write_like,
     write_names,
     write_snapshot,
 )
 from rayjobs.generation.resolved import ResolvedConfig, model_name
-from rayjobs.generation.spec.lock import config_of, job_part, record_schema
+from rayjobs.generation.spec.lock import (
+    config_of,
+    data_set_schema,
+    job_part,
+    passed_through,
+    record_schema,
+)
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights
@@ -89,6 +98,8 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if not confirmed:
             _check_size(config, spec.num_records)
         check_schema(config.output.format, record_schema(config, rows))
+        if config.output.format != "parquet":
+            check_numbers(str(prompts))
         segment = Segment(
             job=job_part(config),
             prompts_sha256=weights.sha256_of(prompts),
@@ -112,18 +123,28 @@ def ensure_segment(
 ) -> Lock:
     """The data set's lock with the draft's job in it: it was there, or is created or appended.
 
-    `determinism()` gives the class of a new data set. Raises BadInput with the difference when
-    there is another job and it is not to be extended.
+    A job of which nothing was made yet gives way to another. `determinism()` gives the class of a
+    new data set. Raises BadInput with the difference when there is another job and it is not to be
+    extended.
     """
     uri = draft.config.output.uri
     mark = storage.etag(lock_uri(uri))
-    lock = read_lock(uri)
-    if lock is None:
+    before = read_lock(uri)
+    untouched = Manifest(uri).is_untouched()
+    if before is None and not untouched:
+        raise BadInput(
+            f"{uri} holds shards, but {lock_uri(uri)}, which says of which job, is gone; put it "
+            "back, or choose another output.uri"
+        )
+    if before is None or (untouched and not _is_there(before, draft)):
+        storage.remove_folder(storage.join(uri, "prompts"))
         lock = Lock(segments=(draft.segment,), determinism=determinism())
-        if not create_lock(lock, uri):
+        stored = replace_lock(lock, mark, uri) if mark else create_lock(lock, uri)
+        if not stored:
             return ensure_segment(draft, determinism, extend)
     else:
-        number = _find_segment(lock, draft, extend)
+        lock = before
+        draft, number = _find_segment(lock, draft, extend)
         if number is None:
             lock = lock.model_copy(update={"segments": (*lock.segments, _new_part(lock, draft))})
             if not replace_lock(lock, mark or "", uri):
@@ -132,13 +153,31 @@ def ensure_segment(
     return lock
 
 
-def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> int | None:
+def _is_there(lock: Lock, draft: JobDraft) -> bool:
+    return any(segment.identity() == draft.segment.identity() for segment in lock.segments)
+
+
+def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> tuple[JobDraft, int | None]:
+    """The draft's segment, if it is there, and the draft with the columns that it has there."""
+    uri = draft.config.output.uri
+    with suppress(BadInput):
+        return draft, find_segment(lock, draft.segment, uri)
     try:
-        return find_segment(lock, draft.segment, draft.config.output.uri)
-    except BadInput:
+        alike = _with_columns_of(lock, draft)
+        return alike, find_segment(lock, alike.segment, uri)
+    except (BadInput, storage.NotThere):
         if not extend:
-            raise
-        return None
+            find_segment(lock, draft.segment, uri)  # tells the difference
+    return _with_columns_of(lock, draft), None
+
+
+def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
+    """The draft with the columns that records of the data set have: one schema for all shards."""
+    wanted = passed_through(data_set_schema(draft.config.output.uri, lock))
+    path = draft.prompts.with_name("like.parquet")
+    write_like(wanted, str(draft.prompts), str(path))
+    segment = draft.segment.model_copy(update={"prompts_sha256": weights.sha256_of(path)})
+    return replace(draft, segment=segment, prompts=path)
 
 
 def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
@@ -156,6 +195,14 @@ def _new_part(lock: Lock, draft: JobDraft) -> Segment:
     last, segment = lock.segments[-1], draft.segment
     if last.job["output"] != segment.job["output"]:
         raise BadInput("--extend cannot change output.*: all shards of a data set are of one kind")
+    for score in SCORES:
+        old, new = (each.job["quality"].get(score) is None for each in (last, segment))
+        if old != new:
+            raise BadInput(
+                f"--extend cannot change whether records have a {SCORES[score][0]}: "
+                f"{'leave' if old else 'give'} quality.{score}{' out' if old else ''}, or choose "
+                "another output.uri"
+            )
     before, after = last.identity(), segment.identity()
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     first_prompt = first_seed = 0

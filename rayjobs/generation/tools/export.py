@@ -27,11 +27,10 @@ from tqdm import tqdm
 from rayjobs import storage
 from rayjobs.config import BadInput, Config, differences, load_config
 from rayjobs.dataset.formats import check_schema
-from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
+from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.dataset.records import Row, canonical_json, feature
-from rayjobs.generation.prompts.snapshot import Snapshot
-from rayjobs.generation.spec.lock import config_of, record_schema
+from rayjobs.generation.spec.lock import data_set_schema
 from rayjobs.generation.tools.filters import Condition, parse
 from rayjobs.images.encode import encode_picture, parameters_text
 from rayjobs.quality import duplicates
@@ -239,7 +238,7 @@ class ShardExporter:
 
 
 def _build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
-    schema = _source_schema(uri, lock)
+    schema = data_set_schema(uri, lock)
     conditions = tuple(parse(text).typed(schema) for text in config.where)
     kept = _selected_columns(schema, config.columns)
     check_schema(config.output.format, kept)
@@ -258,18 +257,6 @@ def _build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
         digits=len(str(max(0, lock.num_shards - 1))),
         image_format=config.output.image_format or own,
     )
-
-
-def _source_schema(uri: str, lock: Lock) -> pa.Schema:
-    """The columns of all segments together; those that a segment lacks are null there."""
-    schemas = [
-        record_schema(config_of(segment, uri), Snapshot(snapshot_uri(uri, number)))
-        for number, segment in enumerate(lock.segments)
-    ]
-    try:
-        return pa.unify_schemas(schemas)
-    except pa.ArrowException as error:
-        raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
 
 
 def _selected_columns(schema: pa.Schema, columns: tuple[str, ...]) -> pa.Schema:

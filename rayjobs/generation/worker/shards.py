@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
 from rayjobs import storage
-from rayjobs.dataset.lock import Lock
+from rayjobs.config import BadInput
+from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.dataset.records import Row
 from rayjobs.generation.config import GenerateConfig
@@ -130,6 +131,7 @@ class ShardWorker:
         self.facts = {"class": determinism.identify(mine), "class_changed": changed}
         self.config = config
         self.segment = lock.segments[segment]
+        self._lock: Lock | None = lock
         self.spec = open_spec(config, self.segment, segment)
         self.schema = record_schema(config, self.spec.rows)
         self.manifest = Manifest(config.output.uri, lock.format)
@@ -169,6 +171,7 @@ class ShardWorker:
                 self._commits.append(_completed(self.manifest.entry(number)))
             else:
                 attempt = self.attempts.begin(number)
+                self._check_lock()
                 if attempt.number > self.config.workers.attempts:
                     suspects[number] = attempt
                     continue
@@ -233,6 +236,15 @@ class ShardWorker:
         """Entries of stored shards; waits for some while more than `max_unsaved` are not stored."""
         while self._commits and (self._commits[0].done() or len(self._commits) > max_unsaved):
             yield self._commits.pop(0).result()
+
+    def _check_lock(self) -> None:
+        """Until a first marker is there, another job may take the place of this one."""
+        if self._lock is None:
+            return
+        there, mine = read_lock(self.config.output.uri), self._lock.segments
+        if there is None or there.segments[: len(mine)] != mine:
+            raise BadInput(f"another run began another job in {self.config.output.uri}; this ends")
+        self._lock = None
 
     def _check_model(self) -> None:
         loaded, locked = self.generator.model.sha256, self.segment.model_sha256

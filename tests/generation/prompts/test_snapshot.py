@@ -17,6 +17,7 @@ from rayjobs.generation.prompts.snapshot import (
     ROWS_PER_GROUP,
     ImageNames,
     Snapshot,
+    check_numbers,
     write_names,
     write_snapshot,
 )
@@ -301,3 +302,16 @@ def test_names_are_a_sequence(tmp_path: Path) -> None:
         found[len(names)]
     assert write_names([], path) == 0
     assert list(ImageNames(path)) == []
+
+
+def test_numbers_that_json_readers_cannot_hold(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.parquet")
+    for kind, small, large in [
+        (pa.uint64(), 2**63 - 1, 2**63),
+        (pa.struct([("u", pa.list_(pa.uint64()))]), {"u": [1]}, {"u": [1, 2**64 - 1]}),
+    ]:
+        pq.write_table(pa.table({"k": pa.array([small, None], kind)}), path)
+        check_numbers(path)
+        pq.write_table(pa.table({"k": pa.array([None, large], kind)}), path)
+        with pytest.raises(BadInput, match=r"'k.* has the number \d+, which .*format=parquet"):
+            check_numbers(path)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -98,13 +100,73 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
     assert not output.exists()
 
 
+def from_file(folder: Path, name: str, text: str) -> GenerateConfig:
+    path = folder / name
+    path.write_text(text)
+    return configure(folder / "out", [], {"count": 1}, prompts={"uri": str(path)})
+
+
+def test_all_segments_have_the_columns_of_the_first(tmp_path: Path) -> None:
+    first = from_file(tmp_path, "1.jsonl", '{"prompt": "a", "k": 1, "t": "x"}\n')
+    grow(first)
+    table = pa.table({"t": ["y"], "prompt": ["b"], "k": pa.array([2], pa.int8())})
+    pq.write_table(table, tmp_path / "2.parquet")
+    other = configure(tmp_path / "out", [], {"count": 1}, prompts={"uri": f"{tmp_path}/2.parquet"})
+    grow(other)
+    grow(configure(tmp_path / "out", ["c"], {"count": 1}))
+    more = from_file(tmp_path, "4.jsonl", '{"prompt": "c"}\n{"prompt": "d", "k": null, "t": "z"}\n')
+    lock = grow(more)
+    assert [segment.first_prompt for segment in lock.segments] == [0, 0, 0, 1]
+    files = sorted((tmp_path / "out" / "data").iterdir())
+    schemas = [pq.read_schema(file) for file in files]
+    assert all(schema.equals(schemas[0], check_metadata=True) for schema in schemas)
+    rows = pa.concat_tables(map(pq.read_table, files)).select(["prompt", "k", "t"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        *(("a", 1, "x"), ("b", 2, "y"), ("c", None, None), ("d", None, "z"))
+    ]
+    for config in (first, other, more):  # with and without --extend each is found again
+        assert job.prepare(config) == job.prepare(config, extend=True) == lock
+    for text, told in [
+        ('{"prompt": "e", "new": 1}', "cannot add the column 'new'.* they have k, t"),
+        ('{"prompt": "e", "k": "3"}', "the column 'k' is string, but int64 in the data set's"),
+        ('{"prompt": "e", "k": 1.5}', "the column 'k' is double, but int64"),
+        ('{"prompt": "e", "t": {"a": 1}}', "the column 't' is struct<a: int64>, but string"),
+    ]:
+        with pytest.raises(BadInput, match=told):
+            job.prepare(from_file(tmp_path, "5.jsonl", text), extend=True)
+    scored = configure(tmp_path / "out", ["e"], {"count": 1}, quality={"safety": "a/hub-id"})
+    with pytest.raises(BadInput, match=r"unsafe_score: leave quality\.safety out"):
+        job.prepare(scored, extend=True)
+    assert read_lock(str(tmp_path / "out")) == lock
+
+
+def test_a_job_that_made_nothing_gives_way_to_another(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    begun = job.prepare(from_file(tmp_path, "a.csv", "prompt,k\na,1\n"))
+    config = configure(output, ["b"], {"count": 2})
+    lock = job.prepare(config)
+    assert len(lock.segments) == 1
+    with pytest.raises(BadInput, match="another run began"):  # whose workers were loading the model
+        list(ShardWorker(configure(output, ["a"], {"count": 1}), begun).make([0]))
+    job.prepare(config, extend=True)
+    assert verify(str(output)).faults == []
+    (output / "attempts" / "00000000.json").unlink()
+    grow(config)
+    assert made(output) == [("b", 0, 0), ("b", 1, 1)]
+    with pytest.raises(BadInput, match="holds another job"):
+        job.prepare(from_file(tmp_path, "a.csv", "prompt,k\na,1\n"))
+    (output / "spec.lock.json").unlink()
+    with pytest.raises(BadInput, match=r"holds shards, but .*spec\.lock\.json.* is gone"):
+        job.prepare(config)
+
+
 def test_a_job_moved_elsewhere_is_the_same_job(tmp_path: Path) -> None:
     output = tmp_path / "out"
     prompts = tmp_path / "a" / "prompts.txt"
     prompts.parent.mkdir()
     prompts.write_text("a red star\n")
     config = configure(output, [], {"count": 1}, prompts={"uri": str(prompts)})
-    lock = job.prepare(config)
+    lock = grow(config)
     moved = prompts.rename(tmp_path / "elsewhere.txt")
     assert job.prepare(configure(output, [], {"count": 1}, prompts={"uri": str(moved)})) == lock
     moved.write_text("a blue star\n")

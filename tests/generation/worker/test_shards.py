@@ -100,7 +100,7 @@ def test_a_run_that_ended_before_its_snapshot_goes_on(tmp_path: Path) -> None:
 
 
 def test_another_job_is_refused_with_the_difference(tmp_path: Path) -> None:
-    make(configure(str(tmp_path / "out")), [])
+    make(configure(str(tmp_path / "out")), [1])
     changed = configure(str(tmp_path / "out"), sampler={"name": "euler", "steps": 3})
     with pytest.raises(ValueError, match=r"job.sampler.steps: 2 there, 3 now"):
         job.prepare(changed)
