@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from rayjobs.diffusion.lora import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request, Result, check_side
+from rayjobs.diffusion.request import Request, Result, check_side, check_strength
 from rayjobs.diffusion.sampler import Sampler
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.vae.inpainting import Inpainting
@@ -43,6 +43,8 @@ class Row:
     texts: list[Text]
     loras: LoraUse
     size_ids: list[float]
+    warning: str | None = None
+    """That the model is not made for what was asked."""
     init_1CHW: torch.Tensor | None = None
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
@@ -100,7 +102,8 @@ class Row:
             self.latents = self.inpainting.blend(self.latents, self.sampler)
 
     def result(self, **outcome: Any) -> Result:
-        warnings = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
+        texts = [w for e in self.embeddings or [] for w in e.warnings]
+        warnings = dict.fromkeys(filter(None, [*texts, self.warning]))
         return Result(id=self.id, request=self.request, warnings=tuple(warnings), **outcome)
 
 
@@ -114,12 +117,15 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     width, height = _size(request, image, model)
     guidance = request.guidance_scale
     guidance = model.default_guidance_scale if guidance is None else guidance
+    steps = model.usual.steps if request.steps is None else request.steps
+    if image is not None:
+        check_strength(request.strength, steps)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     sampler = Sampler(
         request.sampler,
         request.sampler_options,
         model.scheduler,
-        request.steps,
+        steps,
         None if image is None else request.strength,
         generator,
     )
@@ -130,6 +136,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         sampler=sampler,
         generator=generator,
         guidance_scale=guidance,
+        warning=model.usual.warning(steps, guidance),
         shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
         texts=_texts(request, guidance, use, model),
         loras=use,

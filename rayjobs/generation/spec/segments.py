@@ -5,6 +5,7 @@ extended job is new. Knows nothing of Ray or of how records are made.
 """
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from rayjobs.dataset.lock import (
 )
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
+from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
@@ -76,6 +79,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
+    config = _with_usual(config, model.usual)
     loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -215,14 +219,34 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
-    model = find_weights(config.model.uri)
+    model = find_weights(config.model)
     from rayjobs.diffusion.sampler import resolve
 
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, lambda name=name: resolve(name, config.sampler.options, model.is_edm))
+        _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
     return model
+
+
+def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
+    """The job with the steps that the model is made for, where it gives none.
+
+    A distilled model's guidance is written down too: it was another one before they were known.
+    """
+    sampler = config.sampler
+    steps = usual.steps if sampler.steps is None else sampler.steps
+    guidance = sampler.guidance_scale
+    if usual.kind is not None and guidance is None:
+        guidance = usual.guidance_scale
+    warning = usual.warning(steps, 0.0 if guidance is None else guidance)
+    if warning is not None:
+        print(f"warning: sampler: {warning}", file=sys.stderr)
+    if config.init.uri is not None and not config.parameters.steps:
+        weakest = min(config.parameters.strength or (config.init.strength,))
+        _named("init.strength", lambda: check_strength(weakest, steps))
+    given = {"steps": steps, "guidance_scale": guidance}
+    return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
 
 
 def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
