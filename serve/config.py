@@ -10,21 +10,18 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config
-from rayjobs.models.options import LoadOptions
+from rayjobs.models.options import LoadOptions, SourceConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Kind = Literal["text-to-image", "image-to-image"]
 
 
-class ModelConfig(LoadOptions):
+class ModelConfig(SourceConfig, LoadOptions):
     name: str
     """The name that requests use."""
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), a hub id, or an export
     of `dreambooth`."""
-    config: str | None = None
-    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
-    tokenizers; without it they are fetched from the hub."""
     preload: bool = True
     """Load the model when a replica starts, not at the first request."""
     hint: str | None = None

@@ -16,7 +16,7 @@ from rayjobs.diffusion.weights import first_line
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.models.facts import ModelFacts, is_folder, read_facts
-from rayjobs.models.options import LoadOptions, WordConfig
+from rayjobs.models.options import LoadOptions, SourceConfig, WordConfig
 from rayjobs.storage import StorageError
 from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
 
@@ -34,6 +34,14 @@ class Weights:
     """Learned embeddings, each with its token."""
     version: str = ""
     """Changes when an export is replaced."""
+    base: str | None = None
+    revision: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+
+    @property
+    def source(self) -> SourceConfig:
+        keys = {name: getattr(self, name) for name in SourceConfig.model_fields}
+        return SourceConfig(**keys)
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,8 @@ class Registry:
             weights = Weights(folder, None, how or LoadOptions(), version=etag)
         else:
             like = how or (_how(base) if base else LoadOptions())
-            weights = Weights(parts.base_uri, base.config if base else None, like)
+            given = Weights(parts.base_uri) if base is None else _weights(base)
+            weights = replace(given, how=like)
         if parts.words:
             weights = replace(weights, words=parts.words, version=etag)
         is_lora = note.kind == "lora"
@@ -175,7 +184,7 @@ class Registry:
             weights=weights,
             lora=parts.lora_uri,
             base=base.name if base else None,
-            facts=read_facts(weights.uri),
+            facts=read_facts(weights.source),
             hint=note.instance_prompt,
             created=int(time.time()),
         )
@@ -187,8 +196,9 @@ class Registry:
                 entry = self._entry(model.name, model.uri, note, "", _how(model))
                 yield replace(entry, kind="model")
                 continue
-            weights = Weights(model.uri, model.config, _how(model))
-            yield Entry(model.name, "model", weights, None, None, read_facts(model.uri), model.hint)
+            yield Entry(
+                model.name, "model", _weights(model), None, None, read_facts(model), model.hint
+            )
         for lora in self.config.loras:
             yield self._lora(lora)
 
@@ -200,10 +210,15 @@ class Registry:
         if lora.base is not None and base is None:
             known = ", ".join(model.name for model in self.config.models)
             raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
-        weights = None if base is None else Weights(base.uri, base.config, _how(base))
+        weights = None if base is None else _weights(base)
         hint = None if note is None else note.instance_prompt
-        facts = ModelFacts() if base is None else read_facts(base.uri)
+        facts = ModelFacts() if base is None else read_facts(base)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
+
+
+def _weights(model: ModelConfig) -> Weights:
+    source = {name: getattr(model, name) for name in SourceConfig.model_fields}
+    return Weights(**source, how=_how(model))
 
 
 def _how(model: ModelConfig) -> LoadOptions:

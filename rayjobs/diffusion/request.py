@@ -35,7 +35,7 @@ class Request:
 
     `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name;
     without one the model's own is used. `sampler_options` are that class's config options, and
-    `eta`.
+    `eta`. Without `steps` there are 30, or the few that a distilled model is made for.
     `guidance_scale` above 1 costs a second slot in every UNet call; without one the family's usual
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
@@ -50,7 +50,7 @@ class Request:
     prompt: str
     negative_prompt: str | None = None
     seed: int = 0
-    steps: int = 30
+    steps: int | None = None
     sampler: str | None = None
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float | None = None
@@ -68,7 +68,7 @@ class Request:
         """Raise ValueError naming the first value that no model could serve."""
         check_text("prompt", self.prompt)
         check_text("negative_prompt", self.negative_prompt or "")
-        if not 1 <= self.steps <= MOST_STEPS:
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
@@ -81,7 +81,7 @@ class Request:
         if self.clip_skip is not None and self.clip_skip < 0:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
         if self.init_image is not None:
-            check_strength(self.strength, self.steps)
+            check_strength(self.strength, self.steps or MOST_STEPS)
         elif self.mask is not None:
             raise ValueError("a mask needs an init_image, of which it says what is made anew")
 

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request, Result, check_side
+from rayjobs.diffusion.request import Request, Result, check_side, check_strength
 from rayjobs.diffusion.sampler import Sampler
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.vae.inpainting import Inpainting
@@ -117,12 +117,15 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     width, height = _size(request, image, model)
     guidance = request.guidance_scale
     guidance = model.default_guidance_scale if guidance is None else guidance
+    steps = model.usual.steps if request.steps is None else request.steps
+    if image is not None:
+        check_strength(request.strength, steps)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     sampler = Sampler(
         request.sampler,
         request.sampler_options,
         model.scheduler,
-        request.steps,
+        steps,
         None if image is None else request.strength,
         generator,
     )
@@ -137,7 +140,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         texts=_texts(request, guidance, use, model),
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
-        warnings=loras.warnings(use),
+        warnings=tuple(filter(None, [model.usual.warning(steps, guidance), *loras.warnings(use)])),
     )
     if image is None:
         row.latents = sampler.start(draw_noise(generator, row.shape, model))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
-from rayjobs.models.options import Attention
+from rayjobs.models.options import Attention, SourceConfig
 
 ARTICLES = {"a", "an", "the", "my"}
 FRAMES = {
@@ -26,12 +26,7 @@ FRAMES = {
 """Words of a prompt that name no subject."""
 
 
-class ModelConfig(Config):
-    uri: str
-    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
-    config: str | None = None
-    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
-    tokenizers; without it they are fetched from the hub."""
+class ModelConfig(SourceConfig):
     device: str = "auto"
     """auto, cpu or cuda."""
     attention: Attention = "auto"
@@ -60,7 +55,7 @@ class PriorConfig(Config):
     uri: str | None = None
     """Where class images are: a data set of the prior job, or a folder of photographs. Without it
     they are made below output.uri."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a class image that is made."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of class images; without it the model's usual one."""
@@ -202,7 +197,7 @@ class ValidationConfig(Config):
     """Prompts with the identifier; without them instance.prompt."""
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of the pictures; without it the model's usual one."""

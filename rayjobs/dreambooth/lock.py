@@ -17,7 +17,7 @@ IGNORED_SECTIONS = ("workers", "checkpoint", "validation", "output", "trackers")
 """Keys that change no weight by more than rounding."""
 IGNORED_KEYS = {
     "train": ("micro_batch_size", "gradient_checkpointing"),
-    "model": ("uri", "device"),
+    "model": ("uri", "base", "revision", "device"),
     "instance": ("uri",),
     "prior": ("uri",),
 }
@@ -33,7 +33,7 @@ def describe(run: ResolvedRun) -> dict[str, Any]:
         values.pop(key)
     for key, names in IGNORED_KEYS.items():
         for name in names:
-            values[key].pop(name)
+            values[key].pop(name, None)
     return {
         **values,
         "model_sha256": run.model_sha256,

@@ -75,7 +75,8 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     config = _with_absolute_uris(config)
     storage.check(config.output.uri, write=True)
     _check_trackers(config)
-    weights = find_weights(config.model.uri)
+    weights = find_weights(config.model)
+    config = _with_usual_steps(config, weights.usual.steps)
     found = look_for_photos(config.instance.uri, config.instance.prompt)
     photos = found.photos
     warn(tell_skipped(found.skipped))
@@ -99,6 +100,15 @@ def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
 
     names = ("model", "instance", "prior", "output")
     return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
+
+
+def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:
+    """Of class and validation images, where none were given."""
+    given = {name: getattr(config, name) for name in ("prior", "validation")}
+    usual = {"steps": steps}
+    return config.model_copy(
+        update={n: s.model_copy(update=usual) for n, s in given.items() if s.steps is None}
+    )
 
 
 def _check_trackers(config: DreamBoothConfig) -> None:

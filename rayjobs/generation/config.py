@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
-from rayjobs.diffusion.request import check_side, check_strength
+from rayjobs.diffusion.request import MOST_STEPS, check_side, check_strength
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 
@@ -171,10 +171,10 @@ class SamplerConfig(Config):
     model's own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Config options of that class, and eta."""
-    steps: int = Field(default=30, ge=1, le=1000)
-    """Denoising steps."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps. Without it 30, or the few that a distilled model is made for."""
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Classifier-free guidance; at most 1 is none. Without it the model family's usual value."""
+    """Classifier-free guidance; at most 1 is none. Without it the model's usual value."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """Rescaling of guided noise (arXiv 2305.08891)."""
     clip_skip: int | None = Field(default=None, ge=0)
@@ -265,6 +265,6 @@ class GenerateConfig(Config):
     @model_validator(mode="after")
     def _together(self) -> "GenerateConfig":
         if self.init.uri is not None:
-            steps = self.parameters.steps or (self.sampler.steps,)
+            steps = self.parameters.steps or (self.sampler.steps or MOST_STEPS,)
             check_strength(min(self.parameters.strength or (self.init.strength,)), min(steps))
         return self

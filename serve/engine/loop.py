@@ -104,7 +104,7 @@ class EngineLoop:
                 model = loaded.engine.model
                 multiple = max(8, model.vae_scale)
                 facts[entry.name] = ModelFacts(
-                    model.family, model.default_side, multiple, model.is_edm
+                    model.family, model.default_side, multiple, model.prediction, model.usual
                 )
         return facts
 

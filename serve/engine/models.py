@@ -27,6 +27,7 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.weights import first_line, lora_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach
+from rayjobs.models.options import SourceConfig
 from serve.config import EngineConfig
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
@@ -155,7 +156,7 @@ class ModelCache:
             base.users += 1
         try:
             if base is None:
-                self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.uri))
+                self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.source))
             model = await loop.run_in_executor(self._loader, self._read, weights, base)
         except BaseException as error:
             if base is not None:
@@ -172,7 +173,7 @@ class ModelCache:
 
     def _read(self, weights: Weights, base: LoadedModel | None) -> Model:
         if base is None:
-            model = load_weights(weights.uri, weights.how, weights.config, alone=False)
+            model = load_weights(weights.source, weights.how, alone=False)
         else:
             # Learned embeddings change only the text encoders: the rest is shared with the base.
             model = replace(
@@ -225,9 +226,9 @@ def _memory(config: EngineConfig) -> float:
     return 0.5 * psutil.virtual_memory().total
 
 
-def _size_of(uri: str) -> int:
+def _size_of(source: SourceConfig) -> int:
     """The size of a model's files, about what it will take in memory; fetches it first."""
-    path = find_weights(uri).path
+    path = find_weights(source).path
     files = [path] if path.is_file() else path.glob("*/*.safetensors")
     return sum(file.stat().st_size for file in files)
 

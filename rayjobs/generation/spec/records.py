@@ -38,7 +38,8 @@ class Record:
     negative_prompt: str | None
     seed: int
     sampler: str | None
-    steps: int
+    steps: int | None
+    """None is the model's usual number, as of guidance."""
     guidance_scale: float | None
     guidance_rescale: float
     clip_skip: int | None

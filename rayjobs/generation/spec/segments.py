@@ -5,6 +5,7 @@ extended job is new. Knows nothing of Ray or of how records are made.
 """
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters.notes import file_sha256
+from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
@@ -51,7 +54,6 @@ from rayjobs.generation.spec.lock import (
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights
-from rayjobs.models.options import LoraConfig
 
 T = TypeVar("T")
 SEED_KEYS = {"job.seeds.count", "job.seeds.values", "job.seeds.derive"}
@@ -87,6 +89,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
+    config = _with_usual(config, model.usual)
     loras_sha256, scorers_sha256 = _hash_loras(config, model), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -264,31 +267,49 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
-    model = find_weights(config.model.uri)
+    model = find_weights(config.model)
     from rayjobs.diffusion.sampler import resolve
 
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, lambda name=name: resolve(name, config.sampler.options, model.is_edm))
+        _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
     return model
 
 
 def _hash_loras(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
     """Hash and scale of each adapter. Raises BadInput for one that does not fit the model."""
+    if not config.model.loras:
+        return ()
+    from rayjobs.diffusion.adapters import fit
+
+    paths = [storage.fetch(lora.uri) for lora in config.model.loras]
+    _named("model.loras", lambda: fit.check(paths, model))
+    hashes = [file_sha256(weights.lora_file(path)) for path in paths]
     return tuple(
-        _named("model.loras", lambda lora=lora: _hash_lora(lora, config, model))
-        for lora in config.model.loras
+        f"{sha256} x {lora.scale:g}"
+        for sha256, lora in zip(hashes, config.model.loras, strict=True)
     )
 
 
-def _hash_lora(lora: LoraConfig, config: GenerateConfig, model: weights.Weights) -> str:
-    from rayjobs.diffusion.adapters import fit
+def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
+    """The job with the steps that the model is made for, where it gives none.
 
-    path = storage.fetch(lora.uri)
-    configs = config.model.config
-    fit.check(path, model, None if configs is None else Path(storage.to_local(configs)))
-    return f"{file_sha256(weights.lora_file(path))} x {lora.scale:g}"
+    A distilled model's guidance is written down too: it was another one before they were known.
+    """
+    sampler = config.sampler
+    steps = usual.steps if sampler.steps is None else sampler.steps
+    guidance = sampler.guidance_scale
+    if usual.kind is not None and guidance is None:
+        guidance = usual.guidance_scale
+    warning = usual.warning(steps, 0.0 if guidance is None else guidance)
+    if warning is not None:
+        print(f"warning: sampler: {warning}", file=sys.stderr)
+    if config.init.uri is not None and not config.parameters.steps:
+        weakest = min(config.parameters.strength or (config.init.strength,))
+        _named("init.strength", lambda: check_strength(weakest, steps))
+    given = {"steps": steps, "guidance_scale": guidance}
+    return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
 
 
 def _hash_scorers(config: GenerateConfig) -> dict[str, str]:

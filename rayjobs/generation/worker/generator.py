@@ -80,8 +80,8 @@ class RecordGenerator:
     def image_id(self, record: Record, init_sha256: str | None) -> str:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
-        own = type(self.model.scheduler).__name__
-        sampler_class, options = resolve(record.sampler or own, sampler.options, self.model.is_edm)
+        name = record.sampler or type(self.model.scheduler).__name__
+        sampler_class, options = resolve(name, sampler.options, self.model.prediction)
         side = self.model.default_side if init_sha256 is None else None
         return image_id(
             {
@@ -90,7 +90,7 @@ class RecordGenerator:
                 "seed": record.seed,
                 "sampler": sampler_class.__name__,
                 "sampler_options": options,
-                "steps": record.steps,
+                "steps": self._steps(record),
                 "guidance_scale": self._guidance(record),
                 "guidance_rescale": record.guidance_rescale,
                 "clip_skip": record.clip_skip,
@@ -184,7 +184,7 @@ class RecordGenerator:
             "negative_prompt": record.negative_prompt,
             "seed": record.seed,
             "sampler": record.sampler or type(self.model.scheduler).__name__,
-            "steps": record.steps,
+            "steps": self._steps(record),
             "guidance_scale": self._guidance(record),
             "guidance_rescale": record.guidance_rescale,
             "clip_skip": record.clip_skip,
@@ -198,6 +198,9 @@ class RecordGenerator:
             "error": None,
             **record.passed_through,
         }
+
+    def _steps(self, record: Record) -> int:
+        return self.model.usual.steps if record.steps is None else record.steps
 
     def _guidance(self, record: Record) -> float:
         given = record.guidance_scale
