@@ -15,7 +15,7 @@ from rayjobs.dataset.records import SCORES, schema
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
-from rayjobs.generation.spec.records import Record, Spec
+from rayjobs.generation.spec.records import Record, Spec, names_syntax
 
 NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
@@ -28,6 +28,8 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
     whole["model"].pop("device")
+    if config.prompts.syntax == "plain":  # as locks have it that are older than the key
+        whole["prompts"].pop("syntax")
     return whole
 
 
@@ -60,4 +62,4 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
     scores = [name for name in SCORES if getattr(config.quality, name) is not None]
-    return schema(rows.passed_through, scores)
+    return schema(rows.passed_through, scores, syntax=names_syntax(config, rows))

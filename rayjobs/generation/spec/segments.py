@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,10 +80,11 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
-        num_prompts = write_snapshot(config.prompts, str(prompts))
+        num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
         if config.init.uri is not None:
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
+        _check_sampler_column(config, rows, model)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
@@ -223,6 +225,16 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
         _named(key, lambda name=name: resolve(name, config.sampler.options, model.is_edm))
     return model
+
+
+def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights.Weights) -> None:
+    if "sampler" not in rows.columns:
+        return
+    from rayjobs.diffusion.sampler import resolve
+
+    for name in filter(None, rows.distinct("sampler")):
+        check = partial(resolve, name, config.sampler.options, model.is_edm)
+        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
 
 
 def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
