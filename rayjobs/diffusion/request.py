@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -44,11 +46,13 @@ class Request:
     is made anew) each step's latents are blended with the init image's, noised alike, as diffusers'
     inpainting pipelines do for UNets of four channels; `keep_unmasked` then puts the init image's
     own pixels back where the mask is black.
-    `negative_prompt` None and "" differ for SDXL models, as in diffusers.
+    `negative_prompt` None and "" differ for SDXL models, as in diffusers. `prompt_syntax` is how
+    both are written: `plain`, or with the web UI's weights and of any length.
     """
 
     prompt: str
     negative_prompt: str | None = None
+    prompt_syntax: PromptSyntax = "plain"
     seed: int = 0
     steps: int | None = None
     sampler: str | None = None
@@ -68,6 +72,10 @@ class Request:
         """Raise ValueError naming the first value that no model could serve."""
         check_text("prompt", self.prompt)
         check_text("negative_prompt", self.negative_prompt or "")
+        check_syntax("prompt", self.prompt, self.prompt_syntax)
+        check_syntax(
+            "negative_prompt", self.negative_prompt or "", self.prompt_syntax, negative=True
+        )
         if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
         if not 0 <= self.seed < 2**63:

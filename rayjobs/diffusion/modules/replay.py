@@ -37,7 +37,7 @@ class Replay:
         """What first calls of a shape took longer than its others will."""
         self._replayed_s = 0.0
         self._recording: Any = None
-        self._verified: dict[tuple[int, ...], bool] = {}
+        self._verified: dict[tuple[torch.Size, ...], bool] = {}
 
     def __call__(
         self, x_PCHW: torch.Tensor, t_P: torch.Tensor, arguments: Mapping[str, Any]
@@ -45,8 +45,8 @@ class Replay:
         """The prediction (P, C, H, W), perhaps an inference tensor; `arguments` are the UNet's own,
         of the same names at every call. Raises what the UNet raises.
         """
-        shape = tuple(x_PCHW.shape)
         inputs = (x_PCHW, t_P, *_flat(arguments))
+        shape = tuple(tensor.shape for tensor in inputs)  # texts have lengths too
         if self._verified.get(shape):
             try:
                 return self._replay(inputs)

@@ -138,7 +138,9 @@ def _opened(config: GenerateConfig) -> Generator[Spec]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "snapshot.parquet")
-        write_snapshot(config.prompts, path)
+        uri = config.model.uri
+        family = None if storage.is_remote(uri) else read_facts(uri).family
+        write_snapshot(config.prompts, path, family)
         yield Spec(config, Snapshot(path), inits)
 
 

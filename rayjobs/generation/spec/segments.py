@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from rayjobs.dataset.lock import (
     snapshot_uri,
 )
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dataset.records import SCORES, canonical_json
+from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters.notes import file_sha256
 from rayjobs.diffusion.facts import Usual
@@ -93,10 +94,11 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     loras_sha256, scorers_sha256 = _hash_loras(config, model), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
-        num_prompts = write_snapshot(config.prompts, str(prompts))
+        num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
         if config.init.uri is not None:
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
+        _check_sampler_column(config, rows, model)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
@@ -183,6 +185,13 @@ def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
     return replace(draft, segment=segment, prompts=path)
 
 
+def _names_syntax(lock: Lock, draft: JobDraft) -> tuple[bool, bool]:
+    """Whether the data set's records, and the draft's, say in which syntax their prompts are."""
+    whole = data_set_schema(draft.config.output.uri, lock)
+    mine = record_schema(draft.config, Snapshot(str(draft.prompts)))
+    return SYNTAX.name in whole.names, SYNTAX.name in mine.names
+
+
 def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
     """Store the draft's snapshots unless they are there: an earlier run may have been killed."""
     uri = draft.config.output.uri
@@ -206,6 +215,12 @@ def _new_part(lock: Lock, draft: JobDraft) -> Segment:
                 f"{'leave' if old else 'give'} quality.{score}{' out' if old else ''}, or choose "
                 "another output.uri"
             )
+    old, new = _names_syntax(lock, draft)
+    if old != new:
+        raise BadInput(
+            "--extend cannot change whether records have a prompt_syntax: "
+            f"{'give' if old else 'leave out'} prompts.syntax, or choose another output.uri"
+        )
     before, after = last.identity(), segment.identity()
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     first_prompt = first_seed = 0
@@ -275,6 +290,16 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
         _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
     return model
+
+
+def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights.Weights) -> None:
+    if "sampler" not in rows.columns:
+        return
+    from rayjobs.diffusion.sampler import resolve
+
+    for name in filter(None, rows.distinct("sampler")):
+        check = partial(resolve, name, config.sampler.options, model.prediction)
+        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
 
 
 def _hash_loras(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
