@@ -19,9 +19,9 @@ from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
 from serve.engine.request_state import RequestState
 from serve.engine.safety import Safety
-from serve.engine.stepper import BROKEN, Stepper, too_late
+from serve.engine.stepper import BROKEN, Stepper
 from serve.metrics import EngineMetrics
-from serve.protocol import Event, Failed, Finished, ImagesRequest
+from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest
 from serve.registry import Entry, Registry, Weights
 
 LAG_EVERY_S = 0.1
@@ -54,10 +54,14 @@ class EngineLoop:
         return self.stepper.failure
 
     async def generate(self, request: ImagesRequest) -> AsyncIterator[Event]:
-        """A request's events, to its last image or its failure; closing early ends its rows."""
+        """A request's events, to its last image or its failure; closing early ends its rows.
+
+        Its deadline is kept here, so that it holds during a long step too.
+        """
         arrived_s, state, outcome = time.monotonic(), None, "cancelled"
+        until_s = _until(request.deadline_s)
         try:
-            async with asyncio.timeout(request.deadline_s):
+            async with asyncio.timeout_at(until_s):
                 state = await self._prepare(request, arrived_s)
             if isinstance(state, Failed):
                 outcome = state.kind
@@ -65,7 +69,8 @@ class EngineLoop:
                 return
             left = len(request.seeds)
             while left:
-                event = await state.events.get()
+                async with asyncio.timeout_at(until_s):
+                    event = await state.events.get()
                 left -= isinstance(event, Finished)
                 if isinstance(event, Failed):
                     left, outcome = 0, event.kind
@@ -74,7 +79,8 @@ class EngineLoop:
                 yield event
         except TimeoutError:
             outcome = "deadline"
-            yield too_late()
+            self.metrics.expired()
+            yield TOO_LATE
         finally:
             if isinstance(state, RequestState):
                 self.stepper.withdraw(state)
@@ -128,7 +134,7 @@ class EngineLoop:
 
     async def _prepare(self, request: ImagesRequest, arrived_s: float) -> RequestState | Failed:
         """A request's state with its model acquired and its adapters read, or a failure."""
-        entry = await asyncio.to_thread(self.registry.find, request.model)
+        entry = await self._find(request.model)
         if entry is None or entry.weights is None:
             return Failed("invalid", f"the model {request.model!r} does not exist", "model")
         if self.failure is not None:
@@ -162,7 +168,7 @@ class EngineLoop:
         """The state of a request, and the adapters that the engine does not have yet."""
         uses: list[tuple[Entry | None, float]] = [] if entry.lora is None else [(entry, 1.0)]
         for name, scale in request.loras:
-            uses.append((await asyncio.to_thread(self.registry.find, name), scale))
+            uses.append((await self._find(name), scale))
         adapters = []
         for use, scale in uses:
             if use is None or use.lora is None:
@@ -174,6 +180,10 @@ class EngineLoop:
             for one, scale in adapters
         )
         return RequestState(request, loaded, asyncio.Queue(), loras), new
+
+    async def _find(self, name: str) -> Entry | None:
+        """An entry; only a name that is not known yet waits for storage."""
+        return self.registry.get(name) or await asyncio.to_thread(self.registry.find, name)
 
     def _refuse(self, request: ImagesRequest, weights: Weights) -> Failed | None:
         """Refuse when too much work waits; retry after it is done."""
@@ -189,3 +199,8 @@ class EngineLoop:
             before_s = time.monotonic()
             await asyncio.sleep(LAG_EVERY_S)
             self.metrics.lag(time.monotonic() - before_s - LAG_EVERY_S)
+
+
+def _until(deadline_s: float | None) -> float | None:
+    """When so many seconds are over, by the event loop's clock."""
+    return None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s

@@ -41,7 +41,7 @@ class RequestState:
     num_partials: int = 0
     """Previews of each image: as many as requested, or as there are steps for."""
     started: bool = False
-    notified_s: float = float("-inf")
+    notified_s: float | None = None
     """When its caller last got a waiting event."""
     over: bool = False
 

@@ -1,4 +1,4 @@
-"""The thread that steps a replica's engines: add requests, expire, choose a model, step, report.
+"""The thread that steps a replica's engines: add requests, choose a model, step, report.
 
 Owns everything that happens between two steps. Changes arrive from the event loop, and events go
 back to it. Knows nothing of names, of loading or of HTTP.
@@ -112,28 +112,21 @@ class Stepper:
                 self._send(state, state.fail(BROKEN))
 
     def _run_once(self) -> None:
+        self._wake.clear()
         while self._inbox:
             self._inbox.popleft()()
-        self._expire()
+        self._report_waiting()
         self._detach_evicted()
         num_images = sum(len(state.images) for state in list(self.states))
         self.metrics.set_load(self.pending_s(), num_images)
         busy = {each.weights: each for each in self._loaded() if each.engine.num_pending}
         if busy:
             self._step(busy[self._queue.order(busy)[0]])
-        else:
-            self._sleep()
+        elif not self._closing:
+            self._wake.wait()
 
     def _loaded(self) -> list[LoadedModel]:
         return list(self.models.loaded.values())
-
-    def _sleep(self) -> None:
-        """Wait for a change, or for the next deadline."""
-        next_s = min((state.deadline_s for state in list(self.states)), default=float("inf"))
-        wait_s = None if next_s == float("inf") else max(0.0, next_s - time.monotonic())
-        if not self._inbox:
-            self._wake.wait(wait_s)
-        self._wake.clear()
 
     def _enter(self, state: RequestState, adapters: list[Adapter]) -> None:
         if state.over:
@@ -185,19 +178,20 @@ class Stepper:
             del self.states[state]
             self._on_loop(self.models.release, state.loaded)
 
-    def _expire(self) -> None:
+    def _report_waiting(self) -> None:
         now_s = time.monotonic()
         for position, state in enumerate(list(self.states)):
-            if not state.over and state.deadline_s <= now_s:
-                self.metrics.expired()
-                self._end(state, too_late())
-            elif self._is_waiting_event_due(state, now_s):
+            if self._is_waiting_event_due(state, now_s):
                 state.notified_s = now_s
                 self._send(state, Waiting(position, self._until_started_s(state)))
 
     def _is_waiting_event_due(self, state: RequestState, now_s: float) -> bool:
-        waits = state.request.progress and not state.started
-        return waits and now_s - state.notified_s > WAITING_EVERY_S
+        """Everybody is told once, when the engine has taken the rows; again where it is wanted."""
+        if state.started or state.over or not state.left:
+            return False
+        if state.notified_s is None:
+            return True
+        return state.request.progress and now_s - state.notified_s > WAITING_EVERY_S
 
     def _until_started_s(self, state: RequestState) -> float:
         """Estimated: rows beyond `max_rows` start when earlier rows have finished."""
@@ -357,8 +351,3 @@ class Stepper:
             RuntimeError
         ):  # the event loop is closed, and its callers are gone
             self._loop.call_soon_threadsafe(work, *args)
-
-
-def too_late() -> Failed:
-    message = "the deadline passed before the images were made"
-    return Failed("deadline", message, "deadline_s")
