@@ -62,7 +62,8 @@ class EngineConfig(Config):
     max_rows: int = Field(default=8, ge=1)
     """Images of one size that can share a step."""
     max_step_s: float = Field(default=2.0, gt=0)
-    """Seconds; batches are kept small enough. A new request waits as long before it can join."""
+    """Seconds; batches are kept small enough, and sizes beyond a model's own whose single step
+    takes longer are refused. A new request waits as long before it can join."""
     max_pending_s: float = Field(default=300.0, gt=0)
     """Seconds of work that may wait on a replica; further requests are refused with 429."""
     model_memory_gb: float | None = Field(default=None, gt=0)

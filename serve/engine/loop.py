@@ -6,6 +6,7 @@ HTTP or of Ray.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 
@@ -17,7 +18,7 @@ from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
-from serve.engine.request_state import RequestState
+from serve.engine.request_state import RequestState, estimate, slots_of
 from serve.engine.safety import Safety
 from serve.engine.stepper import BROKEN, Stepper
 from serve.metrics import EngineMetrics
@@ -120,13 +121,35 @@ class EngineLoop:
         The first callers find it warm, and waiting times can be estimated.
         """
         for number in (1, self.config.max_rows):
-            seeds = tuple(range(number))
-            request = ImagesRequest(
-                id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS
+            failed = await self._make_one(name, number)
+            if failed is not None:
+                raise BadInput(f"model {name}: {failed.message}")
+        self._warn_if_slow(name)
+
+    async def _make_one(self, name: str, number: int = 1) -> Failed | None:
+        """Images of a model's own size, to learn how long its steps take."""
+        seeds = tuple(range(number))
+        request = ImagesRequest(
+            id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS
+        )
+        events = [event async for event in self.generate(request)]
+        return next((event for event in events if isinstance(event, Failed)), None)
+
+    def _warn_if_slow(self, name: str) -> None:
+        """A model's own size is always made: then the promise of `max_step_s` is not kept."""
+        entry = self.registry.get(name)
+        loaded = self.models.loaded.get(entry.weights) if entry and entry.weights else None
+        if loaded is None:
+            return
+        step_s = self.stepper.forecast.known_step_s(loaded.key(loaded.own_shape), 2)
+        if step_s is not None and step_s > self.config.max_step_s:
+            logging.getLogger("rayjobs").warning(
+                "model %s: a step of its own size takes %.2g s, longer than engine.max_step_s, "
+                "%g s; newcomers wait as long",
+                name,
+                step_s,
+                self.config.max_step_s,
             )
-            async for event in self.generate(request):
-                if isinstance(event, Failed):
-                    raise BadInput(f"model {name}: {event.message}")
 
     async def close(self) -> None:
         self._lag.cancel()
@@ -146,6 +169,9 @@ class EngineLoop:
         loaded = None
         try:
             loaded = await self.models.acquire(entry.weights)
+            too_long = await self._too_long(request, loaded)
+            if too_long is not None:
+                return too_long
             state, adapters = await self._new_state(request, entry, loaded)
             state.arrived_s = arrived_s
             self.stepper.submit(state, adapters)
@@ -180,6 +206,16 @@ class EngineLoop:
             for one, scale in adapters
         )
         return RequestState(request, loaded, asyncio.Queue(), loras), new
+
+    async def _too_long(self, request: ImagesRequest, loaded: LoadedModel) -> Failed | None:
+        """Whether steps of this size would let others wait too long, measured if need be."""
+        model = loaded.engine.model
+        shape, _ = estimate(request, model.default_side, model.vae_scale)
+        slots, own = slots_of(request), loaded.own_shape
+        is_large = shape[-1] * shape[-2] > own[-1] * own[-2]
+        if is_large and self.stepper.forecast.known_step_s(loaded.key(own), slots) is None:
+            await self._make_one(request.model)
+        return self.stepper.too_long(loaded, shape, slots)
 
     async def _find(self, name: str) -> Entry | None:
         """An entry; only a name that is not known yet waits for storage."""

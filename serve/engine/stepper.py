@@ -18,7 +18,7 @@ from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Result
 from rayjobs.diffusion.weights import first_line
-from serve.engine.fairness import FairQueue, RowPriority
+from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast, Key
 from serve.engine.models import LoadedModel, ModelCache
 from serve.engine.pacer import Pacer, StepTiming
@@ -30,6 +30,9 @@ from serve.protocol import Event, Failed, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Weights
 
 BROKEN = Failed("broken", "the engine has failed")
+OWN_AREA = 1.25
+"""Up to so many times a model's own size it is always drawn: an edit of another shape is as large.
+"""
 WAITING_EVERY_S = 0.5
 """Time between two waiting events of a request."""
 
@@ -84,6 +87,28 @@ class Stepper:
             side, scale = loaded.engine.model.default_side, loaded.engine.model.vae_scale
         shape, slot_steps = estimate(request, side, scale)
         return self.forecast.work_s((weights, shape), slot_steps, len(request.seeds))
+
+    def too_long(self, loaded: LoadedModel, shape: Shape, slots: int) -> Failed | None:
+        """Why an image of this latent shape is not made: everybody would wait for its steps.
+
+        A model's own size is always made, whatever it takes.
+        """
+        own = loaded.own_shape
+        if shape[-1] * shape[-2] <= OWN_AREA * own[-1] * own[-2]:
+            return None
+        limit_s = max(
+            self.forecast.max_step_s, self.forecast.known_step_s(loaded.key(own), slots) or 0.0
+        )
+        step_s = self.forecast.known_step_s(loaded.key(shape), slots)
+        if step_s is None or step_s <= limit_s:
+            return None
+        scale = loaded.engine.model.vae_scale
+        size = f"{shape[-1] * scale}x{shape[-2] * scale}"
+        message = (
+            f"a step of {size} takes about {step_s:.2g} s here, and others would wait longer than "
+            f"the {limit_s:.2g} s that they may; request a smaller size"
+        )
+        return Failed("invalid", message, "size")
 
     def pending_s(self) -> float:
         """Seconds until all requests are done, in batches as full as these requests make them."""
@@ -266,9 +291,17 @@ class Stepper:
             step_s = seconds - step.vae_s
             self.forecast.observe_step(loaded.key(usage.shape), usage.slots, step_s)
             self.metrics.stepped(loaded.weights.uri, usage.rows, seconds)
+            self._end_too_long(loaded, usage.shape)
         if step.num_results and loaded.shape:
             self.forecast.observe_image(loaded.key(loaded.shape), loaded.vae_s / step.num_results)
             loaded.vae_s = 0.0
+
+    def _end_too_long(self, loaded: LoadedModel, shape: Shape) -> None:
+        """End requests whose steps turn out to take longer than others may wait."""
+        for state in [s for s in self.states if s.loaded is loaded and s.shape == shape]:
+            failed = None if state.over else self.too_long(loaded, shape, state.slots)
+            if failed is not None:
+                self._end(state, failed)
 
     def _fail_batch(self, loaded: LoadedModel, error: Exception) -> None:
         """End the requests whose rows were in a batch that failed."""
