@@ -33,6 +33,8 @@ from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
 from serve.registry import Weights
 
+LATENT_CHANNELS = 4
+
 
 class ModelMemoryFull(RuntimeError):
     """Every model in memory is in use, and there is no room for one more."""
@@ -63,6 +65,12 @@ class LoadedModel:
     def held_bytes(self) -> int:
         """Bytes of its own weights and of its adapters."""
         return self.num_bytes + self.engine.loras.num_bytes
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of the latents of its own size."""
+        side = self.engine.model.default_side // self.engine.model.vae_scale
+        return (LATENT_CHANNELS, side, side)
 
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape

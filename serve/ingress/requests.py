@@ -22,7 +22,10 @@ STRENGTH = 0.6
 
 
 class ImagesRequestBuilder:
-    """Builds requests within the limits of one installation. Every method may raise ApiError."""
+    """Builds requests within the limits of one installation. Every method may raise ApiError.
+
+    Names are those that the registry knows: whoever calls has looked for new ones.
+    """
 
     def __init__(self, config: ServeConfig, registry: Registry):
         self.config = config
@@ -30,7 +33,7 @@ class ImagesRequestBuilder:
         self.registry = registry
 
     def entry(self, name: str | None) -> Entry:
-        entry = self.registry.default() if name is None else self.registry.find(name)
+        entry = self.registry.get(name)
         if entry is None or entry.weights is None:
             message = f"The model {name!r} does not exist; GET /v1/models lists those that do."
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -135,7 +138,7 @@ class ImagesRequestBuilder:
         uses = body.loras or []
         _check_max("loras", len(uses), self.limits.max_loras)
         for use in uses:
-            lora = self.registry.find(use.name)
+            lora = self.registry.get(use.name)
             if lora is None or lora.lora is None:
                 message = f"The LoRA {use.name!r} does not exist; GET /v1/models lists them."
                 raise ApiError(404, message, param="loras", code="model_not_found")
@@ -199,7 +202,8 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
         },
         "samplers": samplers(entry.facts),
         "loaded": loaded,
-        "prompt_hint": entry.hint,
+        "prompt_hint": next(iter(entry.hints), None),
+        "prompt_hints": list(entry.hints),
     }
 
 
