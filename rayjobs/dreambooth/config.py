@@ -4,7 +4,7 @@ Owns their names, types, defaults and the checks that need nothing but the file.
 torch nor ray.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -142,14 +142,33 @@ class TrainConfig(Config):
 
 
 class LoraConfig(Config):
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    """Low-rank factors; these with the weight's length trained apart (dora); a Hadamard product of
+    two such (loha); or a Kronecker product (lokr), the smallest file."""
     rank: int = Field(default=16, ge=1)
     """Of the adapter; its size grows with it."""
     alpha: float | None = Field(default=None, gt=0)
     """The adapter acts with alpha / rank; without it alpha is rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapter's input, in training."""
-    targets: Literal["attention", "transformer"] = "attention"
-    """Attention projections, or these and the feed-forward layers."""
+    """Of the adapter's input, in training; of kinds lora and dora."""
+    targets: Literal["attention", "transformer", "convolution"] = "attention"
+    """Attention projections; these and the feed-forward layers; or both and the convolutions."""
+    conv_rank: int | None = Field(default=None, ge=1)
+    """Of the convolutions' part, with the same alpha / rank; without it as `rank`."""
+    factor: int = Field(default=-1, ge=-1)
+    """Of lokr: into how many parts a layer's width is divided; -1: near its square root."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.dropout and self.kind in ("loha", "lokr"):
+            raise ValueError(f"dropout is {self.dropout:g}; kind {self.kind} has none, so leave it")
+        if self.factor != -1 and self.kind != "lokr":
+            raise ValueError(f"factor is {self.factor}; it is of kind lokr")
+        if self.factor == 0:
+            raise ValueError("factor is 0; give -1, or a number of parts")
+        if self.conv_rank is not None and self.targets != "convolution":
+            raise ValueError(f"conv_rank is {self.conv_rank}; it is of targets convolution")
+        return self
 
 
 class InversionConfig(Config):
@@ -224,6 +243,8 @@ class OutputConfig(Config):
     """Also export a whole model that needs neither adapter nor learned embeddings."""
     kohya: bool = False
     """Also export the adapter in kohya's layout, for ComfyUI and A1111."""
+    peft: bool = False
+    """Also export the adapter in peft's layout, a folder for each network that it is for."""
 
 
 class TrackersConfig(Config):

@@ -22,6 +22,7 @@ FILE = "manifest.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "learned_embeds.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
+PEFT_FOLDER = "peft"
 FUSED = "fused"
 """The folder of a whole model beside an adapter or words."""
 FORMAT = 1
