@@ -12,6 +12,7 @@ from typing import Literal
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.facts import adapter_usual, file_name
 from rayjobs.diffusion.weights import first_line
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
@@ -214,6 +215,8 @@ class Registry:
         weights = None if base is None else _weights(base)
         hints = (note.instance_prompt,) if note is not None and note.instance_prompt else ()
         facts = ModelFacts() if base is None else read_facts(base)
+        usual = adapter_usual(f"{lora.name} {file_name(lora.uri)}")
+        facts = facts if usual is None else replace(facts, usual=usual)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hints)
 
 

@@ -29,6 +29,7 @@ NAMES = re.compile(
 )
 """Names of distilled models, as makers put them into titles and ids."""
 NUMBER = re.compile(r"(?<!\d)(\d)[-_ ]?steps?(?![a-z])")
+SAME_FOR_ALL = ("pytorch_lora_weights", "adapter_model")
 LABELS = {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM", "hyper": "Hyper"}
 
 
@@ -94,18 +95,43 @@ def usual(
         return Usual(FEW_STEPS, LCM_GUIDANCE, "LCM")
     kind = _distilled(scheduler, names.lower())
     if kind is not None:
-        number = NUMBER.search(names.lower())
-        return Usual(int(number[1]) if number and int(number[1]) else FEW_STEPS, 1.0, kind)
+        return Usual(_named_steps(names.lower()), 1.0, kind)
     prediction = Prediction.of(scheduler)
     if prediction.is_edm and prediction.kind == "epsilon":
         return Usual(STEPS, 3.0)
     return Usual(STEPS, 5.0 if family == "sdxl" else 7.5)
 
 
-def _distilled(scheduler: Mapping[str, Any], names: str) -> str | None:
+def adapter_usual(names: str) -> Usual | None:
+    """The steps and guidance of an adapter that makes a model a distilled one; None of others.
+
+    Only what its file, folder or title is named tells it.
+    """
+    kind = _named_kind(names.lower())
+    return None if kind is None else Usual(_named_steps(names.lower()), 1.0, kind)
+
+
+def file_name(uri: str) -> str:
+    """What a file is called: its folder's name where the file's own is the same for all."""
+    *folders, name = uri.rstrip("/").replace("\\", "/").split("/")
+    stem = name.removesuffix(".safetensors")
+    return folders[-1] if folders and stem in SAME_FOR_ALL else stem
+
+
+def _named_kind(names: str) -> str | None:
     named = NAMES.search(names)
+    return LABELS.get(named[1], named[1].upper()) if named else None
+
+
+def _named_steps(names: str) -> int:
+    number = NUMBER.search(names)
+    return int(number[1]) if number and int(number[1]) else FEW_STEPS
+
+
+def _distilled(scheduler: Mapping[str, Any], names: str) -> str | None:
+    named = _named_kind(names)
     if named:
-        return LABELS.get(named[1], named[1].upper())
+        return named
     sampler = str(scheduler.get("_class_name"))
     if sampler in ("LCMScheduler", "TCDScheduler"):
         return "LCM" if sampler == "LCMScheduler" else "Hyper or TCD"

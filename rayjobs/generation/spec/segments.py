@@ -32,7 +32,7 @@ from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters.notes import file_sha256
-from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
 from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -90,8 +90,9 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
-    config = _with_usual(config, model.usual)
-    loras_sha256, scorers_sha256 = _hash_loras(config, model), _hash_scorers(config)
+    loras_sha256, usual = _check_loras(config, model)
+    config = _with_usual(config, usual)
+    scorers_sha256 = _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
         num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
@@ -302,19 +303,25 @@ def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights
         _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
 
 
-def _hash_loras(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
-    """Hash and scale of each adapter. Raises BadInput for one that does not fit the model."""
+def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:
+    """Hash and scale of each adapter, and the steps and guidance to use with them.
+
+    Raises BadInput for an adapter that does not fit the model.
+    """
     if not config.model.loras:
-        return ()
+        return (), model.usual
     from rayjobs.diffusion.adapters import fit
 
     paths = [storage.fetch(lora.uri) for lora in config.model.loras]
-    _named("model.loras", lambda: fit.check(paths, model))
+    read = _named("model.loras", lambda: fit.check(paths, model))
     hashes = [file_sha256(weights.lora_file(path)) for path in paths]
-    return tuple(
+    named = [adapter_usual(file_name(lora.uri)) for lora in config.model.loras]
+    known = [*named, *(adapter.usual for adapter in read)]
+    said = tuple(
         f"{sha256} x {lora.scale:g}"
         for sha256, lora in zip(hashes, config.model.loras, strict=True)
     )
+    return said, next(filter(None, known), model.usual)
 
 
 def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
