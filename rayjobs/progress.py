@@ -61,14 +61,15 @@ class Progress:
         self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        # Counted from the first one, so that the workers' start is not taken for slowness.
-        while not self._read()[0] and not self._stop.wait(POLL_S):
+        # The rate is that of what follows the first ones: when these began is not known, and the
+        # workers' start is not slowness.
+        while not (first := self._read()[0]) and not self._stop.wait(POLL_S):
             pass
         # A terminal has a bar that moves; a log gets a line now and then.
         every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
         with tqdm(
             total=self.total,
-            initial=self.initial,
+            initial=max(self.initial, min(first, self.total)),
             unit=f" {self.unit}",
             file=sys.stderr,
             smoothing=0.1,
