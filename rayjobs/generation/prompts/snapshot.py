@@ -193,7 +193,10 @@ class _RowGroups:
 
     def __init__(self, uri: str):
         self._uri = uri
-        self._file = pq.ParquetFile(storage.open_input(uri))
+        try:
+            self._file = pq.ParquetFile(storage.open_input(uri))
+        except pa.ArrowException as error:
+            raise BadInput(f"{uri} is damaged: {error}") from None
         self.schema: pa.Schema = self._file.schema_arrow
         self.read = lru_cache(maxsize=4)(self._read)
 

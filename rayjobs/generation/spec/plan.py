@@ -194,7 +194,7 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
 
 def _model_side(uri: str) -> int | None:
     """The model's own size, where its configuration lies on this machine."""
-    return None if storage.is_remote(uri) else read_facts(uri).side
+    return None if storage.is_remote(uri) else read_facts(storage.absolute_if_path(uri)).side
 
 
 def _num_unique(spec: Spec) -> int | None:

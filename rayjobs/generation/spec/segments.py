@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import check_schema
+from rayjobs.dataset.inspection import inspect_snapshots
 from rayjobs.dataset.lock import (
     Lock,
     Segment,
@@ -186,6 +187,28 @@ def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
         storage.put_file(snapshot_uri(uri, number), draft.prompts)
     if draft.names is not None and not storage.exists(names_uri(uri, number)):
         storage.put_file(names_uri(uri, number), draft.names)
+
+
+def restore_snapshots(uri: str, lock: Lock, current: GenerateConfig) -> None:
+    """Write snapshots that are gone or replaced again, from what they were made of.
+
+    Raises BadInput or StorageError when that is not what it was.
+    """
+    for number in sorted({fault.segment or 0 for fault in inspect_snapshots(uri, lock)}):
+        wanted = lock.segments[number]
+        with open_draft(config_of(wanted, uri, current), confirmed=True) as draft:
+            if number and draft.segment.prompts_sha256 != wanted.prompts_sha256:
+                before = lock.model_copy(update={"segments": lock.segments[:number]})
+                draft = _with_columns_of(before, draft)
+            for key, source in (("prompts_sha256", "prompts"), ("init_sha256", "init")):
+                if getattr(draft.segment, key) != getattr(wanted, key):
+                    raise BadInput(
+                        f"prompts/segment-{number:03d} cannot be made again: {source}.uri, "
+                        f"{getattr(draft.config, source).uri}, is not what it was"
+                    )
+            storage.put_file(snapshot_uri(uri, number), draft.prompts)
+            if draft.names is not None:
+                storage.put_file(names_uri(uri, number), draft.names)
 
 
 def _new_part(lock: Lock, draft: JobDraft) -> Segment:
