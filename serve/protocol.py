@@ -47,14 +47,16 @@ class ImagesRequest:
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
     progress: bool = False
-    """Whether waiting and step events are wanted."""
+    """Whether step events, and more than one waiting event, are wanted."""
     deadline_s: float | None = None
     """Seconds from the request's arrival after which the answer is not wanted."""
+    warnings: tuple[str, ...] = ()
+    """Said with every image: what of the request was passed over."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """No step of any image has been made."""
+    """No step of any image has been made. The first one tells that the request is accepted."""
 
     position: int
     """Requests before this one."""
@@ -107,4 +109,5 @@ class Failed:
     retry_after_s: float | None = None
 
 
+TOO_LATE = Failed("deadline", "the deadline passed before the images were made", "deadline_s")
 Event = Waiting | Step | Partial | Finished | Failed

@@ -16,6 +16,7 @@ from rayjobs.config import BadInput, Config, differences
 from rayjobs.dataset.records import ENGINE_VERSION, canonical_json
 
 LOCATIONS = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
+LOCATIONS += ("model.base", "model.revision")
 LOCATIONS += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
 """Keys that may change, since the lock holds hashes of what lies there."""
 

@@ -59,13 +59,19 @@ SCORES = {
     "safety": ("unsafe_score", pa.float32()),
 }
 """Columns that are there only when their encoder was named, by its key under `quality`."""
+SYNTAX = pa.field("prompt_syntax", pa.string())
+"""A column that is there only where prompts may be written in another syntax than the plain one."""
 OVERRIDES = {
     "negative_prompt": pa.string(),
+    SYNTAX.name: SYNTAX.type,
     "seed": pa.int64(),
     "width": pa.int32(),
     "height": pa.int32(),
+    "sampler": pa.string(),
     "steps": pa.int32(),
     "guidance_scale": pa.float64(),
+    "guidance_rescale": pa.float64(),
+    "clip_skip": pa.int32(),
     "init_image": pa.string(),
     "strength": pa.float64(),
 }
@@ -81,12 +87,15 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def schema(passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = ()) -> pa.Schema:
+def schema(
+    passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = (), *, syntax: bool = False
+) -> pa.Schema:
     """The records' schema, with scores and a prompt file's other columns at the end.
 
     Its metadata makes Hugging Face `datasets` load the `image` column as images.
     """
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
+    fields += [SYNTAX] if syntax else []
     fields += [pa.field(*SCORES[score]) for score in scores]
     fields += [field.with_type(_known(field.type)) for field in passed_through]
     whole = pa.schema(fields)

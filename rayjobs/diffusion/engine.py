@@ -11,9 +11,9 @@ from time import perf_counter
 import torch
 from PIL.Image import Image
 
+from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.batcher import Batcher, BatchPolicy
 from rayjobs.diffusion.faults import check, row_reason
-from rayjobs.diffusion.lora import LoraBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row

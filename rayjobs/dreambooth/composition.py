@@ -17,30 +17,33 @@ from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
 from rayjobs.dreambooth import job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo, find_photos
+from rayjobs.dreambooth.data.photos import Photo, find_photos, look_for_photos, tell_skipped
 from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
-from rayjobs.dreambooth.resolved import ResolvedRun, resolve
+from rayjobs.dreambooth.resolved import ResolvedRun, resolve, warn
 from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prior import PriorConfig
+from rayjobs.models.options import SourceConfig
 
 METRICS = "metrics.json"
 IMAGES_PER_SHARD = 16
 
 
 def train(config: DreamBoothConfig) -> job.Summary:
-    """A whole run, on the cluster there is or one of its own. A finished run is left as it is.
+    """A whole run, on the cluster there is or one of its own. A finished run is left as it is,
+    but for outputs that it lacks.
 
     Raises BadInput, also when the folder holds a run of other settings, StorageError or JobFailed.
     """
     run = resolve(config)
-    if job.is_finished(run):
-        # Its class images are not looked for: they may be gone.
-        lock.compare(config.output.uri, lock.describe(run), without=("priors",))
+    lock.compare(run.config.output.uri, lock.describe(run), without=("priors",))
+    finished = job.is_finished(run)
+    if finished and job.is_complete(run):
         return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
     with cluster.session(job.num_cpus(run.config)):
-        return job.run(with_class_images(run))
+        # A finished run's class images are not looked for: they may be gone.
+        return job.run(run if finished else with_class_images(run))
 
 
 def with_class_images(run: ResolvedRun) -> ResolvedRun:
@@ -53,7 +56,9 @@ def with_class_images(run: ResolvedRun) -> ResolvedRun:
         return run
     prompt, made = str(prior.prompt), read_lock(uri)
     if made is None and prior.uri and storage.list_files(uri):
-        return run.with_class_images(_check_enough(run, find_photos(uri, prompt)))
+        found = look_for_photos(uri, prompt)
+        warn(tell_skipped(found.skipped))
+        return run.with_class_images(_check_enough(run, found.photos))
     if made is not None:
         _warn_of_other_model(run, made.segments[0].model_sha256)
         if prior.uri and Reader(uri).num_committed >= prior.num_images:
@@ -69,8 +74,7 @@ def _prior_config(run: ResolvedRun) -> PriorConfig:
     return PriorConfig.model_validate(
         {
             "model": {
-                "uri": config.model.uri,
-                "config": config.model.config,
+                **{name: getattr(config.model, name) for name in SourceConfig.model_fields},
                 "device": config.model.device,
                 "attention": config.model.attention,
             },

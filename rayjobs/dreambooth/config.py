@@ -4,20 +4,29 @@ Owns their names, types, defaults and the checks that need nothing but the file.
 torch nor ray.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
-from rayjobs.models.options import Attention
+from rayjobs.models.options import Attention, SourceConfig
+
+ARTICLES = {"a", "an", "the", "my"}
+FRAMES = {
+    "photo",
+    "photograph",
+    "picture",
+    "image",
+    "painting",
+    "drawing",
+    "portrait",
+    "style",
+    "of",
+}
+"""Words of a prompt that name no subject."""
 
 
-class ModelConfig(Config):
-    uri: str
-    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
-    config: str | None = None
-    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
-    tokenizers; without it they are fetched from the hub."""
+class ModelConfig(SourceConfig):
     device: str = "auto"
     """auto, cpu or cuda."""
     attention: Attention = "auto"
@@ -27,8 +36,8 @@ class ModelConfig(Config):
 class InstanceConfig(Config):
     uri: str
     """The folder of the subject's photographs, local or s3://. Captions may lie beside them:
-    `dog.txt` for `dog.jpg`, each line a caption, of which one is drawn each time; or a
-    `metadata.jsonl` with file_name and text."""
+    `dog.txt` or `dog.caption` for `dog.jpg`, each line a caption, of which one is drawn each time;
+    or a `metadata.jsonl` or `metadata.csv` with file_name and text."""
     prompt: str
     """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
 
@@ -46,7 +55,7 @@ class PriorConfig(Config):
     uri: str | None = None
     """Where class images are: a data set of the prior job, or a folder of photographs. Without it
     they are made below output.uri."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a class image that is made."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of class images; without it the model's usual one."""
@@ -105,7 +114,7 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Less memory for about a third more time."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Export an exponential moving average of the weights."""
+    """Export an exponential moving average of the weights, which warms up over the first steps."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """fsdp shards weights and moments over the workers; auto: for full fine-tuning of SDXL on more
     than one GPU."""
@@ -125,16 +134,41 @@ class TrainConfig(Config):
             )
         return self
 
+    def ema_decay_at(self, step: int) -> float:
+        """The average's decay at step 0, 1, ...: at first 0, then (1 + step) / (10 + step), up to
+        ema_decay. As in diffusers' EMAModel: short runs do not export the weights they began with.
+        """
+        return min(self.ema_decay or 0.0, (1 + step) / (10 + step)) if step else 0.0
+
 
 class LoraConfig(Config):
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    """Low-rank factors; these with the weight's length trained apart (dora); a Hadamard product of
+    two such (loha); or a Kronecker product (lokr), the smallest file."""
     rank: int = Field(default=16, ge=1)
     """Of the adapter; its size grows with it."""
     alpha: float | None = Field(default=None, gt=0)
     """The adapter acts with alpha / rank; without it alpha is rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapter's input, in training."""
-    targets: Literal["attention", "transformer"] = "attention"
-    """Attention projections, or these and the feed-forward layers."""
+    """Of the adapter's input, in training; of kinds lora and dora."""
+    targets: Literal["attention", "transformer", "convolution"] = "attention"
+    """Attention projections; these and the feed-forward layers; or both and the convolutions."""
+    conv_rank: int | None = Field(default=None, ge=1)
+    """Of the convolutions' part, with the same alpha / rank; without it as `rank`."""
+    factor: int = Field(default=-1, ge=-1)
+    """Of lokr: into how many parts a layer's width is divided; -1: near its square root."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.dropout and self.kind in ("loha", "lokr"):
+            raise ValueError(f"dropout is {self.dropout:g}; kind {self.kind} has none, so leave it")
+        if self.factor != -1 and self.kind != "lokr":
+            raise ValueError(f"factor is {self.factor}; it is of kind lokr")
+        if self.factor == 0:
+            raise ValueError("factor is 0; give -1, or a number of parts")
+        if self.conv_rank is not None and self.targets != "convolution":
+            raise ValueError(f"conv_rank is {self.conv_rank}; it is of targets convolution")
+        return self
 
 
 class InversionConfig(Config):
@@ -182,7 +216,7 @@ class ValidationConfig(Config):
     """Prompts with the identifier; without them instance.prompt."""
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of the pictures; without it the model's usual one."""
@@ -206,9 +240,11 @@ class OutputConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of an exported model; a LoRA file is always float32."""
     fused: bool = False
-    """Also export a whole model with the adapter fused into it."""
+    """Also export a whole model that needs neither adapter nor learned embeddings."""
     kohya: bool = False
     """Also export the adapter in kohya's layout, for ComfyUI and A1111."""
+    peft: bool = False
+    """Also export the adapter in peft's layout, a folder for each network that it is for."""
 
 
 class TrackersConfig(Config):
@@ -269,6 +305,11 @@ class DreamBoothConfig(Config):
             return self.inversion.token
         return identifier_in(self.instance.prompt, self.prior.prompt or "")
 
+    @property
+    def export_kind(self) -> str:
+        """What is exported: `lora`, `full` or `words`, as in the note beside it."""
+        return "words" if self.inversion.alone else self.train.method
+
     def _check_inversion(self) -> None:
         inversion = self.inversion
         if inversion.alone and not inversion.num_vectors:
@@ -311,7 +352,12 @@ class DreamBoothConfig(Config):
 
 
 def identifier_in(instance_prompt: str, prior_prompt: str) -> str:
-    """The words that the class's prompt lacks, which mean the subject."""
-    known = prior_prompt.split()
-    articles = {"a", "an", "the", "my"}
-    return " ".join(w for w in instance_prompt.split() if w not in known and w not in articles)
+    """The words that the class's prompt lacks, which mean the subject.
+
+    Without that prompt a guess: what is left of "a photo of sks dog" without its last word.
+    """
+    known = set(prior_prompt.split()) | ARTICLES
+    if prior_prompt:
+        return " ".join(w for w in instance_prompt.split() if w not in known)
+    words = [w for w in instance_prompt.split() if w.lower() not in known | FRAMES]
+    return " ".join(words[:-1] or words)

@@ -1,10 +1,9 @@
-"""Export: from a checkpoint to weights that other programs load: LoRA files, diffusers folders.
+"""Export: from a checkpoint to weights that other programs load: adapters, diffusers folders.
 
-Owns file names, key names and the manifest beside them. Reads checkpoints through `callback`.
+Owns file names and the manifest beside them. Reads checkpoints through `callback`.
 """
 
 import dataclasses
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,24 +11,28 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rayjobs import storage
 from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
+from rayjobs.dreambooth import layouts
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
-from rayjobs.dreambooth.training import callback, lora
+from rayjobs.dreambooth.training import callback
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exports
-from rayjobs.models.exports import EMBEDDINGS_FILE, LORA_FILE, ExportNote
-
-FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
+from rayjobs.models.exports import (
+    EMBEDDINGS_FILE,
+    FUSED,
+    KOHYA_FILE,
+    LORA_FILE,
+    PEFT_FOLDER,
+    ExportNote,
+)
 
 
 def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
@@ -39,12 +42,15 @@ def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
         tuned = rebuild(run, step)
         save(run.config, tuned, folder)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        note = _note(run, tuned.model, step, metrics)
+        facts = describe(run, tuned.model, step, metrics)
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+        before = exports.read(uri)
         storage.remove(storage.join(uri, exports.FILE))
         for path in files:
             storage.put_file(storage.join(uri, path.relative_to(folder).as_posix()), path)
-        exports.write(uri, dataclasses.replace(note, files=hashes))
+        exports.write(uri, dataclasses.replace(facts, files=hashes))
+        for name in () if before is None else before.files.keys() - hashes.keys():
+            storage.remove(storage.join(uri, name))
     finally:
         shutil.rmtree(folder)
 
@@ -68,23 +74,28 @@ def save(config: DreamBoothConfig, tuned: TunedModel, folder: Path) -> None:
     if tuned.learned:
         tensors = inversion.to_tensors(tuned.model, config.identifier, list(tuned.learned))
         save_file(tensors, folder / EMBEDDINGS_FILE)
-    if tuned.only_tokens:
-        pass
-    elif tuned.method == "full":
-        pipeline(tuned.model).to(DTYPES[config.output.dtype]).save_pretrained(folder)
-    else:
-        _save_lora(tuned, folder)
+    kind = config.export_kind
+    if kind == "lora":
+        layouts.save_main(tuned, folder / LORA_FILE)
         if config.output.kohya:
-            layers = load_file(folder / LORA_FILE)
-            alpha = config.lora.alpha or config.lora.rank
-            save_file(_to_kohya(layers, alpha), folder / "kohya_lora.safetensors")
-        if config.output.fused:
-            for _, network in tuned.parts():
-                _fuse(network)
-            whole = pipeline(tuned.model).to(DTYPES[config.output.dtype])
-            whole.save_pretrained(folder / "fused")
+            layouts.save_kohya(tuned, folder / KOHYA_FILE)
+        if config.output.peft:
+            layouts.save_peft(tuned, folder / PEFT_FOLDER)
+    if kind == "full":
+        _save_whole(tuned, DTYPES[config.output.dtype], folder)
+    elif config.output.fused:
+        _save_whole(tuned, DTYPES[config.output.dtype], folder / FUSED)
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files as 0600
+
+
+def _save_whole(tuned: TunedModel, dtype: torch.dtype, folder: Path) -> None:
+    """A diffusers folder that needs neither adapter nor embeddings; changes the tuned model."""
+    if tuned.method == "lora":
+        for _, network in tuned.parts():
+            _fuse(network)
+    inversion.settle_words(tuned.model)
+    pipeline(tuned.model).to(dtype).save_pretrained(folder)
 
 
 def pipeline(model: Model) -> Any:
@@ -109,45 +120,6 @@ def pipeline(model: Model) -> Any:
     return plain(**parts, **unsafe)
 
 
-def _save_lora(tuned: TunedModel, folder: Path) -> None:
-    kind: Any = (
-        StableDiffusionXLPipeline if tuned.model.family == "sdxl" else StableDiffusionPipeline
-    )
-    layers, networks = {}, {}
-    for part, network in tuned.parts():
-        tensors = convert_state_dict_to_diffusers(lora.state(network))
-        layers[f"{part}_lora_layers"] = {
-            _with_text_model(part, name): tensor.float().cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
-        networks[part] = network
-    # Without its metadata diffusers assumes that alpha is the rank.
-    metadata = _collate_lora_metadata(networks)
-    for adapter in metadata.values():
-        adapter.pop("base_model_name_or_path", None)  # where the model lay, on this machine
-    kind.save_lora_weights(folder, **layers, **metadata)
-
-
-def _with_text_model(part: str, name: str) -> str:
-    """transformers 5.6 dropped `text_model.` from names; other programs expect it."""
-    if part.startswith("text") and not name.startswith("text_model."):
-        return f"text_model.{name}"
-    return name
-
-
-def _to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    # diffusers' converter reads peft's names; it converts its own files' names only in part.
-    by_peft = {FACTOR.sub(_peft_factor, name): tensor for name, tensor in layers.items()}
-    tensors: dict[str, torch.Tensor] = convert_state_dict_to_kohya(by_peft)
-    for name in [name for name in tensors if name.endswith("lora_down.weight")]:
-        tensors[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
-    return tensors
-
-
-def _peft_factor(match: re.Match[str]) -> str:
-    return ".lora_A.weight" if match["half"] == "down" else ".lora_B.weight"
-
-
 def _fuse(network: Any) -> None:
     """Add the LoRA's product to the weights and remove its layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -161,17 +133,21 @@ def _fuse(network: Any) -> None:
     network.__dict__.pop("peft_config", None)
 
 
-def _note(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
+def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float]) -> ExportNote:
     config = run.config
+    kind, learns = config.export_kind, config.inversion.num_vectors > 0
     return ExportNote(
-        kind="words" if config.inversion.alone else config.train.method,
-        tokens=(config.identifier,) if config.inversion.num_vectors else (),
+        kind=kind,
+        tokens=(config.identifier,) if learns else (),
+        knows_words=learns and kind == "full",
         base_uri=config.model.uri,
         base_sha256=model.sha256,
         family=model.family,
         instance_prompt=config.instance.prompt,
         identifier=config.identifier,
         step=step,
+        steps=config.train.steps,
+        dtype=config.output.dtype,
         seed=config.train.seed,
         files={},
         photos={photo.name: photo.sha256 for photo in run.photos},

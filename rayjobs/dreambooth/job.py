@@ -5,6 +5,7 @@ checkpoints/ and export/. Gets the run resolved; looks nothing up itself. What r
 imported there: the driver and Ray's controller start without Lightning and diffusers.
 """
 
+import dataclasses
 import sys
 import tempfile
 import threading
@@ -19,14 +20,15 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from rayjobs import cluster
-from rayjobs.config import JobFailed
-from rayjobs.dreambooth import lock, report, results
+from rayjobs.config import BadInput, JobFailed
+from rayjobs.dreambooth import lock, report, results, validation
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import ValidationLoop
 from rayjobs.models import exports
+from rayjobs.models.exports import ExportNote
 from rayjobs.progress import FATAL, Progress
 
 
@@ -43,34 +45,71 @@ class Summary:
 
 
 def is_finished(run: ResolvedRun) -> bool:
-    return exports.read(run.export_uri) is not None
+    """Whether all of its steps are made, and exported."""
+    note = exports.read(run.export_uri)
+    if note is None:
+        return False
+    return (note.steps or lock.num_steps(run.config.output.uri)) >= run.config.train.steps
+
+
+def is_complete(run: ResolvedRun) -> bool:
+    """Whether a finished run has all the outputs, and was looked at, as its settings ask for."""
+    note = exports.read(run.export_uri)
+    return note is not None and _has_outputs(run, note) and validation.due_step(run) is None
+
+
+def _has_outputs(run: ResolvedRun, note: ExportNote) -> bool:
+    """Whether the files are there that the settings ask for, in the dtype that they ask for."""
+    wanted, kind = run.config.output, run.config.export_kind
+    fused = wanted.fused and kind != "full"
+    has_kohya = not wanted.kohya or kind != "lora" or exports.KOHYA_FILE in note.files
+    has_peft = not wanted.peft or kind != "lora" or _has_folder(note, exports.PEFT_FOLDER)
+    has_fused = not fused or f"{exports.FUSED}/model_index.json" in note.files
+    same_dtype = note.dtype in ("", wanted.dtype) or not (fused or kind == "full")
+    return has_kohya and has_peft and has_fused and same_dtype
+
+
+def _has_folder(note: ExportNote, folder: str) -> bool:
+    return any(name.startswith(f"{folder}/") for name in note.files)
 
 
 def run(run: ResolvedRun) -> Summary:
-    """Train, or go on training, until the last step; then export.
+    """Train, or go on training, until the last step; then export. Of a finished run what is left.
 
     Raises BadInput when the folder holds another run, JobFailed when workers cannot go on.
     """
     started, config = time.monotonic(), run.config
-    lock.enter(config.output.uri, lock.describe(run))
-    checkpoints = Checkpoints(run.checkpoints_uri)
+    _remember_steps(run)
     finished = is_finished(run)
+    # A finished run's class images may be gone.
+    lock.enter(config.output.uri, lock.describe(run), ("priors",) if finished else ())
+    checkpoints = Checkpoints(run.checkpoints_uri)
     first = config.train.steps if finished else _num_steps_done(run, checkpoints)
     num_left = config.train.steps - first
-    if not finished:
-        with cluster.session(num_cpus(config)):
-            with ValidationLoop(run) as validation:
-                if num_left:
-                    _train(run, first)
-            for step, reason in validation.failures.items():
-                print(
-                    f"warning: the pictures after step {step} could not be made: {reason}",
-                    file=sys.stderr,
-                )
-            _export(run, checkpoints)
+    with cluster.session(num_cpus(config)):
+        with ValidationLoop(run) as looks:
+            if num_left:
+                _train(run, first)
+        for step, reason in looks.failures.items():
+            print(
+                f"warning: the pictures after step {step} could not be made: {reason}",
+                file=sys.stderr,
+            )
+        note = exports.read(run.export_uri)
+        if note is None or not finished or looks.num_made or not _has_outputs(run, note):
+            keeps_step = note is not None and finished and not looks.num_made
+            _export(run, checkpoints, note.step if note is not None and keeps_step else None)
     report.write(run)
     seconds = time.monotonic() - started
     return Summary(num_left, seconds, run.export_uri, config.output.uri)
+
+
+def _remember_steps(run: ResolvedRun) -> None:
+    """Have the note of an older version say of how many steps the export is: there may be more."""
+    note = exports.read(run.export_uri)
+    if note is not None and not note.steps:
+        steps = lock.num_steps(run.config.output.uri)
+        exports.write(run.export_uri, dataclasses.replace(note, steps=steps))
 
 
 def _num_steps_done(run: ResolvedRun, checkpoints: Checkpoints) -> int:
@@ -85,17 +124,25 @@ def _num_steps_done(run: ResolvedRun, checkpoints: Checkpoints) -> int:
     return whole.step if whole is not None else 0
 
 
-def _export(run: ResolvedRun, checkpoints: Checkpoints) -> None:
-    """Export the best checkpoint, or the last where none was measured; prune the others."""
+def _export(run: ResolvedRun, checkpoints: Checkpoints, step: int | None) -> None:
+    """Export the checkpoint of `step`, or the best one, or the last where none was measured.
+
+    Others are pruned.
+    """
     validated = results.read(run.config.output.uri)
-    step = _choose(run, checkpoints, validated)
+    steps = [checkpoint.step for checkpoint in checkpoints.list()]
+    step = _choose(run, checkpoints, validated) if step is None else step
+    if step not in steps:
+        raise BadInput(
+            f"{run.checkpoints_uri} lacks the checkpoint of step {step}, which is exported; take "
+            "back the changed output or validation, or give another output.uri"
+        )
     metrics = next((result.metrics for result in validated if result.step == step), {})
     task = ray.remote(_write_export).options(num_cpus=run.config.workers.num_cpus)
     try:
         ray.get(task.remote(run, step, metrics))
     except ray.exceptions.RayError as error:
         raise cluster.unwrap_error(error) from None
-    steps = [checkpoint.step for checkpoint in checkpoints.list()]
     checkpoints.prune(results.to_keep(steps, validated, run.config.checkpoint.keep, 0))
 
 

@@ -22,6 +22,7 @@ from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
 
 MAX_PHOTOS = 24
+MAX_SKIPPED = 100
 PHOTO_HEIGHT = 160
 CURVE_POINTS = 400
 SMOOTHED_OVER = 0.05
@@ -39,6 +40,7 @@ def write(run: ResolvedRun) -> str:
         subtitle=html.escape(f"{config.instance.prompt} · {config.model.uri}"),
         tiles=_tiles(config, rows, validated),
         photos=_photos(run.photos),
+        skipped=_skipped(run.skipped),
         pictures=_pictures(validated),
         curve=_curve([row["loss"] for row in rows]),
         table=_table(validated),
@@ -84,6 +86,15 @@ def _photos(photos: Sequence[Photo]) -> str:
         name = html.escape(photo.name, quote=True)
         images.append(f'<img src="data:image/jpeg;base64,{data}" alt="{name}">')
     return "".join(images)
+
+
+def _skipped(skipped: dict[str, str]) -> str:
+    """What lay beside the photographs and was passed over, and why."""
+    if not skipped:
+        return ""
+    told = "; ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:MAX_SKIPPED])
+    more = f" and {len(skipped) - MAX_SKIPPED:,} more" if len(skipped) > MAX_SKIPPED else ""
+    return f'<p class="quiet">Passed over: {html.escape(told)}{more}</p>'
 
 
 def _pictures(validated: list[Result]) -> str:

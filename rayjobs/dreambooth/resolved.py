@@ -6,15 +6,21 @@ further in looks for photographs, class images or paths again. Knows no torch an
 
 import importlib.util
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.weights import Weights
-from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo, check_sizes, find_photos
+from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
+from rayjobs.dreambooth.data.photos import (
+    Photo,
+    check_sizes,
+    look_for_photos,
+    shortened,
+    tell_skipped,
+)
 from rayjobs.models.facts import find_weights
 
 MAX_IDENTIFIER_TOKENS = 4
@@ -31,6 +37,8 @@ class ResolvedRun:
     model_sha256: str
     photos: tuple[Photo, ...]
     class_images: tuple[Photo, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why a file beside the photographs is passed over, by its name."""
 
     @property
     def checkpoints_uri(self) -> str:
@@ -67,16 +75,21 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     config = _with_absolute_uris(config)
     storage.check(config.output.uri, write=True)
     _check_trackers(config)
-    weights = find_weights(config.model.uri)
-    photos = find_photos(config.instance.uri, config.instance.prompt)
-    _warn(_check_identifier(config, weights))
-    _warn(check_sizes(photos, config.train.resolution or weights.default_side))
+    weights = find_weights(config.model)
+    config = _with_usual_steps(config, weights.usual.steps)
+    found = look_for_photos(config.instance.uri, config.instance.prompt)
+    photos = found.photos
+    warn(tell_skipped(found.skipped))
+    warn(_check_captions(config, weights, photos))
+    warn(_check_identifier(config, weights))
+    warn(_check_average(config.train))
+    warn(check_sizes(photos, config.train.resolution or weights.default_side))
     if weights.is_edm and config.train.min_snr_gamma is not None:
         raise BadInput(
             "train.min_snr_gamma is not defined for an EDM model; leave it out: "
             "the EDM loss has its own weights"
         )
-    return ResolvedRun(config, weights.sha256, tuple(photos))
+    return ResolvedRun(config, weights.sha256, tuple(photos), skipped=found.skipped)
 
 
 def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
@@ -89,6 +102,15 @@ def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
     return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
 
 
+def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:
+    """Of class and validation images, where none were given."""
+    given = {name: getattr(config, name) for name in ("prior", "validation")}
+    usual = {"steps": steps}
+    return config.model_copy(
+        update={n: s.model_copy(update=usual) for n, s in given.items() if s.steps is None}
+    )
+
+
 def _check_trackers(config: DreamBoothConfig) -> None:
     for name in ("wandb", "mlflow"):
         is_wanted = getattr(config.trackers, name) is not None
@@ -98,12 +120,9 @@ def _check_trackers(config: DreamBoothConfig) -> None:
 
 def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
     """Warnings for an identifier that means something already, or is many tokens."""
-    word, folder = config.identifier, weights.path / "tokenizer"
-    if config.inversion.num_vectors or not word or not folder.is_dir():
+    word, tokenizer = config.identifier, _tokenizer(weights)
+    if config.inversion.num_vectors or not word or tokenizer is None:
         return []
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) > MAX_IDENTIFIER_TOKENS:
         return [f"the identifier {word!r} is {len(ids)} tokens; a rare one of up to 3 binds better"]
@@ -113,6 +132,53 @@ def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
     return []
 
 
-def _warn(warnings: list[str]) -> None:
+def _check_captions(config: DreamBoothConfig, weights: Weights, photos: list[Photo]) -> list[str]:
+    """Warnings for captions that do not name the subject, or are too long for the model."""
+    warnings, words = [], config.identifier.split()
+    nameless = [
+        photo.name
+        for photo in photos
+        if not all(word.lower() in text.lower() for text in photo.captions for word in words)
+    ]
+    if nameless:
+        warnings.append(
+            f"captions without the identifier {config.identifier!r} teach nothing of it: "
+            f"{shortened(nameless)}"
+        )
+    tokenizer = _tokenizer(weights)
+    if tokenizer is None:
+        return warnings
+    most = tokenizer.model_max_length - 2
+    for photo in photos:
+        longest = max(len(ids) - 2 for ids in tokenizer(list(photo.captions)).input_ids)
+        if longest > most:
+            warnings.append(
+                f"{photo.name}: its caption has {longest} tokens, of which the model reads {most}"
+            )
+    return warnings
+
+
+def _tokenizer(weights: Weights) -> Any:
+    """The model's first tokenizer; None where its files are not at hand."""
+    folder = weights.path / "tokenizer"
+    if not folder.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _check_average(train: TrainConfig) -> list[str]:
+    """A warning for an average that would reach further back than the run."""
+    at_end = train.ema_decay_at(train.steps - 1)
+    if train.ema_decay is None or at_end >= train.ema_decay:
+        return []
+    return [
+        f"train.ema_decay {train.ema_decay} averages over more than the {train.steps} train.steps: "
+        f"it is still warming up at the end, at {at_end:.2g}"
+    ]
+
+
+def warn(warnings: list[str]) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -5,6 +5,7 @@ Owns which checkpoints are due. `samples` makes and measures the images.
 
 import contextlib
 import threading
+from collections.abc import Collection
 
 import ray
 import ray.exceptions
@@ -27,7 +28,7 @@ class ValidationLoop:
         self.run = run
         self.failures: dict[int, str] = {}
         """Why a step could not be validated, by step."""
-        self._checkpoints = Checkpoints(run.checkpoints_uri)
+        self.num_made = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -41,25 +42,15 @@ class ValidationLoop:
         if self.run.config.validation.every_n_steps:
             self._thread.join()
             if kind is None:
-                while (step := self._due()) is not None:
+                while (step := due_step(self.run, self.failures.keys())) is not None:
                     self._validate(step)
 
     def _follow(self) -> None:
         while not self._stop.wait(POLL_S):
             with contextlib.suppress(storage.StorageError):  # an unreachable server comes back
-                step = self._due()
+                step = due_step(self.run, self.failures.keys())
                 if step is not None:
                     self._validate(step)
-
-    def _due(self) -> int | None:
-        """The next step to validate: step 0, before training, then every due checkpoint."""
-        config = self.run.config
-        every, last = config.validation.every_n_steps, config.train.steps
-        done = {result.step for result in results.read(config.output.uri)}
-        done |= self.failures.keys()
-        steps = [checkpoint.step for checkpoint in self._checkpoints.list()]
-        due = [0, *(step for step in steps if step % every == 0 or step == last)]
-        return next((step for step in due if step not in done), None)
 
     def _validate(self, step: int) -> None:
         resources = self.run.config.validation
@@ -68,8 +59,20 @@ class ValidationLoop:
         )
         try:
             ray.get(task.remote(self.run, step))
+            self.num_made += 1
         except ray.exceptions.RayError as error:
             self.failures[step] = str(error).strip().splitlines()[-1]
+
+
+def due_step(run: ResolvedRun, without: Collection[int] = ()) -> int | None:
+    """The next step to validate: step 0, before training, then every due checkpoint."""
+    every, last = run.config.validation.every_n_steps, run.config.train.steps
+    if not every:
+        return None
+    done = {result.step for result in results.read(run.config.output.uri)} | set(without)
+    steps = [checkpoint.step for checkpoint in Checkpoints(run.checkpoints_uri).list()]
+    due = [0, *(step for step in steps if step % every == 0 or step == last)]
+    return next((step for step in due if step not in done), None)
 
 
 def _validate_in_task(run: ResolvedRun, step: int) -> None:

@@ -14,13 +14,17 @@ from typing import Any
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import canonical_json
-from rayjobs.diffusion.weights import sha256_of
+from rayjobs.diffusion.weights import sha256_of, word_file
 from rayjobs.models.facts import is_folder
 from rayjobs.models.options import LoraConfig, ModelConfig, WordConfig
 
 FILE = "manifest.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "learned_embeds.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
+PEFT_FOLDER = "peft"
+FUSED = "fused"
+"""The folder of a whole model beside an adapter or words."""
 FORMAT = 1
 
 
@@ -44,6 +48,12 @@ class ExportNote:
     """SHA-256 of every photograph of the subject, by name."""
     tokens: tuple[str, ...] = ()
     """Words of learned embeddings, in learned_embeds.safetensors."""
+    knows_words: bool = False
+    """Whether the model of a `full` export has the words in its own text encoders."""
+    steps: int = 0
+    """The run's steps, of which `step` is the exported one; 0 in notes of older versions."""
+    dtype: str = ""
+    """Of a whole model's weights; empty in notes of older versions."""
     metrics: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -81,12 +91,19 @@ class ExportParts:
 def parts_of(uri: str, note: ExportNote) -> ExportParts:
     """The parts of the export in folder `uri`; a full export is a model as it is.
 
-    Raises BadInput when the export's base is a local folder that this machine lacks.
+    Raises BadInput when the export's base is a local folder that this machine lacks, or when
+    nobody can load it.
     """
+    if note.kind == "full":
+        if note.tokens and not note.knows_words:
+            raise BadInput(
+                f"{uri} was exported by an older version, and its text encoders cannot be loaded; "
+                f"remove {storage.join(uri, FILE)} and start its run again, which exports it again "
+                "without training"
+            )
+        return ExportParts(uri, None, ())
     learned = storage.join(uri, EMBEDDINGS_FILE)
     words = tuple(WordConfig(uri=learned, word=word) for word in note.tokens)
-    if note.kind == "full":
-        return ExportParts(uri, None, words)
     base = note.base_uri
     if base.startswith("/") and not Path(base).exists():
         raise BadInput(
@@ -126,8 +143,9 @@ def identity(model_sha256: str, words: Sequence[WordConfig]) -> str:
 
 def words_file(config: WordConfig) -> Path:
     """The local file of learned embeddings. Raises BadInput and StorageError."""
-    path = storage.fetch(config.uri)
-    file = path / EMBEDDINGS_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise BadInput(f"model.words: {config.uri} holds no {EMBEDDINGS_FILE}")
-    return file
+    try:
+        return word_file(storage.fetch(config.uri))
+    except BadInput:
+        raise
+    except ValueError as error:
+        raise BadInput(f"model.words: {error}") from None

@@ -74,13 +74,17 @@ def test_a_bad_request_fails_alone_with_its_reason(
 
 def test_a_long_prompt_is_cut_with_a_warning(tiny: Model) -> None:
     (result,) = Engine(tiny).generate([ask(prompt="a red star " * 60)])
-    assert result.warnings == ("prompt cut after 75 tokens, the text encoder's limit",)
+    (warning,) = result.warnings
+    assert warning.startswith("prompt cut after 75 tokens, the text encoder's limit")
+    assert "prompt_syntax a1111" in warning
     assert result.image is not None
 
 
 def test_weights_of_words_are_not_silently_ignored(tiny: Model) -> None:
     (result,) = Engine(tiny).generate([ask(prompt="a (red:1.3) star")])
-    assert result.warnings == ("weights such as (word:1.3) are taken as plain text",)
+    (warning,) = result.warnings
+    assert warning.startswith("weights such as (word:1.3) are taken as plain text")
+    assert "prompt_syntax a1111" in warning
 
 
 def test_a_prompt_met_again_is_not_encoded_again(tiny: Model) -> None:

@@ -1,11 +1,13 @@
 """Loading: identity, precision, layouts, and what is refused."""
 
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from PIL import Image
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import ModelOptions, load_model
 from rayjobs.diffusion.request import Request
+from rayjobs.diffusion.sampler_names import SAMPLERS, Prediction, check_name
 
 pytestmark = pytest.mark.model
 
@@ -107,6 +110,24 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
             (tmp_path / "weights").rename(tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match="no CUDA device"):
         load_model("starter", ModelOptions(device="cuda"))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_without_the_options_that_a_model_needs_are_refused(name: str) -> None:
+    """diffusers passes over options that a class does not have, without an error."""
+    options = inspect.signature(getattr(diffusers, SAMPLERS[name][0])).parameters
+    is_edm = "sigma_data" in options
+    for prediction, fits in (
+        (Prediction(), not is_edm),
+        (Prediction("v_prediction"), "prediction_type" in options and not is_edm),
+        (Prediction("v_prediction", zero_snr=True), "rescale_betas_zero_snr" in options),
+        (Prediction(is_edm=True), is_edm),
+    ):
+        if fits:
+            assert check_name(name, prediction) == SAMPLERS[name]
+        else:
+            with pytest.raises(ValueError, match=f"'{name}' does not fit a.*; use one of "):
+                check_name(name, prediction)
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, create_lock
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dreambooth.data.photos import find_photos
+from rayjobs.dreambooth.data.photos import find_photos, look_for_photos, tell_skipped
 
 SKS = "a photo of sks dog"
 
@@ -80,8 +80,92 @@ def test_captions_of_metadata(
     }
 
 
+def test_captions_of_other_trainers(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
+    """kohya's .caption, names with both suffixes, a csv, lists, names as a shell writes them."""
+    for name in ("a.jfif", "b.png", "c.png", "d.png", "e.png", "f.png"):
+        picture(0).save(tmp_path / name, "JPEG" if name.endswith("jfif") else "PNG")
+    (tmp_path / "a.caption").write_text("one")
+    (tmp_path / "b.png.txt").write_text("two")
+    (tmp_path / "metadata.csv").write_bytes(b'\xef\xbb\xbffile_name,text\r\nc.png,"three, 3"\r\n')
+    rows = [
+        {"file_name": "./d.png", "text": ["four", "4"]},
+        {"file_name": "e.png", "text": None, "caption": "five"},
+        {"file_name": "f.png", "text": None},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = look_for_photos(str(tmp_path), SKS)
+    assert {photo.name: photo.captions for photo in found.photos} == {
+        "a.jfif": ("one",),
+        "b.png": ("two",),
+        "c.png": ("three, 3",),
+        "d.png": ("four", "4"),
+        "e.png": ("five",),
+        "f.png": (SKS,),
+    }
+    assert found.skipped == {}
+
+
+def test_what_is_passed_over_is_told(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
+    for name in ("dog.png", "dog-masklabel.png", "owl.png", "a-mask.png"):
+        picture(0).save(tmp_path / name)
+    (tmp_path / "dog.txt").write_text("a sks dog")
+    (tmp_path / "dog.caption").write_text("another")
+    (tmp_path / "readme.txt").touch()
+    (tmp_path / "Owl.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "notes.md").touch()
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
+    names = ["dog.png", "cat.png"]
+    rows = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    found = look_for_photos(str(tmp_path), SKS)
+    # A mask is one only beside its picture.
+    assert [photo.name for photo in found.photos] == ["a-mask.png", "dog.png", "owl.png"]
+    assert found.photos[1].captions == ("a sks dog",)
+    assert found.skipped == {
+        "dog.caption": "its picture has another caption",
+        "Owl.txt": "a caption of no picture",
+        "readme.txt": "a caption of no picture",
+        "metadata.jsonl: dog.png": "its picture has another caption",
+        "metadata.jsonl: cat.png": "no such picture",
+        "notes.md": "neither a picture nor a caption",
+        "dog-masklabel.png": "a mask",
+        "gone.png": "a broken link",
+    }
+    told = tell_skipped(found.skipped)
+    assert "passed over, a caption of no picture: Owl.txt, readme.txt" in told
+    many = tell_skipped({f"{number}.md": "no picture" for number in range(9)})
+    assert many == ["passed over, no picture: 0.md, 1.md, 2.md, 3.md, 4.md and 4 more"]
+
+
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '"a"', '{"text": "x"}', '{"file_name": "a.png", "text": " "}']
+    ("text", "told"),
+    [
+        ("name,text\na.png,x\n", "its columns are name, text, not file_name and text"),
+        ('file_name,text\na.png,"x\n', "no file_name and text"),
+    ],
+)
+def test_a_table_that_cannot_be_read(
+    text: str, told: str, picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(BadInput, match=told):
+        find_photos(str(tmp_path), SKS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '"a"',
+        '{"text": "x"}',
+        '{"file_name": "a.png", "text": " "}',
+        '{"file_name": "a.png", "text": []}',
+        '{"file_name": "a.png", "text": ["x", 1]}',
+        '{"file_name": "a.png", "text": {"en": "x"}}',
+    ],
 )
 def test_a_bad_line_of_metadata_is_told_by_number(
     line: str, picture: Callable[[int], Image.Image], tmp_path: Path

@@ -1,5 +1,7 @@
 """Mistakes in a run's settings: each told by its key, with the way out, before any work."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from PIL import Image
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
 from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
+from rayjobs.dreambooth.report import _skipped
 from rayjobs.dreambooth.resolved import resolve
 
 CONFIG = str(Path(__file__).parents[2] / "configs/demo/dreambooth.yaml")
@@ -89,10 +92,42 @@ def test_an_identifier_that_means_something(
     assert "'incomprehensible' is 13 tokens" in capsys.readouterr().err
 
 
+def test_captions_that_teach_less_than_they_seem_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(Path(CONFIG).parent / "subject", photos)
+    (nameless, long, *_) = sorted(path for path in photos.iterdir() if path.suffix == ".png")
+    nameless.with_suffix(".txt").write_text("a star on a beach")
+    long.with_suffix(".txt").write_text("an SKS star, " + "red " * 90)
+    (photos / "notes.txt").write_text("of mine")
+    run = resolve(config(tmp_path, f"instance.uri={photos}"))
+    told = capsys.readouterr().err
+    assert f"captions without the identifier 'sks' teach nothing of it: {nameless.name}\n" in told
+    assert re.search(rf"{long.name}: its caption has \d+ tokens, of which the model reads 75", told)
+    assert "passed over, a caption of no picture: notes.txt" in told
+    assert "notes.txt (a caption of no picture)" in _skipped(run.skipped)
+
+
+def test_an_average_that_reaches_further_back_than_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve(config(tmp_path, "train.ema_decay=0.9999", "train.steps=60"))
+    told = capsys.readouterr().err
+    assert "train.ema_decay 0.9999 averages over more than the 60 train.steps" in told
+    assert "at 0.87" in told
+
+
 def test_the_identifier_is_what_the_class_lacks() -> None:
     assert identifier_in("a photo of sks dog", "a photo of a dog") == "sks"
     assert identifier_in("a photo of a dog", "a photo of dog") == ""
     assert identifier_in("my olis backpack", "a backpack") == "olis"
+
+
+def test_the_identifier_is_guessed_without_a_class() -> None:
+    assert identifier_in("a photo of sks dog", "") == "sks"
+    assert identifier_in("A picture of the olis backpack", "") == "olis"
+    assert identifier_in("a photo of <sks>", "") == "<sks>"
 
 
 def test_every_default_is_shown(tmp_path: Path) -> None:

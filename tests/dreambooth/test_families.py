@@ -149,10 +149,10 @@ def draw_ours(folder: Path, *loras: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "text_encoders"),
     [
-        ("sdxl", True),
-        ("sd", False),
         ("playground", True),
+        pytest.param("sdxl", True, marks=pytest.mark.slow),
         pytest.param("sdxl", False, marks=pytest.mark.slow),
+        pytest.param("sd", False, marks=pytest.mark.slow),
         pytest.param("sd", True, marks=pytest.mark.slow),
         pytest.param("playground", False, marks=pytest.mark.slow),
     ],
@@ -176,6 +176,10 @@ def test_an_exported_adapter(
     assert differ(draw_ours(tmp_path / "fused"), trained) <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["playground", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd"))],
+)
 def test_an_exported_model(
     folders: dict[str, Path], photos: Path, family: str, tmp_path: Path
 ) -> None:

@@ -42,10 +42,17 @@ def describe(
 
 @pytest.fixture(params=["local", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A run's folder, not made yet: on this machine, then in a bucket."""
-    if request.param == "local":
-        return str(tmp_path / "run")
-    return storage.join(request.getfixturevalue("bucket"), "run")
+    """A run's folder with a checkpoint: on this machine, then in a bucket."""
+    folder = str(tmp_path / "run")
+    if request.param == "s3":
+        folder = storage.join(request.getfixturevalue("bucket"), "run")
+    return checkpointed(folder)
+
+
+def checkpointed(folder: str | Path) -> str:
+    """The folder, with what stands for a checkpoint: only a run that made something is kept."""
+    storage.write_bytes(storage.join(str(folder), "checkpoints", "step-00000001.json"), b"{}")
+    return str(folder)
 
 
 def refusal(uri: str, run: dict[str, Any]) -> str:
@@ -58,7 +65,7 @@ def test_the_same_run_enters_again(uri: str) -> None:
     lock.enter(uri, describe())
     written = storage.read_bytes(storage.join(uri, lock.FILE))
     lock.enter(uri, describe())
-    assert storage.list_files(uri) == [lock.FILE]
+    assert lock.FILE in storage.list_files(uri)
     assert storage.read_bytes(storage.join(uri, lock.FILE)) == written
 
 
@@ -95,7 +102,7 @@ def test_another_runs_name_is_refused(uri: str) -> None:
     ids=lambda changed: next(iter(changed)),
 )
 def test_what_moves_no_weight_may_change(changed: dict[str, Any], tmp_path: Path) -> None:
-    lock.enter(str(tmp_path), describe())
+    lock.enter(checkpointed(tmp_path), describe())
     lock.enter(str(tmp_path), describe(**changed))
 
 
@@ -121,17 +128,71 @@ def test_what_moves_no_weight_may_change(changed: dict[str, Any], tmp_path: Path
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_moves_a_weight_may_not(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
-    lock.enter(str(tmp_path), describe())
+    lock.enter(checkpointed(tmp_path), describe())
     assert refusal(str(tmp_path), describe(**changed)).splitlines()[1:] == [told]
 
 
 def test_the_order_of_class_images_does_not_matter(tmp_path: Path) -> None:
-    lock.enter(str(tmp_path), describe(priors=[photo("p.png"), photo("q.png")]))
+    lock.enter(checkpointed(tmp_path), describe(priors=[photo("p.png"), photo("q.png")]))
     lock.enter(str(tmp_path), describe(priors=[photo("q.png"), photo("p.png")]))
 
 
 def test_long_differences_are_told_short(tmp_path: Path) -> None:
-    lock.enter(str(tmp_path), describe(instance__prompt="a photo of sks dog " + "x" * 500))
+    long = describe(instance__prompt="a photo of sks dog " + "x" * 500)
+    lock.enter(checkpointed(tmp_path), long)
     (difference,) = refusal(str(tmp_path), describe()).splitlines()[1:]
     assert len(difference) < 150
     assert difference.startswith('  instance.prompt: "a photo of sks dog xxx')
+
+
+def test_a_run_gets_more_steps(uri: str) -> None:
+    lock.enter(uri, describe(train__steps=100))
+    lock.compare(uri, describe(train__steps=200))
+    assert lock.num_steps(uri) == 100, "to compare changes nothing"
+    lock.enter(uri, describe(train__steps=200))
+    assert lock.num_steps(uri) == 200
+    assert refusal(uri, describe(train__steps=100)).splitlines()[1:] == [
+        "  train.steps: 200 there, 100 now"
+    ]
+    assert refusal(uri, describe(train__steps=300, train__seed=1)).splitlines()[1:] == [
+        "  train.seed: 0 there, 1 now"
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial"])
+def test_more_steps_that_would_change_the_first_ones(schedule: str, tmp_path: Path) -> None:
+    lock.enter(checkpointed(tmp_path), describe(train__steps=100, train__schedule=schedule))
+    longer = describe(train__steps=200, train__schedule=schedule)
+    assert "train.steps: 100 there, 200 now" in refusal(str(tmp_path), longer)
+
+
+def test_a_run_that_made_nothing_begins_anew(tmp_path: Path) -> None:
+    """So that a corrected command is not refused; the first one, should it live, stops."""
+    uri, first, second = str(tmp_path), describe(), describe(train__learning_rate=0.1)
+    lock.enter(uri, first)
+    lock.check_own(uri, first)
+    lock.enter(uri, second)
+    lock.check_own(uri, second)
+    with pytest.raises(BadInput, match=r"train\.learning_rate: 0\.1 there, 0\.0001 now"):
+        lock.check_own(uri, first)
+
+
+def test_an_export_alone_is_something(tmp_path: Path) -> None:
+    lock.enter(str(tmp_path), describe())
+    storage.write_bytes(storage.join(str(tmp_path), "export", "manifest.json"), b"{}")
+    assert "train.seed" in refusal(str(tmp_path), describe(train__seed=1))
+
+
+@pytest.mark.parametrize("gone", ["train.ema_decay", "train.flip", "instance.prompt", "inversion"])
+def test_a_lock_of_a_version_that_lacked_a_key(gone: str, tmp_path: Path) -> None:
+    """The key's default is what that version did; another value is a difference."""
+    there = describe()
+    section, _, name = gone.partition(".")
+    missing = there[section].pop(name) if name else there.pop(section)
+    lock.enter(checkpointed(tmp_path), there)
+    if gone == "instance.prompt":  # it has no default
+        assert gone in refusal(str(tmp_path), describe())
+        return
+    lock.enter(str(tmp_path), describe())
+    other = describe(train__ema_decay=0.5, train__flip=True, inversion__learning_rate=1.0)
+    assert section in refusal(str(tmp_path), other), missing

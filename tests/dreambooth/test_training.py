@@ -3,6 +3,7 @@
 What every run must come to is computed without Ray: the same steps in this process.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -163,7 +164,8 @@ def test_a_stopped_driver_is_started_again(
     """And then its worker is killed: bit for bit, on S3, what the undisturbed steps give."""
     output = f"{bucket}/stopped"
     run = values(output, priors, train=LONG)
-    with start(tmp_path, run, joining) as process:
+    shorter = values(output, priors, train=LONG | {"steps": 14})
+    with start(tmp_path, shorter, joining) as process:
         wait_for_checkpoint(output, 3)
         process.send_signal(sign)
         _, said = process.communicate(timeout=60)
@@ -180,6 +182,7 @@ def test_a_stopped_driver_is_started_again(
         os.kill(killed[0], signal.SIGKILL)
 
     threading.Thread(target=kill_worker, daemon=True).start()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert main(["dreambooth", str(tmp_path / "run.yaml")]) == 0
     assert killed
     assert losses(output) == calm.losses
@@ -203,6 +206,41 @@ def test_a_changed_run_is_refused(spread: str, priors: Path) -> None:
             composition.train(config)
         with pytest.raises(BadInput, match=told):
             job.run(resolved(spread, priors, **changed))
+
+
+def test_what_a_finished_run_lacks_is_made(spread: str, priors: Path) -> None:
+    """And no more: nothing is trained, and what is there is made as it was."""
+    before = exports.read(f"{spread}/export")
+    assert before is not None
+    more = values(spread, priors) | {"output": {"uri": spread, "kohya": True}}
+    done = composition.train(DreamBoothConfig.model_validate(more))
+    assert (done.steps, done.was_finished) == (0, False)
+    after = exports.read(f"{spread}/export")
+    assert after is not None
+    assert after.files.keys() - before.files.keys() == {exports.KOHYA_FILE}
+    assert Path(spread, "export", exports.KOHYA_FILE).is_file()
+    assert before.files.items() <= after.files.items()
+    assert composition.train(DreamBoothConfig.model_validate(more)).was_finished
+    # What is not asked for any more may stay.
+    assert composition.train(DreamBoothConfig.model_validate(values(spread, priors))).was_finished
+
+
+@pytest.mark.slow
+def test_a_finished_run_gets_more_steps(
+    calm: Calm, ray_cluster: None, priors: Path, tmp_path: Path
+) -> None:
+    """Bit for bit what they had been in one go, also where the note is an older version's."""
+    output = str(tmp_path / "out")
+    job.run(resolved(output, priors))
+    note = exports.read(f"{output}/export")
+    assert note is not None
+    exports.write(f"{output}/export", dataclasses.replace(note, steps=0, dtype=""))
+    more = DreamBoothConfig.model_validate(values(output, priors, train=LONG))
+    assert composition.train(more).steps == 7
+    assert losses(output) == calm.losses
+    made, wanted = load_file(Path(output, "export", exports.LORA_FILE)), load_file(calm.weights)
+    assert all((made[name] == wanted[name]).all() for name in wanted)
+    assert composition.train(more).was_finished
 
 
 def train_worker(root: int) -> int:

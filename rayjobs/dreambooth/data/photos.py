@@ -1,4 +1,4 @@
-"""Training images: which files of a folder count, how each is opened, and what its caption is.
+"""Training images: which files of a folder count, and how each is opened.
 
 Owns the description of an image (`Photo`), which is found once, at a run's entrance, and can be
 read on any machine. A file is first decoded in a sandbox, and in this process when it has passed.
@@ -6,12 +6,10 @@ Knows no torch.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,13 +19,16 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import lock_uri
 from rayjobs.dataset.reader import Reader
+from rayjobs.dreambooth.data.captions import Captions, find_masks, read_beside
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.decode import Picture, decode
 from rayjobs.images.sandbox import Sandbox
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
+SUFFIXES |= {".jfif", ".jpe"}
 UNREADABLE = {".heic", ".heif", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".pdf"}
-Captions = tuple[str, ...]
+MAX_TOLD = 5
+"""Names in a warning."""
 MAX_ENLARGEMENT = 4.0
 
 
@@ -95,7 +96,21 @@ def _row_groups(path: Path) -> tuple[pq.ParquetFile, np.ndarray]:
     return shard, np.cumsum([0, *counts[:-1]])
 
 
+@dataclass(frozen=True)
+class Found:
+    """The pictures of a place, and what was passed over there."""
+
+    photos: list[Photo]
+    skipped: dict[str, str]
+    """Why, by the file's name."""
+
+
 def find_photos(uri: str, caption: str) -> list[Photo]:
+    """The pictures of `look_for_photos`."""
+    return look_for_photos(uri, caption).photos
+
+
+def look_for_photos(uri: str, caption: str) -> Found:
     """Every image below `uri` (a folder, or a data set of the generation job), by name.
 
     Images without a caption of their own get `caption`. Raises BadInput naming a file that cannot
@@ -103,23 +118,43 @@ def find_photos(uri: str, caption: str) -> list[Photo]:
     """
     _forget()
     if storage.exists(lock_uri(uri)):
-        return _find_records(uri)
+        return Found(_find_records(uri), {})
     if not storage.is_folder(uri):
         raise BadInput(f"{uri}: no such folder of pictures")
     folder = _local_copy(uri)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder))
-    captions = _captions(folder, files)
-    photos = []
-    for path in files:
-        if path.suffix.lower() in UNREADABLE:
-            raise BadInput(f"{path.name}: {path.suffix} pictures cannot be read; save it as png")
-        if path.suffix.lower() in SUFFIXES:
-            name = path.relative_to(folder).as_posix()
-            photos.append(_describe(uri, name, path, captions.get(name, (caption,))))
-    if not photos:
+    paths = sorted(path for path in folder.rglob("*") if not _is_hidden(path, folder))
+    files = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    broken = [path.relative_to(folder).as_posix() for path in paths if not path.exists()]
+    for name in files:
+        suffix = Path(name).suffix.lower()
+        if suffix in UNREADABLE:
+            raise BadInput(f"{Path(name).name}: {suffix} pictures cannot be read; save it as png")
+    pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+    masks = find_masks(pictures)
+    pictures = [name for name in pictures if name not in masks]
+    if not pictures:
         known = " ".join(sorted(SUFFIXES))
         raise BadInput(f"{uri}: no pictures in it (looked for {known})")
-    return photos
+    beside = read_beside(folder, [name for name in files if name not in masks], pictures)
+    photos = [
+        _describe(uri, name, folder / name, beside.captions.get(name, (caption,)))
+        for name in pictures
+    ]
+    passed_over = dict.fromkeys(masks, "a mask") | dict.fromkeys(broken, "a broken link")
+    return Found(photos, beside.skipped | passed_over)
+
+
+def tell_skipped(skipped: dict[str, str]) -> list[str]:
+    """A warning for each reason, with a few of the names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"passed over, {reason}: {shortened(names)}" for reason, names in by_reason.items()]
+
+
+def shortened(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_TOLD} more" if len(names) > MAX_TOLD else ""
+    return ", ".join(names[:MAX_TOLD]) + more
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -144,48 +179,6 @@ def _describe(uri: str, name: str, path: Path, captions: Captions) -> Photo:
 @cache
 def _sandbox() -> Sandbox:
     return Sandbox()
-
-
-def _captions(folder: Path, files: list[Path]) -> dict[str, Captions]:
-    """Captions by the picture's name: the lines of `name.txt` beside it, or of metadata.jsonl."""
-    captions: dict[str, Captions] = {}
-    for path in files:
-        name = path.relative_to(folder).as_posix()
-        if path.suffix.lower() == ".txt":
-            lines = [" ".join(line.split()) for line in _text(path, name).splitlines()]
-            text = tuple(line for line in lines if line)
-            beside = [p for p in files if p.suffix.lower() in SUFFIXES and p.stem == path.stem]
-            names = [p.relative_to(folder).as_posix() for p in beside if p.parent == path.parent]
-            captions |= dict.fromkeys(names, text)
-        elif path.name == "metadata.jsonl":
-            captions |= _metadata(path, name)
-    return captions
-
-
-def _metadata(path: Path, name: str) -> dict[str, Captions]:
-    parent = "" if path.name == name else name.removesuffix(path.name)
-    captions: dict[str, Captions] = {}
-    for number, line in enumerate(_text(path, name).split("\n"), 1):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            text = row.get("text", row.get("caption", row.get("prompt")))
-            if text is not None:
-                if not str(text).strip():
-                    raise ValueError("empty")
-                captions[parent + str(row["file_name"])] = (str(text),)
-        except (ValueError, KeyError, AttributeError):
-            raise BadInput(f"{name}, line {number}: not JSON with file_name and text") from None
-    return captions
-
-
-def _text(path: Path, name: str) -> str:
-    try:
-        text = path.read_text("utf-8-sig").rstrip()
-    except UnicodeDecodeError:
-        raise BadInput(f"{name}: not UTF-8 text; save it as UTF-8") from None
-    if not text:
-        raise BadInput(f"{name}: empty; write the picture's caption, or remove the file")
-    return text
 
 
 def _find_records(uri: str) -> list[Photo]:

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 from rayjobs import storage
-from rayjobs.dreambooth import results
+from rayjobs.dreambooth import lock, results
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import fsdp, trackers
 from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
@@ -38,7 +38,7 @@ class CheckpointCallback(pl.Callback):
     """
 
     def __init__(self, run: ResolvedRun, rank: int, num_workers: int, sharded: bool, attempt: str):
-        self.uri, self.config = run.config.output.uri, run.config
+        self.run, self.uri, self.config = run, run.config.output.uri, run.config
         self.checkpoints = Checkpoints(run.checkpoints_uri)
         self.rank, self.num_workers = rank, num_workers
         self.sharded, self.attempt = sharded, attempt
@@ -133,6 +133,8 @@ class CheckpointCallback(pl.Callback):
         return f"{self.attempt}/part-{rank:05d}.json"
 
     def _commit(self, step: int, files: dict[str, dict[str, Any]], rows: str) -> None:
+        # A run that has made nothing may have been begun anew meanwhile, with other settings.
+        lock.check_own(self.uri, lock.describe(self.run))
         storage.write_bytes(storage.join(self.uri, results.METRICS), rows.encode())
         trackers.store(self.uri, self.logs)
         self.checkpoints.commit(step, files, {"workers": self.num_workers})

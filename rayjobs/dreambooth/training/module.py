@@ -141,10 +141,10 @@ class DreamBooth(pl.LightningModule):
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if self.average and train.ema_decay is not None:
+        if self.average:
             averages = [self.average[name] for name in trained]
             now = [p.detach() for p in trained.values()]
-            torch._foreach_lerp_(averages, now, 1 - train.ema_decay)
+            torch._foreach_lerp_(averages, now, 1 - train.ema_decay_at(self.step))
         return norm
 
     def _record(self, sums: torch.Tensor, norm: torch.Tensor) -> None:

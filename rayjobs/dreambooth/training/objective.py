@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rayjobs.diffusion.facts import is_edm
+from rayjobs.diffusion.modules.pipeline import prediction_of
 
 
 class Objective(Protocol):
@@ -146,7 +146,7 @@ def build_objective(
     Raises ValueError for min-SNR with an EDM model, for which it is not defined.
     """
     config = scheduler.config
-    if is_edm(type(scheduler).__name__):
+    if prediction_of(scheduler).is_edm:
         if min_snr_gamma is not None:
             raise ValueError(
                 "train.min_snr_gamma is not defined for an EDM model; leave it out: "

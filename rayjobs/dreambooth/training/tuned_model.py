@@ -145,7 +145,7 @@ def encode(model: Model, captions: Sequence[str | None]) -> Text:
     sdxl, states, pooled_BP = model.family == "sdxl", [], None
     for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
         tokens_BL = tokenizer(
-            [expand_words(caption or "", model.words) for caption in captions],
+            [expand_words(caption or "", tokenizer) for caption in captions],
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,

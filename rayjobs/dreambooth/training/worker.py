@@ -137,7 +137,7 @@ def load(config: DreamBoothConfig, device: str, compute: torch.dtype) -> Model:
         attention=config.model.attention,
         channels_last=not may_shard(config, device),  # FSDP2 takes contiguous weights only
     )
-    return load_weights(config.model.uri, options, config.model.config, onednn=False)
+    return load_weights(config.model, options, onednn=False)
 
 
 def choose_precision(name: str, device: str) -> torch.dtype:

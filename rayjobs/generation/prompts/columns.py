@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import json_kind
-from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES
+from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES, SYNTAX
+from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.generation.prompts.files import Chunk
 
 RESERVED = {*COLUMNS, *(name for name, _ in SCORES.values())} - {*OVERRIDES, "prompt"}
@@ -35,8 +36,11 @@ def find_prompt_column(wanted: str | None, chunk: Chunk) -> str:
     return column
 
 
-def check_rows(chunk: Chunk, column: str) -> Chunk:
-    """The rows with a prompt, overrides in their own types; raises BadInput naming a bad row."""
+def check_rows(chunk: Chunk, column: str, syntax: str = "plain") -> Chunk:
+    """The rows with a prompt, overrides in their own types; raises BadInput naming a bad row.
+
+    `syntax` is that of prompts whose row names none.
+    """
     _check_names(chunk, column)
     chunk = _without_blank_rows(chunk, column)
     prompts = chunk.columns.get(column, [None] * len(chunk))
@@ -45,7 +49,25 @@ def check_rows(chunk: Chunk, column: str) -> Chunk:
     for name, values in others.items():
         known = name in OVERRIDES
         columns[name] = _parse_column(name, OVERRIDES[name], values, chunk) if known else values
-    return replace(chunk, columns=columns)
+    chunk = replace(chunk, columns=columns)
+    _check_syntax(chunk, syntax)
+    return chunk
+
+
+def _check_syntax(chunk: Chunk, usual: str) -> None:
+    columns: dict[str, Any] = chunk.columns
+    if usual == "plain" and SYNTAX.name not in columns:
+        return
+    nothing = pa.nulls(len(chunk), pa.string())
+    named = columns.get(SYNTAX.name, nothing).fill_null(usual)
+    negatives = columns.get("negative_prompt", nothing).fill_null("")
+    rows = zip(columns["prompt"].to_pylist(), negatives.to_pylist(), named.to_pylist(), strict=True)
+    for row, (prompt, negative, syntax) in enumerate(rows):
+        try:
+            check_syntax("prompt", prompt, syntax)
+            check_syntax("negative_prompt", negative, syntax, negative=True)
+        except ValueError as error:
+            raise chunk.refusal(row, str(error)) from None
 
 
 class ColumnTypes:

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.generation.prompts.pictures import COLUMN as PICTURE
+from rayjobs.generation.prompts.pictures import is_pictures, read_pictures
 
 ROWS_PER_CHUNK = 4096
 MAX_LINE_BYTES = 2**24
@@ -32,8 +34,8 @@ class Chunk:
     """Some rows of a file, a column at a time."""
 
     columns: dict[str, list[Any] | pa.Array]
-    places: Sequence[int]
-    """Where each row stands: its line, or in parquet its row, the first being 1."""
+    places: Sequence[int | str]
+    """Where each row stands: its line, or in parquet its row, the first being 1; or its name."""
     uri: str
     unit: str = "line"
     is_text: bool = False
@@ -47,14 +49,24 @@ class Chunk:
         return _refusal(self.uri, f"{self.unit} {self.places[row]}", message)
 
 
-def read_chunks(uri: str) -> Iterator[Chunk]:
-    """The rows of a prompt file, or of all parquet files in a folder.
+def read_chunks(uri: str, family: str | None = None) -> Iterator[Chunk]:
+    """The rows of a prompt file, of all parquet files in a folder, or of the pictures in it, which
+    a model of that `family` is to draw again.
 
     Raises BadInput or StorageError where one cannot be read.
     """
     if not storage.exists(uri):
         raise BadInput(f"prompts.uri: {uri} does not exist")
-    files = _parquet_files(uri) if storage.is_folder(uri) else [uri]
+    files = [uri]
+    if storage.is_folder(uri):
+        names = storage.list_files(uri)
+        files = _parquet_files(uri, names)
+        if not files and is_pictures(names):
+            for columns in read_pictures(uri, names, ROWS_PER_CHUNK, family):
+                yield Chunk(dict(columns), columns[PICTURE], uri, unit="picture")
+            return
+        if not files:
+            raise _unknown(uri)
     for file_uri in files:
         name = file_uri.lower().removesuffix(".gz")
         kind = name.rsplit(".", 1)[-1]
@@ -66,23 +78,20 @@ def read_chunks(uri: str) -> Iterator[Chunk]:
             yield from READERS[kind](plain, file_uri)
 
 
-def _parquet_files(folder: str) -> list[str]:
+def _parquet_files(folder: str, names: Sequence[str]) -> list[str]:
     """Spark and others put files of their own, with names like _SUCCESS, beside the data."""
-    names = [
-        name
-        for name in storage.list_files(folder)
+    return [
+        storage.join(folder, name)
+        for name in names
         if name.endswith(".parquet") and not any(p[0] in "_." for p in name.split("/"))
     ]
-    if not names:
-        raise _unknown(folder)
-    return [storage.join(folder, name) for name in names]
 
 
 def _unknown(uri: str) -> BadInput:
     kinds = ", ".join(READERS)
     return BadInput(
         f"prompts.uri: {uri} is none of {kinds}, nor one of them but parquet with .gz, nor a "
-        "folder with parquet files"
+        "folder with parquet files, or with PNGs that carry their parameters"
     )
 
 

@@ -7,7 +7,7 @@ shards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, overload
 
@@ -33,17 +33,18 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".gif")
 NAMES = pa.schema([("name", pa.string())])
 
 
-def write_snapshot(config: PromptsConfig, path: str) -> int:
+def write_snapshot(config: PromptsConfig, path: str, family: str | None = None) -> int:
     """Write the prompts as parquet at the local `path`; return how many there are.
 
+    `family` is that of the job's model, for prompts that are pictures to be drawn again.
     Columns are `prompt`, the override columns that the source has, and what else it has; blank rows
     are left out. Raises BadInput or StorageError when the source cannot be read.
     """
     kinds = ColumnTypes()
     try:
-        total = _write(config, kinds, path)
+        total = _write(config, kinds, path, family)
         if total is None:  # A column or its type showed late in the file; now all are known.
-            total = _write(config, kinds, path)
+            total = _write(config, kinds, path, family)
     except pa.ArrowException as error:
         raise BadInput(f"prompts.uri: {config.uri}: {error}") from None
     if total is None:
@@ -137,6 +138,10 @@ class Snapshot:
     def columns(self) -> list[str]:
         return list(self._groups.schema.names)
 
+    def distinct(self, name: str) -> list[Any]:
+        """The different values of a column."""
+        return self._groups.distinct(name)
+
     @property
     def passed_through(self) -> list[pa.Field]:
         """The source's columns that the job does not use and copies into the records."""
@@ -203,13 +208,20 @@ class _RowGroups:
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
 
+    def distinct(self, name: str) -> list[Any]:
+        values: dict[Any, None] = {}
+        for number in range(self._file.num_row_groups):
+            read = partial(self._file.read_row_group, number, columns=[name])
+            values |= dict.fromkeys(storage.through(self._uri, read).column(0).unique().to_pylist())
+        return list(values)
+
     def _read(self, number: int) -> pa.Table:
         return storage.through(self._uri, lambda: self._file.read_row_group(number))
 
 
-def _write(config: PromptsConfig, kinds: ColumnTypes, path: str) -> int | None:
+def _write(config: PromptsConfig, kinds: ColumnTypes, path: str, family: str | None) -> int | None:
     """Write all rows; None when a later row changed the types, which `kinds` then knows."""
-    chunks = _chunks(config)
+    chunks = _chunks(config, family)
     first = next(chunks, None)
     if first is None:
         return 0
@@ -242,15 +254,15 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield rest.combine_chunks()
 
 
-def _chunks(config: PromptsConfig) -> Iterator[Chunk]:
+def _chunks(config: PromptsConfig, family: str | None) -> Iterator[Chunk]:
     """Chunks with `prompt` first, whatever the source."""
     if config.uri is None:
         prompts = list(config.inline or ("",))
         yield Chunk({"prompt": prompts}, range(1, len(prompts) + 1), "prompts.inline", "prompt")
         return
     column = None
-    for chunk in read_chunks(config.uri):
+    for chunk in read_chunks(config.uri, family):
         column = column or find_prompt_column(config.column, chunk)
-        chunk = check_rows(chunk, column)
+        chunk = check_rows(chunk, column, config.syntax)
         if len(chunk):
             yield chunk

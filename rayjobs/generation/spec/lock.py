@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, names_uri, snapshot_uri
-from rayjobs.dataset.records import COLUMNS, SCORES, schema
+from rayjobs.dataset.records import COLUMNS, SCORES, SYNTAX, schema
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
-from rayjobs.generation.spec.records import Record, Spec
+from rayjobs.generation.spec.records import Record, Spec, names_syntax
 
 NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
@@ -29,6 +29,8 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
     whole["model"].pop("device")
+    if config.prompts.syntax == "plain":  # as locks have it that are older than the key
+        whole["prompts"].pop("syntax")
     return whole
 
 
@@ -69,7 +71,7 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
     scores = [name for name in SCORES if getattr(config.quality, name) is not None]
-    return schema(rows.passed_through, scores)
+    return schema(rows.passed_through, scores, syntax=names_syntax(config, rows))
 
 
 def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
@@ -82,12 +84,13 @@ def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
         whole = pa.unify_schemas(schemas)
     except pa.ArrowException as error:
         raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
-    return schema(passed_through(whole), [score for score in SCORES if _has(whole, score)])
+    scores = [score for score in SCORES if _has(whole, score)]
+    return schema(passed_through(whole), scores, syntax=SYNTAX.name in whole.names)
 
 
 def passed_through(whole: pa.Schema) -> list[pa.Field]:
     """The records' columns that come from prompt files."""
-    own = {*COLUMNS, *(name for name, _ in SCORES.values())}
+    own = {*COLUMNS, SYNTAX.name, *(name for name, _ in SCORES.values())}
     return [field for field in whole if field.name not in own]
 
 

@@ -24,6 +24,7 @@ from rayjobs.generation.prompts.snapshot import (
 )
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models.facts import read_facts
+from rayjobs.models.options import SourceConfig
 
 LOSSLESS = {"png": 1.3, "webp-lossless": 0.9}
 LOSSY = {
@@ -79,7 +80,9 @@ def plan(config: GenerateConfig, *, rate: float | None = None, price: float | No
 
 def record(config: GenerateConfig, number: int) -> dict[str, Any]:
     """Record `number` of the job and its shard, as plain JSON values."""
-    with _opened(config) as spec:
+    steps = config.sampler.steps or read_facts(config.model).steps
+    sampler = config.sampler.model_copy(update={"steps": steps})
+    with _opened(config.model_copy(update={"sampler": sampler})) as spec:
         if not 0 <= number < spec.num_records:
             raise BadInput(f"--record is {number}; the job has records 0 .. {spec.num_records - 1}")
         values = asdict(spec.record(number))
@@ -135,7 +138,9 @@ def _opened(config: GenerateConfig) -> Generator[Spec]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "snapshot.parquet")
-        write_snapshot(config.prompts, path)
+        uri = config.model.uri
+        family = None if storage.is_remote(uri) else read_facts(uri).family
+        write_snapshot(config.prompts, path, family)
         yield Spec(config, Snapshot(path), inits)
 
 
@@ -178,7 +183,7 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
     ]
     widths = config.parameters.width or (config.image.width,)
     heights = config.parameters.height or (config.image.height,)
-    own = _model_side(config.model.uri)
+    own = _model_side(config.model)
     side = own or USUAL_SIDE
     if None in (*widths, *heights):
         known = "as the model's configuration says" if own else "since the model is not at hand"
@@ -192,9 +197,12 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
     return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), assumptions
 
 
-def _model_side(uri: str) -> int | None:
+def _model_side(model: SourceConfig) -> int | None:
     """The model's own size, where its configuration lies on this machine."""
-    return None if storage.is_remote(uri) else read_facts(storage.absolute_if_path(uri)).side
+    if storage.is_remote(model.uri):
+        return None
+    local = model.model_copy(update={"uri": storage.absolute_if_path(model.uri)})
+    return read_facts(local).side
 
 
 def _num_unique(spec: Spec) -> int | None:

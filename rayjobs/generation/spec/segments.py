@@ -5,10 +5,12 @@ extended job is new. Knows nothing of Ray or of how records are made.
 """
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +30,11 @@ from rayjobs.dataset.lock import (
     snapshot_uri,
 )
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dataset.records import SCORES, canonical_json
+from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
 from rayjobs.diffusion import weights
+from rayjobs.diffusion.adapters.notes import file_sha256
+from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
@@ -86,13 +91,15 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
-    loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
+    config = _with_usual(config, model.usual)
+    loras_sha256, scorers_sha256 = _hash_loras(config, model), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
-        num_prompts = write_snapshot(config.prompts, str(prompts))
+        num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
         if config.init.uri is not None:
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
+        _check_sampler_column(config, rows, model)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
@@ -179,6 +186,13 @@ def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
     return replace(draft, segment=segment, prompts=path)
 
 
+def _names_syntax(lock: Lock, draft: JobDraft) -> tuple[bool, bool]:
+    """Whether the data set's records, and the draft's, say in which syntax their prompts are."""
+    whole = data_set_schema(draft.config.output.uri, lock)
+    mine = record_schema(draft.config, Snapshot(str(draft.prompts)))
+    return SYNTAX.name in whole.names, SYNTAX.name in mine.names
+
+
 def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
     """Store the draft's snapshots unless they are there: an earlier run may have been killed."""
     uri = draft.config.output.uri
@@ -224,6 +238,12 @@ def _new_part(lock: Lock, draft: JobDraft) -> Segment:
                 f"{'leave' if old else 'give'} quality.{score}{' out' if old else ''}, or choose "
                 "another output.uri"
             )
+    old, new = _names_syntax(lock, draft)
+    if old != new:
+        raise BadInput(
+            "--extend cannot change whether records have a prompt_syntax: "
+            f"{'give' if old else 'leave out'} prompts.syntax, or choose another output.uri"
+        )
     before, after = last.identity(), segment.identity()
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     first_prompt = first_seed = 0
@@ -285,23 +305,59 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
-    model = find_weights(config.model.uri)
+    model = find_weights(config.model)
     from rayjobs.diffusion.sampler import resolve
 
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, lambda name=name: resolve(name, config.sampler.options, model.is_edm))
+        _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
     return model
 
 
-def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
-    """Hash and scale of each adapter."""
-    hashes = []
-    for lora in config.model.loras:
-        file = _named("model.loras", lambda uri=lora.uri: weights.lora_file(storage.fetch(uri)))
-        hashes.append(f"{weights.sha256_of(Path(file))} x {lora.scale:g}")
-    return tuple(hashes)
+def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights.Weights) -> None:
+    if "sampler" not in rows.columns:
+        return
+    from rayjobs.diffusion.sampler import resolve
+
+    for name in filter(None, rows.distinct("sampler")):
+        check = partial(resolve, name, config.sampler.options, model.prediction)
+        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
+
+
+def _hash_loras(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
+    """Hash and scale of each adapter. Raises BadInput for one that does not fit the model."""
+    if not config.model.loras:
+        return ()
+    from rayjobs.diffusion.adapters import fit
+
+    paths = [storage.fetch(lora.uri) for lora in config.model.loras]
+    _named("model.loras", lambda: fit.check(paths, model))
+    hashes = [file_sha256(weights.lora_file(path)) for path in paths]
+    return tuple(
+        f"{sha256} x {lora.scale:g}"
+        for sha256, lora in zip(hashes, config.model.loras, strict=True)
+    )
+
+
+def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
+    """The job with the steps that the model is made for, where it gives none.
+
+    A distilled model's guidance is written down too: it was another one before they were known.
+    """
+    sampler = config.sampler
+    steps = usual.steps if sampler.steps is None else sampler.steps
+    guidance = sampler.guidance_scale
+    if usual.kind is not None and guidance is None:
+        guidance = usual.guidance_scale
+    warning = usual.warning(steps, 0.0 if guidance is None else guidance)
+    if warning is not None:
+        print(f"warning: sampler: {warning}", file=sys.stderr)
+    if config.init.uri is not None and not config.parameters.steps:
+        weakest = min(config.parameters.strength or (config.init.strength,))
+        _named("init.strength", lambda: check_strength(weakest, steps))
+    given = {"steps": steps, "guidance_scale": guidance}
+    return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
 
 
 def _hash_scorers(config: GenerateConfig) -> dict[str, str]:

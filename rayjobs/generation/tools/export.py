@@ -34,7 +34,8 @@ from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.dataset.records import Row, canonical_json, feature
 from rayjobs.generation.spec.lock import data_set_schema
 from rayjobs.generation.tools.filters import Condition, parse
-from rayjobs.images.encode import encode_picture, parameters_text
+from rayjobs.images.encode import encode_picture
+from rayjobs.images.parameters import parameters_text
 from rayjobs.quality import duplicates
 from rayjobs.reports import card
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from rayjobs import storage
-from rayjobs.dataset.records import ENGINE_VERSION, SCORES, Row, image_id
+from rayjobs.dataset.records import ENGINE_VERSION, SCORES, SYNTAX, Row, image_id
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
@@ -23,7 +23,8 @@ from rayjobs.diffusion.sampler import resolve
 from rayjobs.generation.config import GenerateConfig, QualityConfig
 from rayjobs.generation.spec.records import Record
 from rayjobs.images.container import UnreadableImage
-from rayjobs.images.encode import encode_picture, parameters_text
+from rayjobs.images.encode import encode_picture
+from rayjobs.images.parameters import parameters_text
 from rayjobs.images.sandbox import Sandbox
 from rayjobs.models import loading
 from rayjobs.quality import pixels
@@ -80,17 +81,19 @@ class RecordGenerator:
     def image_id(self, record: Record, init_sha256: str | None) -> str:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
-        own = type(self.model.scheduler).__name__
-        sampler_class, options = resolve(record.sampler or own, sampler.options, self.model.is_edm)
+        name = record.sampler or type(self.model.scheduler).__name__
+        sampler_class, options = resolve(name, sampler.options, self.model.prediction)
         side = self.model.default_side if init_sha256 is None else None
+        syntax = record.prompt_syntax or "plain"
         return image_id(
-            {
+            ({} if syntax == "plain" else {"prompt_syntax": syntax})
+            | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
                 "seed": record.seed,
                 "sampler": sampler_class.__name__,
                 "sampler_options": options,
-                "steps": record.steps,
+                "steps": self._steps(record),
                 "guidance_scale": self._guidance(record),
                 "guidance_rescale": record.guidance_rescale,
                 "clip_skip": record.clip_skip,
@@ -133,6 +136,7 @@ class RecordGenerator:
         return Request(
             prompt=record.prompt,
             negative_prompt=record.negative_prompt,
+            prompt_syntax=record.prompt_syntax or "plain",
             seed=record.seed,
             steps=record.steps,
             sampler=record.sampler,
@@ -184,7 +188,7 @@ class RecordGenerator:
             "negative_prompt": record.negative_prompt,
             "seed": record.seed,
             "sampler": record.sampler or type(self.model.scheduler).__name__,
-            "steps": record.steps,
+            "steps": self._steps(record),
             "guidance_scale": self._guidance(record),
             "guidance_rescale": record.guidance_rescale,
             "clip_skip": record.clip_skip,
@@ -196,8 +200,12 @@ class RecordGenerator:
             "model_sha256": self.model.sha256,
             "status": "ok",
             "error": None,
+            **({SYNTAX.name: record.prompt_syntax} if record.prompt_syntax else {}),
             **record.passed_through,
         }
+
+    def _steps(self, record: Record) -> int:
+        return self.model.usual.steps if record.steps is None else record.steps
 
     def _guidance(self, record: Record) -> float:
         given = record.guidance_scale

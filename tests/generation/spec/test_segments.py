@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, read_lock
@@ -82,6 +84,21 @@ def test_what_cannot_be_appended_is_refused_and_changes_nothing(tmp_path: Path) 
     with pytest.raises(BadInput, match=r"--extend, or go back to:\n"):
         job.prepare(configure(output, ["a", "b"], {"values": [1, 2]}))
     assert read_lock(str(output)) == lock
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_down": torch.zeros(2, 640), "lora_up": torch.zeros(640, 2)}
+    lora = tmp_path / "wide.safetensors"
+    save_file({f"{layer}.{name}.weight": each for name, each in factors.items()}, lora)
+    output = tmp_path / "out"
+    model = {"uri": "starter", "loras": [{"uri": str(lora)}]}
+    told = r"^model.loras: LoRA wide.safetensors: .* for another model: .*640.* do not fit"
+    with pytest.raises(BadInput, match=told):
+        job.prepare(configure(output, ["a"], {"count": 1}, model=model))
+    assert not output.exists()
 
 
 def from_file(folder: Path, name: str, text: str) -> GenerateConfig:

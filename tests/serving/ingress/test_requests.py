@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from rayjobs.diffusion.facts import STEPS
+from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.models.facts import ModelFacts
 from serve.config import ServeConfig
 from serve.errors import ApiError
-from serve.ingress.requests import STEPS, ImagesRequestBuilder, describe
+from serve.ingress.requests import ImagesRequestBuilder, describe
 from serve.ingress.schemas import EditBody, GenerateBody
 from serve.protocol import ImagesRequest, Pixels
 from serve.registry import Entry, Registry, Weights
@@ -36,7 +38,12 @@ def builder() -> ImagesRequestBuilder:
     weights = {"sdxl": Weights("sdxl"), "hub": Weights("hub")}
     entries = [
         Entry("sdxl", "model", weights["sdxl"], facts=SDXL),
-        Entry("edm", "model", Weights("edm"), facts=ModelFacts("sdxl", 512, 8, is_edm=True)),
+        Entry(
+            "edm",
+            "model",
+            Weights("edm"),
+            facts=ModelFacts("sdxl", 512, 8, Prediction(is_edm=True)),
+        ),
         Entry("hub", "model", weights["hub"]),
         Entry("dog", "lora", weights["sdxl"], lora="dog", base="sdxl"),
         Entry("far", "lora", weights["hub"], lora="far", base="hub"),
