@@ -143,6 +143,7 @@ def ensure_segment(
             "back, or choose another output.uri"
         )
     if before is None or (untouched and not _is_there(before, draft)):
+        _check_twins(draft.config)
         storage.remove_folder(storage.join(uri, "prompts"))
         lock = Lock(segments=(draft.segment,), determinism=determinism())
         stored = replace_lock(lock, mark, uri) if mark else create_lock(lock, uri)
@@ -152,11 +153,23 @@ def ensure_segment(
         lock = before
         draft, number = _find_segment(lock, draft, extend)
         if number is None:
+            _check_twins(draft.config)
             lock = lock.model_copy(update={"segments": (*lock.segments, _new_part(lock, draft))})
             if not replace_lock(lock, mark or "", uri):
                 raise BadInput(f"{lock_uri(uri)} was changed by another run meanwhile; start again")
     _keep_snapshots(lock, draft)
     return lock
+
+
+def _check_twins(config: GenerateConfig) -> None:
+    """Refuse what would make an image twice; not in jobs that were begun before this was asked."""
+    for key in ("inline", "templates"):
+        texts = getattr(config.prompts, key)
+        twin = next((text for text in texts if texts.count(text) > 1), None)
+        if twin is not None:
+            raise BadInput(
+                f"prompts.{key} has {twin!r:.80} twice, which would make an image twice; remove one"
+            )
 
 
 def _is_there(lock: Lock, draft: JobDraft) -> bool:

@@ -74,6 +74,7 @@ def test_what_cannot_be_appended_is_refused_and_changes_nothing(tmp_path: Path) 
         (configure(output, ["a", "b"], {"values": [1, 2, 3]}), "more prompts or more seeds"),
         (configure(output, ["a"], {"values": [1, 3, 4]}), "must begin with the old ones"),
         (configure(output, ["a"], {"values": [1]}), "must begin with the old ones"),
+        (configure(output, ["c", "d", "c"], {"count": 1}), "prompts.inline has 'c' twice"),
         (
             configure(output, ["b"], {"count": 1}, output={"uri": str(output), "format": "folder"}),
             "cannot change output",
