@@ -125,8 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
+    repair = reader("repair", _repair, "make again what verify finds damaged")
+    repair.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in workers.min=2")
     export = reader("export", _export, "copy a data set: filtered, converted, resized, split")
-    export.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
+    export.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
+    export.add_argument("--repair", action="store_true", help="export damaged shards again")
     return parser
 
 
@@ -156,6 +159,16 @@ def _generate(options: argparse.Namespace) -> int:
     summary = job.run(
         config, options.limit, extend=options.extend, retry_failed=options.retry_failed
     )
+    return _tell(summary)
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from rayjobs.generation import job
+
+    return _tell(job.repair(options.uri, options.overrides))
+
+
+def _tell(summary: Any) -> int:
     if summary.num_made:
         rate = summary.num_made / summary.seconds
         done = f"made {summary.num_made:,} images in {summary.seconds:.0f} s ({rate:.2f}/s)"
@@ -215,7 +228,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rayjobs.generation.tools import export
 
-    done = export.run(options.uri, export.load(options.settings))
+    done = export.run(options.uri, export.load(options.overrides), options.repair)
     parts = "".join(f", {count:,} {name}" for name, count in done.splits.items())
     print(f"{done.num_records:,} records{parts}, in {done.seconds:.0f} s; {done.output_uri}")
     return DONE
@@ -257,6 +270,8 @@ def _verify(options: argparse.Namespace) -> int:
     print(
         f"{findings.num_shards:,} shards, {findings.num_records:,} records{again}{missing}: {wrong}"
     )
+    if findings.faults:
+        print(f"to make it whole again: {findings.way_out}")
     return SOME_FAILED if findings.faults else DONE
 
 

@@ -87,15 +87,24 @@ def load_config(model: type[C], path: str, overrides: list[str] | None = None) -
     Text is what is written, whatever YAML takes it for; null stands for a key's default.
     Raises BadInput naming every key that is wrong.
     """
-    values = _read(path)
-    _check_overrides(overrides or [])
-    for override in overrides or []:
+    return read_config(model, _read(path), overrides or [], f"{path}: ")
+
+
+def changed(config: C, overrides: list[str]) -> C:
+    """The configuration with these overrides. Raises BadInput naming every key that is wrong."""
+    return read_config(type(config), config.model_dump(mode="json"), overrides)
+
+
+def read_config(model: type[C], values: dict[str, Any], overrides: list[str], where: str = "") -> C:
+    """The model of these values and overrides; errors say `where` the values are from."""
+    _check_overrides(overrides)
+    for override in overrides:
         _apply(values, override)
     try:
         return model.model_validate(written.settle(values, model))
     except ValidationError as error:
         lines = [_describe(model, problem) for problem in error.errors()]
-        raise BadInput("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise BadInput("\n".join(f"{where}{line}" for line in lines)) from None
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def fetch(uri: str) -> Path:
     each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
     """
     if not is_remote(uri):
-        return Path(uri.removeprefix("file://"))
+        return Path(uri.removeprefix("file://")).expanduser()
     fs, path = open_fs(uri)
     found = find(uri)
     if not found:

@@ -65,13 +65,18 @@ def is_remote(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """The same place from any working directory: local paths made absolute, others as they are."""
-    return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
+    """The same place from any working directory: local paths made absolute, others as they are.
+
+    `~` is the home folder, which a shell does not write out in `output.uri=~/images`.
+    """
+    if is_remote(uri):
+        return uri
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
 def absolute_if_path(uri: str) -> str:
     """As `absolute`, but what is no existing path, such as a hub id or `starter`, stays."""
-    return absolute(uri) if os.path.exists(uri) else uri
+    return absolute(uri) if not is_remote(uri) and os.path.exists(absolute(uri)) else uri
 
 
 def check(uri: str, write: bool = False) -> None:
@@ -276,6 +281,8 @@ def put_folder(uri: str, files: dict[str, bytes], staging: str) -> None:
         if is_remote(uri):
             for name, data in files.items():
                 fs.pipe_file(f"{path}/{name}", data)
+            fs.invalidate_cache()
+            s3.remove(fs, [n for n in fs.find(path) if n.removeprefix(f"{path}/") not in files])
             return
         local.put_folder(path, files, staging)
 
@@ -285,7 +292,7 @@ def open_fs(uri: str) -> tuple[Any, str]:
     if uri.startswith("s3://"):
         return _s3(), uri.removeprefix("s3://").rstrip("/")
     check(uri)
-    return fsspec.filesystem("file"), os.path.abspath(uri.removeprefix("file://"))
+    return fsspec.filesystem("file"), absolute(uri)
 
 
 def forget_connections() -> None:

@@ -1,8 +1,10 @@
 """One door, two kinds of storage: the same tests on a local folder and on a real S3 server."""
 
+import errno
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,40 @@ def test_unusable_storage_is_told_in_time(bucket: str, monkeypatch: pytest.Monke
     with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID"):
         storage.check(bucket)
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_without_hard_links(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT and FUSE: of many that create the same file one counts, and it is whole."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri, staging = join(str(tmp_path), "manifest", "x"), join(str(tmp_path), "tmp")
+    data = [bytes([n]) * 100_000 for n in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda mine: storage.create_bytes(uri, mine, staging), data))
+    assert made.count(True) == 1
+    assert storage.read_bytes(uri) == data[made.index(True)]
+    assert storage.list_files(staging) == []
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for uri in ("~/a", "file://~/b"):
+        storage.check(uri, write=True)
+        storage.write_bytes(join(uri, "x"), b"1")
+    assert storage.list_files(str(tmp_path)) == ["home/a/x", "home/b/x"]
+    assert (
+        storage.absolute_if_path("~/a") == str(tmp_path / "home" / "a") == storage.absolute("~/a")
+    )
+    assert storage.fetch("~/a/x").read_bytes() == b"1"
+    assert storage.absolute("./~") == str(tmp_path / "~")
+    assert storage.absolute_if_path("stabilityai/sdxl") == "stabilityai/sdxl"
 
 
 @pytest.mark.parametrize("name", ["exp[12]", "exp*", "a+b & c#d%41 ü {x}"])

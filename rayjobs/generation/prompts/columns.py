@@ -139,6 +139,19 @@ def _inferred(values: list[Any]) -> pa.DataType:
     return pa.infer_type(values)
 
 
+def empty_structs(schema: pa.Schema) -> list[str]:
+    """Columns that hold {} and, so far, nothing that says what may be in there."""
+    return [field.name for field in schema if _has_empty_struct(field.type)]
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        inner = [field.type for field in kind]
+        return not inner or any(map(_has_empty_struct, inner))
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return nested and _has_empty_struct(kind.value_type)
+
+
 def joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     """A type that holds the values of both; raises ArrowException when there is none."""
     if a == b or pa.types.is_null(b):

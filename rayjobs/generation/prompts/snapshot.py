@@ -20,6 +20,7 @@ from rayjobs.dataset.records import OVERRIDES
 from rayjobs.generation.prompts.columns import (
     ColumnTypes,
     check_rows,
+    empty_structs,
     find_prompt_column,
     joined,
 )
@@ -198,7 +199,10 @@ class _RowGroups:
 
     def __init__(self, uri: str):
         self._uri = uri
-        self._file = pq.ParquetFile(storage.open_input(uri))
+        try:
+            self._file = pq.ParquetFile(storage.open_input(uri))
+        except pa.ArrowException as error:
+            raise BadInput(f"{uri} is damaged: {error}") from None
         self.schema: pa.Schema = self._file.schema_arrow
         self.read = lru_cache(maxsize=4)(self._read)
 
@@ -223,6 +227,12 @@ def _write(config: PromptsConfig, kinds: ColumnTypes, path: str, family: str | N
     if first is None:
         return 0
     kinds.learn(first)
+    if empty_structs(kinds.schema):
+        for chunk in chunks:
+            kinds.learn(chunk)
+        for name in empty_structs(kinds.schema):
+            raise BadInput(f"prompts.uri: {config.uri}: {name} has only {{}} in it; drop it")
+        return None
     schema, total = kinds.schema, 0
     with pq.ParquetWriter(path, schema) as writer:
         for group in _groups(_tables(chain([first], chunks), kinds, schema)):
@@ -259,6 +269,8 @@ def _chunks(config: PromptsConfig, family: str | None) -> Iterator[Chunk]:
         return
     column = None
     for chunk in read_chunks(config.uri, family):
+        if not chunk.columns:  # lines that are {}
+            continue
         column = column or find_prompt_column(config.column, chunk)
         chunk = check_rows(chunk, column, config.syntax)
         if len(chunk):

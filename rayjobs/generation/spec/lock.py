@@ -47,6 +47,14 @@ def config_of(
     return ResolvedConfig.model_validate(values)
 
 
+def config_again(uri: str, lock: Lock, number: int) -> ResolvedConfig:
+    """A segment's job, to be run again with such workers as it had."""
+    config, was = config_of(lock.segments[number], uri), lock.determinism
+    num_gpus = 1.0 if "CUDA" in str(was.get("device")) else 0.0
+    workers = {"num_cpus": was.get("threads", 1), "num_gpus": num_gpus}
+    return config.model_copy(update={"workers": config.workers.model_copy(update=workers)})
+
+
 def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:
     """The records of a segment, from the snapshots stored with the data set."""
     uri = config.output.uri

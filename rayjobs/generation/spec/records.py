@@ -17,8 +17,10 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.templates import TemplateTexts
 
 NUM_SEEDS = 2**63
-Redo = Mapping[int, Mapping[int, int]]
-"""Finished shards to make again: the records of each, and their new seeds."""
+Redo = Mapping[int, Mapping[int, int | None]]
+"""Finished shards to make again: the records of each, and their new seeds, None for their own.
+
+Of a shard without records those that failed are meant."""
 
 
 class Rows(Protocol):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import check_schema
+from rayjobs.dataset.inspection import inspect_snapshots
 from rayjobs.dataset.lock import (
     Lock,
     Segment,
@@ -143,6 +144,7 @@ def ensure_segment(
             "back, or choose another output.uri"
         )
     if before is None or (untouched and not _is_there(before, draft)):
+        _check_twins(draft.config)
         storage.remove_folder(storage.join(uri, "prompts"))
         lock = Lock(segments=(draft.segment,), determinism=determinism())
         stored = replace_lock(lock, mark, uri) if mark else create_lock(lock, uri)
@@ -152,11 +154,23 @@ def ensure_segment(
         lock = before
         draft, number = _find_segment(lock, draft, extend)
         if number is None:
+            _check_twins(draft.config)
             lock = lock.model_copy(update={"segments": (*lock.segments, _new_part(lock, draft))})
             if not replace_lock(lock, mark or "", uri):
                 raise BadInput(f"{lock_uri(uri)} was changed by another run meanwhile; start again")
     _keep_snapshots(lock, draft)
     return lock
+
+
+def _check_twins(config: GenerateConfig) -> None:
+    """Refuse what would make an image twice; not in jobs that were begun before this was asked."""
+    for key in ("inline", "templates"):
+        texts = getattr(config.prompts, key)
+        twin = next((text for text in texts if texts.count(text) > 1), None)
+        if twin is not None:
+            raise BadInput(
+                f"prompts.{key} has {twin!r:.80} twice, which would make an image twice; remove one"
+            )
 
 
 def _is_there(lock: Lock, draft: JobDraft) -> bool:
@@ -201,6 +215,28 @@ def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
         storage.put_file(snapshot_uri(uri, number), draft.prompts)
     if draft.names is not None and not storage.exists(names_uri(uri, number)):
         storage.put_file(names_uri(uri, number), draft.names)
+
+
+def restore_snapshots(uri: str, lock: Lock, current: GenerateConfig) -> None:
+    """Write snapshots that are gone or replaced again, from what they were made of.
+
+    Raises BadInput or StorageError when that is not what it was.
+    """
+    for number in sorted({fault.segment or 0 for fault in inspect_snapshots(uri, lock)}):
+        wanted = lock.segments[number]
+        with open_draft(config_of(wanted, uri, current), confirmed=True) as draft:
+            if number and draft.segment.prompts_sha256 != wanted.prompts_sha256:
+                before = lock.model_copy(update={"segments": lock.segments[:number]})
+                draft = _with_columns_of(before, draft)
+            for key, source in (("prompts_sha256", "prompts"), ("init_sha256", "init")):
+                if getattr(draft.segment, key) != getattr(wanted, key):
+                    raise BadInput(
+                        f"prompts/segment-{number:03d} cannot be made again: {source}.uri, "
+                        f"{getattr(draft.config, source).uri}, is not what it was"
+                    )
+            storage.put_file(snapshot_uri(uri, number), draft.prompts)
+            if draft.names is not None:
+                storage.put_file(names_uri(uri, number), draft.names)
 
 
 def _new_part(lock: Lock, draft: JobDraft) -> Segment:

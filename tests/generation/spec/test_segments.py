@@ -14,6 +14,7 @@ from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import resolve
 from rayjobs.generation.spec.lock import config_of
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
@@ -73,6 +74,7 @@ def test_what_cannot_be_appended_is_refused_and_changes_nothing(tmp_path: Path) 
         (configure(output, ["a", "b"], {"values": [1, 2, 3]}), "more prompts or more seeds"),
         (configure(output, ["a"], {"values": [1, 3, 4]}), "must begin with the old ones"),
         (configure(output, ["a"], {"values": [1]}), "must begin with the old ones"),
+        (configure(output, ["c", "d", "c"], {"count": 1}), "prompts.inline has 'c' twice"),
         (
             configure(output, ["b"], {"count": 1}, output={"uri": str(output), "format": "folder"}),
             "cannot change output",
@@ -195,3 +197,26 @@ def test_another_class_is_refused_or_marked(
     )
     (entry,) = ShardWorker(allowed, older).make([0])
     assert entry["class_changed"]
+
+
+def test_every_local_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have other working directories, and no shell that knows `~`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model.safetensors", "configs", "clip", "head.safetensors", "guard"):
+        (tmp_path / name).touch()
+    config = configure(
+        Path("out"),
+        [],
+        {"count": 1},
+        model={"uri": "model.safetensors", "config": "./configs", "loras": [{"uri": "~/a"}]},
+        prompts={"uri": "p.csv"},
+        init={"uri": "~/photos", "strength": 1.0},
+        quality={"clip": "clip", "aesthetic": "~/head.safetensors", "safety": "org/classifier"},
+    )
+    found = resolve(config)
+    uris = [found.model.uri, found.model.config, found.model.loras[0].uri, found.prompts.uri]
+    uris += [found.init.uri, found.quality.clip, found.quality.aesthetic, found.output.uri]
+    names = ["model.safetensors", "configs", "a", "p.csv", "photos", "clip", "head.safetensors"]
+    assert uris == [str(tmp_path / name) for name in [*names, "out"]]
+    assert found.quality.safety == "org/classifier"
