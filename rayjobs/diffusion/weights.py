@@ -130,7 +130,7 @@ class Weights:
                 values = {}
             guess = {"prediction_type": self.single.guess} if self._is_guessed else {}
             values = {**values, **guess, **decided}
-            if Prediction.of(values).misfit(values["_class_name"]) is not None:
+            if Prediction.of(values).misfit(str(values["_class_name"])) is not None:
                 own = EULER if self.family == "sdxl" else DDIM
                 values["_class_name"] = own["_class_name"]
         told = self.prediction_type
