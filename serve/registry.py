@@ -173,8 +173,7 @@ class Registry:
             weights = Weights(folder, None, how or LoadOptions(), version=etag)
         else:
             like = how or (_how(base) if base else LoadOptions())
-            given = Weights(parts.base_uri) if base is None else _weights(base)
-            weights = replace(given, how=like)
+            weights = _weights(parts.base if base is None else base, like)
         if parts.words:
             weights = replace(weights, words=parts.words, version=etag)
         is_lora = note.kind == "lora"
@@ -197,7 +196,13 @@ class Registry:
                 yield replace(entry, kind="model")
                 continue
             yield Entry(
-                model.name, "model", _weights(model), None, None, read_facts(model), model.hint
+                model.name,
+                "model",
+                _weights(model, _how(model)),
+                None,
+                None,
+                read_facts(model),
+                model.hint,
             )
         for lora in self.config.loras:
             yield self._lora(lora)
@@ -210,15 +215,15 @@ class Registry:
         if lora.base is not None and base is None:
             known = ", ".join(model.name for model in self.config.models)
             raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
-        weights = None if base is None else _weights(base)
+        weights = None if base is None else _weights(base, _how(base))
         hint = None if note is None else note.instance_prompt
         facts = ModelFacts() if base is None else read_facts(base)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
 
 
-def _weights(model: ModelConfig) -> Weights:
-    source = {name: getattr(model, name) for name in SourceConfig.model_fields}
-    return Weights(**source, how=_how(model))
+def _weights(source: SourceConfig, how: LoadOptions) -> Weights:
+    keys = {name: getattr(source, name) for name in SourceConfig.model_fields}
+    return Weights(**keys, how=how)
 
 
 def _how(model: ModelConfig) -> LoadOptions:

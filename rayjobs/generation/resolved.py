@@ -25,7 +25,10 @@ def resolve(config: GenerateConfig) -> ResolvedConfig:
     for part in parts:
         if part["uri"] is not None:
             part["uri"] = storage.absolute(part["uri"])
-    values["model"]["uri"] = storage.absolute_if_path(values["model"]["uri"])
+    model = values["model"]
+    for key in ("uri", "config", "base"):
+        if model.get(key) is not None:
+            model[key] = storage.absolute_if_path(model[key])
     return ResolvedConfig.model_validate(values)
 
 

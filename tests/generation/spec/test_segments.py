@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 
 from rayjobs.config import BadInput
-from rayjobs.dataset.lock import Lock, read_lock
+from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.resolved import resolve
 from rayjobs.generation.spec.lock import config_of
+from rayjobs.generation.spec.segments import open_draft
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
+from tests import headers
 
 pytestmark = pytest.mark.model
 
@@ -116,3 +119,46 @@ def test_another_class_is_refused_or_marked(
     )
     (entry,) = ShardWorker(allowed, older).make([0])
     assert entry["class_changed"]
+
+
+def asked_for(folder: Path, **changes: Any) -> Any:
+    return configure(folder, ["a"], {"count": 1}, **{"sampler": {}, **changes})
+
+
+def draft(config: GenerateConfig) -> Segment:
+    with open_draft(resolve(config)) as found:
+        return found.segment
+
+
+def single(path: Path, shapes: headers.Shapes, **metadata: str) -> dict[str, Any]:
+    return {"uri": headers.write(path, shapes, {f"modelspec.{k}": v for k, v in metadata.items()})}
+
+
+def test_a_sampler_that_does_not_fit_the_models_file_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    model = single(tmp_path / "v.safetensors", headers.XL | headers.V | headers.ZERO)
+    for changes in ({"sampler": {"name": "heun"}}, {"parameters": {"sampler": ["euler", "lms"]}}):
+        config = asked_for(tmp_path / "out", model=model, **changes)
+        with pytest.raises(BadInput, match=r"does not fit a model of zero .*; use one of ddim"):
+            draft(config)
+    assert not (tmp_path / "out").exists()
+    locked = draft(asked_for(tmp_path / "out", model=model, sampler={"name": "euler"})).job
+    assert (locked["sampler"]["steps"], locked["sampler"]["guidance_scale"]) == (30, None)
+    assert "prediction_type" not in locked["model"]  # a lock of before this key is the same
+
+
+def test_a_distilled_model_has_defaults_of_its_own_and_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = single(tmp_path / "few.safetensors", headers.XL, title="SDXL Lightning 8-step")
+    usual = draft(asked_for(tmp_path / "out", model=model)).job["sampler"]
+    assert (usual["steps"], usual["guidance_scale"]) == (8, 1.0)
+    assert capsys.readouterr().err == ""
+    given = {"steps": 30, "guidance_scale": 7}
+    locked = draft(asked_for(tmp_path / "out", model=model, sampler=given)).job["sampler"]
+    assert {key: locked[key] for key in given} == given
+    assert "30 steps and guidance 7 spoil the pictures of a Lightning" in capsys.readouterr().err
+    weak = {"uri": str(tmp_path), "strength": 0.1}
+    with pytest.raises(BadInput, match=r"init\.strength: strength 0\.1 of 8 steps leaves no step"):
+        draft(asked_for(tmp_path / "out", model=model, init=weak))
