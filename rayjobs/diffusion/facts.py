@@ -51,7 +51,7 @@ class Usual:
         asked += f"guidance {guidance_scale:g}" if too_strong else ""
         guidance = f"guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else "no guidance"
         made_for = f"{self.steps} steps and {guidance}"
-        return f"{asked} spoil the pictures of a {self.kind} model, which is made for {made_for}"
+        return f"{asked} spoil the pictures of {self.kind} models, which are made for {made_for}"
 
 
 def vae_scale(vae: Mapping[str, Any]) -> int:
@@ -92,7 +92,7 @@ def usual(
     """
     if unet.get("time_cond_proj_dim") is not None:
         return Usual(FEW_STEPS, LCM_GUIDANCE, "LCM")
-    kind = _distilled(scheduler, names.lower())
+    kind = _distilled(scheduler, names)
     if kind is not None:
         number = NUMBER.search(names.lower())
         return Usual(int(number[1]) if number and int(number[1]) else FEW_STEPS, 1.0, kind)
@@ -102,10 +102,16 @@ def usual(
     return Usual(STEPS, 5.0 if family == "sdxl" else 7.5)
 
 
+def distilled_name(titles: str) -> str | None:
+    """The kind of distilled model that a title names."""
+    named = NAMES.search(titles.lower())
+    return LABELS.get(named[1], named[1].upper()) if named else None
+
+
 def _distilled(scheduler: Mapping[str, Any], names: str) -> str | None:
-    named = NAMES.search(names)
+    named = distilled_name(names)
     if named:
-        return LABELS.get(named[1], named[1].upper())
+        return named
     sampler = str(scheduler.get("_class_name"))
     if sampler in ("LCMScheduler", "TCDScheduler"):
         return "LCM" if sampler == "LCMScheduler" else "Hyper or TCD"

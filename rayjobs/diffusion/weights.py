@@ -20,13 +20,14 @@ from rayjobs.diffusion.files.folder import (
     PARTS,
     PICKLES,
     check_folder,
+    check_tokenizer,
     check_unet,
     pickle_message,
     read_json,
     refuse_pickles,
 )
 from rayjobs.diffusion.files.header import is_safetensors, read_header
-from rayjobs.diffusion.files.single import Single, read_single
+from rayjobs.diffusion.files.single import TITLES, Single, read_single
 from rayjobs.diffusion.sampler_names import Prediction
 
 STARTER = Path(__file__).parents[1] / "starter" / "model"
@@ -112,6 +113,11 @@ class Weights:
         folder = self.config_folder
         if self.single is None or folder is None:
             return
+        for name in PARTS[self.family]:
+            if name.startswith("tokenizer"):
+                check_tokenizer(folder / name)
+            else:
+                read_json(folder / name / "config.json")
         vae = read_json(folder / "vae" / "config.json")
         self.single.check_config(self.unet_config(folder), vae, str(folder))
 
@@ -270,11 +276,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _single_file(path: Path) -> Weights:
-    if path.suffix in PICKLES:
+    if path.suffix != ".safetensors":
         if is_safetensors(path):
             raise ValueError(f"{path} is a safetensors file; name it {path.stem}.safetensors")
-        raise ValueError(pickle_message(path))
-    if path.suffix != ".safetensors":
+        if path.suffix in PICKLES:
+            raise ValueError(pickle_message(path))
         raise ValueError(f"{path} is not a model: expected a .safetensors file or a folder")
     single = read_single(read_header(path))
     return Weights(path, PIPELINES[single.family], single, names=single.titles)
@@ -305,10 +311,8 @@ def _folder(folder: Path, uri: str) -> Weights:
         if (folder / "config.json").is_file():
             return _unet_folder(folder)
         refuse_pickles([folder])
-        what = {foreign.name_of(read_header(file).names) for file in folder.glob("*.safetensors")}
-        told = next((f"; it is {kind}" for kind in sorted(filter(None, what))), "")
         raise ValueError(
-            f"model {uri!r} is not a diffusers folder: it has no model_index.json{told}"
+            f"model {uri!r} is not a diffusers folder: it has no model_index.json{_inside(folder)}"
         )
     index = read_json(folder / "model_index.json")
     class_name = str(index.get("_class_name"))
@@ -321,6 +325,15 @@ def _folder(folder: Path, uri: str) -> Weights:
     variants = check_folder(folder, family, index)
     unet = read_json(folder / "unet" / "config.json")
     return Weights(folder, class_name, names=facts.names_of(index, unet), variants=variants)
+
+
+def _inside(folder: Path) -> str:
+    """What a folder that is no model holds instead, as the end of a sentence."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return ""
+    what = foreign.name_of(read_header(files[0]).names)
+    return f"; it is {what}" if what else f"; give the file in it, {files[0].name}"
 
 
 def _check_rest(weights: Weights) -> None:
@@ -395,6 +408,13 @@ def _is_pipeline(hub_id: str, revision: str | None) -> bool:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kind_of_adapter(path: Path) -> str | None:
+    """The kind of distilled model that an adapter makes, where its metadata says so."""
+    metadata = read_header(path).metadata
+    titles = " ".join(str(metadata.get(key, "")) for key in TITLES)
+    return facts.distilled_name(titles)
 
 
 def lora_file(path: Path) -> Path:

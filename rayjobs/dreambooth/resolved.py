@@ -67,6 +67,8 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     storage.check(config.output.uri, write=True)
     _check_trackers(config)
     weights = find_weights(config.model)
+    if weights.single is not None:
+        _find_configurations(weights)
     config = _with_usual_steps(config, weights.usual.steps)
     photos = find_photos(config.instance.uri, config.instance.prompt)
     _warn(_check_identifier(config, weights))
@@ -89,6 +91,13 @@ def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
     places = {name: getattr(config.model, name) for name in ("uri", "config", "base")}
     places = {name: storage.absolute_if_path(uri) for name, uri in places.items() if uri}
     return config.model_copy(update=parts | {"model": config.model.model_copy(update=places)})
+
+
+def _find_configurations(weights: Weights) -> None:
+    try:
+        weights.load_config_folder()
+    except ValueError as error:
+        raise BadInput(f"model.config: {error}") from None
 
 
 def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:

@@ -148,7 +148,7 @@ def test_a_distilled_model_is_known_by_its_sampler(
     assert len(engine.rows[row].sampler.timesteps) == (steps or 4)
     assert engine.rows[row].num_slots == 1
     (result,) = engine.generate([])
-    told = ("20 steps spoil the pictures of a Turbo or Lightning model",)
+    told = ("20 steps spoil the pictures of Turbo or Lightning models",)
     assert [warning.split(",")[0] for warning in result.warnings] == list(told if steps else ())
 
 

@@ -204,8 +204,9 @@ def _width(header: Header) -> int:
 
 
 def _depth(names: frozenset[str]) -> int:
-    """Layers of the UNet's deepest transformer."""
-    depths = (re.search(r"\.transformer_blocks\.(\d+)\.", name) for name in names)
+    """Layers of the UNet's deepest transformer on the way down."""
+    layer = re.compile(r"(?:^|\.)(?:input|down)_blocks\..*\.transformer_blocks\.(\d+)\.")
+    depths = (layer.search(name) for name in names)
     return max((int(found[1]) + 1 for found in depths if found), default=0)
 
 

@@ -29,7 +29,7 @@ from rayjobs.dataset.lock import (
 )
 from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
-from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.facts import FEW_STEPS, Usual
 from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -80,6 +80,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
             storage.check(uri)
     model = _check_model(config)
     config = _with_usual(config, model.usual)
+    _warn_of_use(config, model.usual)
     loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -226,6 +227,8 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
         _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
+    if model.single is not None:
+        _named("model.config", model.load_config_folder)
     return model
 
 
@@ -237,16 +240,29 @@ def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
     sampler = config.sampler
     steps = usual.steps if sampler.steps is None else sampler.steps
     guidance = sampler.guidance_scale
-    if usual.kind is not None and guidance is None:
-        guidance = usual.guidance_scale
-    warning = usual.warning(steps, 0.0 if guidance is None else guidance)
-    if warning is not None:
-        print(f"warning: sampler: {warning}", file=sys.stderr)
+    if usual.kind is not None and None in (sampler.steps, guidance):
+        made_for = f"{usual.steps} steps and guidance {usual.guidance_scale:g}"
+        print(f"a {usual.kind} model: {made_for} where the job gives none", file=sys.stderr)
+        guidance = usual.guidance_scale if guidance is None else guidance
     if config.init.uri is not None and not config.parameters.steps:
         weakest = min(config.parameters.strength or (config.init.strength,))
         _named("init.strength", lambda: check_strength(weakest, steps))
     given = {"steps": steps, "guidance_scale": guidance}
     return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
+
+
+def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
+    """Print what a distilled model, or an adapter that makes one, is not made for."""
+    steps, guidance = config.sampler.steps or usual.steps, config.sampler.guidance_scale
+    guidance = usual.guidance_scale if guidance is None else guidance
+    warnings = [usual.warning(steps, guidance)]
+    for lora in config.model.loras:
+        file = _named("model.loras", lambda uri=lora.uri: weights.lora_file(storage.fetch(uri)))
+        kind = _named("model.loras", lambda file=file: weights.kind_of_adapter(file))
+        few = Usual(FEW_STEPS, 1.0, kind)
+        warnings.append(few.warning(steps, guidance))
+    for warning in filter(None, warnings):
+        print(f"warning: sampler: {warning}", file=sys.stderr)
 
 
 def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import pytest
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Manifest
+from rayjobs.diffusion.weights import Weights
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import resolve
@@ -125,6 +126,12 @@ def asked_for(folder: Path, **changes: Any) -> Any:
     return configure(folder, ["a"], {"count": 1}, **{"sampler": {}, **changes})
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where configurations would come from."""
+    monkeypatch.setattr(Weights, "load_config_folder", lambda _: None)
+
+
 def draft(config: GenerateConfig) -> Segment:
     with open_draft(resolve(config)) as found:
         return found.segment
@@ -135,7 +142,7 @@ def single(path: Path, shapes: headers.Shapes, **metadata: str) -> dict[str, Any
 
 
 def test_a_sampler_that_does_not_fit_the_models_file_is_refused_before_anything_is_written(
-    tmp_path: Path,
+    tmp_path: Path, no_hub: None
 ) -> None:
     model = single(tmp_path / "v.safetensors", headers.XL | headers.V | headers.ZERO)
     for changes in ({"sampler": {"name": "heun"}}, {"parameters": {"sampler": ["euler", "lms"]}}):
@@ -149,16 +156,23 @@ def test_a_sampler_that_does_not_fit_the_models_file_is_refused_before_anything_
 
 
 def test_a_distilled_model_has_defaults_of_its_own_and_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_hub: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = single(tmp_path / "few.safetensors", headers.XL, title="SDXL Lightning 8-step")
     usual = draft(asked_for(tmp_path / "out", model=model)).job["sampler"]
     assert (usual["steps"], usual["guidance_scale"]) == (8, 1.0)
-    assert capsys.readouterr().err == ""
+    assert "a Lightning model: 8 steps and guidance 1 where" in capsys.readouterr().err
     given = {"steps": 30, "guidance_scale": 7}
     locked = draft(asked_for(tmp_path / "out", model=model, sampler=given)).job["sampler"]
     assert {key: locked[key] for key in given} == given
-    assert "30 steps and guidance 7 spoil the pictures of a Lightning" in capsys.readouterr().err
+    assert (
+        "30 steps and guidance 7 spoil the pictures of Lightning models" in capsys.readouterr().err
+    )
+    lora = headers.write(tmp_path / "lora.safetensors", {"a": (1,)}, {"ss_output_name": "sd_lcm"})
+    model = single(tmp_path / "plain.safetensors", headers.XL) | {"loras": [{"uri": lora}]}
+    draft(asked_for(tmp_path / "out", model=model))
+    assert "30 steps and guidance 5 spoil the pictures of LCM models" in capsys.readouterr().err
+    model = single(tmp_path / "few.safetensors", headers.XL, title="SDXL Lightning 8-step")
     weak = {"uri": str(tmp_path), "strength": 0.1}
     with pytest.raises(BadInput, match=r"init\.strength: strength 0\.1 of 8 steps leaves no step"):
         draft(asked_for(tmp_path / "out", model=model, init=weak))
