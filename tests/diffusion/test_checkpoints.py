@@ -13,6 +13,7 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 
@@ -22,7 +23,7 @@ from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler_names import SAMPLERS
 from rayjobs.diffusion.weights import Source, locate
 from rayjobs.dreambooth.training.objective import EDM, build_objective
-from tests import ldm
+from tests import families, ldm
 
 pytestmark = pytest.mark.model
 TOLERANCE = 1e-4
@@ -198,6 +199,29 @@ def test_a_file_takes_what_it_lacks_from_a_base(files: Files, make: Callable[[Fi
 
 def modules(model: Model) -> list[torch.nn.Module]:
     return [model.unet, model.vae, *model.text_encoders]
+
+
+@pytest.mark.parametrize("encoder", ["named", "bare", "open"])
+def test_stable_diffusion_whatever_its_encoders_names(
+    folders: dict[str, Path], tmp_path: Path, encoder: str
+) -> None:
+    folder = str(folders["sd"])
+    pipeline, _ = families.reference_pipeline(
+        folders["sd"], StableDiffusionXLPipeline, StableDiffusionPipeline
+    )
+    tensors = ldm.tensors(pipeline, open_clip=encoder == "open")
+    if encoder == "bare":
+        tensors = {name.replace(".text_model.", "."): it for name, it in tensors.items()}
+    uri = str(ldm.save(tmp_path / "sd.safetensors", tensors))
+    model, expected = load_model(uri, config=folder), load_model(folder)
+    single = locate(uri).single
+    assert single is not None
+    assert single.version == ("sd2" if encoder == "open" else "sd1")
+    assert model.default_side == expected.default_side
+    assert model.prediction == expected.prediction
+    for mine, theirs in zip(modules(model), modules(expected), strict=True):
+        weights = theirs.state_dict()
+        assert all(torch.equal(t, weights[name]) for name, t in mine.state_dict().items())
 
 
 def test_plain_float8_is_read_as_it_is(files: Files) -> None:

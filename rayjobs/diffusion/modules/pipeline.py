@@ -14,9 +14,10 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from rayjobs.diffusion.files.folder import read_json
-from rayjobs.diffusion.files.single import FIRST_ENCODER, LDM, Single
+from rayjobs.diffusion.files.single import FIRST_ENCODER, LDM, SD_ENCODER, Single
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.diffusion.weights import Weights
 
@@ -80,7 +81,11 @@ def _of_single(weights: Weights, single: Single, dtype: torch.dtype, parts: dict
         # diffusers looks for the first encoder only where it finds the second one.
         assert weights.base is not None
         parts["text_encoder"] = load_part(weights.base, "text_encoder", dtype)
-        _fill_encoder(parts["text_encoder"], single)
+        _fill_encoder(parts["text_encoder"], single, f"{FIRST_ENCODER}transformer.text_model.")
+    elif single.has_bare_encoder:
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        parts["text_encoder"] = CLIPTextModel(config).to(dtype=dtype)
+        _fill_encoder(parts["text_encoder"], single, SD_ENCODER)
     if single.prefix != LDM:
         parts["unet"] = _load_unet(single, weights.unet_config(folder), folder, dtype)
     kind: Any = StableDiffusionXLPipeline if weights.family == "sdxl" else StableDiffusionPipeline
@@ -109,9 +114,8 @@ def _load_unet(single: Single, config: Mapping[str, Any], folder: Path, dtype: t
     return unet
 
 
-def _fill_encoder(encoder: Any, single: Single) -> None:
+def _fill_encoder(encoder: Any, single: Single, begin: str) -> None:
     """Put a file's own weights into a CLIP text model. Raises RuntimeError when some are absent."""
-    begin = f"{FIRST_ENCODER}transformer.text_model."
     with safe_open(single.header.path, "pt") as file:
         mine = {n.removeprefix(begin): n for n in file.keys() if n.startswith(begin)}  # noqa: SIM118
         names = {name: mine.get(name.removeprefix("text_model.")) for name in encoder.state_dict()}
