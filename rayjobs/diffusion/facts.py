@@ -52,7 +52,7 @@ class Usual:
         asked += f"guidance {guidance_scale:g}" if too_strong else ""
         guidance = f"guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else "no guidance"
         made_for = f"{self.steps} steps and {guidance}"
-        return f"{asked} spoil the pictures of a {self.kind} model, which is made for {made_for}"
+        return f"{asked} spoil the pictures of {self.kind} models, which are made for {made_for}"
 
 
 def vae_scale(vae: Mapping[str, Any]) -> int:
@@ -93,9 +93,9 @@ def usual(
     """
     if unet.get("time_cond_proj_dim") is not None:
         return Usual(FEW_STEPS, LCM_GUIDANCE, "LCM")
-    kind = _distilled(scheduler, names.lower())
+    kind = _distilled(scheduler, names)
     if kind is not None:
-        return Usual(_named_steps(names.lower()), 1.0, kind)
+        return Usual(_named_steps(names), 1.0, kind)
     prediction = Prediction.of(scheduler)
     if prediction.is_edm and prediction.kind == "epsilon":
         return Usual(STEPS, 3.0)
@@ -107,8 +107,8 @@ def adapter_usual(names: str) -> Usual | None:
 
     Only what its file, folder or title is named tells it.
     """
-    kind = _named_kind(names.lower())
-    return None if kind is None else Usual(_named_steps(names.lower()), 1.0, kind)
+    kind = distilled_name(names)
+    return None if kind is None else Usual(_named_steps(names), 1.0, kind)
 
 
 def file_name(uri: str) -> str:
@@ -118,18 +118,19 @@ def file_name(uri: str) -> str:
     return folders[-1] if folders and stem in SAME_FOR_ALL else stem
 
 
-def _named_kind(names: str) -> str | None:
-    named = NAMES.search(names)
+def distilled_name(titles: str) -> str | None:
+    """The kind of distilled model that a title names."""
+    named = NAMES.search(titles.lower())
     return LABELS.get(named[1], named[1].upper()) if named else None
 
 
 def _named_steps(names: str) -> int:
-    number = NUMBER.search(names)
+    number = NUMBER.search(names.lower())
     return int(number[1]) if number and int(number[1]) else FEW_STEPS
 
 
 def _distilled(scheduler: Mapping[str, Any], names: str) -> str | None:
-    named = _named_kind(names)
+    named = distilled_name(names)
     if named:
         return named
     sampler = str(scheduler.get("_class_name"))

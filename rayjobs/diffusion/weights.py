@@ -20,6 +20,7 @@ from rayjobs.diffusion.files.folder import (
     PARTS,
     PICKLES,
     check_folder,
+    check_tokenizer,
     check_unet,
     pickle_message,
     read_json,
@@ -113,6 +114,11 @@ class Weights:
         folder = self.config_folder
         if self.single is None or folder is None:
             return
+        for name in PARTS[self.family]:
+            if name.startswith("tokenizer"):
+                check_tokenizer(folder / name)
+            else:
+                read_json(folder / name / "config.json")
         vae = read_json(folder / "vae" / "config.json")
         self.single.check_config(self.unet_config(folder), vae, str(folder))
 
@@ -271,11 +277,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _single_file(path: Path) -> Weights:
-    if path.suffix in PICKLES:
+    if path.suffix != ".safetensors":
         if is_safetensors(path):
             raise ValueError(f"{path} is a safetensors file; name it {path.stem}.safetensors")
-        raise ValueError(pickle_message(path))
-    if path.suffix != ".safetensors":
+        if path.suffix in PICKLES:
+            raise ValueError(pickle_message(path))
         raise ValueError(f"{path} is not a model: expected a .safetensors file or a folder")
     single = read_single(read_header(path))
     return Weights(path, PIPELINES[single.family], single, names=single.titles)
@@ -306,10 +312,8 @@ def _folder(folder: Path, uri: str) -> Weights:
         if (folder / "config.json").is_file():
             return _unet_folder(folder)
         refuse_pickles([folder])
-        what = {foreign.name_of(read_header(file).names) for file in folder.glob("*.safetensors")}
-        told = next((f"; it is {kind}" for kind in sorted(filter(None, what))), "")
         raise ValueError(
-            f"model {uri!r} is not a diffusers folder: it has no model_index.json{told}"
+            f"model {uri!r} is not a diffusers folder: it has no model_index.json{_inside(folder)}"
         )
     index = read_json(folder / "model_index.json")
     class_name = str(index.get("_class_name"))
@@ -322,6 +326,15 @@ def _folder(folder: Path, uri: str) -> Weights:
     variants = check_folder(folder, family, index)
     unet = read_json(folder / "unet" / "config.json")
     return Weights(folder, class_name, names=facts.names_of(index, unet), variants=variants)
+
+
+def _inside(folder: Path) -> str:
+    """What a folder that is no model holds instead, as the end of a sentence."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return ""
+    what = foreign.name_of(read_header(files[0]).names)
+    return f"; it is {what}" if what else f"; give the file in it, {files[0].name}"
 
 
 def _check_rest(weights: Weights) -> None:

@@ -151,4 +151,5 @@ def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float
         files={},
         photos={photo.name: photo.sha256 for photo in run.photos},
         metrics=metrics,
+        source=config.model.details,
     )

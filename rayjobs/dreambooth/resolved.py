@@ -7,7 +7,6 @@ further in looks for photographs, class images or paths again. Knows no torch an
 import importlib.util
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rayjobs import storage
@@ -76,6 +75,8 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     storage.check(config.output.uri, write=True)
     _check_trackers(config)
     weights = find_weights(config.model)
+    if weights.single is not None:
+        _find_configurations(weights)
     config = _with_usual_steps(config, weights.usual.steps)
     found = look_for_photos(config.instance.uri, config.instance.prompt)
     photos = found.photos
@@ -95,11 +96,20 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
 def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
     def absolute(section: Any) -> Any:
         uri = section.uri
-        is_path = uri is not None and (section is not config.model or Path(uri).exists())
-        return section.model_copy(update={"uri": storage.absolute(uri)}) if is_path else section
+        return section if uri is None else section.model_copy(update={"uri": storage.absolute(uri)})
 
-    names = ("model", "instance", "prior", "output")
-    return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
+    names = ("instance", "prior", "output")
+    parts = {name: absolute(getattr(config, name)) for name in names}
+    places = {name: getattr(config.model, name) for name in ("uri", "config", "base")}
+    places = {name: storage.absolute_if_path(uri) for name, uri in places.items() if uri}
+    return config.model_copy(update=parts | {"model": config.model.model_copy(update=places)})
+
+
+def _find_configurations(weights: Weights) -> None:
+    try:
+        weights.load_config_folder()
+    except ValueError as error:
+        raise BadInput(f"model.config: {error}") from None
 
 
 def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:

@@ -93,6 +93,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     model = _check_model(config)
     loras_sha256, usual = _check_loras(config, model)
     config = _with_usual(config, usual)
+    _warn_of_use(config, usual)
     scorers_sha256 = _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -326,6 +327,8 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
         _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
+    if model.single is not None:
+        _named("model.config", model.load_config_folder)
     return model
 
 
@@ -368,16 +371,24 @@ def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
     sampler = config.sampler
     steps = usual.steps if sampler.steps is None else sampler.steps
     guidance = sampler.guidance_scale
-    if usual.kind is not None and guidance is None:
-        guidance = usual.guidance_scale
-    warning = usual.warning(steps, 0.0 if guidance is None else guidance)
-    if warning is not None:
-        print(f"warning: sampler: {warning}", file=sys.stderr)
+    if usual.kind is not None and None in (sampler.steps, guidance):
+        made_for = f"{usual.steps} steps and guidance {usual.guidance_scale:g}"
+        print(f"a {usual.kind} model: {made_for} where the job gives none", file=sys.stderr)
+        guidance = usual.guidance_scale if guidance is None else guidance
     if config.init.uri is not None and not config.parameters.steps:
         weakest = min(config.parameters.strength or (config.init.strength,))
         _named("init.strength", lambda: check_strength(weakest, steps))
     given = {"steps": steps, "guidance_scale": guidance}
     return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
+
+
+def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
+    """Print what a distilled model, or one that an adapter makes one, is not made for."""
+    guidance = config.sampler.guidance_scale
+    guidance = usual.guidance_scale if guidance is None else guidance
+    warning = usual.warning(config.sampler.steps or usual.steps, guidance)
+    if warning is not None:
+        print(f"warning: sampler: {warning}", file=sys.stderr)
 
 
 def _hash_scorers(config: GenerateConfig) -> dict[str, str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rayjobs.diffusion.facts import STEPS
+from rayjobs.diffusion.facts import STEPS, Usual
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.models.facts import ModelFacts
 from serve.config import ServeConfig
@@ -29,6 +29,9 @@ LIMITS = {
 }
 
 
+FEW = ModelFacts("sdxl", 512, 8, Prediction("v_prediction", zero_snr=True), Usual(4, 1.0, "Turbo"))
+
+
 @pytest.fixture
 def builder() -> ImagesRequestBuilder:
     """Two models, one with unknown facts, and LoRAs of the first, of the second and of any."""
@@ -44,6 +47,7 @@ def builder() -> ImagesRequestBuilder:
             Weights("edm"),
             facts=ModelFacts("sdxl", 512, 8, Prediction(is_edm=True)),
         ),
+        Entry("few", "model", Weights("few"), facts=FEW),
         Entry("hub", "model", weights["hub"]),
         Entry("dog", "lora", weights["sdxl"], lora="dog", base="sdxl"),
         Entry("far", "lora", weights["hub"], lora="far", base="hub"),
@@ -84,6 +88,17 @@ def test_a_deadline_can_only_be_shorter(builder: ImagesRequestBuilder) -> None:
     assert generation(builder, deadline_s=500).deadline_s == 60
 
 
+def test_a_models_own_kind_decides_its_defaults(builder: ImagesRequestBuilder) -> None:
+    assert generation(builder, model="few").steps == 4
+    assert generation(builder, model="few", num_inference_steps=7).steps == 7
+    entry = builder.registry.find("few")
+    assert entry is not None
+    told = describe(entry, builder.limits, loaded=True)
+    assert (told["defaults"]["num_inference_steps"], told["defaults"]["guidance_scale"]) == (4, 1.0)
+    assert "heun" not in told["samplers"]
+    assert "euler" in told["samplers"]
+
+
 def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
     assert not generation(builder, progress=True).progress
     assert generation(builder, progress=True, stream=True).progress
@@ -102,6 +117,7 @@ def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
         ({"size": "776x512"}, "size", "at most 393216"),
         ({"sampler": "edm_euler"}, "sampler", "EDM"),
         ({"sampler": "euler", "model": "edm"}, "sampler", "EDM"),
+        ({"sampler": "heun", "model": "few"}, "sampler", "zero terminal SNR; use one of ddim, "),
         ({"background": "transparent"}, "background", "Transparent"),
         ({"response_format": "url"}, "response_format", "not configured"),
         ({"partial_images": 1}, "partial_images", "stream=true"),
