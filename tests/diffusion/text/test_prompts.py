@@ -130,7 +130,7 @@ def models(folders: dict[str, Path]) -> dict[str, Model]:
     torch.manual_seed(2)
     models = {}
     for name in ("sdxl", "sd"):
-        model = load_model(str(folders[name]), ModelOptions(onednn=False))
+        model = load_model(str(folders[name]), ModelOptions(device="cpu", onednn=False))
         for encoder in model.text_encoders:
             encoder = getattr(encoder, "text_model", encoder)
             torch.nn.init.normal_(encoder.final_layer_norm.bias, 0.2, 0.3)
