@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
+from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.models.options import Attention, SourceConfig
 
 ARTICLES = {"a", "an", "the", "my"}
@@ -214,6 +215,8 @@ class ValidationConfig(Config):
     checkpoint.every_n_steps."""
     prompts: tuple[str, ...] = ()
     """Prompts with the identifier; without them instance.prompt."""
+    prompt_syntax: PromptSyntax = "plain"
+    """How these prompts are written; captions and class prompts are plain."""
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
     steps: int | None = Field(default=None, ge=1, le=1000)
@@ -274,6 +277,7 @@ class DreamBoothConfig(Config):
         for prompt in validation.prompts:
             if not prompt.strip():
                 raise ValueError("validation.prompts has an empty prompt; remove it")
+            check_syntax(f"validation.prompts: {prompt!r:.80}", prompt, validation.prompt_syntax)
         return validation
 
     @model_validator(mode="after")

@@ -5,10 +5,12 @@ nothing of HTTP. Whatever can be refused before any work is refused here.
 """
 
 import secrets
+from functools import partial
 from typing import Any
 
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.diffusion.sampler_names import check_name, fitting
+from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
@@ -85,6 +87,7 @@ class ImagesRequestBuilder:
             if length > limits.max_prompt_chars:
                 message = f"{name} has {length} characters; at most {limits.max_prompt_chars}."
                 raise ApiError(400, message, param=name)
+            self._check_field(name, partial(_check_syntax, body, name))
         self._check_size(body.width_height, entry.facts)
         if body.sampler is not None:
             self._check_sampler(body.sampler, entry.facts)
@@ -101,6 +104,7 @@ class ImagesRequestBuilder:
             model=entry.name,
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
+            prompt_syntax=body.prompt_syntax or "plain",
             seeds=seeds,
             steps=self._steps(body, entry.facts),
             sampler=body.sampler,
@@ -166,6 +170,11 @@ class ImagesRequestBuilder:
             check()
         except ValueError as error:
             raise ApiError(400, f"{error}.", param=param, code="invalid_value") from None
+
+
+def _check_syntax(body: GenerateBody, name: str) -> None:
+    text, syntax = getattr(body, name) or "", body.prompt_syntax or "plain"
+    check_syntax(name, text, syntax, negative=name == "negative_prompt")
 
 
 def samplers(facts: ModelFacts) -> list[str]:

@@ -112,6 +112,12 @@ def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
         ({"guidance_scale": 21}, "guidance_scale", "at most 20"),
         ({"prompt": "x" * 21}, "prompt", "21 characters"),
         ({"negative_prompt": "x" * 21}, "negative_prompt", "21 characters"),
+        ({"prompt": "a [b|c]", "prompt_syntax": "a1111"}, "prompt", "prompt has '[b|c]'"),
+        (
+            {"negative_prompt": "<lora:x:1>", "prompt_syntax": "a1111"},
+            "negative_prompt",
+            "name the file under loras",
+        ),
         ({"size": "100x100"}, "size", "multiple of 8"),
         ({"size": "1032x64"}, "size", "at most 1024"),
         ({"size": "776x512"}, "size", "at most 393216"),
@@ -140,6 +146,8 @@ def test_what_is_at_a_limit_is_served(builder: ImagesRequestBuilder) -> None:
     request = generation(builder, loras=loras, **keys)
     assert request.loras == (("dog", -2.0), ("any", 1.0))
     assert (request.width, request.height) == (768, 512)
+    assert request.prompt_syntax == "plain"
+    assert generation(builder, prompt="(a:1.2)", prompt_syntax="a1111").prompt_syntax == "a1111"
 
 
 @pytest.mark.parametrize(
