@@ -1,6 +1,6 @@
 """The Ray Serve application: an ingress, and the engine replicas behind it.
 
-Owns how each is deployed. `serve run configs/serve.yaml` calls `build`.
+Owns how each is deployed. Ray calls `build` with the `args` of a file.
 """
 
 import logging
@@ -16,8 +16,8 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.storage import StorageError
 from serve.config import ServeConfig
+from serve.file import check_public
 from serve.ingress.api import create_app
-from serve.ingress.auth import is_loopback
 from serve.ingress.images_api import ImagesApi
 from serve.registry import Registry
 from serve.router.fleet import Fleet
@@ -126,12 +126,6 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 
 def require_auth_if_public(config: ServeConfig) -> None:
     """Raise BadInput when other machines could use the API without a key."""
-    if config.auth.keys or config.auth.allow_anyone:
-        return
     client = _get_global_client(raise_if_no_controller_running=False)
-    host = None if client is None else client.http_config.host
-    if host is not None and not is_loopback(host):
-        raise BadInput(
-            f"http_options.host is {host}, which other machines can reach, but auth.keys is empty; "
-            "set auth.keys, or host 127.0.0.1, or auth.allow_anyone on a private network"
-        )
+    if client is not None and client.http_config.host is not None:
+        check_public(client.http_config.host, config)
