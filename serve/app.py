@@ -3,6 +3,8 @@
 Owns how each is deployed. Ray calls `build` with the `args` of a file.
 """
 
+import contextlib
+import ctypes
 import logging
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ MAX_ONGOING_REQUESTS = 4096
 """Of one replica: the engine's own queue decides when to answer 429, so this is never reached."""
 SHUTDOWN_MARGIN_S = 30.0
 """A replica that is stopped has this and the longest deadline to finish its requests."""
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
+"""glibc's option, and the size from which a block of memory is one of its own."""
 
 
 deployment: Any = ray_serve.deployment
@@ -36,6 +40,7 @@ class Ingress:
     """HTTP, uploads and image formats; no torch."""
 
     def __init__(self, config: ServeConfig, engine: Any):
+        give_memory_back()
         self.config = config
         self.api = ImagesApi(config, Fleet(engine))
 
@@ -46,6 +51,12 @@ class Ingress:
         """From now on refuse requests for images; return how many are still being answered."""
         self.api.is_draining = True
         return self.api.active
+
+
+def give_memory_back() -> None:
+    """Let this process return the memory of large uploads at once: glibc would keep it."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def build(args: ServeConfig) -> Application:
