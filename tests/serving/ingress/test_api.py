@@ -311,6 +311,12 @@ def test_a_body_too_long_is_refused_before_it_is_sent(url: str) -> None:
         assert b" 413 " in connection.recv(100)
 
 
+@pytest.mark.parametrize("path", [GENERATE, EDIT])
+def test_who_still_sends_a_refused_body_reads_why(url: str, path: str) -> None:
+    body = {"prompt": "a" * 20_000_000}
+    assert ask(url, path, body=body)[0] == (413 if path == GENERATE else 415)
+
+
 def test_a_body_that_pauses_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.ingress.bodies.IDLE_S", 0.2)
     place = url.removeprefix("http://").split(":")
