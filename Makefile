@@ -19,7 +19,7 @@ demo-dreambooth: setup ## teach the starter model a subject from four pictures
 	$(BIN)/python -m rayjobs dreambooth configs/demo/dreambooth.yaml
 
 serve: setup ## an image API and a page on http://127.0.0.1:8000, until Ctrl-C
-	$(BIN)/serve run configs/demo/serve.yaml
+	$(BIN)/python -m serve run configs/demo/serve.yaml
 
 test: setup ## everything that runs in a few minutes without a GPU
 	$(PYTEST) -m "not slow and not gpu"

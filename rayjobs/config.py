@@ -7,7 +7,7 @@ own keys are in a model beside its code.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -174,8 +174,12 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
 
 def _known_keys(model: type[BaseModel], parents: tuple[Any, ...]) -> list[str]:
     for parent in parents:
+        if isinstance(parent, int):  # the place of an item in a list, whose model is known
+            continue
         field = model.model_fields.get(str(parent))
         annotation = field.annotation if field else None
+        if get_origin(annotation) is tuple:
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -184,7 +184,7 @@ def samplers(facts: ModelFacts) -> list[str]:
 
 def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]:
     """A model in `/v1/models`: OpenAI's fields, its defaults and its limits."""
-    side = entry.facts.side
+    side, multiple = entry.facts.side, entry.facts.multiple
     ratios = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
     return {
         "id": entry.name,
@@ -195,12 +195,12 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
         "base": entry.base,
         "family": entry.facts.family,
         "default_size": None if side is None else f"{side}x{side}",
-        "sizes": [] if side is None else [_size(side, *r, entry.facts.multiple) for r in ratios],
+        "sizes": [] if side is None else _sizes(side, multiple, ratios, limits),
         "limits": {
             "max_pixels": limits.max_pixels,
-            "min_side": entry.facts.multiple,
+            "min_side": multiple,
             "max_side": limits.max_side,
-            "size_multiple": entry.facts.multiple,
+            "size_multiple": multiple,
             "max_steps": limits.max_steps,
             "max_n": limits.max_n,
         },
@@ -216,12 +216,18 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
     }
 
 
-def _size(side: int, wide: int, high: int, multiple: int) -> str:
-    """About side x side pixels in that aspect ratio, in multiples that models were trained on."""
+def _sizes(
+    side: int, multiple: int, ratios: tuple[tuple[int, int], ...], limits: LimitsConfig
+) -> list[str]:
+    """About side x side pixels in each aspect ratio, in multiples that models were trained on."""
     step = max(multiple, side // 16 // multiple * multiple)
-    scale = side / (wide * high) ** 0.5
-    width, height = (round(part * scale / step) * step for part in (wide, high))
-    return f"{width}x{height}"
+    sizes = []
+    for wide, high in ratios:
+        scale = side / (wide * high) ** 0.5
+        width, height = (round(part * scale / step) * step for part in (wide, high))
+        if max(width, height) <= limits.max_side and width * height <= limits.max_pixels:
+            sizes.append(f"{width}x{height}")
+    return sizes
 
 
 def _check_max(param: str, value: float, limit: float) -> None:

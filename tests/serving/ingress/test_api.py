@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 
 from rayjobs import storage
+from serve import images
 from serve.config import ServeConfig
+from serve.errors import ApiError
 from serve.ingress import results, streams
-from serve.ingress.images_api import ImagesApi
+from serve.ingress.images_api import UPLOADS_AT_ONCE, ImagesApi
 from serve.protocol import Event, Finished, ImagesRequest, Pixels, Waiting
 from tests.serving.in_process import CONFIG, QuickEngines, served, serving
 
@@ -309,6 +311,12 @@ def test_a_body_too_long_is_refused_before_it_is_sent(url: str) -> None:
         assert b" 413 " in connection.recv(100)
 
 
+@pytest.mark.parametrize("path", [GENERATE, EDIT])
+def test_who_still_sends_a_refused_body_reads_why(url: str, path: str) -> None:
+    body = {"prompt": "a" * 20_000_000}
+    assert ask(url, path, body=body)[0] == (413 if path == GENERATE else 415)
+
+
 def test_a_body_that_pauses_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.ingress.bodies.IDLE_S", 0.2)
     place = url.removeprefix("http://").split(":")
@@ -341,3 +349,38 @@ def test_who_stops_refuses_new_requests() -> None:
         assert ask(url, "/ready", method="GET")[0] == 503
         assert ask(url, "/health", method="GET")[0] == 200
         assert len(engines.asked) == 1
+
+
+def test_as_many_uploads_are_in_memory_as_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    def read_image(data: bytes, *_: Any) -> Pixels:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        now[0] -= 1
+        return Pixels(16, 16, bytes(768))
+
+    monkeypatch.setattr(images, "read_image", read_image)
+    with serving() as url:
+        statuses: list[int] = []
+        sent = form(("image", png()), ("prompt", "p"))
+
+        def edit() -> None:
+            statuses.append(ask(url, EDIT, **sent)[0])
+            assert ask(url, body=PROMPT)[0] == 200
+
+        asking = [threading.Thread(target=edit) for _ in range(12)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+    assert statuses == [200] * 12
+    assert most[0] <= UPLOADS_AT_ONCE
+
+
+def test_those_refused_together_do_not_come_again_together() -> None:
+    waits = {ApiError(429, "", retry_after_s=10.0).headers["retry-after-ms"] for _ in range(20)}
+    assert len(waits) > 10
+    assert all(10_000 <= int(wait) <= 15_000 for wait in waits)
