@@ -15,7 +15,7 @@ from rayjobs import cluster, storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
-from rayjobs.dreambooth import job, lock
+from rayjobs.dreambooth import checks, job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo, find_photos, look_for_photos, tell_skipped
 from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
@@ -126,6 +126,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Generate what is missing, measure, write metrics.json. Raises BadInput without encoders."""
     if config.encoders.subject is None:
         raise BadInput("encoders.subject is missing, such as facebook/dino-vits16")
+    checks.check_encoders(config.encoders, "encoders")
     import torch
 
     from rayjobs.dreambooth import metrics

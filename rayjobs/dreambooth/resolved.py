@@ -4,7 +4,6 @@ Owns `ResolvedRun` and the checks that need to look at the model and the photogr
 further in looks for photographs, class images or paths again. Knows no torch and no Ray.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.weights import Weights
+from rayjobs.dreambooth import checks
 from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
 from rayjobs.dreambooth.data.photos import (
     Photo,
@@ -74,8 +74,14 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     """
     config = _with_absolute_uris(config)
     storage.check(config.output.uri, write=True)
-    _check_trackers(config)
+    checks.check_packages(config)
+    checks.check_precision(config)
+    checks.check_trackers(config)
+    if config.validation.every_n_steps:
+        checks.check_encoders(config.validation.encoders, "validation.encoders")
     weights = find_weights(config.model.uri)
+    checks.check_objective(weights)
+    checks.check_token(config, _tokenizer(weights))
     found = look_for_photos(config.instance.uri, config.instance.prompt)
     photos = found.photos
     warn(tell_skipped(found.skipped))
@@ -99,13 +105,6 @@ def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
 
     names = ("model", "instance", "prior", "output")
     return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
-
-
-def _check_trackers(config: DreamBoothConfig) -> None:
-    for name in ("wandb", "mlflow"):
-        is_wanted = getattr(config.trackers, name) is not None
-        if is_wanted and importlib.util.find_spec(name) is None:
-            raise BadInput(f"trackers.{name} needs the package {name}; install it on every node")
 
 
 def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:

@@ -98,7 +98,10 @@ def grid(pictures: metrics.Pictures) -> bytes:
 
 def _model(run: ResolvedRun, step: int) -> Model:
     device = "cuda" if run.config.validation.num_gpus else "cpu"
-    compute = worker.choose_precision(run.config.train.precision, device)
+    precision = run.config.train.precision
+    # What trains in half precision may be looked at on a CPU.
+    precision = "fp32" if precision == "fp16" and device == "cpu" else precision
+    compute = worker.choose_precision(precision, device)
     if step == 0:
         return worker.load(run.config, device, compute)
     return rebuild(run, step, device, compute).model

@@ -1,7 +1,11 @@
 """Mistakes in a run's settings: each told by its key, with the way out, before any work."""
 
+import json
+import os
 import re
 import shutil
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +70,12 @@ def config(folder: Path, *overrides: str) -> DreamBoothConfig:
         (["instance.uri=absent"], "absent: no such folder of pictures"),
         (["trackers.wandb={}"], "trackers.wandb needs the package wandb"),
         (["model.uri={edm}", "train.min_snr_gamma=5"], "not defined for an EDM model"),
+        (["train.optimizer=prodigy"], "train.optimizer prodigy needs the package prodigyopt"),
+        (["train.optimizer=adamw8bit"], "train.optimizer adamw8bit needs the package bitsandbytes"),
+        (["train.precision=fp16"], "fp16 needs a GPU, and workers.num_gpus is 0"),
+        (["validation.encoders.subject=./absent"], r"encoders.subject: ./absent does not exist"),
+        (["validation.encoders.prompt=configs"], "configs is no encoder: it has no config.json"),
+        (["inversion.num_vectors=2", "inversion.token=star"], "knows 'star' already"),
     ],
 )
 def test_a_mistake_seen_only_by_looking(
@@ -74,6 +84,57 @@ def test_a_mistake_seen_only_by_looking(
     filled = [text.replace("{edm}", str(folders["playground"])) for text in overrides]
     with pytest.raises(BadInput, match=told):
         resolve(config(tmp_path, *filled))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"prediction_type": "sample"}, "predicts 'sample'; training knows epsilon and v_pred"),
+        ({"rescale_betas_zero_snr": True}, "its schedule ends in pure noise"),
+    ],
+)
+def test_a_schedule_that_cannot_be_trained_on(
+    changed: dict[str, Any], told: str, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    shutil.copytree(folders["sdxl"], tmp_path / "model", copy_function=os.link)
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    values = json.loads(file.read_text()) | changed
+    file.unlink()
+    file.write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=told):
+        resolve(config(tmp_path, f"model.uri={tmp_path}/model"))
+
+
+WANDB = """
+def init(project=None, entity=None, mode=None): ...
+class api: api_key = {key!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "told"),
+    [
+        ("{projekt: x}", "secret", r"wandb takes no argument 'projekt'; did you mean 'project'\?"),
+        ("{project: x}", None, r"needs an API key: `wandb login`, or WANDB_API_KEY"),
+        ("{project: x, offline: true}", None, None),
+        ("{project: x, mode: disabled}", None, None),
+        ("{entity: x}", "secret", None),
+    ],
+)
+def test_a_tracker_is_looked_at_before_it_is_needed(
+    settings: str,
+    key: str | None,
+    told: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "wandb.py").write_text(WANDB.format(key=key))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(BadInput, match=told) if told else nullcontext():
+        resolve(config(tmp_path, f"trackers.wandb={settings}"))
+    sys.modules.pop("wandb", None)
 
 
 def test_a_picture_that_is_far_too_small(tmp_path: Path) -> None:
