@@ -221,6 +221,7 @@ def test_what_a_finished_run_lacks_is_made(spread: str, priors: Path) -> None:
     assert Path(spread, "export", exports.KOHYA_FILE).is_file()
     assert before.files.items() <= after.files.items()
     assert composition.train(DreamBoothConfig.model_validate(more)).was_finished
+    assert "validation.every_n_steps was 0" in Path(spread, "index.html").read_text()
     # What is not asked for any more may stay.
     assert composition.train(DreamBoothConfig.model_validate(values(spread, priors))).was_finished
 
@@ -295,5 +296,6 @@ def test_pictures_metrics_and_the_page(ray_cluster: None, priors: Path, tmp_path
     assert len(shown) == 8
     assert all(Path(output, name).stat().st_size > 1000 for name in shown)
     assert "a sks star on a red background" in page
+    assert "preservation (lower is better)" in page
     (events,) = Path(output, "logs").iterdir()
     assert b"train/loss" in events.read_bytes()

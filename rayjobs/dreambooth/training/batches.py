@@ -4,7 +4,7 @@ Owns encoding and its cache, and prepares a step's batches while the step before
 Knows nothing of losses or gradients. Legend: B rows, C H W latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from rayjobs.dreambooth.training.objective import Objective
 from rayjobs.dreambooth.training.tuned_model import Text, TunedModel
 
 MAX_TEXTS = 64
+TELL_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,18 @@ class Batches:
         self._texts: dict[str | None, Tensors] = {}
         """Texts encoded without a cache."""
 
-    def fill_cache(self, rank: int, num_workers: int) -> None:
-        """Encode this worker's share of what the cache lacks."""
+    def fill_cache(
+        self, rank: int, num_workers: int, tell: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Encode this worker's share of what the cache lacks; `tell` hears how many of how many."""
         if self.cache is None:
             return
         views = {f"view-{view.name}": view for view in self.schedule.views()}
         # Split before the cache is listed: other workers are storing their shares meanwhile.
-        for name in self.cache.missing(list(views)[rank::num_workers]):
+        missing = self.cache.missing(list(views)[rank::num_workers])
+        for number, name in enumerate(missing):
+            if tell is not None and number % TELL_EVERY == 0:
+                tell(number, len(missing))
             self.cache.put(name, self._moments([views[name]])[0])
         if self.tuned.trains_text:
             return

@@ -77,6 +77,9 @@ class CheckpointCallback(pl.Callback):
         started = time.perf_counter()
         self._wait_for_upload()
         self.stalled_s += time.perf_counter() - started
+        if self.rank == 0:
+            trackers.close(pl_module.loggers)
+            trackers.store(self.uri, self.logs)
         shutil.rmtree(self.logs, ignore_errors=True)
 
     def _save(self, module: DreamBooth) -> None:

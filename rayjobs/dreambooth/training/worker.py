@@ -8,6 +8,7 @@ import logging
 import uuid
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -34,7 +35,7 @@ from rayjobs.dreambooth.training.objective import build_objective
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
-from rayjobs.progress import FATAL
+from rayjobs.progress import DOING, FATAL
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
@@ -87,7 +88,7 @@ def _train(run: ResolvedRun, counter: Any) -> None:
     first, attempt = _agree_on_start(checkpoints, rank)
     checkpointing = CheckpointCallback(run, rank, num_workers, sharded, attempt)
     checkpointing.resume(first)
-    batches.fill_cache(rank, num_workers)
+    batches.fill_cache(rank, num_workers, partial(_tell_encoding, counter) if rank == 0 else None)
     _wait_for_all()
     steps = _StepBatches(batches, config, first, rank, num_workers)
     strategy: Any = RayFSDP2() if sharded else RayDDPStrategy(gradient_as_bucket_view=True)
@@ -177,6 +178,11 @@ class _ProgressCallback(pl.Callback):
         if trainer.is_global_zero and self._counter is not None:
             loss = f"{pl_module.metrics['loss']:.4f}"
             self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
+
+
+def _tell_encoding(counter: Any, done: int, total: int) -> None:
+    doing = f"encoding pictures: {done:,} of {total:,} of the first worker's"
+    counter.set.remote(0, **{DOING: doing})
 
 
 def _rank_and_world_size() -> tuple[int, int]:
