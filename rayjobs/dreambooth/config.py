@@ -45,6 +45,18 @@ class InstanceConfig(Config):
     or a `metadata.jsonl` or `metadata.csv` with file_name and text."""
     prompt: str
     """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
+    repeats: int = Field(default=1, ge=1)
+    """How often each photograph comes up, relative to those of `concepts`."""
+
+
+class ConceptConfig(InstanceConfig):
+    """One more subject that the same run learns."""
+
+    class_prompt: str | None = None
+    """Its class, as prior.prompt is that of instance; needed unless prior.mode is none."""
+    class_uri: str | None = None
+    """Where its class images are, as prior.uri; without it those of the same class_prompt, or new
+    ones."""
 
 
 class PriorConfig(Config):
@@ -241,6 +253,8 @@ class TrackersConfig(Config):
 class DreamBoothConfig(Config):
     model: ModelConfig
     instance: InstanceConfig
+    concepts: tuple[ConceptConfig, ...] = ()
+    """More subjects beside instance, each with its own photographs, words and class."""
     prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
@@ -296,6 +310,10 @@ class DreamBoothConfig(Config):
 
     def _check_inversion(self) -> None:
         inversion = self.inversion
+        if inversion.num_vectors and self.concepts:
+            raise ValueError(
+                "inversion.num_vectors learns the word of one subject; leave it out, or concepts"
+            )
         if inversion.alone and not inversion.num_vectors:
             raise ValueError("inversion.alone trains new tokens only; give inversion.num_vectors")
         if not inversion.num_vectors:
@@ -312,27 +330,40 @@ class DreamBoothConfig(Config):
             raise ValueError("inversion.num_vectors is not for train.strategy fsdp; use ddp")
 
     def _check_prompts(self) -> None:
-        words = self.instance.prompt.split()
-        if not words:
-            raise ValueError("instance.prompt is empty; write what names the subject")
-        if self.prior.mode == "none":
-            return
-        if not (self.prior.prompt or "").strip():
-            raise ValueError(
-                "prior.prompt is missing: the class, as in 'a photo of dog' for an instance.prompt "
-                "of 'a photo of sks dog'; or set prior.mode=none"
-            )
-        class_words = str(self.prior.prompt).split()
-        if class_words[-1] not in words:
-            raise ValueError(
-                f"instance.prompt {self.instance.prompt!r} lacks the class word "
-                f"{class_words[-1]!r} of prior.prompt {self.prior.prompt!r}"
-            )
-        if not identifier_in(self.instance.prompt, str(self.prior.prompt)):
-            raise ValueError(
-                f"instance.prompt {self.instance.prompt!r} has no word that prior.prompt lacks; "
-                "put an identifier such as sks before the class word"
-            )
+        keys = [("instance.prompt", self.instance.prompt, "prior.prompt", self.prior.prompt)]
+        for number, concept in enumerate(self.concepts):
+            key = f"concepts[{number}]"
+            own = (f"{key}.prompt", concept.prompt, f"{key}.class_prompt", concept.class_prompt)
+            keys.append(own)
+        seen: dict[str, str] = {}
+        for key, prompt, class_key, class_prompt in keys:
+            if not prompt.split():
+                raise ValueError(f"{key} is empty; write what names the subject")
+            if self.prior.mode != "none":
+                _check_pair(key, prompt, class_key, class_prompt)
+            if prompt in seen:
+                raise ValueError(f"{key} is that of {seen[prompt]}; give each subject its own word")
+            seen[prompt] = key
+
+
+def _check_pair(key: str, prompt: str, class_key: str, class_prompt: str | None) -> None:
+    """A subject's prompt must be that of its class with an identifier."""
+    words, class_words = prompt.split(), (class_prompt or "").split()
+    if not class_words:
+        raise ValueError(
+            f"{class_key} is missing: the class, as in 'a photo of dog' for {key} 'a photo of sks "
+            "dog'; or set prior.mode=none"
+        )
+    if class_words[-1] not in words:
+        raise ValueError(
+            f"{key} {prompt!r} lacks the class word {class_words[-1]!r} of {class_key} "
+            f"{class_prompt!r}"
+        )
+    if not identifier_in(prompt, str(class_prompt)):
+        raise ValueError(
+            f"{key} {prompt!r} has no word that {class_key} lacks; put an identifier such as sks "
+            "before the class word"
+        )
 
 
 def identifier_in(instance_prompt: str, prior_prompt: str) -> str:

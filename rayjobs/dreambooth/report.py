@@ -50,7 +50,7 @@ def write(run: ResolvedRun) -> str:
         title=html.escape(f"DreamBooth: {config.run.name}"),
         subtitle=html.escape(f"{config.instance.prompt} · {config.model.uri}"),
         tiles=_tiles(config, rows, validated),
-        photos=_photos(run.photos),
+        photos=_photos([photo for subject in run.subjects for photo in subject.photos]),
         skipped=_skipped(run.skipped),
         pictures=_pictures(validated) or NO_PICTURES,
         curve=_curve([row["loss"] for row in rows]),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
+from rayjobs.dreambooth import lock
 from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
 from rayjobs.dreambooth.report import _skipped
 from rayjobs.dreambooth.resolved import resolve
@@ -42,6 +44,22 @@ MISTAKES = [
     (["run.name=a/b"], "run.name is 'a/b'"),
     (["train.strategy=fsdp", "train.method=lora"], "train.strategy fsdp is for train.method full"),
     (["train.strategy=fsdp", "train.precision=fp16"], "fp16 has no loss scaling under fsdp"),
+    (
+        ["concepts=[{uri: cats, prompt: a photo of a olis cat}]"],
+        r"concepts[0].class_prompt is missing: the class",
+    ),
+    (
+        ["concepts=[{uri: cats, prompt: a olis cat, class_prompt: a dog}]"],
+        "concepts[0].prompt 'a olis cat' lacks the class word 'dog' of concepts[0].class_prompt",
+    ),
+    (
+        ["concepts=[{uri: x, prompt: a photo of a sks star, class_prompt: a photo of a star}]"],
+        "concepts[0].prompt is that of instance.prompt; give each subject its own word",
+    ),
+    (
+        ["concepts=[{uri: x, prompt: a ok cat, class_prompt: a cat}]", "inversion.num_vectors=2"],
+        "inversion.num_vectors learns the word of one subject",
+    ),
     (["inversion.alone=true"], "give inversion.num_vectors"),
     (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),
 ]
@@ -168,6 +186,33 @@ def test_captions_that_teach_less_than_they_seem_to(
     assert re.search(rf"{long.name}: its caption has \d+ tokens, of which the model reads 75", told)
     assert "passed over, a caption of no picture: notes.txt" in told
     assert "notes.txt (a caption of no picture)" in _skipped(run.skipped)
+
+
+def test_several_subjects(tmp_path: Path, picture: Callable[[int], Image.Image]) -> None:
+    """Each with its class: one that another has too shares its images."""
+    for name in ("cats", "owls"):
+        (tmp_path / name).mkdir()
+        picture(1).save(tmp_path / name / "red.png")
+    concepts = [
+        {"uri": f"{tmp_path}/cats", "prompt": "a ab cat", "class_prompt": "a cat", "repeats": 2},
+        {"uri": f"{tmp_path}/owls", "prompt": "a cd star", "class_prompt": "a photo of a star"},
+    ]
+    run = resolve(config(tmp_path, f"concepts={json.dumps(concepts)}"))
+    assert [subject.prompt for subject in run.subjects] == [
+        "a photo of a sks star",
+        "a ab cat",
+        "a cd star",
+    ]
+    places = [Path(subject.class_uri).name for subject in run.subjects]
+    assert places == ["prior", "prior-2", "prior"]
+    assert [subject.repeats for subject in run.subjects] == [1, 2, 1]
+    (photo,) = run.subjects[1].photos
+    images = {subject.class_uri: [photo] for subject in run.subjects}
+    assert all(subject.class_images for subject in run.with_class_images(images).subjects)
+    described = lock.describe(run)
+    assert described["photos"]["concept 2: red.png"] == [photo.sha256, "a ab cat"]
+    assert described["photos"]["red.png"][0] != photo.sha256
+    assert "uri" not in described["concepts"][0]
 
 
 def test_an_average_that_reaches_further_back_than_the_run(

@@ -6,7 +6,7 @@ Knows no torch.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -66,6 +66,21 @@ class Photo:
     def open(self) -> Image.Image:
         """The image: RGB, upright. Raises BadInput naming the file."""
         return _decode(self.read(), self.name, decode)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run learns, or one of several such, with the class that it is to keep."""
+
+    prompt: str
+    class_prompt: str
+    photos: tuple[Photo, ...]
+    class_uri: str
+    """Where its class images are, or are to be made."""
+    has_own_class: bool
+    """Whether that place was given, and may hold pictures of any origin."""
+    class_images: tuple[Photo, ...] = ()
+    repeats: int = 1
 
 
 @lru_cache(maxsize=16)
@@ -200,7 +215,7 @@ def _find_records(uri: str) -> list[Photo]:
     return photos
 
 
-def check_sizes(photos: list[Photo], side: int) -> list[str]:
+def check_sizes(photos: Sequence[Photo], side: int) -> list[str]:
     """Warnings for pictures to be enlarged; raises BadInput for one that is far too small."""
     warnings = []
     for photo in photos:

@@ -114,7 +114,7 @@ def build(
     """The batches and the module that trains on them."""
     config = run.config
     side = config.train.resolution or model.default_side
-    schedule = BatchSchedule(config.train, run.photos, run.class_images, side, model.vae_scale)
+    schedule = BatchSchedule(config.train, run.subjects, side, model.vae_scale)
     objective = build_objective(
         model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas
     )

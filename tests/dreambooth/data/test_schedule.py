@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rayjobs.dreambooth.config import TrainConfig
-from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.data.photos import Photo, Subject
 from rayjobs.dreambooth.data.schedule import BatchSchedule, Row, micro_batches
 
 SIZES = [(64, 64), (120, 80), (80, 120), (300, 100), (65, 64), (640, 480), (90, 90)]
@@ -21,11 +21,16 @@ def photos(count: int, kind: str = "photo") -> list[Photo]:
     return made
 
 
+def subject(pictures: list[Photo], images: tuple[Photo, ...], repeats: int = 1) -> Subject:
+    return Subject("a sks dog", "a dog", tuple(pictures), "x", False, images, repeats)
+
+
 def schedule(
     *, pictures: list[Photo] | None = None, priors: int = 5, **train: Any
 ) -> BatchSchedule:
     config = TrainConfig(**{"global_batch_size": 4, "seed": 3, **train})
-    return BatchSchedule(config, pictures or photos(7), photos(priors, "prior"), 64, 8)
+    images = tuple(photos(priors, "prior"))
+    return BatchSchedule(config, [subject(pictures or photos(7), images)], 64, 8)
 
 
 def mixed(step: int, made: BatchSchedule) -> tuple[list[Row], list[Row]]:
@@ -45,6 +50,27 @@ def test_workers_share_the_rows_of_one(num_workers: int, priors: int) -> None:
         assert {row.stream: row for row in together} == alone
         if num_workers != 3:
             assert len({len(share) for share in shares}) == 1
+
+
+def test_several_subjects_come_up_as_often_as_they_repeat() -> None:
+    """Each photograph with an image of its own class; every epoch has each as often as it says."""
+    dogs, cats = photos(3, "dog"), photos(2, "cat")
+    of_dogs, of_cats = tuple(photos(4, "any dog")), tuple(photos(6, "any cat"))
+    subjects = [subject(dogs, of_dogs), subject(cats, of_cats, repeats=3)]
+    made = BatchSchedule(TrainConfig(global_batch_size=9, seed=3), subjects, 64, 8)
+    for step in range(5):  # an epoch is a step
+        rows = made.rows(step)
+        seen = Counter(row.view.photo.name for row in rows if not row.view.is_prior)
+        assert seen == {"dog 0.png": 1, "dog 1.png": 1, "dog 2.png": 1, "cat 0.png": 3} | {
+            "cat 1.png": 3
+        }
+        for photo, image in zip(rows[::2], rows[1::2], strict=True):
+            assert image.view.photo.name.startswith(f"any {photo.view.photo.name[:3]}")
+    images = {row.view.photo for step in range(40) for row in made.rows(step) if row.view.is_prior}
+    assert images == {*of_dogs, *of_cats}
+    assert {view.photo for view in made.views()} == {*dogs, *cats, *images}
+    alone = BatchSchedule(TrainConfig(global_batch_size=4), subjects[:1], 64, 8)
+    assert alone.rows(7) == BatchSchedule(alone.config, [subject(dogs, of_dogs)], 64, 8).rows(7)
 
 
 def test_rows_of_all_workers_draw_the_noise_of_one() -> None:
