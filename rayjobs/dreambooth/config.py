@@ -122,6 +122,19 @@ class TrainConfig(Config):
     """Share of pictures trained without their text."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Weigh low-noise steps down (arXiv 2303.09556; 5 is usual). Not for EDM models."""
+    debiased: bool = False
+    """Weigh high-noise steps up, by 1 / sqrt(SNR) (arXiv 2310.08442). Not for EDM models."""
+    loss: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """Of the prediction; the others (pseudo-Huber, in kohya's two scalings) forgive outliers."""
+    huber_c: float = Field(default=0.1, gt=0)
+    """Of huber and smooth_l1: errors well above it count linearly."""
+    huber_schedule: Literal["snr", "constant"] = "snr"
+    """snr: huber_c is that of pure noise, and rises to 1 as the noise falls, as kohya's."""
+    masks: Literal["none", "alpha", "files"] = "none"
+    """Where a photograph's loss counts: everywhere, where it is opaque, or where a file beside it
+    is white (dog-masklabel.png for dog.jpg)."""
+    mask_floor: float = Field(default=0.0, ge=0, lt=1)
+    """What still counts outside the mask."""
     edm_sigmas: Literal["karras", "lognormal"] = "karras"
     """For EDM models: how noise levels are drawn."""
     noise_offset: float = Field(default=0.0, ge=0)
@@ -144,6 +157,11 @@ class TrainConfig(Config):
             near = max(8, round(self.resolution / 8) * 8)
             raise ValueError(
                 f"train.resolution is {self.resolution}; it must be a multiple of 8, such as {near}"
+            )
+        if self.debiased and self.min_snr_gamma is not None:
+            raise ValueError(
+                "train.debiased and train.min_snr_gamma weigh the same steps in opposite ways; "
+                "give one of them"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(

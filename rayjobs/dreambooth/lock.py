@@ -39,8 +39,12 @@ def describe(run: ResolvedRun) -> dict[str, Any]:
             values[key].pop(name)
     for concept in values["concepts"]:
         del concept["uri"], concept["class_uri"]
+    masks = {}
+    if run.config.train.masks == "files":
+        masks = {"masks": photo_names(run, lambda photo: photo.mask_sha256)}
     return {
         **values,
+        **masks,
         "model_sha256": run.model_sha256,
         "photos": photo_names(run, lambda photo: [photo.sha256, *photo.captions]),
         "priors": sorted(

@@ -21,6 +21,7 @@ from rayjobs.dreambooth.config import (
     identifier_in,
 )
 from rayjobs.dreambooth.data.photos import (
+    A_MASK,
     Photo,
     Subject,
     check_sizes,
@@ -114,18 +115,23 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     run = ResolvedRun(config, weights.sha256, tuple(found.photos), skipped=found.skipped)
     for number, concept in enumerate(config.concepts, 2):
         run = _with_concept(run, concept, number)
+    if config.train.masks == "files":
+        used = {name: reason for name, reason in run.skipped.items() if reason != A_MASK}
+        run = replace(run, skipped=used)
     warn(tell_skipped(run.skipped))
+    warn(_check_masks(run))
     for subject in run.subjects:
         word = config.identifier if config.inversion.num_vectors else _identifier(subject)
         warn(_check_captions(subject.photos, word, weights))
         warn([] if config.inversion.num_vectors else _check_identifier(word, weights))
         warn(check_sizes(subject.photos, config.train.resolution or weights.default_side))
     warn(_check_average(config.train))
-    if weights.is_edm and config.train.min_snr_gamma is not None:
-        raise BadInput(
-            "train.min_snr_gamma is not defined for an EDM model; leave it out: "
-            "the EDM loss has its own weights"
-        )
+    for name in ("min_snr_gamma", "debiased"):
+        if weights.is_edm and getattr(config.train, name):
+            raise BadInput(
+                f"train.{name} is not defined for an EDM model; leave it out: "
+                "the EDM loss has its own weights"
+            )
     return run
 
 
@@ -215,6 +221,17 @@ def _tokenizer(weights: Weights) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _check_masks(run: ResolvedRun) -> list[str]:
+    """A warning for photographs whose loss counts everywhere although masks are asked for."""
+    kind = run.config.train.masks
+    photos = [photo for subject in run.subjects for photo in subject.photos]
+    if kind == "files":
+        bare = [photo.name for photo in photos if not photo.mask]
+    else:
+        bare = [photo.name for photo in photos if kind == "alpha" and photo.open_alpha() is None]
+    return [f"train.masks={kind}: no mask, all of it counts: {shortened(bare)}"] if bare else []
 
 
 def _check_average(train: TrainConfig) -> list[str]:

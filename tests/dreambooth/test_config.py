@@ -60,6 +60,7 @@ MISTAKES = [
         ["concepts=[{uri: x, prompt: a ok cat, class_prompt: a cat}]", "inversion.num_vectors=2"],
         "inversion.num_vectors learns the word of one subject",
     ),
+    (["train.debiased=true", "train.min_snr_gamma=5"], "weigh the same steps in opposite ways"),
     (["inversion.alone=true"], "give inversion.num_vectors"),
     (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),
 ]
@@ -213,6 +214,13 @@ def test_several_subjects(tmp_path: Path, picture: Callable[[int], Image.Image])
     assert described["photos"]["concept 2: red.png"] == [photo.sha256, "a ab cat"]
     assert described["photos"]["red.png"][0] != photo.sha256
     assert "uri" not in described["concepts"][0]
+
+
+def test_photographs_without_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resolve(config(tmp_path, "train.masks=alpha"))
+    assert "train.masks=alpha: no mask, all of it counts: black.png, red" in capsys.readouterr().err
+    resolve(config(tmp_path, "train.masks=files"))
+    assert "train.masks=files: no mask, all of it counts" in capsys.readouterr().err
 
 
 def test_an_average_that_reaches_further_back_than_the_run(

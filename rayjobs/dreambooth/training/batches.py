@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from cachetools import LRUCache
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.vae.latents import encode_moments
@@ -21,6 +24,7 @@ from rayjobs.dreambooth.training.tuned_model import Text, TunedModel
 
 MAX_TEXTS = 64
 TELL_EVERY = 10
+MAX_MASKS = 4096
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Batch:
     has_prior: bool
     """Whether any row is a class image; known without asking the device."""
     dropout_keys_B: torch.Tensor
+    mask_B1HW: torch.Tensor | None
+    """Where rows' losses count, 0..1; None: everywhere."""
     captions: list[str | None]
     text: Text | None
     """None where text is trained, and encoded again at every step."""
@@ -70,6 +76,7 @@ class Batches:
         self.noise_offset = noise_offset
         self._texts: dict[str | None, Tensors] = {}
         """Texts encoded without a cache."""
+        self._known_masks: LRUCache[str, torch.Tensor] = LRUCache(MAX_MASKS)
 
     def fill_cache(
         self, rank: int, num_workers: int, tell: Callable[[int, int], None] | None = None
@@ -128,6 +135,7 @@ class Batches:
             is_prior_B=torch.tensor([row.view.is_prior for row in rows]),
             has_prior=any(row.view.is_prior for row in rows),
             dropout_keys_B=torch.tensor([row.dropout_key for row in rows]),
+            mask_B1HW=self._masks(rows, shape[1:]),
             captions=[row.caption for row in rows],
             text=None if self.tuned.trains_text else self._text(rows),
         )
@@ -146,6 +154,29 @@ class Batches:
             z_CHW = moments["mean"] + std * row.noise(tuple(std.shape), "posterior")
             latents.append((z_CHW - mean) * model.vae.config.scaling_factor / scale)
         return latents
+
+    def _masks(self, rows: list[Row], size: tuple[int, ...]) -> torch.Tensor | None:
+        """(B, 1, H, W) at the latents' size: 1 for class images and photographs without a mask."""
+        config = self.schedule.config
+        if config.masks == "none":
+            return None
+        masks_B1HW = torch.ones(len(rows), 1, *size)
+        for mask_1HW, row in zip(masks_B1HW, rows, strict=True):
+            if not row.view.is_prior:
+                mask_1HW.copy_(self._mask(row.view, config.masks, size))
+        return config.mask_floor + (1 - config.mask_floor) * masks_B1HW
+
+    def _mask(self, view: View, kind: str, size: tuple[int, ...]) -> torch.Tensor:
+        """(1, H, W): the mean of the pixels' mask over each latent."""
+        name = f"{kind}-{view.photo.mask_sha256}-{view.name}"
+        if name not in self._known_masks:
+            mask = view.photo.open_alpha() if kind == "alpha" else view.photo.open_mask()
+            if mask is None:
+                self._known_masks[name] = torch.ones(1, *size)
+            else:
+                pixels_HW = torch.from_numpy(np.array(view.frame.cut(mask), np.float32)) / 255
+                self._known_masks[name] = F.interpolate(pixels_HW[None, None], size, mode="area")[0]
+        return self._known_masks[name]
 
     def _noise(self, row: Row, shape: tuple[int, ...]) -> torch.Tensor:
         noise_CHW = row.noise(shape, "noise")

@@ -17,7 +17,12 @@ from rayjobs.config import BadInput
 from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
 from rayjobs.dreambooth.training import fsdp, lora
 from rayjobs.dreambooth.training.batches import Batch
-from rayjobs.dreambooth.training.objective import Objective, prior_preserving_loss, squared_errors
+from rayjobs.dreambooth.training.objective import (
+    Objective,
+    errors,
+    huber_c,
+    prior_preserving_loss,
+)
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 
 
@@ -99,7 +104,7 @@ class DreamBooth(pl.LightningModule):
             is_prior_B111 = batch.is_prior_B[:, None, None, None]
             target_BCHW = torch.where(is_prior_B111, teacher_BCHW, target_BCHW)
         predicted_BCHW = self.tuned.predict(x_BCHW, timesteps_B, text, batch.time_ids_B6)
-        errors_B = squared_errors(predicted_BCHW, target_BCHW)
+        errors_B = self._errors(predicted_BCHW, target_BCHW, batch)
         weight_B = self.objective.weight(batch.levels_B)
         shares = [
             prior_preserving_loss(
@@ -113,6 +118,15 @@ class DreamBooth(pl.LightningModule):
             for mask_B in (~batch.is_prior_B, batch.is_prior_B)
         ]
         return torch.stack(shares)
+
+    def _errors(
+        self, predicted_BCHW: torch.Tensor, target_BCHW: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        train, c_B = self.config.train, None
+        if train.loss != "mse":
+            sigmas_B = self.objective.sigmas(batch.levels_B)
+            c_B = huber_c(sigmas_B, train.huber_c, train.huber_schedule)
+        return errors(predicted_BCHW, target_BCHW, train.loss, c_B, batch.mask_B1HW)
 
     def _strategy(self) -> Any:
         return self.trainer.strategy

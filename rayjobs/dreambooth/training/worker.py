@@ -116,7 +116,10 @@ def build(
     side = config.train.resolution or model.default_side
     schedule = BatchSchedule(config.train, run.subjects, side, model.vae_scale)
     objective = build_objective(
-        model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas
+        model.scheduler,
+        config.train.min_snr_gamma,
+        config.train.edm_sigmas,
+        config.train.debiased,
     )
     tuned = TunedModel(model, config, compute)
     cache = None
