@@ -56,6 +56,19 @@ def check_objective(weights: Weights) -> None:
         )
 
 
+def check_blocks(config: DreamBoothConfig, weights: Weights) -> None:
+    """Refuse rates of blocks that the UNet does not have."""
+    file = weights.path / "unet" / "config.json"
+    if not config.train.block_rates or not file.is_file():
+        return
+    values: dict[str, Any] = json.loads(file.read_text())
+    for name in config.train.block_rates:
+        kind, *rest = name.split(".")
+        count = len(values.get(f"{kind[:-1]}_types", ()))
+        if rest and kind in ("down_blocks", "up_blocks") and rest[0] not in map(str, range(count)):
+            raise BadInput(f"train.block_rates: {name}: the model's {kind} are 0 .. {count - 1}")
+
+
 def check_token(config: DreamBoothConfig, tokenizer: Any) -> None:
     """Refuse to learn a word that the model has learned before."""
     word = config.identifier

@@ -26,6 +26,19 @@ FRAMES = {
 """Words of a prompt that name no subject."""
 
 
+BLOCKS = (
+    "conv_in",
+    "time_embedding",
+    "add_embedding",
+    "down_blocks",
+    "mid_block",
+    "up_blocks",
+    "conv_norm_out",
+    "conv_out",
+)
+"""Of a UNet, by their names in diffusers."""
+
+
 class ModelConfig(Config):
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
@@ -93,9 +106,16 @@ class TrainConfig(Config):
     text_encoders: bool = False
     """Train the text encoders too."""
     text_encoder_learning_rate: float | None = Field(default=None, gt=0)
-    """Without it a tenth of learning_rate."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """adamw8bit needs bitsandbytes, prodigy needs prodigyopt (learning_rate 1)."""
+    """Without it a tenth of learning_rate; for prodigy as much."""
+    block_rates: dict[str, float] = Field(default={})
+    """Factors of learning_rate by block of the UNet, as in {down_blocks: 0, up_blocks.1: 2}; the
+    longest name that fits counts, 0 leaves a block as it is."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = "adamw"
+    """adafactor needs little memory; adamw8bit needs bitsandbytes, prodigy needs prodigyopt
+    (learning_rate 1)."""
+    fused_backward: bool = False
+    """Update each weight as soon as its gradient is there: memory for one gradient, not for all.
+    On one worker, with buckets=false; max_grad_norm is then that of each gradient."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Of the optimizer."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -151,6 +171,48 @@ class TrainConfig(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides noise, timesteps, crops, flips, order and dropout, each by its own key."""
 
+    @property
+    def usual_text_rate(self) -> float:
+        # Prodigy has one rate for all.
+        return self.learning_rate / (1 if self.optimizer == "prodigy" else 10)
+
+    @field_validator("block_rates")
+    @classmethod
+    def _are_blocks(cls, rates: dict[str, float]) -> dict[str, float]:
+        for name, factor in rates.items():
+            if name.split(".")[0] not in BLOCKS:
+                raise ValueError(
+                    f"train.block_rates: {name!r} is no block of a UNet; its blocks are "
+                    f"{', '.join(BLOCKS)}, and parts of them such as up_blocks.1.attentions.0"
+                )
+            if factor < 0:
+                raise ValueError(f"train.block_rates: {name} is {factor}; give 0 or more")
+        return rates
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> "TrainConfig":
+        if self.fused_backward and (self.buckets or self.micro_batch_size is not None):
+            raise ValueError(
+                "train.fused_backward makes one backward pass a step; give train.buckets=false and "
+                "leave train.micro_batch_size out"
+            )
+        if self.fused_backward and self.precision == "fp16":
+            raise ValueError("train.fused_backward has no loss scaling; use bf16 or fp32, not fp16")
+        if self.fused_backward and self.optimizer in ("prodigy", "adamw8bit"):
+            raise ValueError(
+                f"train.fused_backward is for adafactor and adamw, not {self.optimizer}"
+            )
+        text = self.text_encoder_learning_rate
+        if self.optimizer == "prodigy" and (
+            (self.text_encoders and text not in (None, self.learning_rate))
+            or any(factor not in (0, 1) for factor in self.block_rates.values())
+        ):
+            raise ValueError(
+                "train.optimizer prodigy finds one rate for all; leave "
+                "train.text_encoder_learning_rate and train.block_rates out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_ranges(self) -> "TrainConfig":
         if self.resolution is not None and self.resolution % 8:
@@ -183,6 +245,8 @@ class LoraConfig(Config):
     """The adapter acts with alpha / rank; without it alpha is rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the adapter's input, in training."""
+    plus_ratio: float = Field(default=1.0, gt=0)
+    """How much faster the matrices B learn than A (LoRA+, arXiv 2402.12354; 16 is usual)."""
     targets: Literal["attention", "transformer"] = "attention"
     """Attention projections, or these and the feed-forward layers."""
 
@@ -307,6 +371,17 @@ class DreamBoothConfig(Config):
             raise ValueError(
                 f"validation.every_n_steps is {every}; it must be a multiple of "
                 f"checkpoint.every_n_steps, {self.checkpoint.every_n_steps}"
+            )
+        if self.train.fused_backward and self.workers.max_workers > 1:
+            raise ValueError(
+                "train.fused_backward updates weights before workers could share gradients; give "
+                "workers.max=1"
+            )
+        varies = self.lora.plus_ratio != 1 or self.inversion.num_vectors
+        if self.train.optimizer == "prodigy" and varies:
+            raise ValueError(
+                "train.optimizer prodigy finds one rate for all; leave lora.plus_ratio and "
+                "inversion.num_vectors out"
             )
         if self.train.strategy == "fsdp" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 has no loss scaling under fsdp; use bf16")

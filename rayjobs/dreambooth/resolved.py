@@ -110,6 +110,7 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
         checks.check_encoders(config.validation.encoders, "validation.encoders")
     weights = find_weights(config.model.uri)
     checks.check_objective(weights)
+    checks.check_blocks(config, weights)
     checks.check_token(config, _tokenizer(weights))
     found = look_for_photos(config.instance.uri, config.instance.prompt)
     run = ResolvedRun(config, weights.sha256, tuple(found.photos), skipped=found.skipped)

@@ -60,6 +60,11 @@ MISTAKES = [
         ["concepts=[{uri: x, prompt: a ok cat, class_prompt: a cat}]", "inversion.num_vectors=2"],
         "inversion.num_vectors learns the word of one subject",
     ),
+    (["train.fused_backward=true", "workers.min=1"], "give train.buckets=false and leave"),
+    (["train.fused_backward=true", "train.buckets=false"], "give workers.max=1"),
+    (["train.block_rates={up: 2}"], "'up' is no block of a UNet; its blocks are conv_in"),
+    (["train.block_rates={mid_block: -1}"], "mid_block is -1.0; give 0 or more"),
+    (["train.optimizer=prodigy", "lora.plus_ratio=16"], "prodigy finds one rate for all"),
     (["train.debiased=true", "train.min_snr_gamma=5"], "weigh the same steps in opposite ways"),
     (["inversion.alone=true"], "give inversion.num_vectors"),
     (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),
@@ -95,6 +100,7 @@ def config(folder: Path, *overrides: str) -> DreamBoothConfig:
         (["validation.encoders.subject=./absent"], r"encoders.subject: ./absent does not exist"),
         (["validation.encoders.prompt=configs"], "configs is no encoder: it has no config.json"),
         (["inversion.num_vectors=2", "inversion.token=star"], "knows 'star' already"),
+        (["train.block_rates={up_blocks.7: 2}"], r"up_blocks.7: the model's up_blocks are 0 \.\. "),
     ],
 )
 def test_a_mistake_seen_only_by_looking(

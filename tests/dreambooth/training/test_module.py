@@ -9,14 +9,21 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from transformers.optimization import Adafactor
 
 from rayjobs.config import BadInput
 from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.training import worker
 from rayjobs.dreambooth.training.module import DreamBooth
-from tests.dreambooth.fitting import resolved, settings
+from rayjobs.dreambooth.training.optimizers import FusedBackward, parameter_groups
+from rayjobs.dreambooth.training.tuned_model import TunedModel
+from tests.dreambooth.fitting import fit, resolved, settings
 
-pytestmark = pytest.mark.model
+# Lightning reads deprecated parts of torch.
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 def module(folder: Path, photos: Path, **train: Any) -> DreamBooth:
@@ -39,6 +46,7 @@ def test_the_average_is_that_of_diffusers(
     for _ in range(30):
         for parameter in trained.values():
             parameter.grad = torch.randn_like(parameter)
+        made._set_rates()
         made._update()
         made.step += 1
         theirs.step(list(trained.values()))
@@ -89,3 +97,93 @@ def test_a_mask_of_another_shape_is_refused(photos: Path, tmp_path: Path) -> Non
     Image.new("L", (64, 64)).save(tmp_path / "subject" / "0-mask.png")
     with pytest.raises(BadInput, match=r"0-mask\.png: a mask of 64 x 64 pixels for a picture of"):
         find_photos(str(tmp_path / "subject"), "x")
+
+
+def run_steps(folder: Path, photos: Path, **train: Any) -> dict[str, torch.Tensor]:
+    """The trained weights after three steps."""
+    usual: dict[str, Any] = {"steps": 3, "text_encoders": False, "max_grad_norm": 1e9}
+    tuned, _ = fit(resolved(settings(folder, photos, **usual | train)))
+    return {name: p.detach() for name, p in tuned.trainable().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
+def test_updates_within_the_backward_pass(
+    folders: dict[str, Path], photos: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight for weight those of updates after it, with no gradient left beside another."""
+    settings: dict[str, Any] = {"optimizer": optimizer, "method": "full", "ema_decay": 0.5}
+    wanted = run_steps(folders["sd"], photos, **settings)
+    held: list[int] = []
+    update = FusedBackward._update
+
+    def watch(self: FusedBackward, parameter: torch.Tensor, group: int) -> None:
+        alive = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        held.append(len(alive))
+        update(self, parameter, group)
+
+    monkeypatch.setattr(FusedBackward, "_update", watch)
+    mine = run_steps(folders["sd"], photos, fused_backward=True, **settings)
+    assert len(held) == 3 * len(mine)
+    assert max(held) <= 2, "gradients at once"
+    for name, weight in wanted.items():
+        assert (mine[name] - weight).abs().max() <= 1e-6, name
+
+
+def test_adafactor_is_that_of_transformers(folders: dict[str, Path], photos: Path) -> None:
+    """Beside its own steps on the same gradients; it keeps a row and a column of each matrix."""
+    made = module(folders["sd"], photos, optimizer="adafactor", learning_rate=1e-3)
+    trained = made.tuned.trainable()
+    copies = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
+    absolute = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    unet = [p for name, p in copies.items() if name.startswith("unet")]
+    text = [p for name, p in copies.items() if name.startswith("text")]
+    rates = [{"params": unet, "lr": 1e-3}, {"params": text, "lr": 1e-4}]
+    theirs = Adafactor(rates, weight_decay=0, **absolute)
+    torch.manual_seed(0)
+    for _ in range(3):
+        for name, parameter in trained.items():
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+            copies[name].grad = parameter.grad.clone()
+        made._set_rates()
+        made._update()
+        theirs.step()
+        made.step += 1
+    assert all(torch.equal(trained[name], copy) for name, copy in copies.items())
+    matrix = next(p for p in trained.values() if p.ndim == 2)
+    numbers = sum(x.numel() for x in made.optimizer.state[matrix].values() if torch.is_tensor(x))
+    assert numbers < sum(matrix.shape) + 3
+
+
+def test_rates_by_block_and_matrix(folders: dict[str, Path], photos: Path) -> None:
+    """The longest name counts; B of LoRA+ is faster; without either the groups are as ever."""
+    config = settings(folders["sdxl"], photos, learning_rate=1e-3)
+    rates = {"up_blocks": 0.0, "up_blocks.0.attentions.0": 3.0}
+    train = config.train.model_copy(update={"block_rates": rates})
+    lora = config.lora.model_copy(update={"plus_ratio": 16.0})
+    varied = config.model_copy(update={"train": train, "lora": lora})
+    tuned = TunedModel(worker.load(config, "cpu", torch.float32), config, torch.float32)
+    names = {id(p): name for name, p in tuned.trainable().items()}
+    seen: dict[str, float] = {}
+    for group in parameter_groups(varied, tuned):
+        seen |= {names[id(p)]: group["lr"] for p in group["params"]}
+    assert seen.keys() == tuned.trainable().keys()
+    for name, rate in seen.items():
+        wanted = 1e-4 if name.startswith("text") else 1e-3
+        wanted *= 16 if ".lora_B." in name else 1
+        if name.startswith("unet.up_blocks"):
+            wanted *= 3 if name.startswith("unet.up_blocks.0.attentions.0.") else 0
+        assert rate == pytest.approx(wanted), name
+    plain = list(parameter_groups(config, tuned))
+    parts = [{names[id(p)].split(".")[0] for p in group["params"]} for group in plain]
+    assert parts == [{"unet"}, {"text_encoders"}]
+    other = config.train.model_copy(update={"block_rates": {"conv_out": 2.0}})
+    with pytest.raises(BadInput, match=r"no trained weight is in conv_out"):
+        list(parameter_groups(config.model_copy(update={"train": other}), tuned))
+
+
+def test_a_block_without_a_rate_stays(folders: dict[str, Path], photos: Path) -> None:
+    begun = module(folders["sd"], photos, method="full", text_encoders=False).tuned.trainable()
+    rates = {"down_blocks": 0.0}
+    moved = run_steps(folders["sd"], photos, method="full", block_rates=rates, weight_decay=0.1)
+    for name, weight in moved.items():
+        assert torch.equal(weight, begun[name]) == name.startswith("unet.down_blocks."), name
