@@ -140,6 +140,12 @@ class TrainConfig(Config):
     """Mirror every other picture. Not for subjects with writing or a left and a right."""
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of pictures trained without their text."""
+    shuffle_tags: bool = False
+    """Captions are tags with commas between, in another order each time."""
+    keep_tags: int = Field(default=0, ge=0)
+    """The first tags that stay where they are, as the identifier does."""
+    tag_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the other tags left out each time."""
     min_snr_gamma: float | None = Field(default=None, gt=0)
     """Weigh low-noise steps down (arXiv 2303.09556; 5 is usual). Not for EDM models."""
     debiased: bool = False

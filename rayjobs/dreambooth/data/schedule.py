@@ -134,8 +134,25 @@ class BatchSchedule:
         dropped = rng.uniform(*stream, "caption dropout") < self.config.caption_dropout
         view = self._view(photo, crop, mirrored, is_prior)
         choice = int(rng.uniform(*stream, "caption choice") * len(photo.captions))
-        caption = None if dropped else photo.captions[choice]
+        caption = None if dropped else self._said(photo.captions[choice], stream, is_prior)
         return Row(view, caption, rng.uniform(*stream, "level"), stream)
+
+    def _said(self, caption: str, stream: tuple[int | str, ...], is_prior: bool) -> str:
+        """A photograph's caption with its tags in this row's order, some of them left out."""
+        config = self.config
+        if is_prior or not (config.shuffle_tags or config.tag_dropout):
+            return caption
+        tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+        kept, others = tags[: config.keep_tags], tags[config.keep_tags :]
+        order = range(len(others))
+        if config.shuffle_tags:
+            order = rng.permutation(len(others), *stream, "tags")
+        said = [
+            others[number]
+            for number in order
+            if rng.uniform(*stream, "tag dropout", number) >= config.tag_dropout
+        ]
+        return ", ".join([*kept, *said])
 
     def _view(self, photo: Photo, crop: int, mirrored: bool, is_prior: bool) -> View:
         bucket = bucketing.nearest_bucket(photo, self._buckets)

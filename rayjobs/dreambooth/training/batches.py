@@ -75,7 +75,8 @@ class Batches:
         self.cache = cache
         self.noise_offset = noise_offset
         self._texts: dict[str | None, Tensors] = {}
-        """Texts encoded without a cache."""
+        """Texts encoded without a cache: captions whose tags are in another order each time."""
+        self._cached_captions = frozenset(schedule.captions())
         self._known_masks: LRUCache[str, torch.Tensor] = LRUCache(MAX_MASKS)
 
     def fill_cache(
@@ -205,7 +206,7 @@ class Batches:
         return {name: tensor.float().cpu() for name, tensor in tensors.items()}
 
     def _cached_states(self, caption: str | None) -> Tensors:
-        if self.cache is not None:
+        if self.cache is not None and (caption is None or caption in self._cached_captions):
             return self.cache.get(_text_name(caption))
         if caption not in self._texts:
             if len(self._texts) == MAX_TEXTS:

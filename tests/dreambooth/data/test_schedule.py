@@ -1,5 +1,6 @@
 """A step's rows are a function of its number: on any number of workers, at any time."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -234,3 +235,36 @@ def test_micro_batches_hold_photographs_with_their_class_images() -> None:
         assert [row.stream[2] for row in part[::2]] == [row.stream[2] for row in part[1::2]]
     assert [len(part) for part in micro_batches(made.rows(0), None)] == [12]
     assert micro_batches([], 2) == []
+
+
+def tagged(**train: Any) -> list[str]:
+    """The captions of many rows of a photograph with five tags; those of class images stay."""
+    (photo,) = photos(1)
+    photo = dataclasses.replace(photo, captions=("sks dog, a,b , c, ,d",))
+    images = tuple(dataclasses.replace(image, captions=("x, y",)) for image in photos(2, "prior"))
+    config = TrainConfig(global_batch_size=4, seed=3, **train)
+    made = BatchSchedule(config, [subject([photo], images)], 64, 8)
+    rows = [row for step in range(100) for row in made.rows(step)]
+    assert {row.caption for row in rows if row.view.is_prior} == {"x, y"}
+    shares = [row for step in range(100) for rank in (0, 1) for row in made.rows(step, rank, 2)]
+    assert {(row.stream, row.caption) for row in shares} == {(r.stream, r.caption) for r in rows}
+    return [str(row.caption) for row in rows if not row.view.is_prior]
+
+
+def test_tags_are_shuffled_behind_those_that_are_kept() -> None:
+    assert set(tagged()) == {"sks dog, a,b , c, ,d"}
+    said = [caption.split(", ") for caption in tagged(shuffle_tags=True, keep_tags=1)]
+    assert {tags[0] for tags in said} == {"sks dog"}
+    assert all(sorted(tags[1:]) == ["a", "b", "c", "d"] for tags in said)
+    orders = Counter("".join(tags[1:]) for tags in said)
+    assert len(orders) == 24
+    assert max(orders.values()) < 40  # of 400, 17 each
+    first = Counter(tags[0] for tags in (text.split(", ") for text in tagged(shuffle_tags=True)))
+    assert len(first) == 5
+
+
+def test_tags_are_left_out() -> None:
+    said = [caption.split(", ") for caption in tagged(tag_dropout=0.25, keep_tags=1)]
+    assert {tags[0] for tags in said} == {"sks dog"}
+    assert all(tags[1:] == sorted(tags[1:]) for tags in said), "in their order"
+    assert sum(len(tags) - 1 for tags in said) / len(said) == pytest.approx(3, abs=0.2)

@@ -187,3 +187,22 @@ def test_a_block_without_a_rate_stays(folders: dict[str, Path], photos: Path) ->
     moved = run_steps(folders["sd"], photos, method="full", block_rates=rates, weight_decay=0.1)
     for name, weight in moved.items():
         assert torch.equal(weight, begun[name]) == name.startswith("unet.down_blocks."), name
+
+
+def test_shuffled_captions_are_encoded_beside_the_cache(
+    folders: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    for name in ("0.txt", "1.txt"):
+        (tmp_path / "subject" / name).write_text("a sks star, red, blue, small")
+    train = {"shuffle_tags": True, "keep_tags": 1, "text_encoders": False, "global_batch_size": 8}
+    config = settings(folders["sd"], tmp_path, **train)
+    output = config.output.model_copy(update={"uri": str(tmp_path / "out"), "cache": True})
+    run = resolved(config.model_copy(update={"output": output}))
+    batches, made = worker.build(run, worker.load(config, "cpu", torch.float32), torch.float32)
+    batches.fill_cache(0, 1)
+    batch = batches.batch(batches.schedule.rows(0))
+    assert len(set(batch.captions)) > 3
+    assert batch.text is not None
+    wanted = made.tuned.encode(batch.captions).states_BLD
+    assert (batch.text.states_BLD - wanted).abs().max() <= 1e-5
