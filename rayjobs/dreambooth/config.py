@@ -307,6 +307,15 @@ class ValidationConfig(Config):
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of the pictures; without it the model's usual one."""
     encoders: EncodersConfig = EncodersConfig()
+    loss_every_n_steps: int = Field(default=0, ge=0)
+    """Measure the loss so often at fixed noise, where it can be compared; 0: never."""
+    loss_uri: str | None = None
+    """Photographs held out for that, with captions as those of instance; without it the run's."""
+    loss_levels: int = Field(default=8, ge=1)
+    """Noise levels at which each of them is measured."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run when so many of these losses in a row are no better than the best; the best one's
+    checkpoint is exported."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of the process that validates."""
     num_cpus: float = Field(default=1, gt=0)
@@ -389,6 +398,7 @@ class DreamBoothConfig(Config):
                 "train.optimizer prodigy finds one rate for all; leave lora.plus_ratio and "
                 "inversion.num_vectors out"
             )
+        self._check_patience()
         if self.train.strategy == "fsdp" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 has no loss scaling under fsdp; use bf16")
         if self.train.strategy == "fsdp" and self.train.method != "full":
@@ -406,6 +416,21 @@ class DreamBoothConfig(Config):
     def export_kind(self) -> str:
         """What is exported: `lora`, `full` or `words`, as in the note beside it."""
         return "words" if self.inversion.alone else self.train.method
+
+    def _check_patience(self) -> None:
+        every, saves = self.validation.loss_every_n_steps, self.checkpoint.every_n_steps
+        if self.validation.patience is None:
+            return
+        if not every:
+            raise ValueError(
+                "validation.patience waits for losses that are not measured; give "
+                "validation.loss_every_n_steps"
+            )
+        if every % saves:
+            raise ValueError(
+                f"validation.loss_every_n_steps is {every}; with validation.patience it must be a "
+                f"multiple of checkpoint.every_n_steps, {saves}"
+            )
 
     def _check_inversion(self) -> None:
         inversion = self.inversion

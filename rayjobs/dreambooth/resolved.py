@@ -47,6 +47,8 @@ class ResolvedRun:
     class_images: tuple[Photo, ...] = ()
     more: tuple[Subject, ...] = ()
     """Those of `concepts`, beside the instance."""
+    held_out: tuple[Photo, ...] = ()
+    """The photographs whose loss at fixed noise is measured."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a file beside the photographs is passed over, by its name."""
 
@@ -127,6 +129,7 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
         warn([] if config.inversion.num_vectors else _check_identifier(word, weights))
         warn(check_sizes(subject.photos, config.train.resolution or weights.default_side))
     warn(_check_average(config.train))
+    run = _with_held_out(run)
     for name in ("min_snr_gamma", "debiased"):
         if weights.is_edm and getattr(config.train, name):
             raise BadInput(
@@ -153,6 +156,21 @@ def _with_concept(run: ResolvedRun, concept: ConceptConfig, number: int) -> Reso
     return replace(run, more=(*run.more, subject), skipped=run.skipped | found.skipped)
 
 
+def _with_held_out(run: ResolvedRun) -> ResolvedRun:
+    validation = run.config.validation
+    if not validation.loss_every_n_steps:
+        return run
+    if validation.loss_uri is None:
+        photos = [photo for subject in run.subjects for photo in subject.photos]
+    else:
+        photos = look_for_photos(validation.loss_uri, run.config.instance.prompt).photos
+        known = {photo.sha256 for subject in run.subjects for photo in subject.photos}
+        both = [photo.name for photo in photos if photo.sha256 in known]
+        if both:
+            warn([f"validation.loss_uri holds what is trained on, too: {shortened(both)}"])
+    return replace(run, held_out=tuple(photos))
+
+
 def _identifier(subject: Subject) -> str:
     return identifier_in(subject.prompt, subject.class_prompt)
 
@@ -170,6 +188,9 @@ def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
 
     names = ("model", "instance", "prior", "output")
     changed: dict[str, Any] = {name: absolute(getattr(config, name)) for name in names}
+    if (uri := config.validation.loss_uri) is not None:
+        update = {"loss_uri": storage.absolute(uri)}
+        changed["validation"] = config.validation.model_copy(update=update)
     changed["concepts"] = tuple(map(concept, config.concepts))
     return config.model_copy(update=changed)
 

@@ -65,6 +65,11 @@ MISTAKES = [
     (["train.block_rates={up: 2}"], "'up' is no block of a UNet; its blocks are conv_in"),
     (["train.block_rates={mid_block: -1}"], "mid_block is -1.0; give 0 or more"),
     (["train.optimizer=prodigy", "lora.plus_ratio=16"], "prodigy finds one rate for all"),
+    (["validation.patience=2"], "waits for losses that are not measured"),
+    (
+        ["validation.patience=2", "validation.loss_every_n_steps=100"],
+        "must be a multiple of checkpoint.every_n_steps, 250",
+    ),
     (["train.debiased=true", "train.min_snr_gamma=5"], "weigh the same steps in opposite ways"),
     (["inversion.alone=true"], "give inversion.num_vectors"),
     (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),

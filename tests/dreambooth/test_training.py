@@ -244,6 +244,32 @@ def test_a_finished_run_gets_more_steps(
     assert composition.train(more).was_finished
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_gains_nothing_ends(
+    ray_cluster: None, priors: Path, tmp_path: Path, workers: int
+) -> None:
+    """After two losses that are no better; the best is exported, and more patience goes on."""
+    output = str(tmp_path / "out")
+    look = {"loss_every_n_steps": 3, "patience": 2, "loss_levels": 2}
+    still = LONG | {"learning_rate": 1e-12}
+    keys: dict[str, Any] = {"train": still, "validation": look, "workers": {"min": workers}}
+    done = composition.train(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+    measured = results.read_losses(output, 99)
+    note = exports.read(f"{output}/export")
+    assert note is not None
+    assert note.step == results.step_of_least(measured)
+    assert [step for step, _ in measured] == [3, 6, 9]
+    assert (done.steps, note.step) == (9, 3)
+    assert len(losses(output)) == done.steps
+    again = composition.train(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+    assert again.was_finished
+    keys["validation"] = look | {"patience": 9}
+    more = composition.train(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+    assert more.steps == 15 - done.steps
+    assert len(losses(output)) == 15
+
+
 def train_worker(root: int) -> int:
     """A Ray Train worker among the processes that `root` started, and those that they started."""
     asked = ["ps", "-eo", "pid=,ppid=,args="]

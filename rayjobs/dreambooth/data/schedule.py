@@ -96,6 +96,16 @@ class BatchSchedule:
                 rows.append(self._row(step, position, image, True))
         return rows
 
+    def fixed_rows(self, photos: Sequence[Photo], num_levels: int) -> list[Row]:
+        """Each photograph's centre at evenly spaced levels, with the same noise every time."""
+        rows = []
+        for photo in photos:
+            view = self._view(photo, 0, False, False)
+            for level in range(num_levels):
+                stream = (self.config.seed, "validation", photo.sha256, level)
+                rows.append(Row(view, photo.captions[0], (level + 0.5) / num_levels, stream))
+        return rows
+
     def views(self) -> Iterator[View]:
         """Every view that any step may use; two crops of an image may be the same."""
         for photos, is_prior in zip(self._pictures(), (False, True), strict=True):

@@ -44,6 +44,8 @@ class Batch:
     captions: list[str | None]
     text: Text | None
     """None where text is trained, and encoded again at every step."""
+    counts: bool = True
+    """False: made again, so that sharded workers make equally many calls; its loss is dropped."""
 
     def to(self, device: str) -> "Batch":
         moved: dict[str, Any] = {
@@ -68,15 +70,19 @@ class Batches:
         objective: Objective,
         cache: Cache | None,
         noise_offset: float = 0.0,
+        fixed_rows: list[Row] | None = None,
     ):
         self.schedule = schedule
         self.tuned = tuned
         self.objective = objective
         self.cache = cache
         self.noise_offset = noise_offset
+        self.fixed_rows = fixed_rows or []
+        """Rows whose loss is measured beside the steps'."""
         self._texts: dict[str | None, Tensors] = {}
         """Texts encoded without a cache: captions whose tags are in another order each time."""
-        self._cached_captions = frozenset(schedule.captions())
+        of_fixed = {str(row.caption) for row in self.fixed_rows}
+        self._cached_captions = frozenset(of_fixed.union(schedule.captions()))
         self._known_masks: LRUCache[str, torch.Tensor] = LRUCache(MAX_MASKS)
 
     def fill_cache(
@@ -85,32 +91,48 @@ class Batches:
         """Encode this worker's share of what the cache lacks; `tell` hears how many of how many."""
         if self.cache is None:
             return
-        views = {f"view-{view.name}": view for view in self.schedule.views()}
+        every = [*self.schedule.views(), *(row.view for row in self.fixed_rows)]
+        views = {f"view-{view.name}": view for view in every}
         # Split before the cache is listed: other workers are storing their shares meanwhile.
         missing = self.cache.missing(list(views)[rank::num_workers])
         for number, name in enumerate(missing):
-            if tell is not None and number % TELL_EVERY == 0:
+            if tell is not None and number and number % TELL_EVERY == 0:
                 tell(number, len(missing))
             self.cache.put(name, self._moments([views[name]])[0])
         if self.tuned.trains_text:
             return
-        captions: list[str | None] = [None, *self.schedule.captions()]
+        captions: list[str | None] = [None, *sorted(self._cached_captions)]
         texts = {_text_name(caption): caption for caption in captions}
         for name in self.cache.missing(list(texts)[rank::num_workers]):
             self.cache.put(name, self._states(texts[name]))
 
     def steps(
-        self, first: int, last: int, rank: int, num_workers: int, max_photos: int | None
+        self,
+        first: int,
+        last: int,
+        rank: int,
+        num_workers: int,
+        max_photos: int | None,
+        *,
+        equal: bool = False,
     ) -> Iterator[list[Batch]]:
         """The batches of steps first .. last - 1, each made while the one before is trained on.
 
-        Except on a CPU, where a second pool of OpenMP threads on the same cores costs more time
-        than it hides.
+        With `equal` every worker has as many of a step as the one with most, whose pictures have
+        most sizes: sharded workers call the network together or wait for ever.
+
+        On a CPU none is made ahead: a second pool of OpenMP threads on the same cores costs more
+        time than it hides.
         """
 
         def make(step: int) -> list[Batch]:
-            rows = self.schedule.rows(step, rank, num_workers)
-            return [self.batch(part) for part in micro_batches(rows, max_photos)]
+            def parts(rank: int) -> list[list[Row]]:
+                return micro_batches(self.schedule.rows(step, rank, num_workers), max_photos)
+
+            made = [self.batch(part) for part in parts(rank)]
+            most = max(len(parts(other)) for other in range(num_workers)) if equal else 0
+            filling = [replace(made[-1], counts=False)] * (most - len(made))
+            return [*filling, *made]
 
         if self.tuned.model.device == "cpu":
             yield from map(make, range(first, last))

@@ -48,6 +48,8 @@ class DreamBooth(pl.LightningModule):
         """Optimizer steps made so far, also before a restart."""
         self.metrics: dict[str, float] = {}
         """Of the last step, over all workers."""
+        self.stopped_with_patience: int | None = None
+        """The patience with which the run was ended before its last step."""
         self.average: dict[str, torch.Tensor] = {}
         self._fused: FusedBackward | None = None
         fp16 = tuned.compute == torch.float16
@@ -84,7 +86,7 @@ class DreamBooth(pl.LightningModule):
         for number, batch in enumerate(batches):
             is_last = number + 1 == len(batches)
             with nullcontext() if is_last else self._without_gradient_sync():
-                parts_2 = self.losses(batch.to(str(self.device)))
+                parts_2 = self.losses(batch.to(str(self.device))) * batch.counts
                 # Workers' gradients are averaged; the parts of a loss add up.
                 self._backward(parts_2.sum() * self.trainer.world_size)
             sums += parts_2.detach()
@@ -93,6 +95,26 @@ class DreamBooth(pl.LightningModule):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """The rows' shares of the subject's and of the prior's loss, weighted, (2,) float32."""
+        errors_B, weight_B = self._errors_and_weights(batch)
+        shares = [
+            prior_preserving_loss(
+                errors_B * mask_B,
+                weight_B,
+                batch.is_prior_B,
+                self.config.prior.weight,
+                self.num_instance,
+                self.num_prior,
+            )
+            for mask_B in (~batch.is_prior_B, batch.is_prior_B)
+        ]
+        return torch.stack(shares)
+
+    def row_losses(self, batch: Batch) -> torch.Tensor:
+        """Each row's own loss, weighted, (B,) float32."""
+        errors_B, weight_B = self._errors_and_weights(batch)
+        return errors_B * weight_B
+
+    def _errors_and_weights(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.lora.dropout:
             for _, network in self.tuned.parts():
                 lora.set_dropout_keys(network, batch.dropout_keys_B)
@@ -107,19 +129,7 @@ class DreamBooth(pl.LightningModule):
             target_BCHW = torch.where(is_prior_B111, teacher_BCHW, target_BCHW)
         predicted_BCHW = self.tuned.predict(x_BCHW, timesteps_B, text, batch.time_ids_B6)
         errors_B = self._errors(predicted_BCHW, target_BCHW, batch)
-        weight_B = self.objective.weight(batch.levels_B)
-        shares = [
-            prior_preserving_loss(
-                errors_B * mask_B,
-                weight_B,
-                batch.is_prior_B,
-                self.config.prior.weight,
-                self.num_instance,
-                self.num_prior,
-            )
-            for mask_B in (~batch.is_prior_B, batch.is_prior_B)
-        ]
-        return torch.stack(shares)
+        return errors_B, self.objective.weight(batch.levels_B)
 
     def _errors(
         self, predicted_BCHW: torch.Tensor, target_BCHW: torch.Tensor, batch: Batch

@@ -12,8 +12,10 @@ from PIL import Image
 from transformers.optimization import Adafactor
 
 from rayjobs.config import BadInput
+from rayjobs.dreambooth import results
 from rayjobs.dreambooth.data.photos import find_photos
 from rayjobs.dreambooth.training import worker
+from rayjobs.dreambooth.training.held_out import measure
 from rayjobs.dreambooth.training.module import DreamBooth
 from rayjobs.dreambooth.training.optimizers import FusedBackward, parameter_groups
 from rayjobs.dreambooth.training.tuned_model import TunedModel
@@ -206,3 +208,60 @@ def test_shuffled_captions_are_encoded_beside_the_cache(
     assert batch.text is not None
     wanted = made.tuned.encode(batch.captions).states_BLD
     assert (batch.text.states_BLD - wanted).abs().max() <= 1e-5
+
+
+def test_the_loss_at_fixed_noise(folders: dict[str, Path], photos: Path, family: str) -> None:
+    """A function of the weights alone: not of calls, shares, dropout or the time of asking."""
+    config = settings(folders[family], photos, caption_dropout=0.5)
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.5})})
+    run = resolved(config)
+    run = dataclasses.replace(run, held_out=run.photos)
+    batches, made = worker.build(run, worker.load(config, "cpu", torch.float32), torch.float32)
+    rows = batches.fixed_rows
+    assert len(rows) == 2 * config.validation.loss_levels
+    assert len({row.quantile for row in rows}) == config.validation.loss_levels
+    made.tuned.unet.train()
+    whole = measure(made, batches, rows, 64)
+    assert made.tuned.unet.training, "as it was before"
+    parts = measure(made, batches, rows[::2], 3) + measure(made, batches, rows[1::2], 1)
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-5)
+    made.tuned.eval()
+    by_row = [made.row_losses(batches.batch([row])).item() for row in rows]
+    assert whole.item() == pytest.approx(sum(by_row), rel=1e-5)
+    with torch.no_grad():
+        for parameter in made.tuned.trainable().values():
+            parameter.add_(0.1)
+    assert measure(made, batches, rows, 64).item() != pytest.approx(whole.item(), rel=1e-3)
+
+
+def test_when_a_run_has_stalled() -> None:
+    def stalled(losses: list[float], patience: int) -> bool:
+        return results.has_stalled(list(enumerate(losses)), patience)
+
+    assert not stalled([3.0, 2.0, 1.0], 1)
+    assert not stalled([1.0], 1)
+    assert stalled([1.0, 1.0], 1)
+    assert not stalled([1.0, 2.0], 2)
+    assert stalled([3.0, 1.0, 2.0, 1.5], 2)
+    assert not stalled([3.0, 2.0, 2.5, 1.5], 2)
+    assert results.step_of_least([(10, 3.0), (20, 1.0), (30, 1.0)]) == 20
+    assert results.step_of_least([]) is None
+
+
+def test_sharded_workers_make_equally_many_calls(folders: dict[str, Path], photos: Path) -> None:
+    """Pictures of several sizes make several calls; those made again leave the loss as it is."""
+    run = resolved(settings(folders["sd"], photos, "none", buckets=True, global_batch_size=6))
+    batches, made = worker.build(run, worker.load(run.config, "cpu", torch.float32), torch.float32)
+    uneven = False
+    for step in range(4):
+        plain, equal = (
+            [next(batches.steps(step, step + 1, rank, 3, None, equal=same)) for rank in range(3)]
+            for same in (False, True)
+        )
+        uneven |= len({len(share) for share in plain}) > 1
+        assert len({len(share) for share in equal}) == 1
+        for one, other in zip(plain, equal, strict=True):
+            wanted = sum(made.losses(batch) for batch in one)
+            losses = sum(made.losses(batch) * batch.counts for batch in other)
+            assert torch.equal(torch.as_tensor(wanted), torch.as_tensor(losses))
+    assert uneven
