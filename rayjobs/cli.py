@@ -189,7 +189,7 @@ def _dreambooth(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from rayjobs.config import load_config
-    from rayjobs.dreambooth.evaluate_config import EvaluateConfig
+    from rayjobs.dreambooth.config.evaluate import EvaluateConfig
 
     config = load_config(EvaluateConfig, options.config, options.overrides)
     from rayjobs.dreambooth import composition

@@ -17,6 +17,7 @@ from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
 from rayjobs.dreambooth import checks, job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config.evaluate import EvaluateConfig, read_prompts
 from rayjobs.dreambooth.data.photos import (
     Photo,
     Subject,
@@ -24,7 +25,6 @@ from rayjobs.dreambooth.data.photos import (
     look_for_photos,
     tell_skipped,
 )
-from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve, warn
 from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
