@@ -13,6 +13,15 @@ METRICS = "metrics.jsonl"
 """One line a step."""
 
 
+BETTER = {"preservation": "lower"}
+"""Which way a metric is better; all others when they are higher."""
+
+
+def with_direction(name: str) -> str:
+    """A metric's name for people, and whether more of it is better or less."""
+    return f"{name.replace('_', ' ')} ({BETTER.get(name, 'higher')} is better)"
+
+
 @dataclass(frozen=True)
 class Result:
     """The validation of the model after a step; step 0 is the untrained model."""
