@@ -213,14 +213,14 @@ def _dreambooth(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from rayjobs.config import load_config
-    from rayjobs.dreambooth.evaluate_config import EvaluateConfig
+    from rayjobs.dreambooth.config.evaluate import EvaluateConfig
 
     config = load_config(EvaluateConfig, options.config, options.overrides)
-    from rayjobs.dreambooth import composition
+    from rayjobs.dreambooth import composition, results
 
     done = composition.evaluate(config)
     for name, value in {**done.metrics, "joint_score": done.score}.items():
-        print(f"{name.replace('_', ' '):18} {value:.3f}")
+        print(f"{results.with_direction(name):38} {value:.3f}")
     print(f"of {done.num_pictures:,} pictures; they are in {done.output_uri}")
     return DONE
 

@@ -20,7 +20,7 @@ MODELS = {
     "generate": "rayjobs.generation.config:GenerateConfig",
     "prior": "rayjobs.generation.prior:PriorConfig",
     "dreambooth": "rayjobs.dreambooth.config:DreamBoothConfig",
-    "evaluate": "rayjobs.dreambooth.evaluate_config:EvaluateConfig",
+    "evaluate": "rayjobs.dreambooth.config.evaluate:EvaluateConfig",
     "serve": "serve.config:ServeConfig",
     "export": "rayjobs.generation.tools.export:ExportConfig",
     "build_processor": "rayjobs.generation.worker.processor:ProcessorConfig",

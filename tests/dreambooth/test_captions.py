@@ -129,7 +129,7 @@ def test_what_is_passed_over_is_told(picture: Callable[[int], Image.Image], tmp_
         "metadata.jsonl: dog.png": "its picture has another caption",
         "metadata.jsonl: cat.png": "no such picture",
         "notes.md": "neither a picture nor a caption",
-        "dog-masklabel.png": "a mask",
+        "dog-masklabel.png": "a mask; train.masks=files uses it",
         "gone.png": "a broken link",
     }
     told = tell_skipped(found.skipped)
