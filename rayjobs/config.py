@@ -87,7 +87,7 @@ def load_config(model: type[C], path: str, overrides: list[str] | None = None) -
     Text is what is written, whatever YAML takes it for; null stands for a key's default.
     Raises BadInput naming every key that is wrong.
     """
-    return read_config(model, _read(path), overrides or [], f"{path}: ")
+    return read_config(model, read_values(path), overrides or [], f"{path}: ")
 
 
 def changed(config: C, overrides: list[str]) -> C:
@@ -107,7 +107,8 @@ def read_config(model: type[C], values: dict[str, Any], overrides: list[str], wh
         raise BadInput("\n".join(f"{where}{line}" for line in lines)) from None
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_values(path: str) -> dict[str, Any]:
+    """What a YAML file holds, unchecked. Raises BadInput where it cannot be read."""
     try:
         values = written.load(Path(path).read_text("utf-8"))
     except OSError as error:

@@ -30,6 +30,7 @@ from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prior import PriorConfig
+from rayjobs.models.facts import find_weights
 from rayjobs.models.options import SourceConfig
 
 METRICS = "metrics.json"
@@ -50,6 +51,30 @@ def train(config: DreamBoothConfig) -> job.Summary:
     with cluster.session(job.num_cpus(run.config)):
         # A finished run's class images are not looked for: they may be gone.
         return job.run(run if finished else with_class_images(run))
+
+
+def describe(config: DreamBoothConfig) -> str:
+    """What a training would work with. Raises BadInput as `train` does before any work."""
+    run = resolve(config)
+    photos = sum(len(subject.photos) for subject in run.subjects)
+    train, prior = config.train, config.prior
+    images = 0 if prior.mode == "none" else prior.num_images * len(run.subjects)
+    shown = train.steps * train.global_batch_size
+    return (
+        f"{photos:,} photographs, {images:,} class images; {train.method}, {train.steps:,} steps "
+        f"of {train.global_batch_size:,}: each photograph {shown / photos:,.0f} times"
+    )
+
+
+def describe_evaluation(config: EvaluateConfig) -> str:
+    """How many pictures an evaluation would make. Raises BadInput as it does before any work."""
+    find_weights(config.model)
+    prompts = len(read_prompts(config))
+    whole = prompts * config.num_images + config.num_class_images
+    return (
+        f"{whole:,} pictures: {prompts:,} prompts x {config.num_images:,}, and "
+        f"{config.num_class_images:,} of the class"
+    )
 
 
 def with_class_images(run: ResolvedRun) -> ResolvedRun:
