@@ -102,6 +102,17 @@ def usual(
     return Usual(STEPS, 5.0 if family == "sdxl" else 7.5)
 
 
+def distilled_sampler(kind: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """What a distilled model of that kind changes of a sampler that is meant for many steps.
+
+    LCM and DMD2 come with a sampler of their own; the others begin at the last noise level.
+    """
+    if Prediction.of(scheduler).is_edm or _distilled(scheduler, "") is not None:
+        return {}
+    trailing = {"timestep_spacing": "trailing"}
+    return {"_class_name": "LCMScheduler"} if kind in ("LCM", "DMD", "DMD2") else trailing
+
+
 def distilled_name(titles: str) -> str | None:
     """The kind of distilled model that a title names."""
     named = NAMES.search(titles.lower())
