@@ -389,16 +389,7 @@ def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path
             "file or a hub id"
         )
     try:
-        if not weights or not _is_pipeline(hub_id, revision):
-            from huggingface_hub import snapshot_download
-
-            texts = ["*.json", "*.txt", "*.model"]
-            wanted = [*texts, "diffusion_pytorch_model*.safetensors"] if weights else texts
-            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-        from diffusers import DiffusionPipeline
-
-        pinned = {} if revision is None else {"revision": revision}
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **pinned))
+        return _snapshot(hub_id, revision, []) if not weights else _with_weights(hub_id, revision)
     except Exception as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise ValueError(
@@ -407,15 +398,25 @@ def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path
         ) from error
 
 
-def _is_pipeline(hub_id: str, revision: str | None) -> bool:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _with_weights(hub_id: str, revision: str | None) -> Path:
+    """A pipeline, or where there is none in the repository, a UNet."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    pinned = {} if revision is None else {"revision": revision}
     try:
-        hf_hub_download(hub_id, "model_index.json", revision=revision)
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **pinned))
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        raise
     except EntryNotFoundError:
-        return False
-    return True
+        return _snapshot(hub_id, revision, ["diffusion_pytorch_model*.safetensors"])
+
+
+def _snapshot(hub_id: str, revision: str | None, weights: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", *weights]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
 def sha256_of(path: Path) -> str:
