@@ -29,6 +29,7 @@ NAMES = re.compile(
 )
 """Names of distilled models, as makers put them into titles and ids."""
 NUMBER = re.compile(r"(?<!\d)(\d)[-_ ]?steps?(?![a-z])")
+MADE_FOR = re.compile(r"\d[-_ ]?steps?(?![a-z])|sd[-_ ]?xl|sd[-_ ]?(?:1\.?5|15|turbo)")
 SAME_FOR_ALL = ("pytorch_lora_weights", "adapter_model")
 LABELS = {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM", "hyper": "Hyper"}
 
@@ -105,9 +106,13 @@ def usual(
 def adapter_usual(names: str) -> Usual | None:
     """The steps and guidance of an adapter that makes a model a distilled one; None of others.
 
-    Only what its file, folder or title is named tells it.
+    Only what its file, folder or title is named tells it. Subjects are called turbo and lightning
+    too: with these the name must also tell the steps or the base model.
     """
     kind = distilled_name(names)
+    is_subject = kind in ("Turbo", "Lightning") and not MADE_FOR.search(names.lower())
+    if is_subject:
+        return None
     return None if kind is None else Usual(_named_steps(names), 1.0, kind)
 
 
@@ -116,6 +121,17 @@ def file_name(uri: str) -> str:
     *folders, name = uri.rstrip("/").replace("\\", "/").split("/")
     stem = name.removesuffix(".safetensors")
     return folders[-1] if folders and stem in SAME_FOR_ALL else stem
+
+
+def distilled_sampler(kind: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """What a distilled model of that kind changes of a sampler that is meant for many steps.
+
+    LCM and DMD2 come with a sampler of their own; the others begin at the last noise level.
+    """
+    if Prediction.of(scheduler).is_edm or _distilled(scheduler, "") is not None:
+        return {}
+    trailing = {"timestep_spacing": "trailing"}
+    return {"_class_name": "LCMScheduler"} if kind in ("LCM", "DMD", "DMD2") else trailing
 
 
 def distilled_name(titles: str) -> str | None:

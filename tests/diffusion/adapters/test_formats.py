@@ -317,6 +317,8 @@ def test_kinds_that_are_no_plain_factors_draw_as_merged_weights_do(
         ("sdxl_lightning_8step_lora.safetensors", "", 8),
         ("fast.safetensors", "DMD2 4 step LoRA", 4),
         ("turbo/style.safetensors", "", None),
+        ("porsche-911-turbo.safetensors", "", None),
+        ("sd_xl_turbo_lora_v1.safetensors", "", 4),
         ("hypersonic-jets.safetensors", "", None),
     ],
 )

@@ -205,6 +205,10 @@ def test_distilled_models_are_known_by_their_titles(
     usual = locate(write(file, XL, {"modelspec.title": title})).usual
     assert (usual.kind, usual.steps) == (kind, steps)
     assert usual.guidance_scale == (5.0 if kind is None else 1.0)
+    spacing = "leading" if kind in (None, "DMD2") else "trailing"
+    assert locate(str(file)).scheduler["timestep_spacing"] == spacing
+    own = "LCMScheduler" if kind == "DMD2" else "EulerDiscreteScheduler"
+    assert locate(str(file)).scheduler_name == own
     warning = usual.warning(30, 5.0)
     assert warning is None if kind is None else "30 steps and guidance 5 spoil" in str(warning)
     assert usual.warning(steps, usual.guidance_scale) is None
