@@ -67,9 +67,9 @@ def padded(model: Model, chunks: tuple[Chunk, ...], count: int) -> tuple[Chunk, 
 
 def _plain(model: Model, text: str) -> Tokens:
     """One chunk, cut as diffusers' pipelines do it."""
-    said, tokens, kept = expand_words(text, model.words), [], []
+    tokens, kept = [], []
     for tokenizer in model.tokenizers:
-        most = tokenizer.model_max_length
+        said, most = expand_words(text, model.words), tokenizer.model_max_length
         cut = tokenizer(said, padding="max_length", max_length=most, truncation=True).input_ids
         tokens.append(tuple(cut))
         if len(tokenizer(said).input_ids) > most:
@@ -116,13 +116,15 @@ def _divided(model: Model, tokenizer: Any, sections: list[list[Part]]) -> Iterat
 
 def _words(model: Model, tokenizer: Any, parts: Iterable[Part]) -> Iterator[list[Weighted]]:
     """Weighted tokens one by one; those of a learned word, which no end divides, at once."""
-    lengths = {tokenizer.convert_tokens_to_ids(word): n for word, n in model.words.items()}
+    learned = {number: name for name, number in tokenizer.added_tokens_encoder.items()}
     for text, weight in parts:
         said = expand_words(text, model.words)
         ids = tokenizer(said, add_special_tokens=False).input_ids
         at = 0
         while at < len(ids):
-            end = at + lengths.get(ids[at], 1)
+            name, end = learned.get(ids[at]), at + 1
+            while end < len(ids) and name and learned.get(ids[end]) == f"{name}_{end - at}":
+                end += 1
             yield [(token, weight) for token in ids[at:end]]
             at = end
 
