@@ -5,8 +5,11 @@ anything else, 130 stopped at once.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 DRAIN_S = 600.0
+PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="KEY=VALUE", help="as in http_options.port=8001"
         )
         command.set_defaults(command=work)
+    run.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     drain = commands.add_parser("drain", help="let a running server refuse requests and finish old")
     drain.add_argument(
         "--seconds", type=float, default=DRAIN_S, help="the longest wait, the longest deadline"
@@ -59,28 +64,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    """Run the server in a session of its own, and pass on what is to end it.
+
+    A shell, `timeout` and others signal a whole process group. Ray's processes would be in it, and
+    their end would cut the requests that are still to be answered.
+    """
+    if options.inside:
+        return _run_inside(options)
+    command = [sys.executable, "-m", "serve", "run", "--inside", options.config, *options.overrides]
+    inside = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: inside.send_signal(signal.SIGTERM))
+    code = inside.wait()
+    return code if code >= 0 else FAILED
+
+
+def _end_with_parent() -> None:
+    with contextlib.suppress(AttributeError, OSError):  # Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _run_inside(options: argparse.Namespace) -> int:
     server = _checked(options)
     try:
         server.start()
         print(f"ready, open {server.file.url}", flush=True)
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own there
-        server.wait()
-        return DONE
-    except KeyboardInterrupt:
-        return _finish(server)
+        return _serve(server)
     finally:
         server.stop()
 
 
-def _finish(server: "Server") -> int:
-    """Answer what was accepted; a second signal ends that."""
-    import ray
-
+def _serve(server: "Server") -> int:
+    """Until a signal, then until what was accepted is answered; a second signal ends that."""
     from serve.running import drain
 
-    if not ray.is_initialized():
-        return INTERRUPTED
-    return _told(drain(server.file.longest_s, _tell))
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        return _told(drain(server.file.longest_s, _tell))
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import serve as ray_serve
@@ -36,6 +36,7 @@ class Server:
         self.file = file
         self.values = values
         self.is_own = not os.environ.get("RAY_ADDRESS")
+        self._is_started = False
 
     def check(self) -> None:
         """Raise BadInput, or StorageError, for what can be known to fail before anything starts."""
@@ -53,7 +54,8 @@ class Server:
             raise BadInput(
                 "Ray Serve runs on this cluster already; use `serve deploy` to change it"
             )
-        schema = ServeDeploySchema.model_validate(self.values)
+        schema = ServeDeploySchema.model_validate(self._values_anywhere())
+        self._is_started = True
         ray_serve.start(schema.proxy_location, schema.http_options.model_dump())
         client = _get_global_client()
         assert client is not None
@@ -61,6 +63,14 @@ class Server:
         while not self._is_ready():
             time.sleep(LOOK_EVERY_S)
         client.wait_for_proxies_serving(wait_for_applications_running=True)
+
+    def _values_anywhere(self) -> dict[str, Any]:
+        """The file's values with absolute local paths: they are built in another process."""
+        apps = []
+        for app, given in zip(self.file.applications, self.values["applications"], strict=True):
+            args = with_absolute_paths(app.args).model_dump(mode="json", exclude_unset=True)
+            apps.append({**given, "args": args})
+        return {**self.values, "applications": apps}
 
     def _is_ready(self) -> bool:
         apps = ray_serve.status().applications
@@ -74,16 +84,14 @@ class Server:
             ApplicationStatus.RUNNING
         }
 
-    def wait(self) -> None:
+    def wait(self) -> NoReturn:
         """Until an interruption."""
         while True:
             time.sleep(LOOK_EVERY_S)
 
     def stop(self) -> None:
-        """End at once what is left; a cluster of its own goes with it."""
-        if not ray.is_initialized():
-            return
-        if not self.is_own:
+        """End at once what was started; a cluster of its own goes with it."""
+        if self._is_started and not self.is_own:
             ray_serve.shutdown()
         ray.shutdown()
 

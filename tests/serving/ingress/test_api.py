@@ -81,7 +81,7 @@ def url(engines: QuickEngines) -> Iterator[str]:
 
 def test_a_storage_that_never_answers_delays_only_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links are refused once it is known to be away; until then each keeps its deadline."""
-    monkeypatch.setattr(results.ResultsStore, "_look", _never)
+    monkeypatch.setattr(results.ResultsStore, "_look", _nothing_wrong)
     with black_hole(), serving(results={"uri": "s3://bucket/served"}) as url:
         link = PROMPT | {"response_format": "url", "deadline_s": 0.5}
         answers: list[int] = []
@@ -98,8 +98,8 @@ def test_a_storage_that_never_answers_delays_only_links(monkeypatch: pytest.Monk
         assert answers == [504] * 20
 
 
-async def _never(store: results.ResultsStore) -> None:
-    """A check that finds nothing wrong."""
+def _nothing_wrong(store: results.ResultsStore) -> None:
+    store._checked_s = time.monotonic()
 
 
 def test_a_storage_that_is_away_is_told_before_an_image_is_made(
@@ -125,6 +125,30 @@ def test_a_storage_that_is_away_is_told_before_an_image_is_made(
             time.sleep(0.05)
             status, _, body = ask(url, body=link)
         assert body["data"][0]["url"] == "https://there"
+
+
+def test_a_storage_that_went_away_is_noticed_by_those_who_could_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_away, go = threading.Event(), threading.Event()
+
+    def check(uri: str, write: bool) -> None:
+        if is_away.is_set():
+            raise storage.Unavailable("it does not answer")
+
+    monkeypatch.setattr(storage, "check", check)
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: go.wait(30))
+    monkeypatch.setattr(storage, "link", lambda uri, seconds: "https://there")
+    monkeypatch.setattr(results, "CHECK_EVERY_S", 0.0)
+    with serving(results={"uri": "s3://bucket/served"}) as url:
+        link = PROMPT | {"response_format": "url", "deadline_s": 0.3}
+        is_away.set()
+        assert ask(url, body=link)[0] == 504
+        until_s = time.monotonic() + 10
+        while (status := ask(url, body=link)[0]) == 504 and time.monotonic() < until_s:
+            time.sleep(0.05)
+        assert status == 503
+        go.set()
 
 
 def test_a_registry_that_never_answers_delays_only_names_nobody_knows() -> None:
