@@ -66,7 +66,7 @@ def run_diffusers(pipeline: Any, requests: list[Request], batch: int) -> None:
         groups.setdefault(key, []).append(request)
     own = pipeline.scheduler.config
     for (sampler, steps, guidance), group in groups.items():
-        sampler_class, options = resolve(sampler, {}, edm_model=False)
+        sampler_class, options = resolve(sampler, {})
         pipeline.scheduler = sampler_class.from_config(own, **options)
         for first in range(0, len(group), batch):
             chunk = group[first : first + batch]

@@ -89,7 +89,7 @@ class Pipelines:
         """Pictures of wishes of one key, in one call."""
         one = wishes[0]
         pipeline = self.text if one.image is None else self.image
-        sampler_class, options = resolve(one.sampler, {}, edm_model=False)
+        sampler_class, options = resolve(one.sampler, {})
         pipeline.scheduler = sampler_class.from_config(self.own, **options)
         width, height = one.size
         more: dict[str, Any] = {"width": width, "height": height}

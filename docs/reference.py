@@ -11,7 +11,8 @@ HEAD = """\
 <!-- Written by `make reference` from the models' docstrings; a test keeps it current. -->
 
 Any key of a file is overridden on the command line as `key=value`, with the value in YAML:
-`sampler.steps=40`, `'prompts={inline: [a star]}'`. An unknown key is refused. `[]` in a key stands
+`sampler.steps=40`, `'prompts={inline: [a star]}'`. Text is taken as it is written, also `no`, `010`
+or `a star #1`; `null` gives a key its default back. An unknown key is refused. `[]` in a key stands
 for each item of a list. `rayjobs show FILE` prints a generation job with every default, and
 `rayjobs init KIND` writes a file with every key.
 """

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     0 done, 2 bad input or storage that this process cannot use, 3 finished with failed records, 130
     interrupted (resumable), 1 anything else.
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -50,6 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _interrupt(*_: object) -> None:
     """What ends a job from outside is an interruption, like Ctrl-C."""
     raise KeyboardInterrupt
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse does not look for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(text[0] == "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 class _Version(argparse.Action):
@@ -114,8 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
+    repair = reader("repair", _repair, "make again what verify finds damaged")
+    repair.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as in workers.min=2")
     export = reader("export", _export, "copy a data set: filtered, converted, resized, split")
-    export.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
+    export.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
+    export.add_argument("--repair", action="store_true", help="export damaged shards again")
     return parser
 
 
@@ -145,6 +159,16 @@ def _generate(options: argparse.Namespace) -> int:
     summary = job.run(
         config, options.limit, extend=options.extend, retry_failed=options.retry_failed
     )
+    return _tell(summary)
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from rayjobs.generation import job
+
+    return _tell(job.repair(options.uri, options.overrides))
+
+
+def _tell(summary: Any) -> int:
     if summary.num_made:
         rate = summary.num_made / summary.seconds
         done = f"made {summary.num_made:,} images in {summary.seconds:.0f} s ({rate:.2f}/s)"
@@ -204,7 +228,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from rayjobs.generation.tools import export
 
-    done = export.run(options.uri, export.load(options.settings))
+    done = export.run(options.uri, export.load(options.overrides), options.repair)
     parts = "".join(f", {count:,} {name}" for name, count in done.splits.items())
     print(f"{done.num_records:,} records{parts}, in {done.seconds:.0f} s; {done.output_uri}")
     return DONE
@@ -246,6 +270,8 @@ def _verify(options: argparse.Namespace) -> int:
     print(
         f"{findings.num_shards:,} shards, {findings.num_records:,} records{again}{missing}: {wrong}"
     )
+    if findings.faults:
+        print(f"to make it whole again: {findings.way_out}")
     return SOME_FAILED if findings.faults else DONE
 
 

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rayjobs import written
+from rayjobs.written import Written
+
 
 class Config(BaseModel):
     """Base of every configuration model: unknown keys are errors, values never change."""
@@ -81,51 +84,43 @@ C = TypeVar("C", bound=Config)
 def load_config(model: type[C], path: str, overrides: list[str] | None = None) -> C:
     """Read the YAML at `path` (local), apply `a.b=value` overrides in order, and check it all.
 
+    Text is what is written, whatever YAML takes it for; null stands for a key's default.
     Raises BadInput naming every key that is wrong.
     """
-    values = _read(path)
-    _check_overrides(overrides or [])
-    for override in overrides or []:
+    return read_config(model, _read(path), overrides or [], f"{path}: ")
+
+
+def changed(config: C, overrides: list[str]) -> C:
+    """The configuration with these overrides. Raises BadInput naming every key that is wrong."""
+    return read_config(type(config), config.model_dump(mode="json"), overrides)
+
+
+def read_config(model: type[C], values: dict[str, Any], overrides: list[str], where: str = "") -> C:
+    """The model of these values and overrides; errors say `where` the values are from."""
+    _check_overrides(overrides)
+    for override in overrides:
         _apply(values, override)
     try:
-        return model.model_validate(values)
+        return model.model_validate(written.settle(values, model))
     except ValidationError as error:
         lines = [_describe(model, problem) for problem in error.errors()]
-        raise BadInput("\n".join(f"{path}: {line}" for line in lines)) from None
+        raise BadInput("\n".join(f"{where}{line}" for line in lines)) from None
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(path).read_text("utf-8"), _Loader)
+        values = written.load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
-    except BadInput as error:
+    except written.Twice as error:
         raise BadInput(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise BadInput(f"{path}: expected keys and values, found {type(values).__name__}")
+        raise BadInput(f"{path}: expected keys and values")
     return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is twice in a mapping, of which YAML would keep the last silently."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            name = (key.tag, str(key.value))
-            if name in lines:
-                raise BadInput(
-                    f"line {line}: the key {key.value!r} is there twice, first in line "
-                    f"{lines[name]}; remove one"
-                )
-            lines[name] = line
-        return node
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -146,16 +141,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
-        if child is None:
-            child = values[parent] = {}
+        if isinstance(child, Written):
+            child = values[parent] = {} if child.value is None else child.value
         if not isinstance(child, dict):
             raise BadInput(f"override {override!r}: {parent} is a value, it has no keys")
         values = child
     try:
-        values[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        values[last] = text
-    except BadInput as error:
+        values[last] = written.load_value(text)
+    except written.Twice as error:
         raise BadInput(f"override {override!r}: {error}") from None
 
 

@@ -64,9 +64,10 @@ class Progress:
         self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        # Counted from the first one, so that the workers' start is not taken for slowness.
+        # The rate is that of what follows the first ones: when these began is not known, and the
+        # workers' start is not slowness.
         told = 0.0
-        while not (read := self._read())[0] and not self._stop.wait(POLL_S):
+        while not (first := (read := self._read())[0]) and not self._stop.wait(POLL_S):
             if DOING in read[1] and time.monotonic() > told + LOG_EVERY_S:
                 print(read[1][DOING], file=sys.stderr, flush=True)
                 told = time.monotonic()
@@ -74,7 +75,7 @@ class Progress:
         every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
         with tqdm(
             total=self.total,
-            initial=self.initial,
+            initial=max(self.initial, min(first, self.total)),
             unit=f" {self.unit}",
             file=sys.stderr,
             smoothing=0.1,

@@ -3,6 +3,7 @@
 Owns how each is deployed. `serve run configs/serve.yaml` calls `build`.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from ray.serve.context import _get_global_client
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.storage import StorageError
 from serve.config import ServeConfig
 from serve.ingress.api import create_app
 from serve.ingress.auth import is_loopback
+from serve.ingress.images_api import ImagesApi
 from serve.registry import Registry
 from serve.router.fleet import Fleet
 
@@ -34,17 +37,22 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, engine: Any):
         self.config = config
-        self.fleet = Fleet(engine)
+        self.api = ImagesApi(config, Fleet(engine))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.config, self.fleet, adds_ids=False)
+        return create_app(self.config, self.api, adds_ids=False)
+
+    async def drain(self) -> int:
+        """From now on refuse requests for images; return how many are still being answered."""
+        self.api.is_draining = True
+        return self.api.active
 
 
 def build(args: ServeConfig) -> Application:
     """The application of a configuration. Raises BadInput for one that cannot be served."""
     config = with_absolute_paths(args)
     require_auth_if_public(config)
-    Registry(config)  # fails for missing models before a replica starts
+    check(config)
     scaling, longest_s = config.scaling, config.limits.max_deadline_s
     ingress = deployment(Ingress).options(
         num_replicas=scaling.ingress,
@@ -55,6 +63,18 @@ def build(args: ServeConfig) -> Application:
     )
     bound: Application = ingress.bind(config, _engine(config).bind(config))
     return bound
+
+
+def check(config: ServeConfig) -> None:
+    """Raise BadInput for models that are not there and for results that cannot be stored."""
+    Registry(config)
+    if config.results.uri is not None:
+        try:
+            storage.check(config.results.uri, write=True)
+        except storage.Unavailable as error:  # it may be back when a link is asked for
+            logging.getLogger("rayjobs").warning("results.uri: %s", error)
+        except StorageError as error:
+            raise BadInput(f"results.uri: {error}") from None
 
 
 def _engine(config: ServeConfig) -> Any:

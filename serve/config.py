@@ -10,25 +10,23 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config
-from rayjobs.models.options import LoadOptions
+from rayjobs.models.options import LoadOptions, SourceConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/*\s]+")
 Kind = Literal["text-to-image", "image-to-image"]
 
 
-class ModelConfig(LoadOptions):
+class ModelConfig(SourceConfig, LoadOptions):
     name: str
     """The name that requests use."""
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), a hub id, or an export
     of `dreambooth`."""
-    config: str | None = None
-    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
-    tokenizers; without it they are fetched from the hub."""
     preload: bool = True
     """Load the model when a replica starts, not at the first request."""
-    hint: str | None = None
-    """An example prompt, shown on the web page."""
+    hint: str | tuple[str, ...] | None = None
+    """An example prompt, or several, shown on the web page."""
 
     @field_validator("name")
     @classmethod
@@ -61,7 +59,8 @@ class EngineConfig(Config):
     max_rows: int = Field(default=8, ge=1)
     """Images of one size that can share a step."""
     max_step_s: float = Field(default=2.0, gt=0)
-    """Seconds; batches are kept small enough. A new request waits as long before it can join."""
+    """Seconds; batches are kept small enough, and sizes beyond a model's own whose single step
+    takes longer are refused. A new request waits as long before it can join."""
     max_pending_s: float = Field(default=300.0, gt=0)
     """Seconds of work that may wait on a replica; further requests are refused with 429."""
     model_memory_gb: float | None = Field(default=None, gt=0)
@@ -127,6 +126,29 @@ class AuthConfig(Config):
     """API keys; without any, only requests from this machine are answered."""
     allow_anyone: bool = False
     """Answer requests without keys from any machine; for private networks."""
+    hosts: tuple[str, ...] = ()
+    """Without keys: the names by which this server is reached, such as images.example.org or
+    *.example.org. IP addresses and names without a dot need no entry. Another name may be a
+    foreign web page's, which its owner lets point at this server."""
+    origins: tuple[str, ...] = ()
+    """Other web pages' origins whose scripts may use the API (CORS), such as
+    https://app.example.org; with keys also "*"."""
+
+    @field_validator("origins")
+    @classmethod
+    def _valid_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write it as https://app.example.org")
+        return origins
+
+    @model_validator(mode="after")
+    def _not_everyone(self) -> "AuthConfig":
+        if "*" in self.origins and not self.keys:
+            raise ValueError(
+                "origins has '*', so any web page could use this server; set keys, or name origins"
+            )
+        return self
 
 
 class ScalingConfig(Config):
@@ -169,12 +191,21 @@ class ResultsConfig(Config):
     expires_s: int = Field(default=3600, ge=60, le=7 * 86400)
     """Seconds for which such a link is valid; the image stays."""
 
+    @field_validator("uri")
+    @classmethod
+    def _has_links(cls, uri: str | None) -> str | None:
+        if uri is not None and not uri.startswith("s3://"):
+            raise ValueError(f"{uri!r} has no links that expire; use an s3:// folder")
+        return uri
+
 
 class ServeConfig(Config):
     models: tuple[ModelConfig, ...] = ()
     """What is served by name."""
     default_model: str | None = None
     """The model of requests that name none; without it, the first."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Other names for models, for clients that send names of their own: {gpt-image-1: sdxl}."""
     loras: tuple[LoraConfig, ...] = ()
     """Adapters by name, for requests that ask for them."""
     registry: RegistryConfig = RegistryConfig()
@@ -201,9 +232,17 @@ class ServeConfig(Config):
                 raise ValueError(
                     f"default_model is {self.default_model!r}; models has {', '.join(known)}"
                 )
+        self._check_aliases(names)
         if not self.serves:
             raise ValueError("serves is empty; set text-to-image, image-to-image, or both")
         return self
+
+    def _check_aliases(self, names: list[str]) -> None:
+        for alias, name in self.aliases.items():
+            if alias in names:
+                raise ValueError(f"aliases: {alias!r} is the name of a model or adapter already")
+            if name not in names and not self.registry.uri:
+                raise ValueError(f"aliases: {alias} is {name!r}; known are {', '.join(names)}")
 
 
 def check_name(name: str) -> str:

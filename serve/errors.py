@@ -14,6 +14,7 @@ TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
@@ -53,7 +54,7 @@ class ApiError(Exception):
             seconds = max(1, math.ceil(self.retry_after_s))
             milliseconds = max(1, round(1000 * self.retry_after_s))
             return {"retry-after": str(seconds), "retry-after-ms": str(milliseconds)}
-        return {} if self.status in (500, 502, 503) else {"x-should-retry": "false"}
+        return {} if self.status in (408, 500, 502, 503) else {"x-should-retry": "false"}
 
 
 def translate_failure(failed: Failed) -> ApiError:

@@ -7,6 +7,8 @@ data, pickled and sent between processes.
 from dataclasses import dataclass
 from typing import Literal
 
+from rayjobs.diffusion.text.syntax import PromptSyntax
+
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
@@ -32,6 +34,7 @@ class ImagesRequest:
     model: str
     prompt: str
     negative_prompt: str | None = None
+    prompt_syntax: PromptSyntax = "plain"
     seeds: tuple[int, ...] = (0,)
     steps: int = 30
     sampler: str | None = None
@@ -47,14 +50,16 @@ class ImagesRequest:
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
     progress: bool = False
-    """Whether waiting and step events are wanted."""
+    """Whether step events, and more than one waiting event, are wanted."""
     deadline_s: float | None = None
     """Seconds from the request's arrival after which the answer is not wanted."""
+    warnings: tuple[str, ...] = ()
+    """Said with every image: what of the request was passed over."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """No step of any image has been made."""
+    """No step of any image has been made. The first one tells that the request is accepted."""
 
     position: int
     """Requests before this one."""
@@ -107,4 +112,5 @@ class Failed:
     retry_after_s: float | None = None
 
 
+TOO_LATE = Failed("deadline", "the deadline passed before the images were made", "deadline_s")
 Event = Waiting | Step | Partial | Finished | Failed

@@ -12,11 +12,12 @@ from typing import Literal
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.facts import adapter_usual, file_name
 from rayjobs.diffusion.weights import first_line
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.models.facts import ModelFacts, is_folder, read_facts
-from rayjobs.models.options import LoadOptions, WordConfig
+from rayjobs.models.options import LoadOptions, SourceConfig, WordConfig
 from rayjobs.storage import StorageError
 from serve.config import NAME, LoraConfig, ModelConfig, ServeConfig
 
@@ -34,6 +35,14 @@ class Weights:
     """Learned embeddings, each with its token."""
     version: str = ""
     """Changes when an export is replaced."""
+    base: str | None = None
+    revision: str | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+
+    @property
+    def source(self) -> SourceConfig:
+        keys = {name: getattr(self, name) for name in SourceConfig.model_fields}
+        return SourceConfig(**keys)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,8 @@ class Entry:
     base: str | None = None
     """The name of the model that an adapter belongs to."""
     facts: ModelFacts = NO_FACTS
-    hint: str | None = None
-    """A prompt that the model was tuned on."""
+    hints: tuple[str, ...] = ()
+    """Prompts that the model was tuned on, or that show what it can draw."""
     created: int = 0
     version: str = ""
     """Changes when its export is replaced."""
@@ -72,21 +81,23 @@ class Registry:
         found = {name: entry for name, (_, entry) in self._exports.items()}
         return [*self._fixed.values(), *(e for n, e in found.items() if n not in self._fixed)]
 
-    def find(self, name: str) -> Entry | None:
-        """The entry of a name; an unknown name is looked for in the registry folder first."""
-        known = self._fixed.get(name) or self._export(name)
-        if known is None and NAME.fullmatch(name) and self.config.registry.uri is not None:
+    def get(self, name: str | None) -> Entry | None:
+        """The entry of a name or alias, or the default's, as far as it is known; never waits."""
+        name = self.config.aliases.get(name, name) if name is not None else self._default_name()
+        return None if name is None else self._fixed.get(name) or self._export(name)
+
+    def find(self, name: str | None) -> Entry | None:
+        """As `get`, but a name that is not known yet is looked for in the registry folder first."""
+        known = self.get(name)
+        is_possible = name is None or NAME.fullmatch(name)
+        if known is None and is_possible and self.config.registry.uri is not None:
             self.refresh(at_once=True)
-            known = self._export(name)
+            known = self.get(name)
         return known
 
-    def default(self) -> Entry | None:
-        name = self.config.default_model
-        if name is not None:
-            return self.find(name)
-        if not self.entries():
-            self.refresh(at_once=True)
-        return next((entry for entry in self.entries() if entry.kind == "model"), None)
+    def _default_name(self) -> str | None:
+        models = (entry.name for entry in self.entries() if entry.kind == "model")
+        return self.config.default_model or next(models, None)
 
     def watch(self) -> None:
         """Keep looking for new, changed and removed exports, in a thread."""
@@ -165,7 +176,7 @@ class Registry:
             weights = Weights(folder, None, how or LoadOptions(), version=etag)
         else:
             like = how or (_how(base) if base else LoadOptions())
-            weights = Weights(parts.base_uri, base.config if base else None, like)
+            weights = _weights(parts.base if base is None else base, like)
         if parts.words:
             weights = replace(weights, words=parts.words, version=etag)
         is_lora = note.kind == "lora"
@@ -175,8 +186,8 @@ class Registry:
             weights=weights,
             lora=parts.lora_uri,
             base=base.name if base else None,
-            facts=read_facts(weights.uri),
-            hint=note.instance_prompt,
+            facts=read_facts(weights.source),
+            hints=(note.instance_prompt,) if note.instance_prompt else (),
             created=int(time.time()),
         )
 
@@ -187,8 +198,8 @@ class Registry:
                 entry = self._entry(model.name, model.uri, note, "", _how(model))
                 yield replace(entry, kind="model")
                 continue
-            weights = Weights(model.uri, model.config, _how(model))
-            yield Entry(model.name, "model", weights, None, None, read_facts(model.uri), model.hint)
+            weights, facts = _weights(model, _how(model)), read_facts(model)
+            yield Entry(model.name, "model", weights, facts=facts, hints=_hints(model))
         for lora in self.config.loras:
             yield self._lora(lora)
 
@@ -200,10 +211,21 @@ class Registry:
         if lora.base is not None and base is None:
             known = ", ".join(model.name for model in self.config.models)
             raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
-        weights = None if base is None else Weights(base.uri, base.config, _how(base))
-        hint = None if note is None else note.instance_prompt
-        facts = ModelFacts() if base is None else read_facts(base.uri)
-        return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hint)
+        weights = None if base is None else _weights(base, _how(base))
+        hints = (note.instance_prompt,) if note is not None and note.instance_prompt else ()
+        facts = ModelFacts() if base is None else read_facts(base)
+        usual = adapter_usual(f"{lora.name} {file_name(lora.uri)}")
+        facts = facts if usual is None else replace(facts, usual=usual)
+        return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hints)
+
+
+def _hints(model: ModelConfig) -> tuple[str, ...]:
+    return (model.hint,) if isinstance(model.hint, str) else model.hint or ()
+
+
+def _weights(source: SourceConfig, how: LoadOptions) -> Weights:
+    keys = {name: getattr(source, name) for name in SourceConfig.model_fields}
+    return Weights(**keys, how=how)
 
 
 def _how(model: ModelConfig) -> LoadOptions:

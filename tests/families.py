@@ -39,7 +39,7 @@ def build_pipeline(name: str, root: Path) -> StableDiffusionXLPipeline | StableD
         "vae": _vae(edm=name == "playground"),
         "unet": _unet(xl),
         "tokenizer": tokenizers[0],
-        "text_encoder": CLIPTextModel(_text_config(tokenizers[0])),
+        "text_encoder": CLIPTextModel(text_config(tokenizers[0])),
     }
     if not xl:
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -56,7 +56,7 @@ def build_pipeline(name: str, root: Path) -> StableDiffusionXLPipeline | StableD
         if name == "playground"
         else EulerDiscreteScheduler.from_config(components.build_scheduler().config)
     )
-    second = CLIPTextModelWithProjection(_text_config(tokenizers[1]))
+    second = CLIPTextModelWithProjection(text_config(tokenizers[1]))
     return StableDiffusionXLPipeline(
         **parts,
         text_encoder_2=second,
@@ -66,7 +66,7 @@ def build_pipeline(name: str, root: Path) -> StableDiffusionXLPipeline | StableD
     )
 
 
-def _text_config(tokenizer: components.CLIPTokenizer) -> CLIPTextConfig:
+def text_config(tokenizer: components.CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

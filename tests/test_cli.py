@@ -8,6 +8,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from rayjobs import cli
 from rayjobs.cli import main
 from rayjobs.generation import job
 
@@ -59,6 +60,16 @@ def flux(folder: Path) -> Path:
     folder.mkdir()
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     return folder
+
+
+def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "job.yaml", "a.b=1", "--limit", "3", "c=2", "--extend", "d=3"]
+    options = cli._parse(command)
+    assert (options.overrides, options.limit, options.extend) == (["a.b=1", "c=2", "d=3"], 3, True)
+    for wrong in (["verify", "x", "a=1"], ["generate", "job.yaml", "--extent"]):
+        with pytest.raises(SystemExit):
+            cli._parse(wrong)
+        assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 
 def test_bad_input_is_told_and_ends_with_2(

@@ -30,6 +30,65 @@ def test_overrides_are_yaml_and_win(tmp_path: Path) -> None:
     assert config.prompts.inline == ("x", "y")
 
 
+WORDS = ("no", "On", "12:30", "010", "null", "~", "1e3", "1.50", "2024-01-01", "0x1F", "true", ".5")
+
+
+def test_text_is_what_is_written(tmp_path: Path) -> None:
+    """YAML takes each of these words for something else."""
+    listed = ", ".join(WORDS)
+    axes = f"axes: {{no: [{listed}], b: [a]}}"
+    text = f"prompts: {{inline: [{listed}], templates: ['{{no}}{{b}}{{prompt}}'], {axes}}}"
+    text = JOB.replace("prompts: {inline: [a red star]}", text)
+    file = load(tmp_path, text=text + "sampler: {negative_prompt: 010}")
+    assert file.prompts.inline == file.prompts.axes["no"] == WORDS
+    assert file.sampler.negative_prompt == "010"
+    ends = [f"prompts.axes.no=[{listed}]", "model.compile=no", "model.uri=12:30"]
+    line = load(tmp_path, "prompts.inline=no", *ends, text=text)
+    assert (line.prompts.inline, line.prompts.axes["no"]) == (("no",), WORDS)
+    assert (line.model.compile, line.model.uri) == ("no", "12:30")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *("a star #1 of ten", "# first", "a cat: sitting", "- a dog", "{red|blue}", "{a} #b"),
+        *("[cat:dog:0.5] photo", "*stars*", "&c", "!bang", "| pipe", "'a' and 'b'", "50%", "---"),
+    ],
+)
+def test_an_override_is_not_cut(tmp_path: Path, prompt: str) -> None:
+    config = load(tmp_path, f"sampler.negative_prompt={prompt}", f"output.uri=/data/{prompt}")
+    assert (config.sampler.negative_prompt, config.output.uri) == (prompt, f"/data/{prompt}")
+    assert load(tmp_path, f"prompts.inline={prompt}").prompts.inline == (prompt,)
+    quoted = prompt.replace("'", "''")
+    assert load(tmp_path, f"prompts.inline=['{quoted}', b #2]").prompts.inline == (prompt, "b #2")
+    text = JOB.replace("a red star", f"'{quoted}'")
+    assert load(tmp_path, text=text).prompts.inline == (prompt,)
+
+
+def test_numbers_are_those_of_the_key(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        *("seeds.start=010", "output.most_images=2_000_000", "sampler.guidance_scale=1e0"),
+        *("sampler.options={eta: 1e-1, use_karras_sigmas: no}", "model.vae_tiling=yes"),
+    )
+    assert (config.seeds.start, config.output.most_images) == (10, 2_000_000)
+    assert config.sampler.options == {"eta": 0.1, "use_karras_sigmas": False}
+    assert (config.sampler.guidance_scale, config.model.vae_tiling) == (1.0, True)
+    with pytest.raises(BadInput, match=r"seeds.start is '12:30': Input should be a valid integer"):
+        load(tmp_path, "seeds.start=12:30")
+
+
+def test_null_clears_what_the_file_sets(tmp_path: Path) -> None:
+    text = JOB + "image: {width: 64}\nsampler: {negative_prompt: bad}\nquality:\n"
+    nulls = ("image=null", "prompts.inline=null", "prompts.uri=p.txt", "sampler.steps=~")
+    config = load(tmp_path, *nulls, "sampler.negative_prompt=", text=text)
+    assert (config.image.width, config.prompts.inline, config.sampler.steps) == (None, (), None)
+    assert config.sampler.negative_prompt is None
+    assert load(tmp_path, "seeds=", "seeds.count=3").seeds.count == 3
+    with pytest.raises(BadInput, match=r"model.uri: required, but not given"):
+        load(tmp_path, "model.uri=null")
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

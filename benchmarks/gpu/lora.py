@@ -9,7 +9,10 @@ import torch
 from benchmarks.gpu import paths, timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import call, unet_inputs
-from rayjobs.diffusion.lora import Adapter, LoraBank
+from rayjobs.diffusion.adapters.bank import LoraBank
+from rayjobs.diffusion.adapters.deltas import LowRank
+from rayjobs.diffusion.adapters.names import Layer
+from rayjobs.diffusion.adapters.reader import Adapter, Change
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ROWS = 8
@@ -49,10 +52,11 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
 def random_adapter(unet: Any, number: int, rank: int) -> Adapter:
     """Low-rank factors for every attention layer; `number` is its name too."""
     generator = torch.Generator().manual_seed(number)
-    factors = {}
+    changes = {}
     for name, layer in unet.named_modules():
         if isinstance(layer, torch.nn.Linear) and name.endswith(ATTENTION):
             shapes = (rank, layer.in_features), (layer.out_features, rank)
             down, up = (torch.randn(s, generator=generator) * 0.02 for s in shapes)
-            factors["unet", name] = (down, up)
-    return Adapter(str(number), Path(str(number)), str(number), factors)
+            place = Layer("unet", name, "linear", tuple(layer.weight.shape))
+            changes[place] = Change((LowRank(down, up),))
+    return Adapter(str(number), Path(str(number)), str(number), changes)

@@ -30,10 +30,11 @@ from pyarrow import types
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.records import IMAGE, Row
+from rayjobs.dataset.records import DTYPES, Row
 from rayjobs.images.encode import EXTENSION, extension_of
 
 ROWS_PER_GROUP = 32
+MAX_DIGITS = 38
 
 
 class Format(ABC):
@@ -205,14 +206,11 @@ FORMATS: dict[str, Format] = {
 
 def check_schema(output_format: str, schema: pa.Schema) -> None:
     """Raise BadInput when a column's type or name cannot go into shards of that format."""
-    if output_format == "parquet":
-        _leaves(schema)
-        return
     for field in schema:
-        if field.type != IMAGE and json_kind(field.type) is None:
+        if json_kind(field.type) is None or _is_too_precise(field.type):
             raise BadInput(
-                f"column {field.name!r} is {field.type}, which output.format={output_format} "
-                "cannot hold; drop or convert it, or use output.format=parquet"
+                f"column {field.name!r} is {field.type}, which readers of data sets do not know; "
+                "drop it, or write it as text"
             )
         # Hugging Face takes such columns for the names of pictures.
         if output_format == "folder" and f"_{field.name}".endswith(("_file_name", "_file_names")):
@@ -220,6 +218,17 @@ def check_schema(output_format: str, schema: pa.Schema) -> None:
                 f"column {field.name!r} has a name that means pictures in metadata.jsonl; rename "
                 "it, or use output.format=parquet or webdataset"
             )
+    if output_format == "parquet":
+        _leaves(schema)
+
+
+def _is_too_precise(kind: pa.DataType) -> bool:
+    """Only arrow itself knows decimals of more than 38 digits."""
+    if _is_list(kind):
+        return _is_too_precise(kind.value_type)
+    if types.is_struct(kind):
+        return any(_is_too_precise(field.type) for field in kind.fields)
+    return types.is_decimal(kind) and kind.precision > MAX_DIGITS
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
@@ -272,7 +281,7 @@ def _in_order(good: Iterable[Row], failed: Iterable[Row]) -> Iterator[Row]:
 
 def _features(schema: pa.Schema) -> list[dict[str, Any]]:
     """The columns but the image, as a card lists Hugging Face features."""
-    fields = [field for field in schema if field.type != IMAGE]
+    fields = [field for field in schema if field.name != "image"]
     return [{"name": field.name, **_feature(json_kind(field.type))} for field in fields]
 
 
@@ -282,8 +291,7 @@ def _feature(kind: Any) -> dict[str, Any]:
     if pa.types.is_list(kind):
         inside = _feature(kind.value_type)
         return {"list": inside.get("dtype") or inside.get("struct") or inside}
-    names = {"double": "float64", "float": "float32", "halffloat": "float16"}
-    return {"dtype": names.get(str(kind), str(kind))}
+    return {"dtype": DTYPES.get(str(kind), str(kind))}
 
 
 def json_kind(kind: pa.DataType) -> pa.DataType | None:
@@ -307,7 +315,7 @@ def _dump_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[Row
 
     Values go through their column's type first: what JSON says is what parquet would.
     """
-    fields = [field for field in schema if field.type != IMAGE]
+    fields = [field for field in schema if field.name != "image"]
     columns = [
         [
             _to_json(value, field.type)

@@ -16,6 +16,7 @@ from rayjobs.config import BadInput, Config, differences
 from rayjobs.dataset.records import ENGINE_VERSION, canonical_json
 
 LOCATIONS = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
+LOCATIONS += ("model.base", "model.revision")
 LOCATIONS += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
 """Keys that may change, since the lock holds hashes of what lies there."""
 
@@ -114,6 +115,12 @@ class Lock(Config):
         """The segment that a shard belongs to."""
         return next(segment for segment in self.segments if shard in segment.shards)
 
+    def records_of(self, shard: int) -> range | None:
+        """The records of a shard; None for one that is of no segment."""
+        found = (segment for segment in self.segments if shard in segment.shards)
+        segment = next(found, None)
+        return None if segment is None else segment.records_of(shard)
+
     def segment_of_record(self, record: int) -> Segment:
         """The segment that a record belongs to."""
         return next(segment for segment in self.segments if record in segment.records)
@@ -141,7 +148,8 @@ def read_lock(output_uri: str) -> Lock | None:
         whole = json.loads(storage.read_bytes(uri))
         return Lock.model_validate({k: whole[k] for k in ("segments", "determinism")})
     except (KeyError, ValueError) as error:
-        raise BadInput(f"{uri} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{uri} cannot be read: {reason}; put it back from a copy") from None
 
 
 def create_lock(lock: Lock, output_uri: str) -> bool:

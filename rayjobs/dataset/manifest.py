@@ -7,8 +7,10 @@ compaction of a thousand entries into one file. Knows nothing of what is in a sh
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayjobs import storage
+from rayjobs.config import BadInput
 from rayjobs.dataset.formats import FORMATS
 from rayjobs.dataset.records import canonical_json
 
@@ -41,6 +44,22 @@ ENTRY = pa.schema(
 )
 Entry = dict[str, Any]
 READERS = 16
+FOREIGN = ("Thumbs.db", "desktop.ini")
+"""Beside names that begin with a dot, what file managers leave wherever they look."""
+
+
+NEEDED = {"shard", "generation", "file", "sha256", "rows", "failed"}
+
+
+class Damaged(BadInput):
+    """A file of the manifest, of that `name`, cannot be read."""
+
+    def __init__(self, data_set_uri: str, name: str):
+        super().__init__(
+            f"{data_set_uri}: manifest/{name} is damaged; `rayjobs verify {data_set_uri}` says "
+            "what else is, and how to repair it"
+        )
+        self.name = name
 
 
 class Manifest:
@@ -55,11 +74,21 @@ class Manifest:
     def data(self) -> str:
         return storage.join(self.uri, "data")
 
+    def file_uri(self, name: str) -> str:
+        """A file of the manifest."""
+        return storage.join(self.uri, "manifest", name)
+
+    @staticmethod
+    def shards_in(name: str) -> range:
+        """The shards whose entries are in the manifest's file of that name."""
+        number, count = (int(name[8:-8]), GROUP) if name[0] == "c" else (int(name[:-5]), 1)
+        return range(number * count, (number + 1) * count)
+
     def entry_uri(self, shard: int) -> str:
-        return storage.join(self.uri, "manifest", f"{shard:08d}.json")
+        return self.file_uri(f"{shard:08d}.json")
 
     def compact_uri(self, group: int) -> str:
-        return storage.join(self.uri, "manifest", f"compact-{group:08d}.parquet")
+        return self.file_uri(f"compact-{group:08d}.parquet")
 
     def _intent_uri(self, shard: int) -> str:
         """A replacement that was begun: its entry is here until it is the manifest's."""
@@ -75,8 +104,7 @@ class Manifest:
     def entry(self, shard: int) -> Entry | None:
         """A finished shard's entry."""
         if storage.exists(self.entry_uri(shard)):
-            entry: Entry = json.loads(storage.read_bytes(self.entry_uri(shard)))
-            return entry
+            return self._read_entry(shard)
         if storage.exists(self.compact_uri(shard // GROUP)):
             return self._read_compact(shard // GROUP).get(shard)
         return None
@@ -90,14 +118,30 @@ class Manifest:
         done[single[single < num_shards]] = True
         return done
 
-    def entries(self) -> Iterator[Entry]:
-        """The finished shards' entries, in order; a group of them in memory at a time."""
+    def is_untouched(self) -> bool:
+        """Whether nothing was made yet, nor is being made, as far as markers tell."""
+        places = ("manifest", "data", "attempts")
+        return not any(
+            not is_foreign(name)
+            for place in places
+            for name in storage.list_files(storage.join(self.uri, place))
+        )
+
+    def entries(self, unreadable: list[str] | None = None) -> Iterator[Entry]:
+        """The finished shards' entries, in order; a group of them in memory at a time.
+
+        Names of damaged files are put into `unreadable`; without it one of them raises Damaged.
+        """
         single, compact = self._names()
         by_group = {group: list(some) for group, some in groupby(single, lambda n: int(n) // GROUP)}
         with ThreadPoolExecutor(READERS) as pool:
             for group in sorted(by_group.keys() | compact):
-                by_shard = self._read_compact(group) if group in compact else {}
-                by_shard |= self._read_single(by_group.get(group, ()), pool)
+                mine = by_group.get(group, [])
+                jobs = [partial(self._read_single, int(shard)) for shard in mine]
+                jobs = [partial(self._read_compact, group)] * (group in compact) + jobs
+                by_shard: dict[int, Entry] = {}
+                for found in pool.map(lambda read: _unless_damaged(read, unreadable), jobs):
+                    by_shard |= found
                 for shard in sorted(by_shard):
                     yield by_shard[shard]
 
@@ -108,14 +152,30 @@ class Manifest:
         compact = {int(n[8:-8]) for n in names if n.startswith("compact-") and n[8:-8].isdigit()}
         return np.array(sorted(single), np.int64), compact
 
-    def _read_single(self, shards: Iterable[int], pool: ThreadPoolExecutor) -> dict[int, Entry]:
-        read = pool.map(lambda shard: storage.read_bytes(self.entry_uri(shard)), shards)
-        return {entry["shard"]: entry for entry in map(json.loads, read)}
+    def _read_single(self, shard: int) -> dict[int, Entry]:
+        return {shard: self._read_entry(shard)}
+
+    def _read_entry(self, shard: int) -> Entry:
+        with self._whole(self.entry_uri(shard)):
+            entry: Entry = json.loads(storage.read_bytes(self.entry_uri(shard)))
+            if entry["shard"] != shard or not entry.keys() >= NEEDED:
+                raise ValueError
+            return entry
 
     def _read_compact(self, group: int) -> dict[int, Entry]:
         data = storage.read_bytes(self.compact_uri(group))
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
-        return {row["shard"]: row for row in rows}
+        with self._whole(self.compact_uri(group)):
+            rows = pq.read_table(io.BytesIO(data)).to_pylist()
+            if [row["shard"] for row in rows] != list(range(group * GROUP, (group + 1) * GROUP)):
+                raise ValueError
+            return {row["shard"]: row for row in rows}
+
+    @contextmanager
+    def _whole(self, uri: str) -> Generator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, pa.ArrowException):
+            raise Damaged(self.uri, uri.rpartition("/")[2]) from None
 
     # Writing
 
@@ -164,7 +224,8 @@ class Manifest:
         uri = storage.join(self.data, name)
         if storage.is_folder(uri):
             names = storage.list_files(uri)
-            files = {f"{name}/{n}": storage.read_bytes(storage.join(uri, n)) for n in names}
+            own = [n for n in names if not is_foreign(n)]
+            files = {f"{name}/{n}": storage.read_bytes(storage.join(uri, n)) for n in own}
             return hash_of(files)
         return hash_of({name: storage.read_bytes(uri)}) if storage.exists(uri) else None
 
@@ -188,7 +249,9 @@ class Manifest:
                     continue
                 by_shard = self._read_compact(group) if group in compact else {}
                 mine = single[single // GROUP == group].tolist()
-                self._write_compact(group, by_shard | self._read_single(mine, pool))
+                for found in pool.map(self._read_single, mine):
+                    by_shard |= found
+                self._write_compact(group, by_shard)
                 list(pool.map(lambda shard: storage.remove(self.entry_uri(shard)), mine))
 
     def _write_compact(self, group: int, by_shard: dict[int, Entry]) -> None:
@@ -237,6 +300,24 @@ class Manifest:
             "bytes": sum(map(len, files.values())),
             **facts,
         }
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file below data/ is what a file manager left there."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") or last in FOREIGN
+
+
+def _unless_damaged(
+    read: Callable[[], dict[int, Entry]], unreadable: list[str] | None
+) -> dict[int, Entry]:
+    try:
+        return read()
+    except Damaged as error:
+        if unreadable is None:
+            raise
+        unreadable.append(error.name)
+        return {}
 
 
 def hash_of(files: Mapping[str, bytes]) -> str:

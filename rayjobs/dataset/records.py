@@ -45,19 +45,33 @@ COLUMNS = {
     "status": pa.string(),
     "error": pa.string(),
 }
+DTYPES = {
+    "double": "float64",
+    "float": "float32",
+    "halffloat": "float16",
+    "date32[day]": "date32",
+    "date64[ms]": "date64",
+}
+"""Hugging Face's names of types that have another name in arrow."""
 SCORES = {
     "clip": ("clip_score", pa.float32()),
     "aesthetic": ("aesthetic_score", pa.float32()),
     "safety": ("unsafe_score", pa.float32()),
 }
 """Columns that are there only when their encoder was named, by its key under `quality`."""
+SYNTAX = pa.field("prompt_syntax", pa.string())
+"""A column that is there only where prompts may be written in another syntax than the plain one."""
 OVERRIDES = {
     "negative_prompt": pa.string(),
+    SYNTAX.name: SYNTAX.type,
     "seed": pa.int64(),
     "width": pa.int32(),
     "height": pa.int32(),
+    "sampler": pa.string(),
     "steps": pa.int32(),
     "guidance_scale": pa.float64(),
+    "guidance_rescale": pa.float64(),
+    "clip_skip": pa.int32(),
     "init_image": pa.string(),
     "strength": pa.float64(),
 }
@@ -73,25 +87,45 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def schema(passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = ()) -> pa.Schema:
+def schema(
+    passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = (), *, syntax: bool = False
+) -> pa.Schema:
     """The records' schema, with scores and a prompt file's other columns at the end.
 
     Its metadata makes Hugging Face `datasets` load the `image` column as images.
     """
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
+    fields += [SYNTAX] if syntax else []
     fields += [pa.field(*SCORES[score]) for score in scores]
-    whole = pa.schema([*fields, *passed_through])
+    fields += [field.with_type(_known(field.type)) for field in passed_through]
+    whole = pa.schema(fields)
     features = {field.name: feature(field.type) for field in whole}
     return whole.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _known(kind: pa.DataType) -> pa.DataType:
+    """The same type with decimals of 128 bits for those of 32 and 64, which few readers know."""
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return pa.decimal128(kind.precision, kind.scale)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_known(field.type)) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_known(kind.value_type)), kind.list_size)
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_known(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_known(kind.value_type)))
+    return kind
 
 
 def feature(kind: pa.DataType) -> dict[str, Any]:
     """A column's type as a feature of Hugging Face `datasets`."""
     if kind == IMAGE:
         return {"_type": "Image"}
+    if pa.types.is_fixed_size_list(kind):
+        return {"_type": "List", "feature": feature(kind.value_type), "length": kind.list_size}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return {"_type": "List", "feature": feature(kind.value_type)}
     if pa.types.is_struct(kind):
         return {field.name: feature(field.type) for field in kind}
-    names = {"double": "float64", "float": "float32", "date32[day]": "date32"}
-    return {"_type": "Value", "dtype": names.get(str(kind), str(kind))}
+    return {"_type": "Value", "dtype": DTYPES.get(str(kind), str(kind))}

@@ -1,7 +1,7 @@
 """Who goes into the next UNet call.
 
-Owns the order of rows: first come first served within a latent shape, shapes by turns. Knows
-nothing of tensors: a row is anything with an `id` and a `shape`.
+Owns the order of rows: first come first served within a shape, shapes by turns. Knows nothing of
+tensors: a row is anything with an `id`, the `shape` of its latents and the length of its texts.
 """
 
 from collections import OrderedDict
@@ -13,6 +13,8 @@ class _Row(Protocol):
     def id(self) -> int: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_chunks(self) -> int: ...
 
 
 R = TypeVar("R", bound=_Row)
@@ -30,7 +32,10 @@ class BatchPolicy(Protocol[R]):
 
 
 class Batcher(Generic[R]):
-    """At most `max_rows` rows of one latent shape go together; the rest of that shape wait."""
+    """At most `max_rows` rows of one shape go together; the rest of that shape wait.
+
+    Texts of another length are another shape: what a call computes has its longest text's.
+    """
 
     def __init__(self, max_rows: int):
         self.max_rows = max_rows
@@ -40,15 +45,15 @@ class Batcher(Generic[R]):
         return sum(len(rows) for rows in self._by_shape.values())
 
     def add(self, row: R) -> None:
-        self._by_shape.setdefault(row.shape, []).append(row)
+        self._by_shape.setdefault(_shape(row), []).append(row)
 
     def discard(self, row: R) -> None:
         """Take a row out, if it is here; its place is free at the next step."""
-        rows = self._by_shape.get(row.shape, [])
+        rows = self._by_shape.get(_shape(row), [])
         if row in rows:
             rows.remove(row)
         if not rows:
-            self._by_shape.pop(row.shape, None)
+            self._by_shape.pop(_shape(row), None)
 
     def choose(self) -> list[R]:
         """The rows of the next call, oldest first; none when nothing is here."""
@@ -57,3 +62,7 @@ class Batcher(Generic[R]):
         shape = next(iter(self._by_shape))
         self._by_shape.move_to_end(shape)
         return self._by_shape[shape][: self.max_rows]
+
+
+def _shape(row: _Row) -> tuple[int, ...]:
+    return (*row.shape, row.num_chunks)

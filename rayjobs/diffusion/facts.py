@@ -1,13 +1,15 @@
-"""What a model's configuration says of the pictures it makes: family, side, EDM, usual guidance.
+"""What a model's configuration says of the pictures it makes: family, side, usual steps, guidance.
 
 Owns these rules, for a model in memory as for one of which only the files were read. Imports
 neither torch nor diffusers.
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from rayjobs.diffusion.sampler_names import EDM
+from rayjobs.diffusion.sampler_names import Prediction
 
 FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
@@ -17,10 +19,40 @@ FAMILIES = {
 }
 """By the class of a model's pipeline."""
 
+STEPS = 30
+FEW_STEPS = 4
+MOST_FEW_STEPS = 12
+MOST_FEW_GUIDANCE = 2.0
+LCM_GUIDANCE = 8.0
+NAMES = re.compile(
+    r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper(?=[-_ ]?(?:sd|\d+[-_ ]?step)))(?![a-rt-z])"
+)
+"""Names of distilled models, as makers put them into titles and ids."""
+NUMBER = re.compile(r"(?<!\d)(\d)[-_ ]?steps?(?![a-z])")
+SAME_FOR_ALL = ("pytorch_lora_weights", "adapter_model")
+LABELS = {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM", "hyper": "Hyper"}
 
-def is_edm(scheduler_class: str) -> bool:
-    """Whether the UNet was trained with EDM preconditioning, as Playground v2.5 was."""
-    return scheduler_class in EDM
+
+@dataclass(frozen=True)
+class Usual:
+    """What a model is usually asked for, and for a distilled one what it is called."""
+
+    steps: int
+    guidance_scale: float
+    kind: str | None = None
+
+    def warning(self, steps: int, guidance_scale: float) -> str | None:
+        """Why a picture of so many steps and so much guidance is not what such a model is for."""
+        too_many = steps > MOST_FEW_STEPS
+        too_strong = guidance_scale > max(MOST_FEW_GUIDANCE, self.guidance_scale)
+        if self.kind is None or not (too_many or too_strong):
+            return None
+        asked = f"{steps} steps" if too_many else ""
+        asked += " and " if too_many and too_strong else ""
+        asked += f"guidance {guidance_scale:g}" if too_strong else ""
+        guidance = f"guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else "no guidance"
+        made_for = f"{self.steps} steps and {guidance}"
+        return f"{asked} spoil the pictures of {self.kind} models, which are made for {made_for}"
 
 
 def vae_scale(vae: Mapping[str, Any]) -> int:
@@ -33,6 +65,78 @@ def default_side(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
     return int(unet.get("sample_size", 128)) * vae_scale(vae)
 
 
-def default_guidance_scale(family: str, edm_model: bool) -> float:
-    """What each family's makers recommend: Playground v2.5, SDXL and Stable Diffusion."""
-    return 3.0 if edm_model else 5.0 if family == "sdxl" else 7.5
+def as_told(scheduler: Mapping[str, Any], prediction_type: str) -> dict[str, Any]:
+    """A sampler's configuration with what a caller says that the UNet predicts.
+
+    Noise cannot be predicted where there is nothing else, so epsilon has no zero terminal SNR.
+    """
+    told: dict[str, Any] = {"prediction_type": prediction_type}
+    if prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        told["rescale_betas_zero_snr"] = False
+    return {**scheduler, **told}
+
+
+def names_of(*configs: Mapping[str, Any]) -> str:
+    """The last parts of the names that configurations were saved under."""
+    names = (str(config.get("_name_or_path") or "") for config in configs)
+    return " ".join(name.rstrip("/").rpartition("/")[2] for name in names)
+
+
+def usual(
+    family: str, scheduler: Mapping[str, Any], unet: Mapping[str, Any], names: str = ""
+) -> Usual:
+    """What the makers recommend: of Playground v2.5, SDXL, Stable Diffusion and distilled models.
+
+    `scheduler` and `unet` are configurations, `names` what the files call the model. Distilled are:
+    a UNet that takes guidance as an input, a sampler of LCM or TCD, one of Euler with trailing
+    timesteps for a model that predicts noise (Turbo and Lightning), and what is named so.
+    """
+    if unet.get("time_cond_proj_dim") is not None:
+        return Usual(FEW_STEPS, LCM_GUIDANCE, "LCM")
+    kind = _distilled(scheduler, names)
+    if kind is not None:
+        return Usual(_named_steps(names), 1.0, kind)
+    prediction = Prediction.of(scheduler)
+    if prediction.is_edm and prediction.kind == "epsilon":
+        return Usual(STEPS, 3.0)
+    return Usual(STEPS, 5.0 if family == "sdxl" else 7.5)
+
+
+def adapter_usual(names: str) -> Usual | None:
+    """The steps and guidance of an adapter that makes a model a distilled one; None of others.
+
+    Only what its file, folder or title is named tells it.
+    """
+    kind = distilled_name(names)
+    return None if kind is None else Usual(_named_steps(names), 1.0, kind)
+
+
+def file_name(uri: str) -> str:
+    """What a file is called: its folder's name where the file's own is the same for all."""
+    *folders, name = uri.rstrip("/").replace("\\", "/").split("/")
+    stem = name.removesuffix(".safetensors")
+    return folders[-1] if folders and stem in SAME_FOR_ALL else stem
+
+
+def distilled_name(titles: str) -> str | None:
+    """The kind of distilled model that a title names."""
+    named = NAMES.search(titles.lower())
+    return LABELS.get(named[1], named[1].upper()) if named else None
+
+
+def _named_steps(names: str) -> int:
+    number = NUMBER.search(names.lower())
+    return int(number[1]) if number and int(number[1]) else FEW_STEPS
+
+
+def _distilled(scheduler: Mapping[str, Any], names: str) -> str | None:
+    named = distilled_name(names)
+    if named:
+        return named
+    sampler = str(scheduler.get("_class_name"))
+    if sampler in ("LCMScheduler", "TCDScheduler"):
+        return "LCM" if sampler == "LCMScheduler" else "Hyper or TCD"
+    is_euler = sampler in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    is_trailing = scheduler.get("timestep_spacing") == "trailing"
+    plain = Prediction.of(scheduler) == Prediction()
+    return "Turbo or Lightning" if is_euler and is_trailing and plain else None

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from rayjobs.diffusion import facts
-from rayjobs.diffusion.facts import FAMILIES
+from rayjobs.diffusion.facts import FAMILIES, Usual
 from rayjobs.diffusion.modules import onednn
+from rayjobs.diffusion.modules.pipeline import load_pipeline, prediction_of, scheduler_config
 from rayjobs.diffusion.modules.replay import Replay
-from rayjobs.diffusion.weights import Weights, first_line, locate
+from rayjobs.diffusion.sampler_names import Prediction
+from rayjobs.diffusion.weights import Source, first_line, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -65,12 +65,19 @@ class Model:
     sha256: str
     dtype: torch.dtype
     device: str
+    usual: Usual
+    """The steps and guidance that it is made for."""
     options: ModelOptions = field(default_factory=ModelOptions)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the UNet was trained to predict, which a sampler has to fit."""
+        return prediction_of(self.scheduler)
 
     @property
     def is_edm(self) -> bool:
         """Whether the UNet was trained with EDM preconditioning, as Playground v2.5 was."""
-        return facts.is_edm(type(self.scheduler).__name__)
+        return self.prediction.is_edm
 
     @property
     def vae_scale(self) -> int:
@@ -83,7 +90,7 @@ class Model:
 
     @property
     def default_guidance_scale(self) -> float:
-        return facts.default_guidance_scale(self.family, self.is_edm)
+        return self.usual.guidance_scale
 
     @cached_property
     def replay(self) -> Replay:
@@ -103,7 +110,7 @@ class Model:
 
 
 def load_model(
-    uri: str,
+    source: str | Source,
     options: ModelOptions | None = None,
     *,
     config: str | None = None,
@@ -111,33 +118,36 @@ def load_model(
 ) -> Model:
     """Load `starter`, a local diffusers folder, a single `.safetensors` file, or a hub id.
 
-    `config` is a local diffusers folder whose configs and tokenizers a single file is to use;
-    without it diffusers takes those of the matching base model from the hub. Not `alone`, other
-    threads compute meanwhile: torch's default dtype, which is everybody's, is then left as it is,
-    for twice the memory of the host.
+    A `Source` says more of it than its uri, among them `config`: a local diffusers folder or hub id
+    whose configs and tokenizers a single file is to use; without it those of the matching base
+    model come from the hub. Not `alone`, other threads compute meanwhile: torch's default dtype,
+    which is everybody's, is then left as it is, for twice the memory of the host.
 
     Raises:
         ValueError: nothing is there, it cannot be read, it is a pickle, or it is another family.
     """
+    source = Source(uri=source, config=config) if isinstance(source, str) else source
     options = options or ModelOptions()
     dtype = _choose_dtype(options.dtype, _choose_device(options.device))
-    weights = locate(uri)
+    weights = locate(source)
     try:
-        pipeline = _load_pipeline(weights, dtype if alone else torch.float32, config)
+        pipeline = load_pipeline(weights, dtype if alone else torch.float32)
     except Exception as error:
-        raise ValueError(f"cannot load model {uri!r}: {first_line(error)}") from error
-    if pipeline.unet.config.in_channels != 4:
-        raise ValueError(
-            f"model {uri!r}: its UNet takes {pipeline.unet.config.in_channels} channels, not 4 "
-            "(inpainting models are not supported)"
-        )
-    return assemble(uri, pipeline, weights.sha256, options)
+        raise ValueError(f"cannot load model {source.uri!r}: {first_line(error)}") from error
+    return assemble(source.uri, pipeline, weights.sha256, options, usual=weights.usual)
 
 
 def assemble(
-    uri: str, pipeline: Any, sha256: str, options: ModelOptions, *, family: str | None = None
+    uri: str,
+    pipeline: Any,
+    sha256: str,
+    options: ModelOptions,
+    *,
+    family: str | None = None,
+    usual: Usual | None = None,
 ) -> Model:
     """A model of a pipeline's parts, which need no pipeline around them if `family` is given."""
+    family = family or FAMILIES[type(pipeline).__name__]
     device = _choose_device(options.device)
     dtype = _choose_dtype(options.dtype, device)
     vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype)
@@ -167,9 +177,10 @@ def assemble(
         pipeline.unet.compile()
     elif options.compile == "blocks":
         pipeline.unet.compile_repeated_blocks()
+    unet_config = pipeline.unet.config
     return Model(
         uri=uri,
-        family=family or FAMILIES[type(pipeline).__name__],
+        family=family,
         unet=pipeline.unet,
         vae=pipeline.vae,
         text_encoders=[encoder for encoder in encoders if encoder is not None],
@@ -179,21 +190,8 @@ def assemble(
         sha256=sha256,
         dtype=dtype,
         device=device,
+        usual=usual or facts.usual(family, scheduler_config(pipeline.scheduler), unet_config),
         options=options,
-    )
-
-
-def _load_pipeline(weights: Weights, dtype: torch.dtype, config: str | None) -> Any:
-    """The pipeline with just the parts that the engine uses; never any code of the model's own."""
-    sdxl = weights.family == "sdxl"
-    parts: dict[str, Any] = {"add_watermarker": False} if sdxl else {"safety_checker": None}
-    if weights.path.is_file():
-        single: Any = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
-        return single.from_single_file(str(weights.path), config=config, dtype=dtype, **parts)
-    if not sdxl:
-        parts["requires_safety_checker"] = False
-    return getattr(diffusers, weights.class_name).from_pretrained(
-        weights.path, dtype=dtype, use_safetensors=True, variant=weights.variant, **parts
     )
 
 

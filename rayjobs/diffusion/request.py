@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -35,7 +37,7 @@ class Request:
 
     `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name;
     without one the model's own is used. `sampler_options` are that class's config options, and
-    `eta`.
+    `eta`. Without `steps` there are 30, or the few that a distilled model is made for.
     `guidance_scale` above 1 costs a second slot in every UNet call; without one the family's usual
     value is used. `width` and `height` are pixels; without them they are the init image's, else the
     model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
@@ -44,13 +46,15 @@ class Request:
     is made anew) each step's latents are blended with the init image's, noised alike, as diffusers'
     inpainting pipelines do for UNets of four channels; `keep_unmasked` then puts the init image's
     own pixels back where the mask is black.
-    `negative_prompt` None and "" differ for SDXL models, as in diffusers.
+    `negative_prompt` None and "" differ for SDXL models, as in diffusers. `prompt_syntax` is how
+    both are written: `plain`, or with the web UI's weights and of any length.
     """
 
     prompt: str
     negative_prompt: str | None = None
+    prompt_syntax: PromptSyntax = "plain"
     seed: int = 0
-    steps: int = 30
+    steps: int | None = None
     sampler: str | None = None
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float | None = None
@@ -68,7 +72,11 @@ class Request:
         """Raise ValueError naming the first value that no model could serve."""
         check_text("prompt", self.prompt)
         check_text("negative_prompt", self.negative_prompt or "")
-        if not 1 <= self.steps <= MOST_STEPS:
+        check_syntax("prompt", self.prompt, self.prompt_syntax)
+        check_syntax(
+            "negative_prompt", self.negative_prompt or "", self.prompt_syntax, negative=True
+        )
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
@@ -81,7 +89,7 @@ class Request:
         if self.clip_skip is not None and self.clip_skip < 0:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
         if self.init_image is not None:
-            check_strength(self.strength, self.steps)
+            check_strength(self.strength, self.steps or MOST_STEPS)
         elif self.mask is not None:
             raise ValueError("a mask needs an init_image, of which it says what is made anew")
 

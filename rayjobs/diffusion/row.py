@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.lora import LoraBank, LoraUse
+from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request, Result, check_side
+from rayjobs.diffusion.request import Request, Result, check_side, check_strength
 from rayjobs.diffusion.sampler import Sampler
+from rayjobs.diffusion.text.chunks import padded, tokenize
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.vae.inpainting import Inpainting
 from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
@@ -49,6 +50,8 @@ class Row:
     embeddings: list[Embedding] | None = field(default=None)
     last_step: LastStep | None = None
     """The last step, for a preview."""
+    warnings: tuple[str, ...] = ()
+    """What of the request is not done as asked, apart from its texts."""
 
     @property
     def is_ready(self) -> bool:
@@ -67,6 +70,11 @@ class Row:
     def num_slots(self) -> int:
         """UNetBatch in a UNet call: two with guidance, one without."""
         return len(self.texts)
+
+    @property
+    def num_chunks(self) -> int:
+        """Of 77 tokens, in each of its texts."""
+        return len(self.texts[0].chunks)
 
     def scaled_latents(self) -> torch.Tensor:
         """What the UNet sees of this row at this step."""
@@ -100,7 +108,9 @@ class Row:
             self.latents = self.inpainting.blend(self.latents, self.sampler)
 
     def result(self, **outcome: Any) -> Result:
-        warnings = dict.fromkeys(w for e in self.embeddings or [] for w in e.warnings)
+        said = self.texts if self.embeddings else []
+        of_texts = (warning for text in said for warning in text.warnings)
+        warnings = dict.fromkeys([*self.warnings, *of_texts])
         return Result(id=self.id, request=self.request, warnings=tuple(warnings), **outcome)
 
 
@@ -112,18 +122,22 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     request.check()
     image = None if request.init_image is None else open_image(request.init_image)
     width, height = _size(request, image, model)
+    use = tuple((loras.load(lora.path), lora.scale) for lora in request.loras)
+    usual = loras.usual(use)
     guidance = request.guidance_scale
-    guidance = model.default_guidance_scale if guidance is None else guidance
+    guidance = usual.guidance_scale if guidance is None else guidance
+    steps = usual.steps if request.steps is None else request.steps
+    if image is not None:
+        check_strength(request.strength, steps)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     sampler = Sampler(
         request.sampler,
         request.sampler_options,
         model.scheduler,
-        request.steps,
+        steps,
         None if image is None else request.strength,
         generator,
     )
-    use = tuple((loras.load(lora.path), lora.scale) for lora in request.loras)
     row = Row(
         id=row_id,
         request=request,
@@ -134,6 +148,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         texts=_texts(request, guidance, use, model),
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
+        warnings=tuple(filter(None, [usual.warning(steps, guidance), *loras.warnings(use)])),
     )
     if image is None:
         row.latents = sampler.start(draw_noise(generator, row.shape, model))
@@ -160,14 +175,25 @@ def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int
 
 
 def _texts(request: Request, guidance: float, use: LoraUse, model: Model) -> list[Text]:
-    """The negative text, which guidance needs and clip_skip leaves alone (as in diffusers)."""
-    positive = Text(request.prompt, request.clip_skip, use)
+    """The negative text, which guidance needs, and the prompt, in as many chunks.
+
+    clip_skip leaves the negative one alone, as in diffusers, but in the web UI's syntax.
+    """
     layers = min(encoder.config.num_hidden_layers for encoder in model.text_encoders)
     if (request.clip_skip or 0) > layers - 1:
         raise ValueError(
             f"clip_skip is {request.clip_skip}; this model allows at most {layers - 1}"
         )
+    syntax, skip = request.prompt_syntax, request.clip_skip
+    prompt = tokenize(model, request.prompt, syntax)
+    positive = Text(prompt.chunks, skip, use, warnings=prompt.warnings)
     # A UNet distilled with guidance as an input (LCM) takes it there instead.
     if guidance <= 1 or model.unet.config.time_cond_proj_dim is not None:
         return [positive]
-    return [Text(request.negative_prompt, None, use), positive]
+    said = tokenize(model, request.negative_prompt or "", syntax, negative=True)
+    is_zero = request.negative_prompt is None and model.force_zeros
+    negative = Text(said.chunks, None if syntax == "plain" else skip, use, is_zero, said.warnings)
+    count = max(len(prompt.chunks), len(said.chunks))
+    return [
+        text._replace(chunks=padded(model, text.chunks, count)) for text in (negative, positive)
+    ]

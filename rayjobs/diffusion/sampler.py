@@ -12,20 +12,22 @@ from typing import Any
 import diffusers
 import torch
 
-from rayjobs.diffusion.sampler_names import EDM, LIBRARY, SAMPLERS, check_name
+from rayjobs.diffusion.sampler_names import EPSILON, LIBRARY, SAMPLERS, Prediction, check_name
 from rayjobs.diffusion.weights import first_line
 
-__all__ = ["EDM", "SAMPLERS", "Sampler", "resolve"]
+__all__ = ["SAMPLERS", "Sampler", "resolve"]
 
 
-def resolve(name: str, options: Mapping[str, Any], edm_model: bool) -> tuple[Any, dict[str, Any]]:
+def resolve(
+    name: str, options: Mapping[str, Any], prediction: Prediction = EPSILON
+) -> tuple[Any, dict[str, Any]]:
     """The diffusers class and config options that `name` and `options` mean.
 
     Raises:
         ValueError: the name or an option is unknown, or the sampler is not for such a model.
         ImportError: the library that this sampler needs is not installed.
     """
-    class_name, preset = check_name(name, edm_model)
+    class_name, preset = check_name(name, prediction)
     _require_library(name, class_name)
     sampler_class = getattr(diffusers, class_name)
     known = _parameters(sampler_class.__init__) - {"self"} | {"eta"}
@@ -74,7 +76,8 @@ class Sampler:
     ):
         config = model_scheduler.config
         own = type(model_scheduler).__name__
-        sampler_class, options = resolve(name or own, options, own in EDM)
+        prediction = Prediction.of({**config, "_class_name": own})
+        sampler_class, options = resolve(name or own, options, prediction)
         self.eta = options.pop("eta", 0.0)
         if "noise_sampler_seed" in _parameters(sampler_class.__init__):
             # Left to itself this class draws its seed from the process's global random state.

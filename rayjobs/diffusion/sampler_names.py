@@ -1,9 +1,12 @@
 """The names of samplers, and which of them fit which model.
 
-Owns the table from short names to diffusers' classes. Knows neither torch nor diffusers, so that a
-front end can refuse a wrong name without loading either.
+Owns the table from short names to diffusers' classes, and what a model's prediction asks of them.
+Knows neither torch nor diffusers, so that a front end can refuse a wrong name without loading
+either.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
@@ -44,8 +47,60 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 CLASSES = frozenset(name for name, _ in SAMPLERS.values())
 LIBRARY = {"LMSDiscreteScheduler": "scipy", "DPMSolverSDEScheduler": "torchsde"}
 
+ZERO_SNR = frozenset(
+    {
+        "DDIMParallelScheduler",
+        "DDIMScheduler",
+        "DDPMParallelScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+"""Those with the option `rescale_betas_zero_snr`; the others pass over it without a word."""
+ONLY_EPSILON = frozenset({"IPNDMScheduler"})
+"""Those without the option `prediction_type`."""
 
-def check_name(name: str, edm_model: bool) -> tuple[str, dict[str, Any]]:
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a UNet was trained to predict, and of which noise: a sampler has to fit it."""
+
+    kind: str = "epsilon"
+    """As diffusers spells it: epsilon, v_prediction or sample."""
+    zero_snr: bool = False
+    """The last of its noise levels leaves nothing of the picture (arXiv 2305.08891)."""
+    is_edm: bool = False
+    """With EDM's preconditioning (arXiv 2206.00364), as Playground v2.5."""
+
+    @staticmethod
+    def of(scheduler: Mapping[str, Any]) -> "Prediction":
+        """That of a model with a sampler of this configuration, `_class_name` among its keys."""
+        return Prediction(
+            str(scheduler.get("prediction_type") or "epsilon"),
+            bool(scheduler.get("rescale_betas_zero_snr")),
+            scheduler.get("_class_name") in EDM,
+        )
+
+    def misfit(self, class_name: str) -> str | None:
+        """Why a sampler's class would draw such a model wrongly, or None."""
+        if (class_name in EDM) != self.is_edm:
+            return "an EDM model" if self.is_edm else "a model that is not EDM"
+        if self.zero_snr and class_name not in ZERO_SNR:
+            return "a model of zero terminal SNR"
+        if self.kind != "epsilon" and class_name in ONLY_EPSILON:
+            return f"a model of {self.kind.replace('_', '-')}"
+        return None
+
+
+EPSILON = Prediction()
+
+
+def check_name(name: str, prediction: Prediction) -> tuple[str, dict[str, Any]]:
     """The diffusers class's name and preset options of a sampler.
 
     Raises ValueError when the name is unknown, or the sampler is not for such a model.
@@ -56,8 +111,13 @@ def check_name(name: str, edm_model: bool) -> tuple[str, dict[str, Any]]:
             f"unknown sampler {name!r}; known are {', '.join(sorted(SAMPLERS))} "
             "and their diffusers class names"
         )
-    if (class_name in EDM) != edm_model:
-        fitting = sorted(n for n, (c, _) in SAMPLERS.items() if (c in EDM) == edm_model)
-        kind = "an EDM model" if edm_model else "a model that is not EDM"
-        raise ValueError(f"sampler {name!r} does not fit {kind}; use one of {', '.join(fitting)}")
+    kind = prediction.misfit(class_name)
+    if kind is not None:
+        names = ", ".join(fitting(prediction))
+        raise ValueError(f"sampler {name!r} does not fit {kind}; use one of {names}")
     return class_name, preset
+
+
+def fitting(prediction: Prediction) -> list[str]:
+    """Short names of the samplers that such a model can be drawn with."""
+    return sorted(n for n, (kind, _) in SAMPLERS.items() if prediction.misfit(kind) is None)

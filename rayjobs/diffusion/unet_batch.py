@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rayjobs.diffusion.lora import LoraBank
+from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.model import Model
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+MAX_COMMON_CHUNKS = 12
+"""Texts of different lengths share a call where a common multiple of these is no longer."""
 
 
 class UNetBatch:
@@ -58,6 +61,7 @@ class UNetBatch:
 
     def predict_noise(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """The guided prediction (1, C, H, W) for each row, at each row's own timestep."""
+        asked, rows = rows, sorted(rows, key=lambda row: row.num_chunks)
         inputs, timesteps = [], []
         for row in rows:
             inputs += [row.scaled_latents()] * row.num_slots
@@ -69,7 +73,8 @@ class UNetBatch:
             end = first + condition["num_slots"]
             outputs.append(self._call(x_PCHW[first:end], t_P[first:end], condition))
             first = end
-        return self._guide(rows, torch.cat(outputs))
+        guided = dict(zip(rows, self._guide(rows, torch.cat(outputs)), strict=True))
+        return [guided[row] for row in asked]
 
     def _call(
         self, x_PCHW: torch.Tensor, t_P: torch.Tensor, condition: dict[str, Any]
@@ -104,10 +109,12 @@ class UNetBatch:
         by_row = [[(row, slot) for slot in range(row.num_slots)] for row in rows]
         if self.alone:
             return by_row
-        slots = list(itertools.chain.from_iterable(by_row))
-        return [
-            slots[first : first + self.num_slots] for first in range(0, len(slots), self.num_slots)
-        ]
+        calls = []
+        for group in _of_like_length(by_row):
+            slots = list(itertools.chain.from_iterable(group))
+            size = self.num_slots
+            calls += [slots[first : first + size] for first in range(0, len(slots), size)]
+        return calls
 
     def _condition(self, slots: list[tuple[Row, int]]) -> dict[str, Any]:
         num_slots = len(slots)
@@ -115,7 +122,7 @@ class UNetBatch:
             slots = slots + [slots[-1]] * (self.num_slots - len(slots))
         embeddings = [row.embeddings[slot] for row, slot in slots if row.embeddings]
         arguments: dict[str, Any] = {
-            "encoder_hidden_states": torch.cat([e.text_1LD for e in embeddings])
+            "encoder_hidden_states": _same_length([e.text_1LD for e in embeddings])
         }
         device = self.model.device
         if self.model.family == "sdxl":
@@ -153,3 +160,18 @@ class UNetBatch:
             guided.append(noise)
             slot += row.num_slots
         return guided
+
+
+def _of_like_length(by_row: list[list[tuple[Row, int]]]) -> list[list[list[tuple[Row, int]]]]:
+    """Rows, ordered by the length of their texts, as far as these have a length in common."""
+    lengths = {slots[0][0].num_chunks for slots in by_row}
+    if math.lcm(*lengths) <= MAX_COMMON_CHUNKS or len(lengths) < 2:
+        return [by_row]
+    groups = itertools.groupby(by_row, key=lambda slots: slots[0][0].num_chunks)
+    return [list(group) for _, group in groups]
+
+
+def _same_length(texts: list[torch.Tensor]) -> torch.Tensor:
+    """Texts (1, L, D) as one batch: attention to a text said twice is attention to it once."""
+    length = math.lcm(*(text.shape[1] for text in texts))
+    return torch.cat([text.repeat(1, length // text.shape[1], 1) for text in texts])

@@ -7,112 +7,269 @@ no storage beyond local paths and the Hugging Face hub, and imports no torch.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from rayjobs.diffusion import facts
-from rayjobs.diffusion.facts import FAMILIES
+from rayjobs.diffusion.facts import FAMILIES, Usual
+from rayjobs.diffusion.files import foreign
+from rayjobs.diffusion.files.folder import (
+    PARTS,
+    PICKLES,
+    check_folder,
+    check_tokenizer,
+    check_unet,
+    pickle_message,
+    read_json,
+    refuse_pickles,
+)
+from rayjobs.diffusion.files.header import is_safetensors, read_header
+from rayjobs.diffusion.files.single import Single, read_single
+from rayjobs.diffusion.sampler_names import Prediction
 
 STARTER = Path(__file__).parents[1] / "starter" / "model"
-PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 IDENTITY = {".json", ".txt", ".safetensors", ".model"}
-WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2")
+PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
+SIDES = {"sd1": 512, "sd2": 512}
+"""Pixels by the version of a single file; 1024 of others."""
+CONFIGS = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "ssd-1b": "segmind/SSD-1B",
+    "vega": "segmind/Segmind-Vega",
+    "playground": "playgroundai/playground-v2.5-1024px-aesthetic",
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1-base",
+}
+"""Where configurations and tokenizers of single files come from, on the hub."""
+V_CONFIGS = {"sd2": "stabilityai/stable-diffusion-2-1"}
+V_SIDES = {"sd2": 768}
+"""The same for those that predict v, where it makes a difference."""
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TABLES = BETAS | {"num_train_timesteps": 1000, "steps_offset": 1, "set_alpha_to_one": False}
+EULER = TABLES | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+PNDM = TABLES | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+DDIM = TABLES | {"_class_name": "DDIMScheduler", "clip_sample": False}
+EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}
+OWN_SAMPLERS = {"sd1": PNDM, "sd2": DDIM, "playground": EDM}
+"""As on the hub, for single files; Euler's for the versions of SDXL."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of one model: a diffusers folder or a single safetensors file."""
+    """The files of one model: a diffusers folder, or a single safetensors file and what it lacks.
+
+    `config` is the folder or hub id whose configurations and tokenizers a single file uses, `base`
+    the model of whose parts it uses those that it lacks. `prediction_type` is what the caller says
+    that the UNet predicts, whatever the files say.
+    """
 
     path: Path
     class_name: str
+    single: Single | None = None
+    config: str | None = None
+    base: "Weights | None" = None
+    prediction_type: str | None = None
+    names: str = ""
+    """What the caller and the files call it."""
+    variants: Mapping[str, str | None] = field(default_factory=dict)
+    """Of a folder's parts with weights."""
 
     @property
     def family(self) -> str:
         return FAMILIES[self.class_name]
 
-    @property
-    def variant(self) -> str | None:
-        """The variant to ask for when the UNet's weights exist in just that one, such as fp16."""
-        names = [path.name for path in (self.path / "unet").glob("*.safetensors")]
-        stems = [re.sub(r"-\d+-of-\d+", "", name) for name in names]
-        variants = {stem.split(".")[1] for stem in stems if stem.count(".") == 2}
-        plain = any(stem.count(".") == 1 for stem in stems)
-        return variants.pop() if len(variants) == 1 and not plain else None
+    @cached_property
+    def config_folder(self) -> Path | None:
+        """The local folder of a single file's configurations, as far as one was named."""
+        if self.config is None:
+            return None if self.base is None else self.base.path
+        folder = Path(self.config)
+        return folder if folder.is_dir() else download(self.config, None, weights=False)
+
+    def load_config_folder(self) -> Path:
+        """The same, from the hub where none was named. Raises ValueError when it is not there."""
+        if self.config_folder is not None:
+            return self.config_folder
+        assert self.single is not None
+        is_v = self.prediction.kind == "v_prediction"
+        version = self.single.version
+        hub_id = V_CONFIGS.get(version, CONFIGS[version]) if is_v else CONFIGS[version]
+        try:
+            folder = download(hub_id, None, weights=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; {self.path.name} needs configurations and tokenizers: give model.config "
+                "a diffusers folder with them"
+            ) from None
+        replace(self, config=str(folder)).check_config()
+        return folder
+
+    def check_config(self) -> None:
+        """Raise ValueError when a single file does not fit the configuration that is at hand."""
+        folder = self.config_folder
+        if self.single is None or folder is None:
+            return
+        for name in PARTS[self.family]:
+            if name.startswith("tokenizer"):
+                check_tokenizer(folder / name)
+            else:
+                read_json(folder / name / "config.json")
+        vae = read_json(folder / "vae" / "config.json")
+        self.single.check_config(self.unet_config(folder), vae, str(folder))
+
+    def unet_config(self, folder: Path) -> dict[str, Any]:
+        """Of a UNet alone, its own; else the one in a folder of configurations."""
+        own = self.path / "config.json"
+        return read_json(own if own.is_file() else folder / "unet" / "config.json")
 
     @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """The configuration of the model's own sampler, with `_class_name`."""
+        values = self._configured_scheduler
+        if self.single is not None:
+            decided = dict(self.single.scheduler)
+            if decided.get("_class_name", values["_class_name"]) != values["_class_name"]:
+                values = {}
+            guess = {"prediction_type": self.single.guess} if self._is_guessed else {}
+            values = {**values, **guess, **decided}
+            if Prediction.of(values).misfit(str(values["_class_name"])) is not None:
+                own = EULER if self.family == "sdxl" else DDIM
+                values["_class_name"] = own["_class_name"]
+        told = self.prediction_type
+        return values if told is None else facts.as_told(values, told)
+
+    @property
     def scheduler_name(self) -> str:
         """The class of the model's own sampler."""
-        if self.path.is_file():
-            return "EulerDiscreteScheduler" if self.family == "sdxl" else "PNDMScheduler"
-        name = _read_json(self.path / "scheduler" / "scheduler_config.json").get("_class_name")
-        if not isinstance(name, str):
-            raise ValueError(f"{self.path}/scheduler: scheduler_config.json names no class")
-        return name
+        return str(self.scheduler["_class_name"])
+
+    @property
+    def prediction(self) -> Prediction:
+        return Prediction.of(self.scheduler)
 
     @property
     def is_edm(self) -> bool:
-        return facts.is_edm(self.scheduler_name)
+        return self.prediction.is_edm
 
     @cached_property
     def default_side(self) -> int:
         """Pixels along a side of the pictures that the model was trained on."""
-        if self.path.is_file():
-            return 1024 if self.family == "sdxl" else 512
-        unet, vae = (_read_json(self.path / name / "config.json") for name in ("unet", "vae"))
+        folder = self.path if self.single is None else self.config_folder
+        if folder is None:
+            assert self.single is not None
+            sides = SIDES | V_SIDES if self.prediction.kind == "v_prediction" else SIDES
+            return sides.get(self.single.version, 1024)
+        unet, vae = (read_json(folder / name / "config.json") for name in ("unet", "vae"))
         return facts.default_side(unet, vae)
 
     @cached_property
+    def usual(self) -> Usual:
+        """The steps and guidance that the model is made for."""
+        return facts.usual(self.family, self.scheduler, self._unet_config, self.names)
+
+    @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the sorted list of (relative path, SHA-256) of every weight and config."""
-        if self.path.is_file():
-            files = [(self.path.name, self.path)]
-        else:
-            index = _read_json(self.path / "model_index.json")
-            parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
-            paths = [path for part in parts for path in (self.path / part).rglob("*")]
-            paths = [path for path in paths if path.is_file() and path.suffix in IDENTITY]
-            paths.append(self.path / "model_index.json")
-            files = [(path.relative_to(self.path).as_posix(), path) for path in paths]
-        hashes = sorted([name, sha256_of(file)] for name, file in files)
+        """SHA-256 over the sorted list of (relative path, SHA-256) of every weight and config.
+
+        For a single file, what it takes from a base, and a prediction that its configuration does
+        not tell, are in the list too.
+        """
+        hashes = sorted([name, sha256_of(file)] for name, file in self._files())
+        if self.base is not None:
+            hashes.append(["base", self.base.sha256])
+        if self.prediction != Prediction.of(self._configured_scheduler):
+            hashes.append(["prediction", repr(self.prediction)])
         return hashlib.sha256(json.dumps(hashes, separators=(",", ":")).encode()).hexdigest()
 
+    def _files(self) -> list[tuple[str, Path]]:
+        if self.path.is_file():
+            return [(self.path.name, self.path)]
+        if self.single is not None:
+            paths = [self.single.header.path, self.path / "config.json"]
+            return [(path.name, path) for path in paths]
+        index = read_json(self.path / "model_index.json")
+        parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
+        paths = [path for part in parts for path in (self.path / part).rglob("*")]
+        paths = [path for path in paths if path.is_file() and path.suffix in IDENTITY]
+        paths.append(self.path / "model_index.json")
+        return [(path.relative_to(self.path).as_posix(), path) for path in paths]
 
-def locate(uri: str) -> Weights:
-    """Find the files that `uri` means: `starter`, a local folder or file, or a hub id.
+    @cached_property
+    def _configured_scheduler(self) -> dict[str, Any]:
+        """The sampler of the folder's configuration, or that of a single file's version."""
+        folder = self.path if self.single is None else self.config_folder
+        if folder is None:
+            assert self.single is not None
+            own = OWN_SAMPLERS.get(self.single.version, EULER)
+            return own | {"prediction_type": "v_prediction"} if own is DDIM else dict(own)
+        values = read_json(folder / "scheduler" / "scheduler_config.json")
+        if not isinstance(values.get("_class_name"), str):
+            raise ValueError(f"{folder}/scheduler: scheduler_config.json names no class")
+        return values
+
+    @property
+    def _is_guessed(self) -> bool:
+        """Whether neither the file nor a configuration says what the UNet predicts."""
+        return (
+            self.config_folder is None and self.single is not None and self.single.version == "sd2"
+        )
+
+    @property
+    def _unet_config(self) -> Mapping[str, Any]:
+        if self.single is None:
+            return read_json(self.path / "unet" / "config.json")
+        marks = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
+        has_guidance = any(name.endswith(marks) for name in self.single.header.names)
+        return {"time_cond_proj_dim": 1} if has_guidance else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which model: `starter`, a local folder or file, or a hub id; and what it does not say itself.
+
+    The other fields are those of `Weights`; `revision` is a branch, tag or commit of the hub id.
+    """
+
+    uri: str
+    config: str | None = None
+    base: str | None = None
+    revision: str | None = None
+    prediction_type: str | None = None
+
+
+def locate(source: str | Source) -> Weights:
+    """Find the files of a model.
 
     Raises ValueError: nothing is there, it is a pickle, it is damaged, or it is another family.
     """
+    source = Source(uri=source) if isinstance(source, str) else source
+    uri = source.uri
     path = STARTER if uri == "starter" else Path(uri)
+    if path.exists() and source.revision is not None:
+        raise ValueError(f"revision {source.revision!r} is for a hub id, and {uri!r} is none")
     if path.is_file():
-        return _single_file(path)
-    folder = path if path.is_dir() else _download(uri)
-    if not (folder / "model_index.json").is_file():
-        refuse_pickles([folder])
-        raise ValueError(f"model {uri!r} is not a diffusers folder: it has no model_index.json")
-    index = _read_json(folder / "model_index.json")
-    class_name = str(index.get("_class_name"))
-    if class_name not in FAMILIES:
-        raise ValueError(f"model {uri!r} is a {class_name}; supported are {', '.join(FAMILIES)}")
-    if index.get("requires_aesthetics_score"):
-        raise ValueError(f"model {uri!r} is an SDXL refiner, which this engine does not run")
-    parts = [folder / name for name in WEIGHTED if (index.get(name) or [None])[0]]
-    refuse_pickles(parts)
-    for part in parts:
-        _check_part(part)
-    return Weights(folder, class_name)
-
-
-def refuse_pickles(folders: list[Path]) -> None:
-    """Raise ValueError for a folder whose weights exist as pickles only."""
-    for folder in folders:
-        files = list(folder.glob("*"))
-        pickles = [file for file in files if file.suffix in PICKLES]
-        if pickles and not any(file.suffix == ".safetensors" for file in files):
-            raise ValueError(_pickle_message(pickles[0]))
+        found = _single_file(path)
+    else:
+        found = _folder(path if path.is_dir() else download(uri, source.revision), uri)
+    if source.base is not None and found.single is None:
+        raise ValueError(f"model {uri!r} is whole; base is for a file that lacks parts")
+    found = replace(
+        found,
+        config=None if found.single is None else source.config,
+        base=None if source.base is None else locate(source.base),
+        prediction_type=source.prediction_type,
+        names=found.names if path.exists() else f"{found.names} {uri}",
+    )
+    if found.single is not None:
+        _check_rest(found)
+        _check_prediction(found)
+        found.check_config()
+    return found
 
 
 def first_line(error: BaseException) -> str:
@@ -120,67 +277,133 @@ def first_line(error: BaseException) -> str:
 
 
 def _single_file(path: Path) -> Weights:
-    if path.suffix in PICKLES:
-        raise ValueError(_pickle_message(path))
     if path.suffix != ".safetensors":
+        if is_safetensors(path):
+            raise ValueError(f"{path} is a safetensors file; name it {path.stem}.safetensors")
+        if path.suffix in PICKLES:
+            raise ValueError(pickle_message(path))
         raise ValueError(f"{path} is not a model: expected a .safetensors file or a folder")
-    sdxl = any(key.startswith("conditioner.") for key in _tensor_names(path))
-    return Weights(path, "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline")
+    single = read_single(read_header(path))
+    return Weights(path, PIPELINES[single.family], single, names=single.titles)
 
 
-def _check_part(folder: Path) -> None:
-    """Raise ValueError unless a part has its config and undamaged weights."""
-    _read_json(folder / "config.json")
-    files = list(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors weights")
-    for file in files:
-        _tensor_names(file)
-
-
-def _tensor_names(path: Path) -> list[str]:
-    """Names in a safetensors file, from its header, which also tells whether the file is whole."""
-    try:
-        with safe_open(path, "np") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
-
-
-def _download(uri: str) -> Path:
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", uri):
+def _unet_folder(folder: Path) -> Weights:
+    """A UNet alone, as `UNet2DConditionModel.save_pretrained` writes it."""
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name") or (config.get("architectures") or ["another model"])[0]
+    if kind != "UNet2DConditionModel":
+        raise ValueError(f"model {str(folder)!r} is a {kind} alone; give a whole model")
+    check_unet(folder, config)
+    refuse_pickles([folder])
+    files = list(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(sorted(file.name for file in files)) or "no weights"
         raise ValueError(
-            f"model {uri!r} does not exist; give `starter`, a diffusers folder, a .safetensors "
+            f"{folder} holds {names}; of a UNet alone a single diffusion_pytorch_model.safetensors "
+            "is read"
+        )
+    single = read_single(read_header(files[0]))
+    named = f"{single.titles} {facts.names_of(config)}"
+    return Weights(folder, PIPELINES[single.family], single, names=named)
+
+
+def _folder(folder: Path, uri: str) -> Weights:
+    if not (folder / "model_index.json").is_file():
+        if (folder / "config.json").is_file():
+            return _unet_folder(folder)
+        refuse_pickles([folder])
+        raise ValueError(
+            f"model {uri!r} is not a diffusers folder: it has no model_index.json{_inside(folder)}"
+        )
+    index = read_json(folder / "model_index.json")
+    class_name = str(index.get("_class_name"))
+    if class_name not in FAMILIES:
+        raise ValueError(f"model {uri!r} is a {class_name}; supported are {', '.join(FAMILIES)}")
+    if index.get("requires_aesthetics_score"):
+        raise ValueError(f"model {uri!r} is an SDXL refiner, which this engine does not run")
+    family = FAMILIES[class_name]
+    refuse_pickles([folder / name for name in PARTS[family] if (index.get(name) or [None])[0]])
+    variants = check_folder(folder, family, index)
+    unet = read_json(folder / "unet" / "config.json")
+    return Weights(folder, class_name, names=facts.names_of(index, unet), variants=variants)
+
+
+def _inside(folder: Path) -> str:
+    """What a folder that is no model holds instead, as the end of a sentence."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return ""
+    what = foreign.name_of(read_header(files[0]).names)
+    return f"; it is {what}" if what else f"; give the file in it, {files[0].name}"
+
+
+def _check_rest(weights: Weights) -> None:
+    """Raise ValueError for a single file that lacks parts, unless a base of its kind has them."""
+    single, base = weights.single, weights.base
+    assert single is not None
+    if base is not None and (base.single is not None or base.family != single.family):
+        kind = "a single file" if base.single is not None else f"of the family {base.family}"
+        raise ValueError(
+            f"base {str(base.path)!r} is {kind}; {weights.path.name} needs a diffusers folder or "
+            f"hub id of the family {single.family}"
+        )
+    if base is None and single.missing:
+        lacks = f"no {' and no '.join(single.missing)}"
+        holds = "only a UNet" if single.parts == {"unet"} else lacks
+        kind = "SDXL" if single.family == "sdxl" else "Stable Diffusion"
+        raise ValueError(
+            f"{weights.path} holds {holds}; give model.base the diffusers folder or hub id of a "
+            f"whole {kind} model, which has the rest"
+        )
+
+
+def _check_prediction(weights: Weights) -> None:
+    if weights.prediction == Prediction("epsilon", zero_snr=True):
+        raise ValueError(
+            f"{weights.path} says zero terminal SNR and not v-prediction, which noise cannot be "
+            "predicted at; give model.prediction_type=v_prediction, or epsilon to pass over it"
+        )
+
+
+def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path:
+    """The local copy of a repository of the hub, with or without its weights.
+
+    HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are the hub's own variables. Raises ValueError
+    when it cannot be had.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
+        raise ValueError(
+            f"model {hub_id!r} does not exist; give `starter`, a diffusers folder, a .safetensors "
             "file or a hub id"
         )
-    from diffusers import DiffusionPipeline
-
     try:
-        return Path(DiffusionPipeline.download(uri, use_safetensors=True))
+        if not weights or not _is_pipeline(hub_id, revision):
+            from huggingface_hub import snapshot_download
+
+            texts = ["*.json", "*.txt", "*.model"]
+            wanted = [*texts, "diffusion_pytorch_model*.safetensors"] if weights else texts
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        from diffusers import DiffusionPipeline
+
+        pinned = {} if revision is None else {"revision": revision}
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **pinned))
     except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
         raise ValueError(
-            f"model {uri!r} is no local path and cannot be had from the hub: {first_line(error)}"
+            f"model {hub_id!r}{at} is no local path and cannot be had from the hub: "
+            f"{first_line(error)}"
         ) from error
 
 
-def _pickle_message(path: Path) -> str:
-    return (
-        f"{path} is a pickle, which can run code when it is opened. Convert it once where you "
-        "trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-        f"'{path.with_suffix('.safetensors').name}')"
-    )
+def _is_pipeline(hub_id: str, revision: str | None) -> bool:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(hub_id, "model_index.json", revision=revision)
+    except EntryNotFoundError:
+        return False
+    return True
 
 
 def sha256_of(path: Path) -> str:
@@ -189,9 +412,17 @@ def sha256_of(path: Path) -> str:
 
 
 def lora_file(path: Path) -> Path:
-    """The adapter's file: `path` or the one in it. Raises ValueError where there is none."""
+    """The adapter's file: `path`, or the one in it: diffusers', peft's, or the only one.
+
+    Raises ValueError where there is none.
+    """
     if path.is_dir():
-        path = path / "pytorch_lora_weights.safetensors"
+        named = [path / name for name in LORA_FILES if (path / name).is_file()]
+        found = named[:1] or sorted(path.glob("*.safetensors"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"LoRA {path} is a folder of {names}; name the file")
+        path = found[0] if found else path / LORA_FILES[0]
     if not path.is_file():
         raise ValueError(f"LoRA {path} does not exist")
     if path.suffix != ".safetensors":

@@ -40,10 +40,7 @@ def check_precision(config: DreamBoothConfig) -> None:
 
 def check_objective(weights: Weights) -> None:
     """Refuse a model whose own noise schedule cannot be trained on."""
-    file = weights.path / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return
-    values: dict[str, Any] = json.loads(file.read_text())
+    values = weights.scheduler
     kind = values.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise BadInput(

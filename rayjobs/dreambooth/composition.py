@@ -30,6 +30,7 @@ from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prior import PriorConfig
+from rayjobs.models.options import SourceConfig
 
 METRICS = "metrics.json"
 IMAGES_PER_SHARD = 16
@@ -87,8 +88,7 @@ def _prior_config(run: ResolvedRun, subject: Subject) -> PriorConfig:
     return PriorConfig.model_validate(
         {
             "model": {
-                "uri": config.model.uri,
-                "config": config.model.config,
+                **{name: getattr(config.model, name) for name in SourceConfig.model_fields},
                 "device": config.model.device,
                 "attention": config.model.attention,
             },

@@ -1,11 +1,9 @@
-"""Export: from a checkpoint to weights that other programs load: LoRA files, diffusers folders.
+"""Export: from a checkpoint to weights that other programs load: adapters, diffusers folders.
 
-Owns file names, key names and the manifest beside them. Reads checkpoints through `callback`.
+Owns file names and the manifest beside them. Reads checkpoints through `callback`.
 """
 
 import dataclasses
-import json
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,25 +11,28 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rayjobs import storage
 from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
 from rayjobs.dreambooth import lock
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
-from rayjobs.dreambooth.training import callback, lora
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
+from rayjobs.dreambooth.training import callback, layouts
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exports
-from rayjobs.models.exports import EMBEDDINGS_FILE, FUSED, KOHYA_FILE, LORA_FILE, ExportNote
-
-FACTOR = re.compile(r"\.lora(_linear_layer)?\.(?P<half>down|up)\.weight$")
+from rayjobs.models.exports import (
+    EMBEDDINGS_FILE,
+    FUSED,
+    KOHYA_FILE,
+    LORA_FILE,
+    PEFT_FOLDER,
+    ExportNote,
+)
 
 
 def write(run: ResolvedRun, step: int, metrics: dict[str, float]) -> None:
@@ -75,11 +76,11 @@ def save(config: DreamBoothConfig, tuned: TunedModel, folder: Path) -> None:
         save_file(tensors, folder / EMBEDDINGS_FILE)
     kind = config.export_kind
     if kind == "lora":
-        _save_lora(tuned, folder)
+        layouts.save_main(tuned, folder / LORA_FILE)
         if config.output.kohya:
-            layers = load_file(folder / LORA_FILE)
-            alpha = config.lora.alpha or config.lora.rank
-            save_file(_to_kohya(layers, alpha), folder / KOHYA_FILE)
+            layouts.save_kohya(tuned, folder / KOHYA_FILE)
+        if config.output.peft:
+            layouts.save_peft(tuned, folder / PEFT_FOLDER)
     if kind == "full":
         _save_whole(tuned, DTYPES[config.output.dtype], folder)
     elif config.output.fused:
@@ -119,59 +120,6 @@ def pipeline(model: Model) -> Any:
     return plain(**parts, **unsafe)
 
 
-def _save_lora(tuned: TunedModel, folder: Path) -> None:
-    kind: Any = (
-        StableDiffusionXLPipeline if tuned.model.family == "sdxl" else StableDiffusionPipeline
-    )
-    layers, networks = {}, {}
-    for part, network in tuned.parts():
-        tensors = convert_state_dict_to_diffusers(lora.state(network))
-        layers[f"{part}_lora_layers"] = {
-            _with_text_model(part, name): tensor.float().cpu().contiguous()
-            for name, tensor in tensors.items()
-        }
-        networks[part] = network
-    # Without its metadata diffusers assumes that alpha is the rank.
-    metadata = _collate_lora_metadata(networks)
-    for adapter in metadata.values():
-        adapter.pop("base_model_name_or_path", None)  # where the model lay, on this machine
-        for key, value in adapter.items():  # of sets, in another order in every process
-            adapter[key] = sorted(value) if isinstance(value, (set, list)) else value
-    kind.save_lora_weights(folder, **layers, **metadata)
-    _sort_metadata(folder / LORA_FILE)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Give a safetensors file the same bytes each time: its metadata is written in any order."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
-
-
-def _with_text_model(part: str, name: str) -> str:
-    """transformers 5.6 dropped `text_model.` from names; other programs expect it."""
-    if part.startswith("text") and not name.startswith("text_model."):
-        return f"text_model.{name}"
-    return name
-
-
-def _to_kohya(layers: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    # diffusers' converter reads peft's names; it converts its own files' names only in part.
-    by_peft = {FACTOR.sub(_peft_factor, name): tensor for name, tensor in layers.items()}
-    tensors: dict[str, torch.Tensor] = convert_state_dict_to_kohya(by_peft)
-    for name in [name for name in tensors if name.endswith("lora_down.weight")]:
-        tensors[name.replace("lora_down.weight", "alpha")] = torch.tensor(float(alpha))
-    return tensors
-
-
-def _peft_factor(match: re.Match[str]) -> str:
-    return ".lora_A.weight" if match["half"] == "down" else ".lora_B.weight"
-
-
 def _fuse(network: Any) -> None:
     """Add the LoRA's product to the weights and remove its layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -204,4 +152,5 @@ def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float
         files={},
         photos=lock.photo_names(run, lambda photo: photo.sha256),
         metrics=metrics,
+        source=config.model.details,
     )

@@ -22,10 +22,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rayjobs import cluster
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import lock, report, results, validation
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import ValidationLoop
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
@@ -65,9 +65,14 @@ def _has_outputs(run: ResolvedRun, note: ExportNote) -> bool:
     wanted, kind = run.config.output, run.config.export_kind
     fused = wanted.fused and kind != "full"
     has_kohya = not wanted.kohya or kind != "lora" or exports.KOHYA_FILE in note.files
+    has_peft = not wanted.peft or kind != "lora" or _has_folder(note, exports.PEFT_FOLDER)
     has_fused = not fused or f"{exports.FUSED}/model_index.json" in note.files
     same_dtype = note.dtype in ("", wanted.dtype) or not (fused or kind == "full")
-    return has_kohya and has_fused and same_dtype
+    return has_kohya and has_peft and has_fused and same_dtype
+
+
+def _has_folder(note: ExportNote, folder: str) -> bool:
+    return any(name.startswith(f"{folder}/") for name in note.files)
 
 
 def run(run: ResolvedRun) -> Summary:

@@ -20,7 +20,7 @@ IGNORED_SECTIONS = ("workers", "checkpoint", "validation", "output", "trackers")
 """Keys that change no weight by more than rounding."""
 IGNORED_KEYS = {
     "train": ("micro_batch_size", "gradient_checkpointing"),
-    "model": ("uri", "device"),
+    "model": ("uri", "base", "revision", "device"),
     "instance": ("uri",),
     "prior": ("uri",),
 }
@@ -36,7 +36,7 @@ def describe(run: ResolvedRun) -> dict[str, Any]:
         values.pop(key)
     for key, names in IGNORED_KEYS.items():
         for name in names:
-            values[key].pop(name)
+            values[key].pop(name, None)
     for concept in values["concepts"]:
         del concept["uri"], concept["class_uri"]
     masks = {}

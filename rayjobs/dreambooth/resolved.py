@@ -7,7 +7,6 @@ further in looks for photographs, class images or paths again. Knows no torch an
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rayjobs import storage
@@ -110,7 +109,10 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     checks.check_trackers(config)
     if config.validation.every_n_steps:
         checks.check_encoders(config.validation.encoders, "validation.encoders")
-    weights = find_weights(config.model.uri)
+    weights = find_weights(config.model)
+    if weights.single is not None:
+        _find_configurations(weights)
+    config = _with_usual_steps(config, weights.usual.steps)
     checks.check_objective(weights)
     checks.check_blocks(config, weights)
     checks.check_token(config, _tokenizer(weights))
@@ -178,21 +180,39 @@ def _identifier(subject: Subject) -> str:
 def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
     def absolute(section: Any) -> Any:
         uri = section.uri
-        is_path = uri is not None and (section is not config.model or Path(uri).exists())
-        return section.model_copy(update={"uri": storage.absolute(uri)}) if is_path else section
+        return section if uri is None else section.model_copy(update={"uri": storage.absolute(uri)})
 
     def concept(given: ConceptConfig) -> ConceptConfig:
         uri = given.class_uri
         uri = None if uri is None else storage.absolute(uri)
         return absolute(given).model_copy(update={"class_uri": uri})
 
-    names = ("model", "instance", "prior", "output")
+    names = ("instance", "prior", "output")
     changed: dict[str, Any] = {name: absolute(getattr(config, name)) for name in names}
+    places = {name: getattr(config.model, name) for name in ("uri", "config", "base")}
+    places = {name: storage.absolute_if_path(uri) for name, uri in places.items() if uri}
+    changed["model"] = config.model.model_copy(update=places)
     if (uri := config.validation.loss_uri) is not None:
         update = {"loss_uri": storage.absolute(uri)}
         changed["validation"] = config.validation.model_copy(update=update)
     changed["concepts"] = tuple(map(concept, config.concepts))
     return config.model_copy(update=changed)
+
+
+def _find_configurations(weights: Weights) -> None:
+    try:
+        weights.load_config_folder()
+    except ValueError as error:
+        raise BadInput(f"model.config: {error}") from None
+
+
+def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:
+    """Of class and validation images, where none were given."""
+    given = {name: getattr(config, name) for name in ("prior", "validation")}
+    usual = {"steps": steps}
+    return config.model_copy(
+        update={n: s.model_copy(update=usual) for n, s in given.items() if s.steps is None}
+    )
 
 
 def _check_identifier(word: str, weights: Weights) -> list[str]:

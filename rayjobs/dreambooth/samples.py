@@ -56,9 +56,11 @@ def generate(
     engine = Engine(model, max_rows=MAX_ROWS)
     images: dict[str, metrics.Pictures] = {}
     for prompt in prompts:
+        syntax = settings.prompt_syntax if prompt in settings.prompts else "plain"
         requests = [
             Request(
                 prompt=prompt,
+                prompt_syntax=syntax,
                 seed=seed,
                 steps=settings.steps,
                 guidance_scale=settings.guidance_scale,

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
-from rayjobs.diffusion.request import check_side, check_strength
+from rayjobs.diffusion.request import MOST_STEPS, check_side, check_strength
+from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 
@@ -18,9 +19,13 @@ class PromptsConfig(Config):
     inline: tuple[str, ...] = ()
     """Prompts written here."""
     uri: str | None = None
-    """A txt, csv, tsv, jsonl (each also .gz) or parquet file, or a folder of parquet files."""
+    """A txt, csv, tsv, jsonl (each also .gz) or parquet file, or a folder: of parquet files, or of
+    PNGs with the parameters that they were made with, by the web UI or here."""
     column: str | None = None
     """The file's prompt column; without it `prompt`, in any case of letters."""
+    syntax: PromptSyntax = "plain"
+    """How prompts and negative ones are written: plain (as text, cut at 77 tokens), a1111 (of any
+    length, with the web UI's weights) or a1111-no-norm."""
     templates: tuple[str, ...] = ()
     """Texts with {axis} placeholders, and {prompt} for each prompt of inline or uri."""
     axes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
@@ -65,6 +70,14 @@ class PromptsConfig(Config):
                 raise ValueError(f"prompts.axes.{name} has no values")
         if "prompt" in self.axes:
             raise ValueError("prompts.axes.prompt: {prompt} is for prompts; list them as inline")
+        return self
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> "PromptsConfig":
+        values = [("axes", value) for values in self.axes.values() for value in values]
+        texts = [("inline", text) for text in self.inline] + values
+        for name, text in texts + [("templates", text) for text in self.templates]:
+            check_syntax(f"{name}: {text!r:.80}", text, self.syntax)
         return self
 
     @model_validator(mode="after")
@@ -171,10 +184,10 @@ class SamplerConfig(Config):
     model's own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Config options of that class, and eta."""
-    steps: int = Field(default=30, ge=1, le=1000)
-    """Denoising steps."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps. Without it 30, or the few that a distilled model is made for."""
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Classifier-free guidance; at most 1 is none. Without it the model family's usual value."""
+    """Classifier-free guidance; at most 1 is none. Without it the model's usual value."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """Rescaling of guided noise (arXiv 2305.08891)."""
     clip_skip: int | None = Field(default=None, ge=0)
@@ -265,6 +278,8 @@ class GenerateConfig(Config):
     @model_validator(mode="after")
     def _together(self) -> "GenerateConfig":
         if self.init.uri is not None:
-            steps = self.parameters.steps or (self.sampler.steps,)
+            steps = self.parameters.steps or (self.sampler.steps or MOST_STEPS,)
             check_strength(min(self.parameters.strength or (self.init.strength,)), min(steps))
+        for text in (self.sampler.negative_prompt or "", *self.parameters.negative_prompt):
+            check_syntax(f"negative_prompt: {text!r:.80}", text, self.prompts.syntax, negative=True)
         return self

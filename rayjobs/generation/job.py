@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayjobs import cluster, storage
-from rayjobs.config import JobFailed
-from rayjobs.dataset.lock import Lock
+from rayjobs.config import BadInput, JobFailed, changed
+from rayjobs.dataset.inspection import inspect, inspect_snapshots
+from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import GROUP, Manifest
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.lock import config_of, open_spec, record_schema
+from rayjobs.generation.spec.lock import config_again, config_of, data_set_schema
 from rayjobs.generation.spec.records import Redo
-from rayjobs.generation.spec.segments import ensure_segment, open_draft
+from rayjobs.generation.spec.segments import ensure_segment, open_draft, restore_snapshots
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
@@ -55,7 +56,9 @@ def prepare(config: GenerateConfig, extend: bool = False) -> Lock:
     """
     config = resolve(config)
     with open_draft(config) as draft:
-        return ensure_segment(draft, lambda: determinism.current(config), extend)
+        lock = ensure_segment(draft, lambda: determinism.current(config), extend)
+    _write_card(config, lock)
+    return lock
 
 
 def run(
@@ -74,22 +77,86 @@ def run(
     config = resolve(config)
     with ExitStack() as stack:
         lock = _lock(config, extend, stack)
+        _check_snapshots(config.output.uri, lock)
+        # Without a card, others would take the prompts' snapshot for the records.
+        _write_card(config, lock)
         manifest = Manifest(config.output.uri, lock.format)
         manifest.recover()
         manifest.compact()
         work = _failed(lock, manifest) if retry_failed else _unfinished(lock, manifest, limit)
-        if work:
-            stack.enter_context(_session(config))
-        made = 0
-        try:
-            for part in work:
-                made += _make(config, lock, manifest, part)
-        except (KeyboardInterrupt, JobFailed):
-            # These workers did not die of what they were making.
-            stack.close()
-            storage.remove_folder(storage.join(config.output.uri, "attempts"))
-            raise
+        made = _make_all(config, lock, manifest, work, stack)
     return _finish(config, lock, manifest, made, started)
+
+
+def repair(uri: str, overrides: list[str]) -> Summary:
+    """Make again what is damaged of the data set at `uri`, as it was made before.
+
+    `overrides` may change how that is done, such as workers.min. Raises BadInput when what it was
+    made of is not what it was.
+    """
+    started = time.monotonic()
+    storage.check(uri, write=True)
+    lock = read_lock(uri)
+    if lock is None:
+        raise BadInput(f"{uri} is no data set: it has no spec.lock.json; is it an export?")
+    for override in overrides:
+        if not override.startswith(("workers.", "model.device=", "engine.allow_class_change=")):
+            raise BadInput(f"override {override!r} would change what is made; leave it out")
+    config = changed(config_again(uri, lock, -1), overrides)
+    with ExitStack() as stack:
+        if cluster.is_own():
+            allowed = config.engine.allow_class_change
+            determinism.check_same(lock.determinism, determinism.current(config), allowed)
+        restore_snapshots(uri, lock, config)
+        _write_card(config, lock)
+        manifest = Manifest(uri, lock.format)
+        manifest.recover()
+        work = _damaged(lock, manifest)
+        made = _make_all(config, lock, manifest, work, stack)
+    return _finish(config, lock, manifest, made, started)
+
+
+def _damaged(lock: Lock, manifest: Manifest) -> list[_Work]:
+    """Damaged shards; files of the manifest that cannot be read are removed."""
+    redo: dict[int, dict[int, int | None]] = {}
+    lost: set[int] = set()
+    for _, faults in inspect(manifest, lock.num_shards, lock.records_of):
+        for fault in faults:
+            if fault.manifest_file is not None:
+                storage.remove(manifest.file_uri(fault.manifest_file))
+                lost.update(manifest.shards_in(fault.manifest_file))
+            if fault.shard is not None and (numbers := lock.records_of(fault.shard)) is not None:
+                redo[fault.shard] = dict.fromkeys(numbers)
+    work = _unfinished(lock, manifest, None, lost) if lost else []
+    return work + _redo(lock, redo)
+
+
+def _redo(lock: Lock, redo: Redo) -> list[_Work]:
+    work = []
+    for number, segment in enumerate(lock.segments):
+        mine = {shard: seeds for shard, seeds in redo.items() if shard in segment.shards}
+        if mine:
+            num_images = sum(len(seeds) for seeds in mine.values())
+            work.append(_Work(number, np.array(sorted(mine)), mine, num_images))
+    return work
+
+
+def _make_all(
+    config: GenerateConfig, lock: Lock, manifest: Manifest, work: list[_Work], stack: ExitStack
+) -> int:
+    """Have all of it made by workers that last as long as the stack; returns the images made."""
+    if work:
+        stack.enter_context(_session(config))
+    made = 0
+    try:
+        for part in work:
+            made += _make(config, lock, manifest, part)
+    except (KeyboardInterrupt, JobFailed):
+        # These workers did not die of what they were making.
+        stack.close()
+        storage.remove_folder(storage.join(config.output.uri, "attempts"))
+        raise
+    return made
 
 
 def _session(config: GenerateConfig) -> AbstractContextManager[None]:
@@ -103,15 +170,9 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
     config = resolve(config)
     from rayjobs.generation.worker import pool
 
-    manifest, made = Manifest(config.output.uri, lock.format), 0
+    manifest = Manifest(config.output.uri, lock.format)
     with pool.session(config.workers):
-        for number, segment in enumerate(lock.segments):
-            mine = {shard: seeds for shard, seeds in redo.items() if shard in segment.shards}
-            if mine:
-                num_images = sum(len(seeds) for seeds in mine.values())
-                work = _Work(number, np.array(sorted(mine)), mine, num_images)
-                made += _make(config, lock, manifest, work)
-    return made
+        return sum(_make(config, lock, manifest, work) for work in _redo(lock, redo))
 
 
 def measure_rate(config: GenerateConfig) -> float:
@@ -158,7 +219,10 @@ def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -
     return made if work.redo is None else work.num_images
 
 
-def _unfinished(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work]:
+def _unfinished(
+    lock: Lock, manifest: Manifest, limit: int | None, only: set[int] | None = None
+) -> list[_Work]:
+    """Shards that are not finished: of the first records, or of some shards."""
     done = manifest.committed(lock.num_shards)
     work = []
     for number, segment in enumerate(lock.segments):
@@ -166,6 +230,8 @@ def _unfinished(lock: Lock, manifest: Manifest, limit: int | None) -> list[_Work
         if limit is not None:
             wanted = max(0, limit - segment.first_record)
             shards = shards[: -(-wanted // segment.images_per_shard)]
+        if only is not None:
+            shards = shards[np.isin(shards, list(only))]
         shards = shards[~done[shards]]
         if len(shards):
             work.append(_Work(number, shards, None, segment.count_records(shards.tolist())))
@@ -184,16 +250,36 @@ def _failed(lock: Lock, manifest: Manifest) -> list[_Work]:
     return work
 
 
+def _check_snapshots(uri: str, lock: Lock) -> None:
+    """Raise BadInput when workers would read other prompts than those of the lock."""
+    for fault in inspect_snapshots(uri, lock):
+        raise BadInput(f"{uri}: {fault.text}; `rayjobs repair {uri}` writes it again")
+
+
+def _write_card(config: GenerateConfig, lock: Lock) -> None:
+    uri = config.output.uri
+    card.write(uri, config.model.uri, lock, data_set_schema(uri, lock))
+
+
 def _finish(
     config: GenerateConfig, lock: Lock, manifest: Manifest, made: int, started: float
 ) -> Summary:
     uri = config.output.uri
     failed = sum(entry["failed"] for entry in manifest.entries())
-    spec = open_spec(config, lock.segments[-1], len(lock.segments) - 1)
-    card.write(config.output.uri, config.model.uri, lock, record_schema(config, spec.rows))
-    if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
-        duplicates.write(uri)
+    damage = None
+    try:
+        if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
+            duplicates.write(uri)
+    except (storage.Unavailable, BadInput):
+        raise
+    except dataset_report.BROKEN as error:
+        damage = error
     dataset_report.write(uri)
+    if damage is not None:
+        raise BadInput(
+            f"a shard is damaged: {damage}; `rayjobs verify {uri}` says what else is, and "
+            f"`rayjobs repair {uri}` makes it again"
+        )
     if manifest.committed(lock.num_shards).all():
         manifest.clean()
     return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)

@@ -24,7 +24,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput, Config, JobFailed, differences
 from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dataset.records import canonical_json
+from rayjobs.dataset.records import SYNTAX, canonical_json
 from rayjobs.generation import job
 from rayjobs.generation.config import (
     EngineConfig,
@@ -145,7 +145,13 @@ def _prompts(config: PriorConfig) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "prompts.parquet")
         write_snapshot(config.prompts, path)
-        spec = Spec(_job(config, config.prompts), Snapshot(path))
+        rows = Snapshot(path)
+        if SYNTAX.name in rows.columns:
+            raise BadInput(
+                f"prompts.uri: {config.prompts.uri} has settings for each prompt, but class images "
+                "share theirs; give a file of prompts alone, and prompts.syntax"
+            )
+        spec = Spec(_job(config, config.prompts), rows)
         yield from dict.fromkeys(spec.record(k).prompt for k in range(spec.num_records))
 
 
@@ -158,12 +164,12 @@ def _job(config: PriorConfig, prompts: PromptsConfig) -> GenerateConfig:
 def _check_same_settings(config: PriorConfig) -> None:
     """Raise BadInput when the images that are there were made in another way."""
     lock = read_lock(config.output.uri)
-    if lock is None:
+    if lock is None or Manifest(config.output.uri).is_untouched():
         return
     before = dict(lock.segments[-1].job)
     after = job_part(_job(config, config.prompts))
     for part in (before, after):
-        part.pop("prompts")
+        part["prompts"] = {"syntax": part["prompts"].get("syntax", "plain")}
         part["model"] = {k: v for k, v in part["model"].items() if k not in ("uri", "config")}
     if changed := differences(before, after):
         raise BadInput(
@@ -223,7 +229,8 @@ def _make(config: PriorConfig, rows: list[Key]) -> int:
         names = ("prompt", "seed")
         columns = {name: [row[n] for row in rows] for n, name in enumerate(names)}
         pq.write_table(pa.table(columns), path)
-        made = job.run(_job(config, PromptsConfig(uri=str(path))), extend=True)
+        source = PromptsConfig(uri=str(path), syntax=config.prompts.syntax)
+        made = job.run(_job(config, source), extend=True)
     return made.num_made
 
 

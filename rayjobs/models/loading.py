@@ -6,35 +6,31 @@ The one place where the keys of `rayjobs.models.options` become the engine's Mod
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rayjobs import storage
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.text.inversion import load_word
 from rayjobs.models.exports import identity, words_file
-from rayjobs.models.options import LoadOptions, ModelConfig, WordConfig
+from rayjobs.models.facts import to_source
+from rayjobs.models.options import LoadOptions, ModelConfig, SourceConfig, WordConfig
 
 
 def load(config: ModelConfig, *, alone: bool = True) -> Model:
     """The model of a configuration. Adapters are for the engine to load; see `load_weights`."""
-    return teach(load_weights(config.uri, config, config.config, alone=alone), config.words)
+    return teach(load_weights(config, config, alone=alone), config.words)
 
 
 def load_weights(
-    uri: str,
+    source: SourceConfig | str,
     options: LoadOptions,
-    config: str | None = None,
     *,
     alone: bool = True,
     onednn: bool = True,
 ) -> Model:
-    """The model at `uri`, fetched to this machine first when it is elsewhere.
+    """The model of a source or uri, fetched to this machine first when it is elsewhere.
 
-    `config`, `alone` and `onednn` are those of `rayjobs.diffusion.model`. Raises ValueError and
-    StorageError.
+    `alone` and `onednn` are those of `rayjobs.diffusion.model`. Raises ValueError and StorageError.
     """
     keys = {name: getattr(options, name) for name in LoadOptions.model_fields}
-    parts = None if config is None else storage.to_local(config)
-    held = ModelOptions(**keys, onednn=onednn)
-    return load_model(storage.to_local(uri), held, config=parts, alone=alone)
+    return load_model(to_source(source), ModelOptions(**keys, onednn=onednn), alone=alone)
 
 
 def teach(model: Model, words: Sequence[WordConfig]) -> Model:

@@ -3,12 +3,41 @@
 Owns their names, types and defaults. Imports neither torch nor ray.
 """
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from rayjobs.config import Config
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Attention = Literal["auto", "math", "flash", "efficient", "cudnn"]
+
+
+def optional(default: Any = None) -> Any:
+    """A key that is written down only where it is given: locks of before it are still the same."""
+    return Field(default=default, exclude_if=lambda value: value is None)
+
+
+class SourceConfig(Config):
+    """Which model, and what its files do not say themselves."""
+
+    uri: str
+    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
+    config: str | None = None
+    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
+    tokenizers; without it they are fetched from the hub."""
+    base: str | None = optional()
+    """For a file that holds only a UNet, or lacks the autoencoder or text encoders: the whole model
+    (a diffusers folder, local or s3://, or a hub id) that has the rest."""
+    revision: str | None = optional()
+    """Branch, tag or commit of a hub id; without it the newest."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = optional()
+    """What the UNet predicts, for files that do not say it, or say it wrongly."""
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The keys that are given beside the uri."""
+        return {n: v for n in SourceConfig.model_fields if (v := getattr(self, n)) and n != "uri"}
 
 
 class LoadOptions(Config):
@@ -46,12 +75,7 @@ class WordConfig(Config):
     """The word in prompts that they stand for."""
 
 
-class ModelConfig(LoadOptions):
-    uri: str
-    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
-    config: str | None = None
-    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
-    tokenizers; without it they are fetched from the hub."""
+class ModelConfig(SourceConfig, LoadOptions):
     loras: tuple[LoraConfig, ...] = ()
     """Adapters applied to every image."""
     words: tuple[WordConfig, ...] = ()

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rayjobs.storage.door import is_remote, open_fs, translate_errors
+from rayjobs.storage.door import find, is_remote, open_fs, translate_errors
 from rayjobs.storage.s3 import StorageError
 
 
@@ -23,10 +23,7 @@ def to_local(uri: str) -> str:
 
 def state(uri: str) -> str:
     """A mark of a source's present state: it changes when the file or folder does."""
-    fs, path = open_fs(uri)
-    with translate_errors(uri):
-        fs.invalidate_cache()
-        found = fs.find(path, detail=True)
+    found = find(uri)
     facts = [(n, i["size"], str(i.get("ETag") or i.get("mtime"))) for n, i in found.items()]
     return hashlib.sha256(repr(sorted(facts)).encode()).hexdigest()
 
@@ -38,13 +35,11 @@ def fetch(uri: str) -> Path:
     each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
     """
     if not is_remote(uri):
-        return Path(uri.removeprefix("file://"))
+        return Path(uri.removeprefix("file://")).expanduser()
     fs, path = open_fs(uri)
-    with translate_errors(uri):
-        fs.invalidate_cache()
-        found = fs.find(path, detail=True)
-        if not found:
-            raise StorageError(f"{uri}: nothing is there")
+    found = find(uri)
+    if not found:
+        raise StorageError(f"{uri}: nothing is there")
     state = sorted((name, info["size"], str(info.get("ETag"))) for name, info in found.items())
     key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
@@ -66,6 +61,6 @@ def _download(fs: Any, root: str, found: dict[str, Any], folder: Path) -> None:
         local.parent.mkdir(parents=True, exist_ok=True)
         with translate_errors(name):
             fs.get_file(name, str(local))
-        if local.stat().st_size != info["size"]:
+        if (size := local.stat().st_size) != info["size"]:
             shutil.rmtree(folder)
-            raise StorageError(f"{name}: got {local.stat().st_size} of {info['size']} bytes")
+            raise StorageError(f"{name}: got {size} of {info['size']} bytes")

@@ -65,13 +65,18 @@ def is_remote(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """The same place from any working directory: local paths made absolute, others as they are."""
-    return uri if is_remote(uri) else os.path.abspath(uri.removeprefix("file://"))
+    """The same place from any working directory: local paths made absolute, others as they are.
+
+    `~` is the home folder, which a shell does not write out in `output.uri=~/images`.
+    """
+    if is_remote(uri):
+        return uri
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
 def absolute_if_path(uri: str) -> str:
     """As `absolute`, but what is no existing path, such as a hub id or `starter`, stays."""
-    return absolute(uri) if os.path.exists(uri) else uri
+    return absolute(uri) if not is_remote(uri) and os.path.exists(absolute(uri)) else uri
 
 
 def check(uri: str, write: bool = False) -> None:
@@ -103,11 +108,18 @@ def is_folder(uri: str) -> bool:
 @_patient
 def list_files(uri: str) -> list[str]:
     """Paths of all files below `uri`, relative to it, sorted; none when there is no such folder."""
+    path = open_fs(uri)[1]
+    return sorted(os.path.relpath(name, path) for name in find(uri))
+
+
+def find(uri: str) -> dict[str, dict[str, Any]]:
+    """What is known of each file at or below `uri`, by its file system's own path."""
     fs, path = open_fs(uri)
     with translate_errors(uri):
         fs.invalidate_cache()
-        found = fs.find(path)
-    return sorted(os.path.relpath(name, path) for name in found)
+        found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    # Consoles make empty objects such as `photos/`, to show a folder that is not there.
+    return {name: facts for name, facts in found.items() if not name.endswith("/")}
 
 
 @_patient
@@ -225,6 +237,10 @@ def remove_folder(uri: str) -> None:
     """Remove a folder and all in it; nothing happens when it is not there."""
     fs, path = open_fs(uri)
     with translate_errors(uri):
+        if is_remote(uri):
+            fs.invalidate_cache()
+            s3.remove(fs, fs.find(path))
+            return
         for attempt in range(MAX_REMOVALS):
             if not fs.exists(path):
                 return
@@ -265,6 +281,8 @@ def put_folder(uri: str, files: dict[str, bytes], staging: str) -> None:
         if is_remote(uri):
             for name, data in files.items():
                 fs.pipe_file(f"{path}/{name}", data)
+            fs.invalidate_cache()
+            s3.remove(fs, [n for n in fs.find(path) if n.removeprefix(f"{path}/") not in files])
             return
         local.put_folder(path, files, staging)
 
@@ -274,7 +292,7 @@ def open_fs(uri: str) -> tuple[Any, str]:
     if uri.startswith("s3://"):
         return _s3(), uri.removeprefix("s3://").rstrip("/")
     check(uri)
-    return fsspec.filesystem("file"), os.path.abspath(uri.removeprefix("file://"))
+    return fsspec.filesystem("file"), absolute(uri)
 
 
 def forget_connections() -> None:

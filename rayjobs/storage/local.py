@@ -15,6 +15,9 @@ from pathlib import Path
 
 from rayjobs.storage.s3 import StorageError
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What a file system without hard links, such as exFAT or many of FUSE's, says of one."""
+
 
 @contextlib.contextmanager
 def beside(
@@ -57,7 +60,20 @@ def create(path: str, data: bytes, staging: str | None) -> bool:
             os.link(partial, path)  # unlike a rename, this fails when the name is taken
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return _rename_to_new(partial, path)
     return True
+
+
+def _rename_to_new(source: str, path: str) -> bool:
+    """As a hard link does it; of those who do this at the same time the first one counts."""
+    with _locked(os.path.dirname(path)):
+        if os.path.lexists(path):
+            return False
+        os.rename(source, path)
+        return True
 
 
 def mark(path: str) -> str | None:
@@ -71,15 +87,21 @@ def mark(path: str) -> str | None:
 
 def replace(path: str, data: bytes, expected: str, staging: str | None) -> bool:
     """Replace a file whose `mark` is as expected; others who do this at the same time wait."""
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with _locked(os.path.dirname(path)):
         if mark(path) != expected:
             return False
         write(path, data, staging)
         return True
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Generator[None]:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def put_folder(path: str, files: dict[str, bytes], staging: str) -> None:

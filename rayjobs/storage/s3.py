@@ -1,16 +1,19 @@
 """Can this bucket be used: asked before anything else, and answered in words.
 
-Owns the questions to an S3 server and how its answers are told. A plain client gives up sooner and
-says more than the one that carries the data.
+Owns the questions to an S3 server, how its answers are told, and the removal of many objects. A
+plain client gives up sooner and says more than the one that carries the data.
 """
 
 import logging
 import os
 import uuid
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 TIMEOUT_S = 6
 NEVER = '"00000000000000000000000000000000"'
+MAX_REMOVED_AT_ONCE = 1000
 UNMET = ("PreconditionFailed", "412", "NoSuchKey", "404")
 HOW_TO_ALLOW = (
     "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they are allowed to do there"
@@ -48,6 +51,20 @@ def check(uri: str, write: bool = False) -> None:
     if write:
         key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
         _check_writing(uri, client, bucket, key)
+
+
+def remove(fs: Any, paths: Iterable[str]) -> None:
+    """Remove these objects and no others: s3fs takes paths for patterns, as in `exp[12]`."""
+    names = iter(paths)
+    while some := list(islice(names, MAX_REMOVED_AT_ONCE)):
+        bucket = some[0].partition("/")[0]
+        keys = [{"Key": name.partition("/")[2]} for name in some]
+        answer = fs.call_s3(
+            "delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}
+        )
+        for kept in answer.get("Errors", ()):
+            name = f"s3://{bucket}/{kept.get('Key')}"
+            raise StorageError(f"{name}: cannot be removed ({kept.get('Code')}); {HOW_TO_ALLOW}")
 
 
 def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:

@@ -16,6 +16,8 @@ MAX_RELATIVE_COST = 1.04
 """What a slot may cost, relative to its cost in the largest batch."""
 DECAY = 0.97
 """Weight of an observation after the next one."""
+MIN_STEPS = 1.9
+"""Observations, weighted by DECAY: two. A first step also warms up what later ones use."""
 FIRST_GUESS_S = 2e-6
 """Seconds per slot and latent pixel, before any observation."""
 
@@ -126,14 +128,28 @@ class Forecast:
         observed = self._observed.get(key)
         if observed is not None and observed.steps.n:
             return observed.steps.at(slots)
-        area = key[1][-1] * key[1][-2]
-        seen = [k for k, other in list(self._observed.items()) if other.steps.n]
-        seen = [k for k in seen if k[0] == key[0]] or seen
+        seen = self._seen(key) or self._seen()
         if not seen:
-            return FIRST_GUESS_S * area * slots
-        nearest = min(seen, key=lambda k: abs(k[1][-1] * k[1][-2] - area))
-        scale = area / (nearest[1][-1] * nearest[1][-2])
-        return scale * self._observed[nearest].steps.at(slots)
+            return FIRST_GUESS_S * _area(key) * slots
+        return self._scaled_s(key, slots, seen)
+
+    def known_step_s(self, key: Key, slots: int) -> float | None:
+        """As `step_s`, where more than one step of this model tells it; else None."""
+        observed = self._observed.get(key)
+        if observed is not None and observed.steps.n >= MIN_STEPS:
+            return observed.steps.at(slots)
+        seen = [k for k in self._seen(key) if self._observed[k].steps.n >= MIN_STEPS]
+        return self._scaled_s(key, slots, seen) if seen else None
+
+    def _seen(self, like: Key | None = None) -> list[Key]:
+        """Keys of steps that were made: of the model of `like`, or of any."""
+        seen = (k for k, other in list(self._observed.items()) if other.steps.n)
+        return [k for k in seen if like is None or k[0] == like[0]]
+
+    def _scaled_s(self, key: Key, slots: int, seen: list[Key]) -> float:
+        """A slot of a larger shape costs as much more; what a step costs without slots stays."""
+        nearest = min(seen, key=lambda k: abs(_area(k) - _area(key)))
+        return self._observed[nearest].steps.at(slots * _area(key) / _area(nearest))
 
     def work_s(self, key: Key, slot_steps: int, images: int) -> float:
         """Seconds of work: `slot_steps` in full batches, and encoding and decoding of `images`."""
@@ -160,3 +176,7 @@ class Forecast:
 
     def _get(self, key: Key) -> _Observed:
         return self._observed.setdefault(key, _Observed())
+
+
+def _area(key: Key) -> int:
+    return key[1][-1] * key[1][-2]

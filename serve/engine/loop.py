@@ -6,22 +6,23 @@ HTTP or of Ray.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 
 from rayjobs.config import BadInput
-from rayjobs.diffusion.lora import Adapter
+from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.request import Lora
 from rayjobs.models.facts import ModelFacts
 from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
-from serve.engine.request_state import RequestState
+from serve.engine.request_state import RequestState, estimate, slots_of
 from serve.engine.safety import Safety
-from serve.engine.stepper import BROKEN, Stepper, too_late
+from serve.engine.stepper import BROKEN, Stepper
 from serve.metrics import EngineMetrics
-from serve.protocol import Event, Failed, Finished, ImagesRequest
+from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest
 from serve.registry import Entry, Registry, Weights
 
 LAG_EVERY_S = 0.1
@@ -54,10 +55,14 @@ class EngineLoop:
         return self.stepper.failure
 
     async def generate(self, request: ImagesRequest) -> AsyncIterator[Event]:
-        """A request's events, to its last image or its failure; closing early ends its rows."""
+        """A request's events, to its last image or its failure; closing early ends its rows.
+
+        Its deadline is kept here, so that it holds during a long step too.
+        """
         arrived_s, state, outcome = time.monotonic(), None, "cancelled"
+        until_s = _until(request.deadline_s)
         try:
-            async with asyncio.timeout(request.deadline_s):
+            async with asyncio.timeout_at(until_s):
                 state = await self._prepare(request, arrived_s)
             if isinstance(state, Failed):
                 outcome = state.kind
@@ -65,7 +70,8 @@ class EngineLoop:
                 return
             left = len(request.seeds)
             while left:
-                event = await state.events.get()
+                async with asyncio.timeout_at(until_s):
+                    event = await state.events.get()
                 left -= isinstance(event, Finished)
                 if isinstance(event, Failed):
                     left, outcome = 0, event.kind
@@ -74,7 +80,8 @@ class EngineLoop:
                 yield event
         except TimeoutError:
             outcome = "deadline"
-            yield too_late()
+            self.metrics.expired()
+            yield TOO_LATE
         finally:
             if isinstance(state, RequestState):
                 self.stepper.withdraw(state)
@@ -104,7 +111,7 @@ class EngineLoop:
                 model = loaded.engine.model
                 multiple = max(8, model.vae_scale)
                 facts[entry.name] = ModelFacts(
-                    model.family, model.default_side, multiple, model.is_edm
+                    model.family, model.default_side, multiple, model.prediction, model.usual
                 )
         return facts
 
@@ -114,13 +121,35 @@ class EngineLoop:
         The first callers find it warm, and waiting times can be estimated.
         """
         for number in (1, self.config.max_rows):
-            seeds = tuple(range(number))
-            request = ImagesRequest(
-                id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS
+            failed = await self._make_one(name, number)
+            if failed is not None:
+                raise BadInput(f"model {name}: {failed.message}")
+        self._warn_if_slow(name)
+
+    async def _make_one(self, name: str, number: int = 1) -> Failed | None:
+        """Images of a model's own size, to learn how long its steps take."""
+        seeds = tuple(range(number))
+        request = ImagesRequest(
+            id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS
+        )
+        events = [event async for event in self.generate(request)]
+        return next((event for event in events if isinstance(event, Failed)), None)
+
+    def _warn_if_slow(self, name: str) -> None:
+        """A model's own size is always made: then the promise of `max_step_s` is not kept."""
+        entry = self.registry.get(name)
+        loaded = self.models.loaded.get(entry.weights) if entry and entry.weights else None
+        if loaded is None:
+            return
+        step_s = self.stepper.forecast.known_step_s(loaded.key(loaded.own_shape), 2)
+        if step_s is not None and step_s > self.config.max_step_s:
+            logging.getLogger("rayjobs").warning(
+                "model %s: a step of its own size takes %.2g s, longer than engine.max_step_s, "
+                "%g s; newcomers wait as long",
+                name,
+                step_s,
+                self.config.max_step_s,
             )
-            async for event in self.generate(request):
-                if isinstance(event, Failed):
-                    raise BadInput(f"model {name}: {event.message}")
 
     async def close(self) -> None:
         self._lag.cancel()
@@ -128,7 +157,7 @@ class EngineLoop:
 
     async def _prepare(self, request: ImagesRequest, arrived_s: float) -> RequestState | Failed:
         """A request's state with its model acquired and its adapters read, or a failure."""
-        entry = await asyncio.to_thread(self.registry.find, request.model)
+        entry = await self._find(request.model)
         if entry is None or entry.weights is None:
             return Failed("invalid", f"the model {request.model!r} does not exist", "model")
         if self.failure is not None:
@@ -140,6 +169,9 @@ class EngineLoop:
         loaded = None
         try:
             loaded = await self.models.acquire(entry.weights)
+            too_long = await self._too_long(request, loaded)
+            if too_long is not None:
+                return too_long
             state, adapters = await self._new_state(request, entry, loaded)
             state.arrived_s = arrived_s
             self.stepper.submit(state, adapters)
@@ -162,7 +194,7 @@ class EngineLoop:
         """The state of a request, and the adapters that the engine does not have yet."""
         uses: list[tuple[Entry | None, float]] = [] if entry.lora is None else [(entry, 1.0)]
         for name, scale in request.loras:
-            uses.append((await asyncio.to_thread(self.registry.find, name), scale))
+            uses.append((await self._find(name), scale))
         adapters = []
         for use, scale in uses:
             if use is None or use.lora is None:
@@ -174,6 +206,20 @@ class EngineLoop:
             for one, scale in adapters
         )
         return RequestState(request, loaded, asyncio.Queue(), loras), new
+
+    async def _too_long(self, request: ImagesRequest, loaded: LoadedModel) -> Failed | None:
+        """Whether steps of this size would let others wait too long, measured if need be."""
+        model = loaded.engine.model
+        shape, _ = estimate(request, model.default_side, model.vae_scale)
+        slots, own = slots_of(request), loaded.own_shape
+        is_large = shape[-1] * shape[-2] > own[-1] * own[-2]
+        if is_large and self.stepper.forecast.known_step_s(loaded.key(own), slots) is None:
+            await self._make_one(request.model)
+        return self.stepper.too_long(loaded, shape, slots)
+
+    async def _find(self, name: str) -> Entry | None:
+        """An entry; only a name that is not known yet waits for storage."""
+        return self.registry.get(name) or await asyncio.to_thread(self.registry.find, name)
 
     def _refuse(self, request: ImagesRequest, weights: Weights) -> Failed | None:
         """Refuse when too much work waits; retry after it is done."""
@@ -189,3 +235,8 @@ class EngineLoop:
             before_s = time.monotonic()
             await asyncio.sleep(LAG_EVERY_S)
             self.metrics.lag(time.monotonic() - before_s - LAG_EVERY_S)
+
+
+def _until(deadline_s: float | None) -> float | None:
+    """When so many seconds are over, by the event loop's clock."""
+    return None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s

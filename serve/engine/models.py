@@ -21,16 +21,19 @@ import torch
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.weights import first_line, lora_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach
+from rayjobs.models.options import SourceConfig
 from serve.config import EngineConfig
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
 from serve.registry import Weights
+
+LATENT_CHANNELS = 4
 
 
 class ModelMemoryFull(RuntimeError):
@@ -62,6 +65,12 @@ class LoadedModel:
     def held_bytes(self) -> int:
         """Bytes of its own weights and of its adapters."""
         return self.num_bytes + self.engine.loras.num_bytes
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Of the latents of its own size."""
+        side = self.engine.model.default_side // self.engine.model.vae_scale
+        return (LATENT_CHANNELS, side, side)
 
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape
@@ -155,7 +164,7 @@ class ModelCache:
             base.users += 1
         try:
             if base is None:
-                self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.uri))
+                self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.source))
             model = await loop.run_in_executor(self._loader, self._read, weights, base)
         except BaseException as error:
             if base is not None:
@@ -172,7 +181,7 @@ class ModelCache:
 
     def _read(self, weights: Weights, base: LoadedModel | None) -> Model:
         if base is None:
-            model = load_weights(weights.uri, weights.how, weights.config, alone=False)
+            model = load_weights(weights.source, weights.how, alone=False)
         else:
             # Learned embeddings change only the text encoders: the rest is shared with the base.
             model = replace(
@@ -225,9 +234,9 @@ def _memory(config: EngineConfig) -> float:
     return 0.5 * psutil.virtual_memory().total
 
 
-def _size_of(uri: str) -> int:
+def _size_of(source: SourceConfig) -> int:
     """The size of a model's files, about what it will take in memory; fetches it first."""
-    path = find_weights(uri).path
+    path = find_weights(source).path
     files = [path] if path.is_file() else path.glob("*/*.safetensors")
     return sum(file.stat().st_size for file in files)
 

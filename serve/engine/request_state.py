@@ -13,11 +13,9 @@ from typing import Any
 from PIL import Image
 
 from rayjobs.diffusion.request import Lora, Request
-from serve.engine.models import LoadedModel
+from serve.engine.models import LATENT_CHANNELS, LoadedModel
 from serve.images import to_image, to_pixels
 from serve.protocol import Event, Failed, Finished, ImagesRequest
-
-LATENT_CHANNELS = 4
 
 
 @dataclass(eq=False)
@@ -41,7 +39,7 @@ class RequestState:
     num_partials: int = 0
     """Previews of each image: as many as requested, or as there are steps for."""
     started: bool = False
-    notified_s: float = float("-inf")
+    notified_s: float | None = None
     """When its caller last got a waiting event."""
     over: bool = False
 
@@ -61,6 +59,7 @@ class RequestState:
             Request(
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
+                prompt_syntax=request.prompt_syntax,
                 seed=seed,
                 steps=request.steps,
                 sampler=request.sampler,
@@ -116,6 +115,10 @@ def estimate(request: ImagesRequest, default_side: int, scale: int) -> tuple[tup
     width = request.width or (request.init.width if request.init else default_side)
     height = request.height or (request.init.height if request.init else default_side)
     steps = request.steps if request.init is None else max(1, int(request.steps * request.strength))
-    slots = 1 if request.guidance_scale is not None and request.guidance_scale <= 1 else 2
     shape = (LATENT_CHANNELS, height // scale, width // scale)
-    return shape, steps * slots * len(request.seeds)
+    return shape, steps * slots_of(request) * len(request.seeds)
+
+
+def slots_of(request: ImagesRequest) -> int:
+    """Slots of each of its rows in a batch."""
+    return 1 if request.guidance_scale is not None and request.guidance_scale <= 1 else 2

@@ -1,4 +1,4 @@
-"""The thread that steps a replica's engines: add requests, expire, choose a model, step, report.
+"""The thread that steps a replica's engines: add requests, choose a model, step, report.
 
 Owns everything that happens between two steps. Changes arrive from the event loop, and events go
 back to it. Knows nothing of names, of loading or of HTTP.
@@ -14,11 +14,11 @@ from dataclasses import replace
 
 from PIL.Image import Image
 
+from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
-from rayjobs.diffusion.lora import Adapter
 from rayjobs.diffusion.request import Result
 from rayjobs.diffusion.weights import first_line
-from serve.engine.fairness import FairQueue, RowPriority
+from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast, Key
 from serve.engine.models import LoadedModel, ModelCache
 from serve.engine.pacer import Pacer, StepTiming
@@ -30,6 +30,9 @@ from serve.protocol import Event, Failed, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Weights
 
 BROKEN = Failed("broken", "the engine has failed")
+OWN_AREA = 1.25
+"""Up to so many times a model's own size it is always drawn: an edit of another shape is as large.
+"""
 WAITING_EVERY_S = 0.5
 """Time between two waiting events of a request."""
 
@@ -85,6 +88,28 @@ class Stepper:
         shape, slot_steps = estimate(request, side, scale)
         return self.forecast.work_s((weights, shape), slot_steps, len(request.seeds))
 
+    def too_long(self, loaded: LoadedModel, shape: Shape, slots: int) -> Failed | None:
+        """Why an image of this latent shape is not made: everybody would wait for its steps.
+
+        A model's own size is always made, whatever it takes.
+        """
+        own = loaded.own_shape
+        if shape[-1] * shape[-2] <= OWN_AREA * own[-1] * own[-2]:
+            return None
+        limit_s = max(
+            self.forecast.max_step_s, self.forecast.known_step_s(loaded.key(own), slots) or 0.0
+        )
+        step_s = self.forecast.known_step_s(loaded.key(shape), slots)
+        if step_s is None or step_s <= limit_s:
+            return None
+        scale = loaded.engine.model.vae_scale
+        size = f"{shape[-1] * scale}x{shape[-2] * scale}"
+        message = (
+            f"a step of {size} takes about {step_s:.2g} s here, and others would wait longer than "
+            f"the {limit_s:.2g} s that they may; request a smaller size"
+        )
+        return Failed("invalid", message, "size")
+
     def pending_s(self) -> float:
         """Seconds until all requests are done, in batches as full as these requests make them."""
         total, by_key = 0.0, dict[Key, list[tuple[int, int]]]()
@@ -112,28 +137,21 @@ class Stepper:
                 self._send(state, state.fail(BROKEN))
 
     def _run_once(self) -> None:
+        self._wake.clear()
         while self._inbox:
             self._inbox.popleft()()
-        self._expire()
+        self._report_waiting()
         self._detach_evicted()
         num_images = sum(len(state.images) for state in list(self.states))
         self.metrics.set_load(self.pending_s(), num_images)
         busy = {each.weights: each for each in self._loaded() if each.engine.num_pending}
         if busy:
             self._step(busy[self._queue.order(busy)[0]])
-        else:
-            self._sleep()
+        elif not self._closing:
+            self._wake.wait()
 
     def _loaded(self) -> list[LoadedModel]:
         return list(self.models.loaded.values())
-
-    def _sleep(self) -> None:
-        """Wait for a change, or for the next deadline."""
-        next_s = min((state.deadline_s for state in list(self.states)), default=float("inf"))
-        wait_s = None if next_s == float("inf") else max(0.0, next_s - time.monotonic())
-        if not self._inbox:
-            self._wake.wait(wait_s)
-        self._wake.clear()
 
     def _enter(self, state: RequestState, adapters: list[Adapter]) -> None:
         if state.over:
@@ -185,19 +203,20 @@ class Stepper:
             del self.states[state]
             self._on_loop(self.models.release, state.loaded)
 
-    def _expire(self) -> None:
+    def _report_waiting(self) -> None:
         now_s = time.monotonic()
         for position, state in enumerate(list(self.states)):
-            if not state.over and state.deadline_s <= now_s:
-                self.metrics.expired()
-                self._end(state, too_late())
-            elif self._is_waiting_event_due(state, now_s):
+            if self._is_waiting_event_due(state, now_s):
                 state.notified_s = now_s
                 self._send(state, Waiting(position, self._until_started_s(state)))
 
     def _is_waiting_event_due(self, state: RequestState, now_s: float) -> bool:
-        waits = state.request.progress and not state.started
-        return waits and now_s - state.notified_s > WAITING_EVERY_S
+        """Everybody is told once, when the engine has taken the rows; again where it is wanted."""
+        if state.started or state.over or not state.left:
+            return False
+        if state.notified_s is None:
+            return True
+        return state.request.progress and now_s - state.notified_s > WAITING_EVERY_S
 
     def _until_started_s(self, state: RequestState) -> float:
         """Estimated: rows beyond `max_rows` start when earlier rows have finished."""
@@ -272,9 +291,17 @@ class Stepper:
             step_s = seconds - step.vae_s
             self.forecast.observe_step(loaded.key(usage.shape), usage.slots, step_s)
             self.metrics.stepped(loaded.weights.uri, usage.rows, seconds)
+            self._end_too_long(loaded, usage.shape)
         if step.num_results and loaded.shape:
             self.forecast.observe_image(loaded.key(loaded.shape), loaded.vae_s / step.num_results)
             loaded.vae_s = 0.0
+
+    def _end_too_long(self, loaded: LoadedModel, shape: Shape) -> None:
+        """End requests whose steps turn out to take longer than others may wait."""
+        for state in [s for s in self.states if s.loaded is loaded and s.shape == shape]:
+            failed = None if state.over else self.too_long(loaded, shape, state.slots)
+            if failed is not None:
+                self._end(state, failed)
 
     def _fail_batch(self, loaded: LoadedModel, error: Exception) -> None:
         """End the requests whose rows were in a batch that failed."""
@@ -357,8 +384,3 @@ class Stepper:
             RuntimeError
         ):  # the event loop is closed, and its callers are gone
             self._loop.call_soon_threadsafe(work, *args)
-
-
-def too_late() -> Failed:
-    message = "the deadline passed before the images were made"
-    return Failed("deadline", message, "deadline_s")

@@ -1,102 +1,160 @@
-"""Request ids, and request bodies: limited in size, parsed as JSON or as a form.
+"""Request bodies: counted and timed while they come, parsed as JSON or as a form.
 
 Owns those limits and the errors for bodies that cannot be read. Knows no route. Starlette's own
 `max_body_size` is not used: where a Content-Length is too large, it replaces every response by a
 plain text 413, even a 401, and clients of the API expect OpenAI's JSON errors.
 """
 
+import asyncio
 import json
 import re
-import time
-import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive
 
 from serve.errors import ApiError
 
 MAX_FORM_FIELDS = 64
 MAX_JSON_BYTES = 2**20
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+IDLE_S = 30.0
+"""How long a body may pause: who sends nothing more holds a place that others wait for."""
+FILES = ("image", "mask")
+INDEXED = re.compile(r"([^\[\]]+)\[\d*\]")
+"""`image[]` or `image[0]`, as clients name the parts of a list."""
+MEMBER = re.compile(r"([^\[\]]+)\[(\d*)\]\[([^\[\]]+)\]")
+"""`loras[][name]` or `loras[0][name]`, as clients name the fields of a list's objects."""
 
 
-class RequestLimitsMiddleware:
-    """Gives every request an id, limits its body, and hides the prefix of the application."""
+@dataclass
+class Form:
+    """A form's files, which are read when their turn has come, and its fields."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, adds_ids: bool):
-        self.app = app
-        self.max_bytes = max_bytes
-        self.adds_ids = adds_ids
+    files: dict[str, UploadFile] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    members: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """Fields of objects in lists: the list's name, the object's number or "", field and value."""
+    warnings: list[str] = field(default_factory=list)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        sent = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
-        # Applications that share a host have whole paths in their routes.
-        scope = {**scope, "root_path": ""}
-        scope.setdefault("state", {})
-        scope["state"] = {**scope["state"], "request_id": request_id}
-        received, started_s = 0, time.monotonic()
 
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise ApiError(413, f"the request is larger than {self.max_bytes} bytes")
-            return message
+def limited(receive: Receive, max_bytes: int) -> Receive:
+    """`receive`, for a body of at most `max_bytes` which does not pause. Raises ApiError."""
+    received, is_whole = 0, False
 
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                duration_ms = str(round(1000 * (time.monotonic() - started_s))).encode()
-                response_headers = [*message["headers"], (b"openai-processing-ms", duration_ms)]
-                if self.adds_ids:
-                    response_headers.append((b"x-request-id", request_id.encode()))
-                message = {**message, "headers": response_headers}
-            await send(message)
+    async def counted() -> Message:
+        nonlocal received, is_whole
+        try:
+            async with asyncio.timeout(None if is_whole else IDLE_S):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, f"the body paused for {IDLE_S:g} s") from None
+        received += len(message.get("body", b""))
+        is_whole = not message.get("more_body", False)
+        if received > max_bytes:
+            raise ApiError(413, f"the request is larger than {max_bytes} bytes")
+        return message
 
-        await self.app(scope, limited, with_headers)
+    return counted
 
 
 async def read_json(request: Request) -> Any:
-    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip()
-    if content_type != "application/json":
-        raise ApiError(415, f"the content type is {content_type}; send application/json")
-    data = await request.body()
-    if len(data) > MAX_JSON_BYTES:
-        raise ApiError(413, f"the body has {len(data)} bytes; at most {MAX_JSON_BYTES}")
+    """A JSON body, refused by its Content-Length or while it comes. Raises ApiError."""
+    _check_type(request, "application/json")
+    data = bytearray()
+    _check_length(int(request.headers.get("content-length") or 0))
+    async for chunk in request.stream():
+        data += chunk
+        _check_length(len(data))
     try:
-        return json.loads(data)
+        return json.loads(bytes(data))
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not valid JSON") from None
 
 
-async def read_form(request: Request) -> tuple[dict[str, list[bytes]], dict[str, str]]:
-    """The files and the text fields of a multipart form. Raises ApiError."""
-    content_type = request.headers.get("content-type", "").split(";")[0].strip()
-    if content_type != "multipart/form-data":
-        raise ApiError(415, f"the content type is {content_type!r}; send multipart/form-data")
+@asynccontextmanager
+async def open_form(request: Request) -> AsyncGenerator[Form]:
+    """The files and the fields of a multipart form; large files lie on disk. Raises ApiError."""
+    _check_type(request, "multipart/form-data")
     charset = re.search(r"charset\s*=\s*[\"']?([^;\"']*)", request.headers["content-type"], re.I)
     if charset is not None and charset[1].strip().lower() not in ("utf-8", "utf8"):
         raise ApiError(415, f"the charset is {charset[1]!r}; send UTF-8")
-    files: dict[str, list[bytes]] = {}
-    values: dict[str, str] = {}
-    async with request.form(max_files=20, max_fields=MAX_FORM_FIELDS) as form:
-        for name, value in form.multi_items():
+    form = Form()
+    async with request.form(max_files=20, max_fields=MAX_FORM_FIELDS) as sent:
+        for name, value in sent.multi_items():
             if isinstance(value, UploadFile):
-                files.setdefault(name, []).append(await value.read())
+                _add_file(form, name, value)
             else:
-                values[name] = value
-    for name in ("image", "image[]", "mask"):
-        if name in values:
-            raise ApiError(400, f"{name} must be a file.", param=name, code="invalid_value")
-    unknown = [name for name in files if name not in ("image", "image[]", "mask")]
-    if unknown:
-        message = f"Unknown parameter: '{unknown[0]}'."
-        raise ApiError(400, message, param=unknown[0], code="unknown_parameter")
-    return files, values
+                _add_value(form, name, value)
+        _add_objects(form)
+        yield form
+
+
+def _add_file(form: Form, name: str, file: UploadFile) -> None:
+    """OpenAI's API takes several images; of them the first is used here, which is told."""
+    indexed = INDEXED.fullmatch(name)
+    plain = indexed[1] if indexed else name
+    if plain not in FILES:
+        raise ApiError(400, f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    if plain not in form.files:
+        form.files[plain] = file
+    elif plain == "mask":
+        raise ApiError(400, f"Send one {plain}; this API accepts one only.", param=plain)
+    elif not form.warnings:
+        form.warnings.append("only the first image was used; this API edits one at a time")
+
+
+def _add_value(form: Form, name: str, value: str) -> None:
+    member = MEMBER.fullmatch(name)
+    if member is not None:
+        form.members.append((member[1], member[2], member[3], value))
+        return
+    if INDEXED.sub(r"\1", name) in FILES:
+        name = INDEXED.sub(r"\1", name)
+        raise ApiError(400, f"{name} must be a file.", param=name, code="invalid_value")
+    if name in form.values:
+        raise ApiError(400, f"'{name}' is given twice.", param=name, code="invalid_value")
+    form.values[name] = value
+
+
+def _add_objects(form: Form) -> None:
+    """Lists of objects. Without numbers the n-th value of each field is of the n-th object: some
+    clients send object by object, others (OpenAI's) field by field."""
+    for plain in {member[0]: None for member in form.members}:
+        found: dict[str, dict[str, str]] = {}
+        counts: Counter[str] = Counter()
+        for _, index, key, value in (each for each in form.members if each[0] == plain):
+            place = index or f"unnumbered {counts[key]}"
+            counts[key] += not index
+            if key in found.setdefault(place, {}):
+                raise _unclear(plain)
+            found[place][key] = value
+        is_unclear = len(set(counts.values()) - {0}) > 1 or plain in form.values
+        if is_unclear or (sum(counts.values()) and len(found) > max(counts.values())):
+            raise _unclear(plain)
+        form.values[plain] = list(found.values())
+
+
+def _unclear(name: str) -> ApiError:
+    message = f"It is unclear which fields of '{name}' belong together; send it as JSON."
+    return ApiError(400, message, param=name, code="invalid_value")
+
+
+def _check_type(request: Request, wanted: str) -> None:
+    """A browser sends other types, and none, to foreign servers without asking them first."""
+    sent = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if sent != wanted:
+        told = f"the content type is {sent!r}" if sent else "there is no content type"
+        raise ApiError(415, f"{told}; send {wanted}")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, f"the body is encoded with {encoding}; send it as it is")
+
+
+def _check_length(num_bytes: int) -> None:
+    if num_bytes > MAX_JSON_BYTES:
+        raise ApiError(413, f"the body has {num_bytes} bytes or more; at most {MAX_JSON_BYTES}")

@@ -5,10 +5,12 @@ nothing of HTTP. Whatever can be refused before any work is refused here.
 """
 
 import secrets
+from functools import partial
 from typing import Any
 
 from rayjobs.diffusion.request import check_side, check_strength
-from rayjobs.diffusion.sampler_names import check_name
+from rayjobs.diffusion.sampler_names import check_name, fitting
+from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
@@ -17,12 +19,15 @@ from serve.ingress.schemas import EditBody, GenerateBody
 from serve.protocol import ImagesRequest, Pixels
 from serve.registry import Entry, Registry
 
-STEPS, STRENGTH = 30, 0.6
+STRENGTH = 0.6
 """Defaults of num_inference_steps and strength."""
 
 
 class ImagesRequestBuilder:
-    """Builds requests within the limits of one installation. Every method may raise ApiError."""
+    """Builds requests within the limits of one installation. Every method may raise ApiError.
+
+    Names are those that the registry knows: whoever calls has looked for new ones.
+    """
 
     def __init__(self, config: ServeConfig, registry: Registry):
         self.config = config
@@ -30,7 +35,7 @@ class ImagesRequestBuilder:
         self.registry = registry
 
     def entry(self, name: str | None) -> Entry:
-        entry = self.registry.default() if name is None else self.registry.find(name)
+        entry = self.registry.get(name)
         if entry is None or entry.weights is None:
             message = f"The model {name!r} does not exist; GET /v1/models lists those that do."
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -51,7 +56,8 @@ class ImagesRequestBuilder:
         strength = body.strength
         if strength is None:
             strength = STRENGTH if mask is None else 1.0
-        self._check_field("strength", lambda: check_strength(strength, self._steps(body)))
+        steps = self._steps(body, entry.facts)
+        self._check_field("strength", lambda: check_strength(strength, steps))
         return self._build(
             body,
             entry,
@@ -74,13 +80,14 @@ class ImagesRequestBuilder:
         if body.partial_images and not body.stream:
             raise ApiError(400, "partial_images needs stream=true.", param="partial_images")
         _check_max("n", body.n or 1, limits.max_n)
-        _check_max("num_inference_steps", self._steps(body), limits.max_steps)
+        _check_max("num_inference_steps", self._steps(body, entry.facts), limits.max_steps)
         _check_max("guidance_scale", body.guidance_scale or 0, limits.max_guidance_scale)
         for name in ("prompt", "negative_prompt"):
             length = len(getattr(body, name) or "")
             if length > limits.max_prompt_chars:
                 message = f"{name} has {length} characters; at most {limits.max_prompt_chars}."
                 raise ApiError(400, message, param=name)
+            self._check_field(name, partial(_check_syntax, body, name))
         self._check_size(body.width_height, entry.facts)
         if body.sampler is not None:
             self._check_sampler(body.sampler, entry.facts)
@@ -97,8 +104,9 @@ class ImagesRequestBuilder:
             model=entry.name,
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
+            prompt_syntax=body.prompt_syntax or "plain",
             seeds=seeds,
-            steps=self._steps(body),
+            steps=self._steps(body, entry.facts),
             sampler=body.sampler,
             guidance_scale=body.guidance_scale,
             guidance_rescale=body.guidance_rescale or 0.0,
@@ -112,8 +120,8 @@ class ImagesRequestBuilder:
             **more,
         )
 
-    def _steps(self, body: GenerateBody) -> int:
-        return body.num_inference_steps or min(STEPS, self.limits.max_steps)
+    def _steps(self, body: GenerateBody, facts: ModelFacts) -> int:
+        return body.num_inference_steps or min(facts.steps, self.limits.max_steps)
 
     def _check_size(self, size: tuple[int, int] | None, facts: ModelFacts) -> None:
         if size is None:
@@ -128,13 +136,13 @@ class ImagesRequestBuilder:
     def _check_sampler(self, name: str, facts: ModelFacts) -> None:
         if facts.family is None:
             return  # its files are not readable here: the replica will check
-        self._check_field("sampler", lambda: check_name(name, facts.is_edm))
+        self._check_field("sampler", lambda: check_name(name, facts.prediction))
 
     def _check_loras(self, body: GenerateBody, entry: Entry) -> None:
         uses = body.loras or []
         _check_max("loras", len(uses), self.limits.max_loras)
         for use in uses:
-            lora = self.registry.find(use.name)
+            lora = self.registry.get(use.name)
             if lora is None or lora.lora is None:
                 message = f"The LoRA {use.name!r} does not exist; GET /v1/models lists them."
                 raise ApiError(404, message, param="loras", code="model_not_found")
@@ -164,11 +172,14 @@ class ImagesRequestBuilder:
             raise ApiError(400, f"{error}.", param=param, code="invalid_value") from None
 
 
+def _check_syntax(body: GenerateBody, name: str) -> None:
+    text, syntax = getattr(body, name) or "", body.prompt_syntax or "plain"
+    check_syntax(name, text, syntax, negative=name == "negative_prompt")
+
+
 def samplers(facts: ModelFacts) -> list[str]:
     """Names of the samplers that a model can use."""
-    from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
-
-    return sorted(n for n, (kind, _) in SAMPLERS.items() if (kind in EDM) == facts.is_edm)
+    return fitting(facts.prediction)
 
 
 def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]:
@@ -194,13 +205,14 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
             "max_n": limits.max_n,
         },
         "defaults": {
-            "num_inference_steps": STEPS,
+            "num_inference_steps": entry.facts.steps,
             "guidance_scale": entry.facts.guidance_scale,
             "strength": STRENGTH,
         },
         "samplers": samplers(entry.facts),
         "loaded": loaded,
-        "prompt_hint": entry.hint,
+        "prompt_hint": next(iter(entry.hints), None),
+        "prompt_hints": list(entry.hints),
     }
 
 

@@ -1,24 +1,22 @@
 """From events to responses: JSON, or server-sent events of OpenAI's types.
 
-Owns the encoding of images in threads, their order, and usage. Knows nothing of how images are
-finished.
+Owns the encoding of images in threads, their order, and usage. Those threads wait for nothing:
+storage has its own. Knows nothing of how images are finished.
 """
 
 import asyncio
 import base64
 import json
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi.sse import format_sse_event
 
-from rayjobs import storage
 from serve import errors, images
-from serve.config import ResultsConfig
 from serve.errors import ApiError
+from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody, ImageOut, ImagesOut, TokenDetails, Usage
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step, Waiting
 
@@ -30,9 +28,9 @@ TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 class ResponseEncoder:
     """Encodes the events of a request as a response."""
 
-    def __init__(self, results: ResultsConfig, threads: int = 4):
+    def __init__(self, results: ResultsStore, threads: int = 4):
         self.results = results
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
     async def whole(
         self, body: GenerateBody, request: ImagesRequest, events: AsyncIterator[Event]
@@ -45,7 +43,7 @@ class ResponseEncoder:
             if isinstance(event, Finished):
                 finished[event.image] = event
         ordered = [finished[number] for number in range(len(request.seeds))]
-        data = await asyncio.gather(*(self._image(body, event) for event in ordered))
+        data = await asyncio.gather(*(self._image(body, request, event) for event in ordered))
         size = f"{ordered[0].pixels.width}x{ordered[0].pixels.height}"
         out = ImagesOut(
             created=int(time.time()),
@@ -58,7 +56,7 @@ class ResponseEncoder:
 
     async def stream(
         self, body: GenerateBody, request: ImagesRequest, events: AsyncIterator[Event], kind: str
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """Server-sent events, image after image; `kind` is image_generation or image_edit."""
         finished: list[Finished] = []
         try:
@@ -76,6 +74,8 @@ class ResponseEncoder:
     async def _encode_event(
         self, body: GenerateBody, request: ImagesRequest, event: Event, kind: str
     ) -> list[tuple[str, dict[str, Any]]]:
+        if isinstance(event, Waiting | Step) and not body.progress:
+            return []
         if isinstance(event, Waiting):
             name = "rayjobs.waiting"
             data: dict[str, Any] = {"position": event.position, "seconds": event.seconds}
@@ -93,7 +93,7 @@ class ResponseEncoder:
             size = (event.pixels.width, event.pixels.height)
             data = await self._image_fields(body, event.pixels, size)
             data |= {"usage": usage(request, [event]).model_dump(), "image_index": event.image}
-            data |= {"seed": event.seed, "warnings": list(event.warnings)}
+            data |= {"seed": event.seed, "warnings": [*request.warnings, *event.warnings]}
         else:
             return []
         return [(name, {"type": name, **data})]
@@ -110,23 +110,17 @@ class ResponseEncoder:
             "quality": "auto",
         }
 
-    async def _image(self, body: GenerateBody, event: Finished) -> ImageOut:
-        out = ImageOut(seed=event.seed, warnings=list(event.warnings))
+    async def _image(self, body: GenerateBody, request: ImagesRequest, event: Finished) -> ImageOut:
+        out = ImageOut(seed=event.seed, warnings=[*request.warnings, *event.warnings])
         if body.response_format == "url":
-            out.url = await self._run(self._store, body, event.pixels)
+            data = await self._run(_encoded, body, event.pixels)
+            out.url = await self.results.put(data, body.output_format or "png")
         else:
             out.b64_json = await self._run(_to_base64, body, lambda pixels: pixels, event.pixels)
         return out
 
-    def _store(self, body: GenerateBody, pixels: Pixels) -> str:
-        data, form = _encoded(body, pixels), body.output_format or "png"
-        day = time.strftime("%Y-%m-%d", time.gmtime())
-        uri = storage.join(str(self.results.uri), day, f"{uuid.uuid4().hex}.{form}")
-        storage.write_bytes(uri, data)
-        return storage.link(uri, self.results.expires_s)
-
     async def _run(self, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
 def _to_base64(body: GenerateBody, fit: Callable[..., Pixels], *args: Any) -> str:

@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from rayjobs.diffusion.text.syntax import PromptSyntax
 from serve.errors import ApiError
 
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Neutral = Annotated[Any, Field(description="accepted; changes nothing here")]
+"""A field of OpenAI's API that has no meaning for diffusion: any value will do, future ones too."""
 
 
 class LoraUse(BaseModel):
@@ -38,12 +41,19 @@ class GenerateBody(BaseModel):
     background: Literal["transparent", "opaque", "auto"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=3)
-    quality: Literal["standard", "hd", "low", "medium", "high", "auto"] | None = None
-    style: Literal["vivid", "natural"] | None = None
-    moderation: Literal["low", "auto"] | None = None
-    user: str | None = None
+
+    quality: Neutral = None
+    style: Neutral = None
+    moderation: Neutral = None
+    user: Neutral = None
+    safety_identifier: Neutral = None
+    prompt_cache_key: Neutral = None
+    service_tier: Neutral = None
+    metadata: Neutral = None
+    store: Neutral = None
 
     negative_prompt: str | None = None
+    prompt_syntax: PromptSyntax | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: Finite | None = Field(default=None, ge=0)
@@ -56,7 +66,7 @@ class GenerateBody(BaseModel):
         default=None, description="with stream: also send waiting and step events"
     )
 
-    @field_validator("prompt", "negative_prompt", "model", "sampler", "user")
+    @field_validator("prompt", "negative_prompt", "model", "sampler")
     @classmethod
     def _is_text(cls, text: str | None) -> str | None:
         if text is not None and ("\0" in text or (not text.isascii() and not _encodes(text))):
@@ -94,7 +104,7 @@ class EditBody(GenerateBody):
     """The form fields of `POST /v1/images/edits`, besides the images."""
 
     strength: Finite | None = Field(default=None, gt=0, le=1)
-    input_fidelity: Literal["high", "low"] | None = None
+    input_fidelity: Neutral = None
 
 
 class TokenDetails(BaseModel):

@@ -23,8 +23,6 @@ from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial
 ATTEMPTS = 5
 LOST = (RayActorError, ObjectLostError, ReplicaUnavailableError)
 BUSY_ATTEMPTS, BROKEN_ATTEMPTS = 2, 2
-GRACE_S = 2.0
-"""How long after its deadline a request may still report its own end."""
 STATE_TIMEOUT_S = 10.0
 """How long the replicas may take to report their state."""
 
@@ -39,6 +37,7 @@ class Fleet:
     async def events(self, request: ImagesRequest, streamed: bool) -> AsyncIterator[Event]:
         """A request's events. Raises ApiError when no replica is available.
 
+        It may wait for ever for a replica: the caller has the deadline.
         A request that is not `streamed` can be retried at any time: its events are then repeated.
         """
         started_s, busy, broken = time.monotonic(), 0, 0
@@ -64,19 +63,11 @@ class Fleet:
                 await asyncio.sleep(0.2 * 2**attempt)
 
     async def _attempt(self, request: ImagesRequest) -> AsyncIterator[Event]:
-        started_s = time.monotonic()
         names = ",".join([request.model, *(name for name, _ in request.loras)])
         events = self._stream.options(multiplexed_model_id=names).remote(request)
         try:
-            while True:
-                left_s = (
-                    None if request.deadline_s is None else _left_s(request, started_s) + GRACE_S
-                )
-                yield await asyncio.wait_for(anext(events), left_s)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:  # no replica was there to report it
-            yield Failed("deadline", "the deadline passed before an engine replica was ready")
+            async for event in events:
+                yield event
         except BackPressureError as error:
             raise ApiError(429, "too many requests are waiting", retry_after_s=5.0) from error
         except DeploymentUnavailableError as error:
@@ -106,8 +97,5 @@ def _with_time_left(request: ImagesRequest, started_s: float) -> ImagesRequest:
     """The request with what is left of its deadline."""
     if request.deadline_s is None:
         return request
-    return replace(request, deadline_s=_left_s(request, started_s))
-
-
-def _left_s(request: ImagesRequest, started_s: float) -> float:
-    return max(0.001, (request.deadline_s or 0.0) - (time.monotonic() - started_s))
+    left_s = request.deadline_s - (time.monotonic() - started_s)
+    return replace(request, deadline_s=max(0.001, left_s))

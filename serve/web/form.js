@@ -3,7 +3,7 @@ import { $, fillTrack, node } from "./dom.js";
 import { fillLoras, readLoras, writeLoras } from "./loras.js";
 import { recall, remember } from "./session.js";
 
-const PLAIN = ["prompt", "negative_prompt", "model", "sampler", "seed"];
+const PLAIN = ["prompt", "negative_prompt", "prompt_syntax", "model", "sampler", "seed"];
 const NUMBERS = ["num_inference_steps", "guidance_scale"];
 const MARKED = [...PLAIN, ...NUMBERS, "size", "n", "loras", "strength", "image"];
 const PARAMS = { mask: "image", steps: "num_inference_steps", width: "size", height: "size" };

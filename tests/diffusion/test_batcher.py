@@ -9,6 +9,7 @@ from rayjobs.diffusion.batcher import Batcher
 class Row:
     id: int
     shape: tuple[int, ...] = (4, 8, 8)
+    num_chunks: int = 1
 
 
 def ids(rows: list[Row]) -> list[int]:

@@ -74,13 +74,17 @@ def test_a_bad_request_fails_alone_with_its_reason(
 
 def test_a_long_prompt_is_cut_with_a_warning(tiny: Model) -> None:
     (result,) = Engine(tiny).generate([ask(prompt="a red star " * 60)])
-    assert result.warnings == ("prompt cut after 75 tokens, the text encoder's limit",)
+    (warning,) = result.warnings
+    assert warning.startswith("prompt cut after 75 tokens, the text encoder's limit")
+    assert "prompt_syntax a1111" in warning
     assert result.image is not None
 
 
 def test_weights_of_words_are_not_silently_ignored(tiny: Model) -> None:
     (result,) = Engine(tiny).generate([ask(prompt="a (red:1.3) star")])
-    assert result.warnings == ("weights such as (word:1.3) are taken as plain text",)
+    (warning,) = result.warnings
+    assert warning.startswith("weights such as (word:1.3) are taken as plain text")
+    assert "prompt_syntax a1111" in warning
 
 
 def test_a_prompt_met_again_is_not_encoded_again(tiny: Model) -> None:
@@ -91,6 +95,25 @@ def test_a_prompt_met_again_is_not_encoded_again(tiny: Model) -> None:
     after = engine.prompts._cache
     assert set(after) == set(before)
     assert all(after[text] is before[text] for text in before)
+
+
+def test_calls_are_full_though_rows_of_several_shapes_wait(tiny: Model) -> None:
+    engine, chosen = Engine(tiny, max_rows=4), []
+    policy: Any = engine._batcher
+    choose = policy.choose
+
+    def counted() -> list[Any]:
+        chosen.append(choose())
+        return chosen[-1]
+
+    policy.choose = counted
+    kinds = [{}, {"height": 32}, {"prompt": "a red star, " * 30, "prompt_syntax": "a1111"}]
+    requests = [ask(seed=n, width=32, **kinds[n % 3]) for n in range(36)]
+    assert all(result.image is not None for result in engine.generate(requests))
+    assert all(len({(row.shape, row.num_chunks) for row in rows}) <= 1 for rows in chosen)
+    made = [len(rows) for rows in chosen if rows]
+    assert sum(made) == 36 * 3
+    assert sum(made) / len(made) > 2.7
 
 
 def test_cancel_knows_what_it_cancels(tiny: Model) -> None:

@@ -17,7 +17,8 @@ from PIL import Image
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
-from rayjobs.diffusion.sampler import EDM, SAMPLERS, resolve
+from rayjobs.diffusion.sampler import SAMPLERS, resolve
+from rayjobs.diffusion.sampler_names import EDM, Prediction
 from tests.families import reference_pipeline
 
 pytestmark = pytest.mark.model
@@ -61,7 +62,9 @@ def reference(folder: Path, request: Request, edm: bool) -> torch.Tensor:
     img2img = request.init_image is not None
     classes = IMAGE_TO_IMAGE if img2img else TEXT_TO_IMAGE
     pipeline, scheduler_config = reference_pipeline(folder, *classes)
-    sampler_class, options = resolve(request.sampler, request.sampler_options, edm)
+    sampler_class, options = resolve(
+        request.sampler, request.sampler_options, Prediction(is_edm=edm)
+    )
     pipeline.scheduler = sampler_class.from_config(scheduler_config, **options)
     arguments: dict[str, Any] = {"height": 64, "width": 64}
     if img2img:

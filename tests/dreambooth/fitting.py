@@ -32,7 +32,7 @@ def settings(model: Path, photos: Path, mode: str = "images", **train: Any) -> D
             "train": usual | small | train,
             "lora": {"rank": RANK, "alpha": ALPHA, "targets": "transformer"},
             "run": {"name": "test"},
-            "output": {"uri": "unused", "cache": False, "kohya": True, "fused": True},
+            "output": {"uri": "unused", "cache": False, "kohya": True, "peft": True, "fused": True},
         }
     )
 

@@ -40,6 +40,7 @@ MISTAKES = [
     (["instance.prompt="], "instance.prompt"),
     (["validation.every_n_steps=300"], "a multiple of checkpoint.every_n_steps, 250"),
     (["validation.prompts=['']"], "has an empty prompt"),
+    (["validation.prompts=['a [b|c]']", "validation.prompt_syntax=a1111"], "has '[b|c]'"),
     (["checkpoint.keep=0"], "checkpoint.keep is 0"),
     (["run.name=a/b"], "run.name is 'a/b'"),
     (["train.strategy=fsdp", "train.method=lora"], "train.strategy fsdp is for train.method full"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from rayjobs.config import BadInput
@@ -15,10 +16,10 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.dreambooth import export
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.training import worker
+from rayjobs.dreambooth.training import layouts, worker
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models import exports, loading
-from rayjobs.models.exports import FUSED, KOHYA_FILE
+from rayjobs.models.exports import FUSED, KOHYA_FILE, PEFT_FOLDER
 from rayjobs.models.options import LoadOptions, LoraConfig, ModelConfig
 from tests.dreambooth.fitting import differ, opened, resolved, settings
 
@@ -38,9 +39,14 @@ MATRIX = [
 ]
 
 
-def tuned(base: Path, photos: Path, method: str, words: str) -> tuple[DreamBoothConfig, TunedModel]:
+def tuned(
+    base: Path, photos: Path, method: str, words: str, lora: dict[str, Any] | None = None
+) -> tuple[DreamBoothConfig, TunedModel]:
     """A model as a training might leave it: everything that trains is off by a little."""
     config = settings(base, photos, "none", method=method, text_encoders=words != "none")
+    if lora is not None:
+        adapter = config.lora.model_validate({"rank": 4, "alpha": 2.0, **lora})
+        config = config.model_copy(update={"lora": adapter})
     inverted = config.inversion.model_validate(INVERSIONS[words])
     prompted = config.instance.model_copy(update={"prompt": PROMPT})
     config = config.model_copy(update={"inversion": inverted, "instance": prompted})
@@ -125,6 +131,40 @@ def test_every_export_is_loaded_back(
         assert differ(draw_ours(loading.load(taught), (kohya,)), trained) <= 1e-4
 
 
+KINDS: list[dict[str, Any]] = [
+    {"kind": "dora", "targets": "convolution", "conv_rank": 2},
+    {"kind": "loha", "targets": "convolution"},
+    {"kind": "lokr", "targets": "convolution", "conv_rank": 1},
+    {"kind": "lokr", "factor": 4, "rank": 64, "alpha": 96.0},
+    {"kind": "lora", "targets": "convolution", "conv_rank": 1},
+]
+
+
+@pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: "-".join(map(str, adapter.values())))
+def test_every_kind_of_adapter_in_every_layout(
+    folders: dict[str, Path], photos: Path, adapter: dict[str, Any], tmp_path: Path
+) -> None:
+    """Trained, fused, and in diffusers', kohya's and peft's layouts: the same picture."""
+    base = folders["sdxl"]
+    config, model = tuned(base, photos, "lora", "none", lora=adapter)
+    trained = draw(export.pipeline(model.model))
+    assert differ(trained, draw(opened(base))) > 1e-3
+    export.save(config, model, tmp_path)
+    exports.write(str(tmp_path), export.describe(resolved(config), model.model, 1, {}))
+    assert differ(draw_uri(tmp_path), trained) <= 1e-4
+    assert differ(draw(opened(tmp_path / FUSED)), trained) <= 1e-4
+    plain = loading.load(ModelConfig(uri=str(base)))
+    for path in (tmp_path / KOHYA_FILE, tmp_path / PEFT_FOLDER / "unet"):
+        assert differ(draw_ours(plain, (LoraConfig(uri=str(path)),)), trained) <= 1e-4
+    wrapped = opened(base)
+    wrapped.unet = PeftModel.from_pretrained(wrapped.unet, tmp_path / PEFT_FOLDER / "unet")
+    assert differ(draw(wrapped), trained) <= 1e-4
+    if adapter["kind"] in ("lora", "dora"):
+        pipeline = opened(base)
+        pipeline.load_lora_weights(tmp_path, weight_name=exports.LORA_FILE)
+        assert differ(draw(pipeline), trained) <= 1e-4
+
+
 def test_an_adapter_has_the_same_bytes_each_time(
     folders: dict[str, Path], photos: Path, tmp_path: Path
 ) -> None:
@@ -133,7 +173,7 @@ def test_an_adapter_has_the_same_bytes_each_time(
     written = set()
     for number in range(4):
         (tmp_path / str(number)).mkdir()
-        export._save_lora(model, tmp_path / str(number))
+        layouts.save_main(model, tmp_path / str(number) / exports.LORA_FILE)
         written.add((tmp_path / str(number) / exports.LORA_FILE).read_bytes())
     (data,) = written
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -25,9 +25,9 @@ from rayjobs import storage
 from rayjobs.cli import main
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import composition, export, job, results
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.models import exports
 from tests.dreambooth import fitting
 

@@ -21,8 +21,10 @@ from rayjobs.cli import main
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.spec.records import Record
 from rayjobs.generation.tools.verify import verify
-from rayjobs.generation.worker.shards import CRASHES_WORKER, ShardWorker
+from rayjobs.generation.worker.generator import RecordGenerator
+from rayjobs.generation.worker.shards import CRASHES_WORKER, Attempts, ShardWorker
 from tests.servers import Ceph
 
 pytestmark = pytest.mark.model
@@ -256,6 +258,7 @@ print(codes)
 """Workers forked one after the other, so that libraries are loaded once."""
 
 
+@pytest.mark.slow
 def test_a_record_that_kills_its_worker_is_found_out(
     tmp_path: Path, folders: dict[str, Path]
 ) -> None:
@@ -271,6 +274,58 @@ def test_a_record_that_kills_its_worker_is_found_out(
     rows = list(manifest.format.read(manifest.data, 1))
     assert [row["error"] for row in rows if row["status"] != "ok"] == [CRASHES_WORKER]
     assert storage.list_files(storage.join(output, "attempts")) == []
+
+
+def test_only_the_death_of_the_very_process_is_evidence(tmp_path: Path) -> None:
+    """A record that is made alone dies 40 times with its driver or its node, and is not blamed."""
+    alive = {"a": True, "b": False}
+    for run in range(20):
+        for _ in range(2):
+            attempts = Attempts(str(tmp_path), f"run {run}", "b", alive.__getitem__)
+            attempt = attempts.begin(0)
+            assert (attempt.number, attempt.culprits) == (1, [])
+            attempts.begin_record(0, attempt, 3)
+    for number, culprits in ((1, []), (2, []), (3, [3])):
+        attempt = (mine := Attempts(str(tmp_path), "run 20", "a", alive.__getitem__)).begin(0)
+        assert (attempt.number, attempt.culprits) == (number, culprits)
+        mine.begin_record(0, attempt, 3)
+    (tmp_path / "attempts" / "00000000.json").write_text(
+        '{"number": 9, "record": 5, "deaths": {"3": 2}}'  # as older versions wrote it
+    )
+    assert (Attempts(str(tmp_path), "run 21").begin(0)).deaths == {3: 2}
+
+
+@pytest.mark.parametrize("redo", [None, {0: {}}], ids=["first", "retry"])
+def test_a_deadly_record_ends(
+    tmp_path: Path, redo: Any, monkeypatch: pytest.MonkeyPatch, picture: Any
+) -> None:
+    """Also one that is made again: its shard is begun five times, then it is marked failed."""
+    (tmp_path / "p.csv").write_text("prompt,init_image\na,\nb,c.png\nc,d.png\n")
+    (tmp_path / "d.png").write_bytes(b"no picture")
+    keys = {"prompts": {"uri": str(tmp_path / "p.csv")}, "seeds": {"count": 1}}
+    sampler = {"sampler": {"name": "euler", "steps": 2, "guidance_scale": 1.0}}
+    config = GenerateConfig.model_validate(values(str(tmp_path / "out"), 2) | keys | sampler)
+    lock = job.prepare(config)
+    if redo is not None:
+        assert [entry["failed"] for entry in ShardWorker(config, lock).make([0])] == [2]
+    picture(1).save(tmp_path / "d.png")
+    generate = RecordGenerator._request
+
+    def deadly(self: RecordGenerator, record: Record, init: Any) -> Any:
+        if record.number == 1:
+            raise SystemExit
+        return generate(self, record, init)
+
+    monkeypatch.setattr(RecordGenerator, "_request", deadly)
+    for _ in range(5):
+        with pytest.raises(SystemExit):
+            list(ShardWorker(config, lock, redo=redo).make([0]))
+    (entry,) = ShardWorker(config, lock, redo=redo).make([0])
+    assert (entry["failed"], entry["generation"]) == (1, 0 if redo is None else 1)
+    manifest = Manifest(str(tmp_path / "out"))
+    errors = [row["error"] for row in manifest.format.read(manifest.data, 0)]
+    assert errors == [None, CRASHES_WORKER, None]
+    assert storage.list_files(str(tmp_path / "out" / "attempts")) == []
 
 
 def test_a_replacement_cut_off_is_finished_or_forgotten(tmp_path: Path) -> None:

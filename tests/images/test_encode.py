@@ -11,7 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from rayjobs.diffusion.sampler import SAMPLERS
-from rayjobs.images.encode import A1111, EXTENSION, encode_picture, extension_of, parameters_text
+from rayjobs.images.encode import EXTENSION, encode_picture, extension_of
+from rayjobs.images.parameters import A1111, parameters_text, read_parameters, read_sampler
 
 RECORD = {
     "prompt": "a cat",
@@ -131,6 +132,9 @@ def test_any_prompt_is_read_back(prompt: str, negative: str | None) -> None:
     record = {**RECORD, "prompt": prompt, "negative_prompt": negative}
     found = parse(parameters_text(record))
     assert found[:2] == (prompt, negative or "")
+    ours = read_parameters(parameters_text(record))
+    assert ours is not None
+    assert (ours.prompt, ours.negative_prompt, ours.facts) == (prompt, negative or None, found[2])
     assert (found[2]["Steps"], found[2]["Sampler"], found[2]["Size"]) == (
         "20",
         "Euler a",
@@ -166,7 +170,17 @@ def test_a_prompt_that_looks_negative_stays_a_prompt() -> None:
 def test_samplers_have_the_web_uis_names(sampler: str, name: str, schedule: str | None) -> None:
     facts: dict[str, Any] = parse(parameters_text({**RECORD, "sampler": sampler}))[2]
     assert (facts["Sampler"], facts.get("Schedule type")) == (name, schedule)
+    again = read_sampler(facts)
+    assert again is not None
+    assert SAMPLERS.get(again, (again, {})) == SAMPLERS.get(sampler, (sampler, {}))
 
 
 def test_named_samplers_are_all_ours() -> None:
     assert set(A1111) <= set(SAMPLERS) | {name for name, _ in SAMPLERS.values()}
+
+
+def test_a_syntax_that_is_not_the_plain_one_is_named() -> None:
+    facts = parse(parameters_text({**RECORD, "prompt_syntax": "a1111-no-norm"}))[2]
+    assert (facts["Emphasis"], facts["Prompt syntax"]) == ("No norm", "a1111-no-norm")
+    plain = parameters_text({**RECORD, "prompt_syntax": "plain"})
+    assert plain == parameters_text(RECORD)

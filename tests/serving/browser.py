@@ -25,6 +25,7 @@ FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
     "--remote-debugging-port=0",
+    "--host-resolver-rules=MAP *.test 127.0.0.1",
 )
 KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowRight": 39}
 KEYS |= {"ArrowUp": 38, "ArrowDown": 40}

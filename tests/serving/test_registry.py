@@ -80,7 +80,7 @@ def test_exports_are_found_by_their_folder_s_name(tmp_path: Path, starter: Model
     time.sleep(0.2)
     found = registry.find("dog")
     assert found is not None
-    assert (found.kind, found.base, found.hint) == ("lora", "starter", "a photo of a sks star")
+    assert (found.kind, found.base, found.hints) == ("lora", "starter", ("a photo of a sks star",))
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "damaged" / "export").mkdir(parents=True)
     (tmp_path / "damaged" / "export" / exports.FILE).write_text("{")

@@ -1,8 +1,10 @@
 """One door, two kinds of storage: the same tests on a local folder and on a real S3 server."""
 
+import errno
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,79 @@ def test_unusable_storage_is_told_in_time(bucket: str, monkeypatch: pytest.Monke
     with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID"):
         storage.check(bucket)
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_without_hard_links(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT and FUSE: of many that create the same file one counts, and it is whole."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri, staging = join(str(tmp_path), "manifest", "x"), join(str(tmp_path), "tmp")
+    data = [bytes([n]) * 100_000 for n in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda mine: storage.create_bytes(uri, mine, staging), data))
+    assert made.count(True) == 1
+    assert storage.read_bytes(uri) == data[made.index(True)]
+    assert storage.list_files(staging) == []
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for uri in ("~/a", "file://~/b"):
+        storage.check(uri, write=True)
+        storage.write_bytes(join(uri, "x"), b"1")
+    assert storage.list_files(str(tmp_path)) == ["home/a/x", "home/b/x"]
+    assert (
+        storage.absolute_if_path("~/a") == str(tmp_path / "home" / "a") == storage.absolute("~/a")
+    )
+    assert storage.fetch("~/a/x").read_bytes() == b"1"
+    assert storage.absolute("./~") == str(tmp_path / "~")
+    assert storage.absolute_if_path("stabilityai/sdxl") == "stabilityai/sdxl"
+
+
+@pytest.mark.parametrize("name", ["exp[12]", "exp*", "a+b & c#d%41 ü {x}"])
+def test_names_are_no_patterns(place: str, name: str) -> None:
+    """The first two would match the neighbours too, and not itself."""
+    for folder in ("exp1", "exp2", name):
+        for file in ("attempts/a[0].json", "attempts/b.json", "kept"):
+            storage.write_bytes(join(place, folder, file), folder.encode())
+    mine = join(place, name)
+    assert storage.list_files(mine) == ["attempts/a[0].json", "attempts/b.json", "kept"]
+    assert storage.list_folders(place) == sorted(["exp1", "exp2", name])
+    assert storage.read_bytes(join(mine, "attempts", "a[0].json")) == name.encode()
+    assert not storage.create_bytes(join(mine, "kept"), b"")
+    assert storage.is_folder(mine)
+    storage.remove(join(mine, "attempts", "a[0].json"))
+    assert storage.list_files(join(mine, "attempts")) == ["b.json"]
+    storage.remove_folder(join(mine, "attempts"))
+    storage.remove_folder(join(mine, "attempts"))
+    assert storage.list_files(mine) == ["kept"]
+    storage.remove_folder(join(mine, "kept"))
+    assert len(storage.list_files(place)) == 6
+
+
+def test_empty_objects_that_show_a_folder_are_no_files(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYJOBS_CACHE", str(tmp_path / "cache"))
+    fs, path = storage.door.open_fs(bucket)
+    for key in ("photos/", "photos/sub/", "photos/a.png", "photos/sub/b.png"):
+        fs.call_s3("put_object", Bucket=path, Key=key, Body=b"x" * (key[-1] != "/"))
+    photos = join(bucket, "photos")
+    before = storage.state(photos)
+    assert storage.list_files(photos) == ["a.png", "sub/b.png"]
+    assert (storage.list_folders(photos), storage.is_folder(photos)) == (["sub"], True)
+    assert (storage.fetch(photos) / "sub" / "b.png").read_bytes() == b"x"
+    fs.call_s3("delete_object", Bucket=path, Key="photos/")
+    assert storage.state(photos) == before
+    storage.remove_folder(photos)
+    assert fs.find(path) == []
 
 
 def test_a_folder_goes_though_others_remove_its_files(

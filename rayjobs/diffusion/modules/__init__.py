@@ -1,1 +1,1 @@
-"""A network's modules, called sooner than torch does by itself; the same results."""
+"""A pipeline's modules: loaded from its files, and called sooner than torch does by itself."""

@@ -1,9 +1,9 @@
-"""From prompts to what the UNet is conditioned on, each text encoded once.
+"""From prompts to what the UNet is conditioned on, each chunk encoded once.
 
-Owns tokenizing, which hidden state each family reads, and the cache. Knows nothing of rows.
+Owns which hidden state each family reads, how weights act on it, and the cache. Knows neither how
+prompts are written nor rows.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,32 +11,43 @@ from typing import Any, NamedTuple
 import torch
 from cachetools import LRUCache
 
-from rayjobs.diffusion.lora import LoraBank, LoraUse
+from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.text.inversion import expand_words
+from rayjobs.diffusion.text.chunks import Chunk
 
-WEIGHTED_WORDS = re.compile(r"\([^()]+:\s*\d+(\.\d+)?\)")
+MIN_MEAN = 1e-5
+"""Of the mean magnitude: a mean below is rounding's, and no measure to keep."""
 
 
 class Text(NamedTuple):
-    """One text to encode. `text` None stands for no text at all: zeros for SDXL, "" for SD."""
+    """One text to encode. `is_zero` stands for no text at all where that is zeros, as for SDXL."""
 
-    text: str | None
+    chunks: tuple[Chunk, ...]
     clip_skip: int | None = None
     loras: LoraUse = ()
+    is_zero: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What the UNet gets of one text: states (1, 77, D), SDXL's pooled vector (1, D), warnings."""
+    """What the UNet gets of one text: states (1, 77 N, D) of its N chunks, and SDXL's pooled
+    vector (1, D) of the first."""
 
     text_1LD: torch.Tensor
     pooled_1D: torch.Tensor | None
-    warnings: tuple[str, ...] = ()
+
+
+class _Piece(NamedTuple):
+    """All that decides the embedding of a chunk."""
+
+    chunk: Chunk
+    clip_skip: int | None
+    loras: LoraUse
 
 
 class PromptEncoder:
-    """Encodes texts in batches of at most `batch`, and remembers the last `cache_size` of them.
+    """Encodes chunks in batches of at most `batch`, and remembers the last `cache_size` of them.
 
     With `fixed_shape` smaller batches are padded.
     """
@@ -54,52 +65,43 @@ class PromptEncoder:
         self.loras = loras
         self.batch = batch
         self.fixed_shape = fixed_shape
-        self._cache: LRUCache[Text, Embedding] = LRUCache(cache_size)
+        self._cache: LRUCache[_Piece, Embedding] = LRUCache(cache_size)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[Text]) -> list[Embedding]:
-        """One embedding per text, in order; texts met before cost nothing."""
-        texts = [self._canonical(text) for text in texts]
-        embeddings = {text: self._cache[text] for text in texts if text in self._cache}
-        missing = [text for text in dict.fromkeys(texts) if text not in embeddings]
+        """One embedding per text, in order; chunks met before cost nothing."""
+        pieces = [_Piece(chunk, t.clip_skip, t.loras) for t in texts for chunk in t.chunks]
+        embeddings = {piece: self._cache[piece] for piece in pieces if piece in self._cache}
+        missing = [piece for piece in dict.fromkeys(pieces) if piece not in embeddings]
         for group in self._groups(missing):
             embeddings |= zip(group, self._encode(group), strict=True)
         self._cache.update(embeddings)
-        return [embeddings[text] for text in texts]
+        remaining = iter(pieces)
+        return [_joined(t, [embeddings[next(remaining)] for _ in t.chunks]) for t in texts]
 
-    def _canonical(self, text: Text) -> Text:
-        if text.text is None and not self.model.force_zeros:
-            return text._replace(text="")
-        return text
-
-    def _groups(self, texts: list[Text]) -> Iterator[list[Text]]:
-        """Texts that one call can take: same layer, and no more than the fixed batch."""
-        by_layer: dict[int | None, list[Text]] = {}
-        for text in texts:
-            by_layer.setdefault(text.clip_skip, []).append(text)
+    def _groups(self, pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+        """Chunks that one call can take: same layer, and no more than the fixed batch."""
+        by_layer: dict[int | None, list[_Piece]] = {}
+        for piece in pieces:
+            by_layer.setdefault(piece.clip_skip, []).append(piece)
         for group in by_layer.values():
             for first in range(0, len(group), self.batch):
                 yield group[first : first + self.batch]
 
-    def _encode(self, texts: list[Text]) -> list[Embedding]:
-        padding = self.batch - len(texts) if self.fixed_shape else 0
-        padded = texts + [texts[-1]] * padding
-        states, pooled_BD, kept = [], None, []
-        with self.loras.applied([text.loras for text in padded]):
-            for tokenizer, encoder in zip(
-                self.model.tokenizers, self.model.text_encoders, strict=True
-            ):
-                said = [expand_words(text.text or "", tokenizer) for text in padded]
-                tokens, whole = _tokenize(tokenizer, said)
+    def _encode(self, pieces: list[_Piece]) -> list[Embedding]:
+        padding = self.batch - len(pieces) if self.fixed_shape else 0
+        padded = pieces + [pieces[-1]] * padding
+        states, pooled_BD = [], None
+        with self.loras.applied([piece.loras for piece in padded]):
+            for number, encoder in enumerate(self.model.text_encoders):
+                tokens = torch.tensor([piece.chunk.tokens[number] for piece in padded])
                 output = encoder(tokens.to(self.model.device), output_hidden_states=True)
-                states.append(self._pick_state(encoder, output, texts[0].clip_skip))
+                state_BLD = self._pick_state(encoder, output, pieces[0].clip_skip)
+                weighted = zip(state_BLD[: len(pieces)], pieces, strict=True)
+                states.append(torch.stack([_weighted(s, p.chunk, number) for s, p in weighted]))
                 pooled_BD = output[0] if output[0].ndim == 2 else pooled_BD
-                kept.append(whole)
         text_BLD = torch.cat(states, dim=-1).to(self.model.dtype)
-        return [
-            self._embedding(i, text, text_BLD, pooled_BD, min(whole[i] for whole in kept))
-            for i, text in enumerate(texts)
-        ]
+        return [self._embedding(i, text_BLD, pooled_BD) for i in range(len(pieces))]
 
     def _pick_state(self, encoder: Any, output: Any, clip_skip: int | None) -> torch.Tensor:
         """SDXL reads the last layer but one; SD the last, or an earlier one normed again."""
@@ -113,34 +115,39 @@ class PromptEncoder:
         return norm(output.hidden_states[-(clip_skip + 1)])
 
     def _embedding(
-        self,
-        row: int,
-        text: Text,
-        text_BLD: torch.Tensor,
-        pooled_BD: torch.Tensor | None,
-        num_tokens_kept: float,
+        self, row: int, text_BLD: torch.Tensor, pooled_BD: torch.Tensor | None
     ) -> Embedding:
-        text_1LD = text_BLD[row : row + 1].clone()
         pooled_1D = None
         if self.model.family == "sdxl" and pooled_BD is not None:
             pooled_1D = pooled_BD[row : row + 1].to(self.model.dtype)
-        if text.text is None:
-            text_1LD = torch.zeros_like(text_1LD)
-            pooled_1D = torch.zeros_like(pooled_1D) if pooled_1D is not None else None
-        warnings = []
-        if num_tokens_kept < float("inf"):
-            cut = f"prompt cut after {int(num_tokens_kept)} tokens, the text encoder's limit"
-            warnings.append(cut)
-        if WEIGHTED_WORDS.search(text.text or ""):
-            warnings.append("weights such as (word:1.3) are taken as plain text")
-        return Embedding(text_1LD, pooled_1D, tuple(warnings))
+        return Embedding(text_BLD[row : row + 1].clone(), pooled_1D)
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> tuple[torch.Tensor, list[float]]:
-    """Token ids (B, 77), and for each text how many of its tokens were kept (inf: all)."""
-    length = tokenizer.model_max_length
-    ids = tokenizer(
-        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
-    whole = tokenizer(texts).input_ids
-    return ids, [length - 2 if len(tokens) > length else float("inf") for tokens in whole]
+def _weighted(state_LD: torch.Tensor, chunk: Chunk, encoder: int) -> torch.Tensor:
+    """An encoder's output for a chunk, each token's times its weight.
+
+    To keep the mean of all as it was is how AUTOMATIC1111's web UI has it ("Emphasis: Original").
+    """
+    if chunk.weights is None:
+        return state_LD
+    weights_L1 = torch.tensor(chunk.weights[encoder], device=state_LD.device)[:, None]
+    plain_LD = state_LD.float()
+    weighted_LD = plain_LD * weights_L1
+    if chunk.keeps_mean:
+        mean, new_mean = plain_LD.mean(), weighted_LD.mean()
+        least = MIN_MEAN * plain_LD.abs().mean()
+        is_told = (mean.abs() > least) & (new_mean.abs() > least)
+        weighted_LD = weighted_LD * torch.where(is_told, mean / new_mean, 1.0)
+    return weighted_LD.to(state_LD.dtype)
+
+
+def _joined(text: Text, pieces: list[Embedding]) -> Embedding:
+    """The embedding of a text from those of its chunks."""
+    whole = pieces[0]
+    if len(pieces) > 1:
+        text_1LD = torch.cat([piece.text_1LD for piece in pieces], dim=1)
+        whole = Embedding(text_1LD, whole.pooled_1D)
+    if not text.is_zero:
+        return whole
+    pooled_1D = None if whole.pooled_1D is None else torch.zeros_like(whole.pooled_1D)
+    return Embedding(torch.zeros_like(whole.text_1LD), pooled_1D)

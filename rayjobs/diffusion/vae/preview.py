@@ -48,7 +48,8 @@ class Previewer:
         scheduler, (x_1CHW, output_1CHW, timestep) = row.sampler.scheduler, row.last_step
         if self.model.is_edm:
             sigma, data = (4 * timestep.double()).exp().item(), scheduler.config.sigma_data
-            return (x_1CHW * data + output_1CHW * sigma) * data / (sigma**2 + data**2) ** 0.5
+            sign = -1 if scheduler.config.prediction_type == "v_prediction" else 1
+            return (x_1CHW * data + sign * output_1CHW * sigma) * data / (sigma**2 + data**2) ** 0.5
         alpha = self._kept(scheduler, float(timestep))
         kind = scheduler.config.prediction_type
         if kind == "sample":

@@ -4,13 +4,14 @@ Owns their names, types, defaults and the checks that need nothing but the file;
 optimizer steps are in `train`, those of an evaluation in `evaluate`. Imports neither torch nor ray.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
+from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.dreambooth.config.train import TrainConfig
-from rayjobs.models.options import Attention
+from rayjobs.models.options import Attention, SourceConfig
 
 ARTICLES = {"a", "an", "the", "my"}
 FRAMES = {
@@ -27,12 +28,7 @@ FRAMES = {
 """Words of a prompt that name no subject."""
 
 
-class ModelConfig(Config):
-    uri: str
-    """`starter`, a diffusers folder or .safetensors file (local or s3://), or a hub id."""
-    config: str | None = None
-    """For a single file: a diffusers folder (local or s3://) or hub id with its configs and
-    tokenizers; without it they are fetched from the hub."""
+class ModelConfig(SourceConfig):
     device: str = "auto"
     """auto, cpu or cuda."""
     attention: Attention = "auto"
@@ -73,23 +69,45 @@ class PriorConfig(Config):
     uri: str | None = None
     """Where class images are: a data set of the prior job, or a folder of photographs. Without it
     they are made below output.uri."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a class image that is made."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of class images; without it the model's usual one."""
 
 
 class LoraConfig(Config):
+    kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    """Low-rank factors; these with the weight's length trained apart (dora); a Hadamard product of
+    two such (loha); or a Kronecker product (lokr), the smallest file."""
     rank: int = Field(default=16, ge=1)
     """Of the adapter; its size grows with it."""
     alpha: float | None = Field(default=None, gt=0)
     """The adapter acts with alpha / rank; without it alpha is rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapter's input, in training."""
+    """Of the adapter's input, in training; of kinds lora and dora."""
     plus_ratio: float = Field(default=1.0, gt=0)
-    """How much faster the matrices B learn than A (LoRA+, arXiv 2402.12354; 16 is usual)."""
-    targets: Literal["attention", "transformer"] = "attention"
-    """Attention projections, or these and the feed-forward layers."""
+    """How much faster the matrices B learn than A (LoRA+, arXiv 2402.12354; 16 is usual); of kinds
+    lora and dora."""
+    targets: Literal["attention", "transformer", "convolution"] = "attention"
+    """Attention projections; these and the feed-forward layers; or both and the convolutions."""
+    conv_rank: int | None = Field(default=None, ge=1)
+    """Of the convolutions' part, with the same alpha / rank; without it as `rank`."""
+    factor: int = Field(default=-1, ge=-1)
+    """Of lokr: into how many parts a layer's width is divided; -1: near its square root."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.dropout and self.kind in ("loha", "lokr"):
+            raise ValueError(f"dropout is {self.dropout:g}; kind {self.kind} has none, so leave it")
+        if self.plus_ratio != 1 and self.kind in ("loha", "lokr"):
+            raise ValueError(f"plus_ratio is {self.plus_ratio:g}; kind {self.kind} has no matrix B")
+        if self.factor != -1 and self.kind != "lokr":
+            raise ValueError(f"factor is {self.factor}; it is of kind lokr")
+        if self.factor == 0:
+            raise ValueError("factor is 0; give -1, or a number of parts")
+        if self.conv_rank is not None and self.targets != "convolution":
+            raise ValueError(f"conv_rank is {self.conv_rank}; it is of targets convolution")
+        return self
 
 
 class InversionConfig(Config):
@@ -135,9 +153,11 @@ class ValidationConfig(Config):
     checkpoint.every_n_steps."""
     prompts: tuple[str, ...] = ()
     """Prompts with the identifier; without them instance.prompt."""
+    prompt_syntax: PromptSyntax = "plain"
+    """How these prompts are written; captions and class prompts are plain."""
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of the pictures; without it the model's usual one."""
@@ -173,6 +193,8 @@ class OutputConfig(Config):
     """Also export a whole model that needs neither adapter nor learned embeddings."""
     kohya: bool = False
     """Also export the adapter in kohya's layout, for ComfyUI and A1111."""
+    peft: bool = False
+    """Also export the adapter in peft's layout, a folder for each network that it is for."""
 
 
 class TrackersConfig(Config):
@@ -204,6 +226,7 @@ class DreamBoothConfig(Config):
         for prompt in validation.prompts:
             if not prompt.strip():
                 raise ValueError("validation.prompts has an empty prompt; remove it")
+            check_syntax(f"validation.prompts: {prompt!r:.80}", prompt, validation.prompt_syntax)
         return validation
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
 from rayjobs.dreambooth.config import EncodersConfig, WorkersConfig
-from rayjobs.models.options import Dtype
+from rayjobs.models.options import Dtype, SourceConfig
 
 QUOTED = re.compile(r"""^\s*(['"])(?P<text>.+)\1\s*(\.format\(.*\))?\s*,?\s*$""")
 SECTIONS = {"object": "object prompts", "live": "live subject prompts"}
@@ -41,7 +41,7 @@ class PromptsConfig(Config):
         return (texts,) if isinstance(texts, str) else texts
 
 
-class ModelConfig(Config):
+class ModelConfig(SourceConfig):
     uri: str
     """An export of `dreambooth`, local or s3://, or any model."""
     device: str = "auto"
@@ -63,7 +63,7 @@ class EvaluateConfig(Config):
     """Pictures of each prompt; the paper has 4."""
     num_class_images: int = Field(default=32, ge=2)
     """Pictures of the class without identifier, for preservation and diversity."""
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of the pictures; without it the model's usual one."""

@@ -20,6 +20,8 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import lock_uri
 from rayjobs.dataset.reader import Reader
+from rayjobs.dataset.records import SYNTAX
+from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.dreambooth.data.captions import Captions, find_masks, read_beside
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.decode import Picture, decode
@@ -234,13 +236,14 @@ def _find_records(uri: str) -> list[Photo]:
         raise BadInput(
             f"{uri}: no parquet shards; give a data set in parquet, or `rayjobs export` it"
         )
-    columns = ["record", "prompt", "status", "image_sha256", "width", "height"]
+    columns = ["record", "prompt", SYNTAX.name, "status", "image_sha256", "width", "height"]
     data, photos = storage.join(uri, "data"), []
     for entry in reader.entries:
         file = entry["file"].removeprefix("data/")
         for number, row in enumerate(reader.read_shard(entry, columns)):
             if row["status"] == "ok":
-                name, captions = f"{file}, record {row['record']}", (row["prompt"],)
+                name = f"{file}, record {row['record']}"
+                captions = (spoken(row["prompt"], row[SYNTAX.name]),)
                 size = (row["width"], row["height"])
                 photos.append(Photo(name, data, file, number, captions, row["image_sha256"], *size))
     return photos

@@ -1,6 +1,6 @@
-"""LoRA on the networks that are tuned: added, with reproducible dropout, and read out again.
+"""Adapters on the networks that are tuned: LoRA and its kin, added, switched off and read again.
 
-Owns which layers get an adapter and its names in files. peft owns the arithmetic.
+Owns which layers get one, and reproducible dropout. peft owns the arithmetic.
 """
 
 from collections.abc import Generator
@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, get_peft_model_state_dict
+from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rayjobs.dreambooth.config import LoraConfig
 from rayjobs.dreambooth.data import rng
@@ -17,6 +18,7 @@ from rayjobs.dreambooth.data import rng
 NAME = "default"
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -40,20 +42,12 @@ class KeyedDropout(torch.nn.Module):
 def add(
     network: Any, part: str, config: LoraConfig, seed: int, unused: tuple[str, ...] = ()
 ) -> None:
-    """Add a LoRA to a network (the UNet, or a text encoder), its weights drawn from `seed`.
+    """Add an adapter to a network (the UNet, or a text encoder), its weights drawn from `seed`.
 
-    The network's own weights are frozen, the LoRA's are float32. Layers named in `unused` get none.
+    The network's own weights are frozen, the adapter's are float32. Layers named in `unused` get
+    none.
     """
-    targets = TEXT if part.startswith("text") else _unet_targets(config)
-    alpha: Any = config.alpha or config.rank  # peft takes fractions too, though it names int
-    peft_config = PeftConfig(
-        r=config.rank,
-        lora_alpha=alpha,
-        lora_dropout=config.dropout,
-        init_lora_weights="gaussian",
-        target_modules=list(targets),
-        exclude_modules=list(unused) or None,
-    )
+    peft_config = _peft_config(part, config, unused)
     network.requires_grad_(False)
     # Drawn on the CPU, so that the same seed gives the same weights on every device.
     with torch.random.fork_rng(devices=[]):
@@ -62,8 +56,8 @@ def add(
     for name, layer in _layers(network):
         if config.dropout:
             layer.lora_dropout[NAME] = KeyedDropout(config.dropout, f"{part}.{name}")
-        for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
-            factor.to(torch.float32)
+        for parameter in _own_parameters(layer):
+            parameter.data = parameter.data.float()
 
 
 def set_dropout_keys(network: torch.nn.Module, keys_B: torch.Tensor) -> None:
@@ -87,14 +81,56 @@ def disabled(network: torch.nn.Module) -> Generator[None]:
 
 
 def state(network: Any) -> dict[str, torch.Tensor]:
-    """The LoRA's matrices by peft's names."""
+    """The adapter's tensors by peft's names."""
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(network, adapter_name=NAME)
     return tensors
 
 
+def strengths(network: torch.nn.Module) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer's part of the adapter."""
+    return {
+        name: (layer.r[NAME], (layer.alpha if hasattr(layer, "alpha") else layer.lora_alpha)[NAME])
+        for name, layer in _layers(network)
+    }
+
+
+def _peft_config(part: str, config: LoraConfig, unused: tuple[str, ...]) -> Any:
+    of_text = part.startswith("text")
+    targets = TEXT if of_text else _unet_targets(config)
+    alpha: Any = config.alpha or config.rank  # peft takes fractions too, though it names int
+    conv_rank = config.conv_rank or config.rank
+    patterns: dict[str, Any] = {}
+    if not of_text and conv_rank != config.rank:
+        strength = alpha / config.rank
+        patterns["rank_pattern"] = dict.fromkeys(CONVOLUTION, conv_rank)
+        patterns["alpha_pattern"] = dict.fromkeys(CONVOLUTION, strength * conv_rank)
+    layers: dict[str, Any] = {
+        "r": config.rank,
+        "target_modules": list(targets),
+        "exclude_modules": list(unused) or None,
+        **patterns,
+    }
+    if config.kind == "loha":
+        return LoHaConfig(alpha=alpha, **layers)
+    if config.kind == "lokr":
+        return LoKrConfig(alpha=alpha, decompose_factor=config.factor, **layers)
+    return PeftLoraConfig(
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        init_lora_weights="gaussian",
+        use_dora=config.kind == "dora",
+        **layers,
+    )
+
+
 def _unet_targets(config: LoraConfig) -> tuple[str, ...]:
-    return ATTENTION if config.targets == "attention" else ATTENTION + FEED_FORWARD
+    more = {"attention": (), "transformer": FEED_FORWARD, "convolution": FEED_FORWARD + CONVOLUTION}
+    return ATTENTION + more[config.targets]
 
 
 def _layers(network: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [(n, m) for n, m in network.named_modules() if hasattr(m, "lora_dropout")]
+    return [(n, m) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _own_parameters(layer: Any) -> list[torch.nn.Parameter]:
+    return [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rayjobs.diffusion.facts import is_edm
+from rayjobs.diffusion.modules.pipeline import prediction_of
 
 MAX_SNR = 1000.0
 """Above it the debiased estimation's weights are those of this."""
@@ -172,7 +172,7 @@ def build_objective(
     Raises ValueError for weights by SNR with an EDM model, for which they are not defined.
     """
     config = scheduler.config
-    if is_edm(type(scheduler).__name__):
+    if prediction_of(scheduler).is_edm:
         if min_snr_gamma is not None or debiased:
             name = "debiased" if debiased else "min_snr_gamma"
             raise ValueError(

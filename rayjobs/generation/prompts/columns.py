@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import json_kind
-from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES
+from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES, SYNTAX
+from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.generation.prompts.files import Chunk
 
 RESERVED = {*COLUMNS, *(name for name, _ in SCORES.values())} - {*OVERRIDES, "prompt"}
@@ -35,8 +36,11 @@ def find_prompt_column(wanted: str | None, chunk: Chunk) -> str:
     return column
 
 
-def check_rows(chunk: Chunk, column: str) -> Chunk:
-    """The rows with a prompt, overrides in their own types; raises BadInput naming a bad row."""
+def check_rows(chunk: Chunk, column: str, syntax: str = "plain") -> Chunk:
+    """The rows with a prompt, overrides in their own types; raises BadInput naming a bad row.
+
+    `syntax` is that of prompts whose row names none.
+    """
     _check_names(chunk, column)
     chunk = _without_blank_rows(chunk, column)
     prompts = chunk.columns.get(column, [None] * len(chunk))
@@ -45,7 +49,25 @@ def check_rows(chunk: Chunk, column: str) -> Chunk:
     for name, values in others.items():
         known = name in OVERRIDES
         columns[name] = _parse_column(name, OVERRIDES[name], values, chunk) if known else values
-    return replace(chunk, columns=columns)
+    chunk = replace(chunk, columns=columns)
+    _check_syntax(chunk, syntax)
+    return chunk
+
+
+def _check_syntax(chunk: Chunk, usual: str) -> None:
+    columns: dict[str, Any] = chunk.columns
+    if usual == "plain" and SYNTAX.name not in columns:
+        return
+    nothing = pa.nulls(len(chunk), pa.string())
+    named = columns.get(SYNTAX.name, nothing).fill_null(usual)
+    negatives = columns.get("negative_prompt", nothing).fill_null("")
+    rows = zip(columns["prompt"].to_pylist(), negatives.to_pylist(), named.to_pylist(), strict=True)
+    for row, (prompt, negative, syntax) in enumerate(rows):
+        try:
+            check_syntax("prompt", prompt, syntax)
+            check_syntax("negative_prompt", negative, syntax, negative=True)
+        except ValueError as error:
+            raise chunk.refusal(row, str(error)) from None
 
 
 class ColumnTypes:
@@ -93,16 +115,16 @@ class ColumnTypes:
     ) -> pa.DataType:
         if isinstance(values, pa.Array):
             try:
-                return _joined(known, values.type)
+                return joined(known, values.type)
             except pa.ArrowException:
                 message = f"{name} is {values.type}, in rows before {known}; make them one type"
                 raise chunk.refusal(0, message) from None
         try:
-            return _joined(known, _inferred(values))
+            return joined(known, _inferred(values))
         except (pa.ArrowException, OverflowError):
             for row, value in enumerate(values):
                 try:
-                    known = _joined(known, pa.infer_type([value]))
+                    known = joined(known, pa.infer_type([value]))
                 except (pa.ArrowException, OverflowError):
                     message = _misfit(name, value, known)
                     raise chunk.refusal(row, message) from None
@@ -117,7 +139,20 @@ def _inferred(values: list[Any]) -> pa.DataType:
     return pa.infer_type(values)
 
 
-def _joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+def empty_structs(schema: pa.Schema) -> list[str]:
+    """Columns that hold {} and, so far, nothing that says what may be in there."""
+    return [field.name for field in schema if _has_empty_struct(field.type)]
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        inner = [field.type for field in kind]
+        return not inner or any(map(_has_empty_struct, inner))
+    nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return nested and _has_empty_struct(kind.value_type)
+
+
+def joined(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     """A type that holds the values of both; raises ArrowException when there is none."""
     if a == b or pa.types.is_null(b):
         return a

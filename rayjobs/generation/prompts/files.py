@@ -10,19 +10,25 @@ import json
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import IO, Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.generation.prompts.pictures import COLUMN as PICTURE
+from rayjobs.generation.prompts.pictures import is_pictures, read_pictures
 
 ROWS_PER_CHUNK = 4096
 MAX_LINE_BYTES = 2**24
+SEPARATORS = ";\t|"
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+POINTER = b"version https://git-lfs"
 NumberedRow = tuple[int, Sequence[Any]]
 """A row's line in the file and its values."""
 
@@ -32,8 +38,8 @@ class Chunk:
     """Some rows of a file, a column at a time."""
 
     columns: dict[str, list[Any] | pa.Array]
-    places: Sequence[int]
-    """Where each row stands: its line, or in parquet its row, the first being 1."""
+    places: Sequence[int | str]
+    """Where each row stands: its line, or in parquet its row, the first being 1; or its name."""
     uri: str
     unit: str = "line"
     is_text: bool = False
@@ -47,42 +53,72 @@ class Chunk:
         return _refusal(self.uri, f"{self.unit} {self.places[row]}", message)
 
 
-def read_chunks(uri: str) -> Iterator[Chunk]:
-    """The rows of a prompt file, or of all parquet files in a folder.
+def read_chunks(uri: str, family: str | None = None) -> Iterator[Chunk]:
+    """The rows of a prompt file, of all parquet files in a folder, or of the pictures in it, which
+    a model of that `family` is to draw again.
 
     Raises BadInput or StorageError where one cannot be read.
     """
     if not storage.exists(uri):
         raise BadInput(f"prompts.uri: {uri} does not exist")
-    files = _parquet_files(uri) if storage.is_folder(uri) else [uri]
+    files = [uri]
+    if storage.is_folder(uri):
+        names = storage.list_files(uri)
+        files = _parquet_files(uri, names)
+        if not files and is_pictures(names):
+            for columns in read_pictures(uri, names, ROWS_PER_CHUNK, family):
+                yield Chunk(dict(columns), columns[PICTURE], uri, unit="picture")
+            return
+        if not files:
+            raise _unknown(uri)
     for file_uri in files:
         name = file_uri.lower().removesuffix(".gz")
         kind = name.rsplit(".", 1)[-1]
         zipped = name != file_uri.lower()
         if kind not in READERS or (zipped and kind == "parquet"):
             raise _unknown(uri)
+        partitions = _partitions(file_uri.removeprefix(uri))
         with storage.open_input(file_uri) as file, _translate_errors(file_uri, kind):
+            _check_pointer(file, file_uri)
             plain: Any = gzip.GzipFile(fileobj=file) if zipped else file
-            yield from READERS[kind](plain, file_uri)
+            for chunk in READERS[kind](plain, file_uri):
+                yield _with_partitions(chunk, partitions)
 
 
-def _parquet_files(folder: str) -> list[str]:
+def _partitions(path: str) -> dict[str, str | None]:
+    """The columns that Hive, Spark and others write into folders' names, as in lang=en/."""
+    parts = [part.partition("=") for part in path.split("/")[:-1] if "=" in part]
+    return {key: None if text == NULL_PARTITION else unquote(text) for key, _, text in parts}
+
+
+def _with_partitions(chunk: Chunk, partitions: dict[str, str | None]) -> Chunk:
+    added = {key: [text] * len(chunk) for key, text in partitions.items()}
+    return replace(chunk, columns=added | chunk.columns) if added else chunk
+
+
+def _check_pointer(file: IO[bytes], uri: str) -> None:
+    is_pointer = file.read(len(POINTER)) == POINTER
+    file.seek(0)
+    if is_pointer:
+        raise BadInput(
+            f"prompts.uri: {uri} is only git-lfs's pointer to a file; fetch it with: git lfs pull"
+        )
+
+
+def _parquet_files(folder: str, names: Sequence[str]) -> list[str]:
     """Spark and others put files of their own, with names like _SUCCESS, beside the data."""
-    names = [
-        name
-        for name in storage.list_files(folder)
+    return [
+        storage.join(folder, name)
+        for name in names
         if name.endswith(".parquet") and not any(p[0] in "_." for p in name.split("/"))
     ]
-    if not names:
-        raise _unknown(folder)
-    return [storage.join(folder, name) for name in names]
 
 
 def _unknown(uri: str) -> BadInput:
     kinds = ", ".join(READERS)
     return BadInput(
         f"prompts.uri: {uri} is none of {kinds}, nor one of them but parquet with .gz, nor a "
-        "folder with parquet files"
+        "folder with parquet files, or with PNGs that carry their parameters"
     )
 
 
@@ -156,13 +192,24 @@ def _read_tsv(file: IO[bytes], uri: str) -> Iterator[Chunk]:
 
 
 def _separated(reader: Any, uri: str, kind: str) -> Iterator[Chunk]:
+    csv.field_size_limit(MAX_LINE_BYTES)
     rows = _numbered(reader, uri, kind)
     _, header = next(rows, (1, ()))
     if not header:
         raise BadInput(f"prompts.uri: {uri} is empty; its first line must name the columns")
+    _check_separator(header, uri, kind)
     names = [name.strip() for name in header]
     _check_names(names, uri)
     yield from _chunks(_full(rows, len(names), uri, kind), names, uri)
+
+
+def _check_separator(header: Sequence[str], uri: str, kind: str) -> None:
+    others = SEPARATORS.replace("\t", ",") if kind == "tsv" else SEPARATORS
+    found = next((mark for mark in others if mark in header[0]), None)
+    if len(header) == 1 and found is not None:
+        right = "tabs" if kind == "tsv" else "commas, or name a tab-separated file .tsv"
+        message = f"the columns are separated by {found!r}, not as in {kind}; write {right}"
+        raise _refusal(uri, "line 1", message)
 
 
 def _numbered(reader: Any, uri: str, kind: str) -> Iterator[NumberedRow]:
@@ -175,12 +222,11 @@ def _numbered(reader: Any, uri: str, kind: str) -> Iterator[NumberedRow]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise _refusal(
-                uri,
-                f"line {line}",
-                f"cannot be read as {kind}: {error}; quote fields as a whole, and double the "
-                "quotes inside",
-            ) from None
+            way_out = "quote fields as a whole, and double the quotes inside"
+            if "new-line character" in str(error):
+                way_out = r"its lines end as old Macs' do; convert it: tr '\r' '\n' < IN > OUT"
+            message = f"cannot be read as {kind}: {error}; {way_out}"
+            raise _refusal(uri, f"line {line}", message) from None
         if values:
             yield line, [unquote(value) for value in values]
 

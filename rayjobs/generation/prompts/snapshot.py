@@ -7,7 +7,7 @@ shards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +17,13 @@ import pyarrow.parquet as pq
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import OVERRIDES
-from rayjobs.generation.prompts.columns import ColumnTypes, check_rows, find_prompt_column
+from rayjobs.generation.prompts.columns import (
+    ColumnTypes,
+    check_rows,
+    empty_structs,
+    find_prompt_column,
+    joined,
+)
 from rayjobs.generation.prompts.files import Chunk, read_chunks
 
 if TYPE_CHECKING:
@@ -28,17 +34,18 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".gif")
 NAMES = pa.schema([("name", pa.string())])
 
 
-def write_snapshot(config: PromptsConfig, path: str) -> int:
+def write_snapshot(config: PromptsConfig, path: str, family: str | None = None) -> int:
     """Write the prompts as parquet at the local `path`; return how many there are.
 
+    `family` is that of the job's model, for prompts that are pictures to be drawn again.
     Columns are `prompt`, the override columns that the source has, and what else it has; blank rows
     are left out. Raises BadInput or StorageError when the source cannot be read.
     """
     kinds = ColumnTypes()
     try:
-        total = _write(config, kinds, path)
+        total = _write(config, kinds, path, family)
         if total is None:  # A column or its type showed late in the file; now all are known.
-            total = _write(config, kinds, path)
+            total = _write(config, kinds, path, family)
     except pa.ArrowException as error:
         raise BadInput(f"prompts.uri: {config.uri}: {error}") from None
     if total is None:
@@ -58,6 +65,63 @@ def write_names(names: Iterable[str], path: str) -> int:
     return total
 
 
+def check_numbers(path: str) -> None:
+    """Raise BadInput where a number of the snapshot is above 2**63 - 1: few read that in JSON."""
+    facts = pq.ParquetFile(path).metadata
+    for group in map(facts.row_group, range(facts.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            known = column.statistics
+            if known is None or not known.has_min_max or not isinstance(known.max, int):
+                continue
+            if known.max >= 2**63:
+                raise BadInput(
+                    f"prompts.uri: the column {column.path_in_schema!r} has the number {known.max},"
+                    " which few readers of JSON can hold; write it as text, or use "
+                    "output.format=parquet"
+                )
+
+
+def write_like(wanted: Sequence[pa.Field], path: str, to: str) -> None:
+    """Copy the snapshot at `path` to `to` with exactly the `wanted` passed-through columns.
+
+    What it lacks is null. Raises BadInput when it has a column that is not wanted, or one whose
+    values the wanted type cannot hold.
+    """
+    source = pq.ParquetFile(path)
+    own, names = source.schema_arrow, [field.name for field in wanted]
+    known = [field for field in own if field.name in {"prompt", *OVERRIDES}]
+    for name in own.names:
+        if name not in [*names, *(field.name for field in known)]:
+            raise BadInput(
+                f"--extend cannot add the column {name!r}, which the data set's records do not "
+                f"have: they have {', '.join(names) or 'none of their own'}; drop it, or choose "
+                "another output.uri"
+            )
+    schema = pa.schema([*known, *wanted])
+    with pq.ParquetWriter(to, schema) as writer:
+        for number in range(source.num_row_groups):
+            table = source.read_row_group(number)
+            columns = [_column_like(field, table) for field in schema]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROWS_PER_GROUP)
+
+
+def _column_like(wanted: pa.Field, table: pa.Table) -> pa.ChunkedArray | pa.Array:
+    if wanted.name not in table.column_names:
+        return pa.nulls(len(table), wanted.type)
+    column = table[wanted.name]
+    if column.null_count == len(column):
+        return pa.nulls(len(table), wanted.type)
+    try:
+        if joined(wanted.type, column.type) == wanted.type:
+            return column.cast(wanted.type)
+    except pa.ArrowException:
+        pass
+    raise BadInput(
+        f"--extend: the column {wanted.name!r} is {column.type}, but {wanted.type} in the data "
+        "set's records; write it alike, or choose another output.uri"
+    )
+
+
 class Snapshot:
     """Random access to a snapshot's rows, a row group at a time."""
 
@@ -74,6 +138,10 @@ class Snapshot:
     @property
     def columns(self) -> list[str]:
         return list(self._groups.schema.names)
+
+    def distinct(self, name: str) -> list[Any]:
+        """The different values of a column."""
+        return self._groups.distinct(name)
 
     @property
     def passed_through(self) -> list[pa.Field]:
@@ -131,24 +199,40 @@ class _RowGroups:
 
     def __init__(self, uri: str):
         self._uri = uri
-        self._file = pq.ParquetFile(storage.open_input(uri))
+        try:
+            self._file = pq.ParquetFile(storage.open_input(uri))
+        except pa.ArrowException as error:
+            raise BadInput(f"{uri} is damaged: {error}") from None
         self.schema: pa.Schema = self._file.schema_arrow
         self.read = lru_cache(maxsize=4)(self._read)
 
     def __len__(self) -> int:
         return int(self._file.metadata.num_rows)
 
+    def distinct(self, name: str) -> list[Any]:
+        values: dict[Any, None] = {}
+        for number in range(self._file.num_row_groups):
+            read = partial(self._file.read_row_group, number, columns=[name])
+            values |= dict.fromkeys(storage.through(self._uri, read).column(0).unique().to_pylist())
+        return list(values)
+
     def _read(self, number: int) -> pa.Table:
         return storage.through(self._uri, lambda: self._file.read_row_group(number))
 
 
-def _write(config: PromptsConfig, kinds: ColumnTypes, path: str) -> int | None:
+def _write(config: PromptsConfig, kinds: ColumnTypes, path: str, family: str | None) -> int | None:
     """Write all rows; None when a later row changed the types, which `kinds` then knows."""
-    chunks = _chunks(config)
+    chunks = _chunks(config, family)
     first = next(chunks, None)
     if first is None:
         return 0
     kinds.learn(first)
+    if empty_structs(kinds.schema):
+        for chunk in chunks:
+            kinds.learn(chunk)
+        for name in empty_structs(kinds.schema):
+            raise BadInput(f"prompts.uri: {config.uri}: {name} has only {{}} in it; drop it")
+        return None
     schema, total = kinds.schema, 0
     with pq.ParquetWriter(path, schema) as writer:
         for group in _groups(_tables(chain([first], chunks), kinds, schema)):
@@ -177,15 +261,17 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield rest.combine_chunks()
 
 
-def _chunks(config: PromptsConfig) -> Iterator[Chunk]:
+def _chunks(config: PromptsConfig, family: str | None) -> Iterator[Chunk]:
     """Chunks with `prompt` first, whatever the source."""
     if config.uri is None:
         prompts = list(config.inline or ("",))
         yield Chunk({"prompt": prompts}, range(1, len(prompts) + 1), "prompts.inline", "prompt")
         return
     column = None
-    for chunk in read_chunks(config.uri):
+    for chunk in read_chunks(config.uri, family):
+        if not chunk.columns:  # lines that are {}
+            continue
         column = column or find_prompt_column(config.column, chunk)
-        chunk = check_rows(chunk, column)
+        chunk = check_rows(chunk, column, config.syntax)
         if len(chunk):
             yield chunk

@@ -10,12 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from rayjobs.dataset.lock import Segment, names_uri, snapshot_uri
-from rayjobs.dataset.records import SCORES, schema
+from rayjobs.config import BadInput
+from rayjobs.dataset.lock import Lock, Segment, names_uri, snapshot_uri
+from rayjobs.dataset.records import COLUMNS, SCORES, SYNTAX, schema
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
-from rayjobs.generation.spec.records import Record, Spec
+from rayjobs.generation.spec.records import Record, Spec, names_syntax
 
 NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
@@ -28,6 +29,8 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
     whole["model"].pop("device")
+    if config.prompts.syntax == "plain":  # as locks have it that are older than the key
+        whole["prompts"].pop("syntax")
     return whole
 
 
@@ -42,6 +45,14 @@ def config_of(
         values["engine"]["allow_class_change"] = current.engine.allow_class_change
         values["model"]["device"] = current.model.device
     return ResolvedConfig.model_validate(values)
+
+
+def config_again(uri: str, lock: Lock, number: int) -> ResolvedConfig:
+    """A segment's job, to be run again with such workers as it had."""
+    config, was = config_of(lock.segments[number], uri), lock.determinism
+    num_gpus = 1.0 if "CUDA" in str(was.get("device")) else 0.0
+    workers = {"num_cpus": was.get("threads", 1), "num_gpus": num_gpus}
+    return config.model_copy(update={"workers": config.workers.model_copy(update=workers)})
 
 
 def open_spec(config: GenerateConfig, segment: Segment, number: int) -> Spec:
@@ -60,4 +71,28 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
     scores = [name for name in SCORES if getattr(config.quality, name) is not None]
-    return schema(rows.passed_through, scores)
+    return schema(rows.passed_through, scores, syntax=names_syntax(config, rows))
+
+
+def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
+    """The columns of all segments together; those that a segment lacks are null there."""
+    schemas = [
+        record_schema(config_of(segment, uri), Snapshot(snapshot_uri(uri, number)))
+        for number, segment in enumerate(lock.segments)
+    ]
+    try:
+        whole = pa.unify_schemas(schemas)
+    except pa.ArrowException as error:
+        raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
+    scores = [score for score in SCORES if _has(whole, score)]
+    return schema(passed_through(whole), scores, syntax=SYNTAX.name in whole.names)
+
+
+def passed_through(whole: pa.Schema) -> list[pa.Field]:
+    """The records' columns that come from prompt files."""
+    own = {*COLUMNS, SYNTAX.name, *(name for name, _ in SCORES.values())}
+    return [field for field in whole if field.name not in own]
+
+
+def _has(whole: pa.Schema, score: str) -> bool:
+    return SCORES[score][0] in whole.names

@@ -4,6 +4,7 @@ Owns counts, sizes, times and how they are printed. Reads no weights, knows neit
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import numpy as np
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.generation.config import GenerateConfig, OutputConfig
+from rayjobs.diffusion.request import check_side, check_strength
+from rayjobs.generation.config import MOST_STEPS, GenerateConfig, OutputConfig
 from rayjobs.generation.prompts.snapshot import (
     InlinePrompts,
     Snapshot,
@@ -24,6 +26,7 @@ from rayjobs.generation.prompts.snapshot import (
 )
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models.facts import read_facts
+from rayjobs.models.options import SourceConfig
 
 LOSSLESS = {"png": 1.3, "webp-lossless": 0.9}
 LOSSY = {
@@ -35,6 +38,8 @@ about a tenth smaller, flat drawings many times."""
 USUAL_SIDE = 1024
 MAX_COUNTED_TEXTS = 20_000
 """Up to so many texts are made to count the different ones."""
+JUDGED = {"width", "height", "steps", "strength", "guidance_scale"}
+"""Columns of rows that are looked at for values that no image can have."""
 HOUR_S = 3600.0
 
 
@@ -79,7 +84,9 @@ def plan(config: GenerateConfig, *, rate: float | None = None, price: float | No
 
 def record(config: GenerateConfig, number: int) -> dict[str, Any]:
     """Record `number` of the job and its shard, as plain JSON values."""
-    with _opened(config) as spec:
+    steps = config.sampler.steps or read_facts(config.model).steps
+    sampler = config.sampler.model_copy(update={"steps": steps})
+    with _opened(config.model_copy(update={"sampler": sampler})) as spec:
         if not 0 <= number < spec.num_records:
             raise BadInput(f"--record is {number}; the job has records 0 .. {spec.num_records - 1}")
         values = asdict(spec.record(number))
@@ -100,7 +107,15 @@ def describe(plan: Plan) -> str:
     factor_texts = [_counted(count, name) for name, count in counts.items() if count > 1]
     lines = [("records", f"{plan.num_records:,} = {' x '.join(factor_texts or ['1 prompt'])}")]
     if plan.num_unique_prompts is not None:
-        lines.append(("texts", f"{plan.num_unique_prompts:,} different"))
+        total = plan.num_prompts * plan.num_texts
+        twice = f" of {total:,}: the same text and seed make the same image again"
+        lines.append(
+            (
+                "texts",
+                f"{plan.num_unique_prompts:,} different"
+                f"{twice if plan.num_unique_prompts < total else ''}",
+            )
+        )
     lines.append(("shards", f"{plan.num_shards:,}"))
     each = _amount(plan.num_bytes / plan.num_records)
     lines.append(("bytes", f"about {_amount(plan.num_bytes)}, {each} an image"))
@@ -135,13 +150,16 @@ def _opened(config: GenerateConfig) -> Generator[Spec]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "snapshot.parquet")
-        write_snapshot(config.prompts, path)
+        uri = config.model.uri
+        family = None if storage.is_remote(uri) else read_facts(uri).family
+        write_snapshot(config.prompts, path, family)
         yield Spec(config, Snapshot(path), inits)
 
 
 def _plan(spec: Spec, rate: float | None, price: float | None) -> Plan:
     config = spec.config
     pixels, assumptions = _pixels(spec)
+    assumptions += _refused_rows(spec)
     workers = min(config.workers.max_workers, spec.num_shards)
     device_hours = wall_hours = None
     if rate is not None:
@@ -178,7 +196,7 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
     ]
     widths = config.parameters.width or (config.image.width,)
     heights = config.parameters.height or (config.image.height,)
-    own = _model_side(config.model.uri)
+    own = _model_side(config.model)
     side = own or USUAL_SIDE
     if None in (*widths, *heights):
         known = "as the model's configuration says" if own else "since the model is not at hand"
@@ -192,9 +210,46 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
     return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), assumptions
 
 
-def _model_side(uri: str) -> int | None:
+def _refused_rows(spec: Spec) -> list[str]:
+    """What is said of rows with a value that no image can have: their records will fail."""
+    if not JUDGED & set(spec.rows.columns):
+        return []
+    refused = []
+    for number in range(min(spec.num_prompts, MAX_COUNTED_TEXTS)):
+        row = spec.rows.row(number)
+        try:
+            check_side("width", row.get("width"))
+            check_side("height", row.get("height"))
+            _check_steps(row, spec.config)
+            _check_guidance(row.get("guidance_scale"))
+        except ValueError as error:
+            refused.append(f"row {number + 1}: {error}")
+    if not refused:
+        return []
+    return [f"the records of {_counted(len(refused), 'row')} will fail, such as {refused[0]}"]
+
+
+def _check_steps(row: dict[str, Any], config: GenerateConfig) -> None:
+    """Raise ValueError for steps or a strength that leave nothing to do."""
+    steps, strength = row.get("steps"), row.get("strength")
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"steps is {steps}; it must be from 1 to {MOST_STEPS}")
+    if row.get("init_image") is not None or config.init.uri is not None:
+        own = config.init.strength if strength is None else strength
+        check_strength(own, steps or config.sampler.steps or MOST_STEPS)
+
+
+def _check_guidance(scale: float | None) -> None:
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"guidance_scale is {scale}; it must be a number from 0")
+
+
+def _model_side(model: SourceConfig) -> int | None:
     """The model's own size, where its configuration lies on this machine."""
-    return None if storage.is_remote(uri) else read_facts(uri).side
+    if storage.is_remote(model.uri):
+        return None
+    local = model.model_copy(update={"uri": storage.absolute_if_path(model.uri)})
+    return read_facts(local).side
 
 
 def _num_unique(spec: Spec) -> int | None:

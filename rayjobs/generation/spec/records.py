@@ -11,13 +11,16 @@ from typing import Any, Protocol
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.records import OVERRIDES
+from rayjobs.dataset.records import OVERRIDES, SYNTAX
+from rayjobs.diffusion.text.syntax import PromptSyntax
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.templates import TemplateTexts
 
 NUM_SEEDS = 2**63
-Redo = Mapping[int, Mapping[int, int]]
-"""Finished shards to make again: the records of each, and their new seeds."""
+Redo = Mapping[int, Mapping[int, int | None]]
+"""Finished shards to make again: the records of each, and their new seeds, None for their own.
+
+Of a shard without records those that failed are meant."""
 
 
 class Rows(Protocol):
@@ -38,7 +41,8 @@ class Record:
     negative_prompt: str | None
     seed: int
     sampler: str | None
-    steps: int
+    steps: int | None
+    """None is the model's usual number, as of guidance."""
     guidance_scale: float | None
     guidance_rescale: float
     clip_skip: int | None
@@ -49,6 +53,8 @@ class Record:
     init_uri: str | None
     """That image's location; not part of the record, so that a moved job stays the same job."""
     strength: float
+    prompt_syntax: PromptSyntax | None = None
+    """Where records of the job have that column; without it they are plain."""
     passed_through: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -123,6 +129,7 @@ class Spec:
         """The job's settings, where neither an axis nor the prompt's row has another value."""
         config = self.config
         return {
+            "prompt_syntax": config.prompts.syntax if names_syntax(config, self.rows) else None,
             "negative_prompt": config.sampler.negative_prompt,
             "sampler": config.sampler.name,
             "steps": config.sampler.steps,
@@ -159,6 +166,11 @@ class Spec:
             folder = (self.config.prompts.uri or "").rpartition("/")[0] or "."
             return storage.join(folder, name)
         return storage.join(self.config.init.uri or ".", name)
+
+
+def names_syntax(config: GenerateConfig, rows: Rows) -> bool:
+    """Whether records say in which syntax their prompts are: a plain job's do not."""
+    return config.prompts.syntax != "plain" or SYNTAX.name in rows.columns
 
 
 def derived_seed(job_seed: int, prompt: str, index: int) -> int:

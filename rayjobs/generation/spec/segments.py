@@ -5,16 +5,19 @@ extended job is new. Knows nothing of Ray or of how records are made.
 """
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import check_schema
+from rayjobs.dataset.inspection import inspect_snapshots
 from rayjobs.dataset.lock import (
     Lock,
     Segment,
@@ -26,18 +29,30 @@ from rayjobs.dataset.lock import (
     replace_lock,
     snapshot_uri,
 )
-from rayjobs.dataset.records import SCORES, canonical_json
+from rayjobs.dataset.manifest import Manifest
+from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
 from rayjobs.diffusion import weights
+from rayjobs.diffusion.adapters.notes import file_sha256
+from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
+from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
     Snapshot,
+    check_numbers,
     list_pictures,
+    write_like,
     write_names,
     write_snapshot,
 )
 from rayjobs.generation.resolved import ResolvedConfig, model_name
-from rayjobs.generation.spec.lock import config_of, job_part, record_schema
+from rayjobs.generation.spec.lock import (
+    config_of,
+    data_set_schema,
+    job_part,
+    passed_through,
+    record_schema,
+)
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights
@@ -76,17 +91,23 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
-    loras_sha256, scorers_sha256 = _hash_loras(config), _hash_scorers(config)
+    loras_sha256, usual = _check_loras(config, model)
+    config = _with_usual(config, usual)
+    _warn_of_use(config, usual)
+    scorers_sha256 = _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
-        num_prompts = write_snapshot(config.prompts, str(prompts))
+        num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
         if config.init.uri is not None:
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
+        _check_sampler_column(config, rows, model)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
         check_schema(config.output.format, record_schema(config, rows))
+        if config.output.format != "parquet":
+            check_numbers(str(prompts))
         segment = Segment(
             job=job_part(config),
             prompts_sha256=weights.sha256_of(prompts),
@@ -110,19 +131,31 @@ def ensure_segment(
 ) -> Lock:
     """The data set's lock with the draft's job in it: it was there, or is created or appended.
 
-    `determinism()` gives the class of a new data set. Raises BadInput with the difference when
-    there is another job and it is not to be extended.
+    A job of which nothing was made yet gives way to another. `determinism()` gives the class of a
+    new data set. Raises BadInput with the difference when there is another job and it is not to be
+    extended.
     """
     uri = draft.config.output.uri
     mark = storage.etag(lock_uri(uri))
-    lock = read_lock(uri)
-    if lock is None:
+    before = read_lock(uri)
+    untouched = Manifest(uri).is_untouched()
+    if before is None and not untouched:
+        raise BadInput(
+            f"{uri} holds shards, but {lock_uri(uri)}, which says of which job, is gone; put it "
+            "back, or choose another output.uri"
+        )
+    if before is None or (untouched and not _is_there(before, draft)):
+        _check_twins(draft.config)
+        storage.remove_folder(storage.join(uri, "prompts"))
         lock = Lock(segments=(draft.segment,), determinism=determinism())
-        if not create_lock(lock, uri):
+        stored = replace_lock(lock, mark, uri) if mark else create_lock(lock, uri)
+        if not stored:
             return ensure_segment(draft, determinism, extend)
     else:
-        number = _find_segment(lock, draft, extend)
+        lock = before
+        draft, number = _find_segment(lock, draft, extend)
         if number is None:
+            _check_twins(draft.config)
             lock = lock.model_copy(update={"segments": (*lock.segments, _new_part(lock, draft))})
             if not replace_lock(lock, mark or "", uri):
                 raise BadInput(f"{lock_uri(uri)} was changed by another run meanwhile; start again")
@@ -130,13 +163,49 @@ def ensure_segment(
     return lock
 
 
-def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> int | None:
+def _check_twins(config: GenerateConfig) -> None:
+    """Refuse what would make an image twice; not in jobs that were begun before this was asked."""
+    for key in ("inline", "templates"):
+        texts = getattr(config.prompts, key)
+        twin = next((text for text in texts if texts.count(text) > 1), None)
+        if twin is not None:
+            raise BadInput(
+                f"prompts.{key} has {twin!r:.80} twice, which would make an image twice; remove one"
+            )
+
+
+def _is_there(lock: Lock, draft: JobDraft) -> bool:
+    return any(segment.identity() == draft.segment.identity() for segment in lock.segments)
+
+
+def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> tuple[JobDraft, int | None]:
+    """The draft's segment, if it is there, and the draft with the columns that it has there."""
+    uri = draft.config.output.uri
+    with suppress(BadInput):
+        return draft, find_segment(lock, draft.segment, uri)
     try:
-        return find_segment(lock, draft.segment, draft.config.output.uri)
-    except BadInput:
+        alike = _with_columns_of(lock, draft)
+        return alike, find_segment(lock, alike.segment, uri)
+    except (BadInput, storage.NotThere):
         if not extend:
-            raise
-        return None
+            find_segment(lock, draft.segment, uri)  # tells the difference
+    return _with_columns_of(lock, draft), None
+
+
+def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
+    """The draft with the columns that records of the data set have: one schema for all shards."""
+    wanted = passed_through(data_set_schema(draft.config.output.uri, lock))
+    path = draft.prompts.with_name("like.parquet")
+    write_like(wanted, str(draft.prompts), str(path))
+    segment = draft.segment.model_copy(update={"prompts_sha256": weights.sha256_of(path)})
+    return replace(draft, segment=segment, prompts=path)
+
+
+def _names_syntax(lock: Lock, draft: JobDraft) -> tuple[bool, bool]:
+    """Whether the data set's records, and the draft's, say in which syntax their prompts are."""
+    whole = data_set_schema(draft.config.output.uri, lock)
+    mine = record_schema(draft.config, Snapshot(str(draft.prompts)))
+    return SYNTAX.name in whole.names, SYNTAX.name in mine.names
 
 
 def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
@@ -149,11 +218,47 @@ def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
         storage.put_file(names_uri(uri, number), draft.names)
 
 
+def restore_snapshots(uri: str, lock: Lock, current: GenerateConfig) -> None:
+    """Write snapshots that are gone or replaced again, from what they were made of.
+
+    Raises BadInput or StorageError when that is not what it was.
+    """
+    for number in sorted({fault.segment or 0 for fault in inspect_snapshots(uri, lock)}):
+        wanted = lock.segments[number]
+        with open_draft(config_of(wanted, uri, current), confirmed=True) as draft:
+            if number and draft.segment.prompts_sha256 != wanted.prompts_sha256:
+                before = lock.model_copy(update={"segments": lock.segments[:number]})
+                draft = _with_columns_of(before, draft)
+            for key, source in (("prompts_sha256", "prompts"), ("init_sha256", "init")):
+                if getattr(draft.segment, key) != getattr(wanted, key):
+                    raise BadInput(
+                        f"prompts/segment-{number:03d} cannot be made again: {source}.uri, "
+                        f"{getattr(draft.config, source).uri}, is not what it was"
+                    )
+            storage.put_file(snapshot_uri(uri, number), draft.prompts)
+            if draft.names is not None:
+                storage.put_file(names_uri(uri, number), draft.names)
+
+
 def _new_part(lock: Lock, draft: JobDraft) -> Segment:
     """The draft as a segment behind the others, without what the last one's job has already."""
     last, segment = lock.segments[-1], draft.segment
     if last.job["output"] != segment.job["output"]:
         raise BadInput("--extend cannot change output.*: all shards of a data set are of one kind")
+    for score in SCORES:
+        old, new = (each.job["quality"].get(score) is None for each in (last, segment))
+        if old != new:
+            raise BadInput(
+                f"--extend cannot change whether records have a {SCORES[score][0]}: "
+                f"{'leave' if old else 'give'} quality.{score}{' out' if old else ''}, or choose "
+                "another output.uri"
+            )
+    old, new = _names_syntax(lock, draft)
+    if old != new:
+        raise BadInput(
+            "--extend cannot change whether records have a prompt_syntax: "
+            f"{'give' if old else 'leave out'} prompts.syntax, or choose another output.uri"
+        )
     before, after = last.identity(), segment.identity()
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     first_prompt = first_seed = 0
@@ -215,23 +320,75 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
-    model = find_weights(config.model.uri)
+    model = find_weights(config.model)
     from rayjobs.diffusion.sampler import resolve
 
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, lambda name=name: resolve(name, config.sampler.options, model.is_edm))
+        _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
+    if model.single is not None:
+        _named("model.config", model.load_config_folder)
     return model
 
 
-def _hash_loras(config: GenerateConfig) -> tuple[str, ...]:
-    """Hash and scale of each adapter."""
-    hashes = []
-    for lora in config.model.loras:
-        file = _named("model.loras", lambda uri=lora.uri: weights.lora_file(storage.fetch(uri)))
-        hashes.append(f"{weights.sha256_of(Path(file))} x {lora.scale:g}")
-    return tuple(hashes)
+def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights.Weights) -> None:
+    if "sampler" not in rows.columns:
+        return
+    from rayjobs.diffusion.sampler import resolve
+
+    for name in filter(None, rows.distinct("sampler")):
+        check = partial(resolve, name, config.sampler.options, model.prediction)
+        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
+
+
+def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:
+    """Hash and scale of each adapter, and the steps and guidance to use with them.
+
+    Raises BadInput for an adapter that does not fit the model.
+    """
+    if not config.model.loras:
+        return (), model.usual
+    from rayjobs.diffusion.adapters import fit
+
+    paths = [storage.fetch(lora.uri) for lora in config.model.loras]
+    read = _named("model.loras", lambda: fit.check(paths, model))
+    hashes = [file_sha256(weights.lora_file(path)) for path in paths]
+    named = [adapter_usual(file_name(lora.uri)) for lora in config.model.loras]
+    known = [*named, *(adapter.usual for adapter in read)]
+    said = tuple(
+        f"{sha256} x {lora.scale:g}"
+        for sha256, lora in zip(hashes, config.model.loras, strict=True)
+    )
+    return said, next(filter(None, known), model.usual)
+
+
+def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
+    """The job with the steps that the model is made for, where it gives none.
+
+    A distilled model's guidance is written down too: it was another one before they were known.
+    """
+    sampler = config.sampler
+    steps = usual.steps if sampler.steps is None else sampler.steps
+    guidance = sampler.guidance_scale
+    if usual.kind is not None and None in (sampler.steps, guidance):
+        made_for = f"{usual.steps} steps and guidance {usual.guidance_scale:g}"
+        print(f"a {usual.kind} model: {made_for} where the job gives none", file=sys.stderr)
+        guidance = usual.guidance_scale if guidance is None else guidance
+    if config.init.uri is not None and not config.parameters.steps:
+        weakest = min(config.parameters.strength or (config.init.strength,))
+        _named("init.strength", lambda: check_strength(weakest, steps))
+    given = {"steps": steps, "guidance_scale": guidance}
+    return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
+
+
+def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
+    """Print what a distilled model, or one that an adapter makes one, is not made for."""
+    guidance = config.sampler.guidance_scale
+    guidance = usual.guidance_scale if guidance is None else guidance
+    warning = usual.warning(config.sampler.steps or usual.steps, guidance)
+    if warning is not None:
+        print(f"warning: sampler: {warning}", file=sys.stderr)
 
 
 def _hash_scorers(config: GenerateConfig) -> dict[str, str]:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,19 +25,22 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from rayjobs import storage
-from rayjobs.config import BadInput, Config, differences, load_config
+from rayjobs.config import BadInput, Config, differences, read_config
+from rayjobs.dataset import lock as locks
 from rayjobs.dataset.formats import check_schema
-from rayjobs.dataset.lock import Lock, read_lock, snapshot_uri
+from rayjobs.dataset.inspection import inspect
+from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.dataset.records import Row, canonical_json, feature
-from rayjobs.generation.prompts.snapshot import Snapshot
-from rayjobs.generation.spec.lock import config_of, record_schema
+from rayjobs.generation.spec.lock import data_set_schema
 from rayjobs.generation.tools.filters import Condition, parse
-from rayjobs.images.encode import encode_picture, parameters_text
+from rayjobs.images.encode import encode_picture
+from rayjobs.images.parameters import parameters_text
 from rayjobs.quality import duplicates
 from rayjobs.reports import card
 
 NUM_THREADS = 3
+LOCK = "export.lock.json"
 REQUIRED_COLUMNS = ("image", "record", "prompt")
 """Columns that shards of some format are made of; they are always exported."""
 
@@ -106,14 +109,13 @@ class Summary:
 
 def load(overrides: list[str]) -> ExportConfig:
     """The configuration that `a.b=value` overrides alone describe."""
-    try:
-        return load_config(ExportConfig, os.devnull, overrides)
-    except BadInput as error:
-        raise BadInput(str(error).replace(f"{os.devnull}: ", "")) from None
+    return read_config(ExportConfig, {}, overrides)
 
 
-def run(source_uri: str, config: ExportConfig) -> Summary:
+def run(source_uri: str, config: ExportConfig, repair: bool = False) -> Summary:
     """Export every finished shard that is not exported yet, or was made again since.
+
+    With `repair` the target's shards that are damaged are exported again, too.
 
     Raises BadInput when a condition or column does not fit the source, or when the target holds
     something else.
@@ -121,12 +123,16 @@ def run(source_uri: str, config: ExportConfig) -> Summary:
     started = time.monotonic()
     storage.check(source_uri)
     storage.check(config.output.uri, write=True)
-    lock = read_lock(source_uri)
+    lock = locks.read_lock(source_uri)
     if lock is None:
         raise BadInput(f"{source_uri} is no data set: it has no spec.lock.json")
     exporter = _build(source_uri, lock, config)
     _ensure_lock(source_uri, lock, config)
+    if not storage.exists(storage.join(config.output.uri, "README.md")):
+        exporter.write_card(dict.fromkeys(exporter.splits, 1), lock)
     exporter.target.recover()
+    if repair:
+        exporter = replace(exporter, damaged=_damaged(exporter.target))
     exporter.target.compact()
     num_committed = int(exporter.source.committed(lock.num_shards).sum())
     with tqdm(total=num_committed, unit="shard", file=sys.stderr, disable=None) as bar:
@@ -152,13 +158,16 @@ class ShardExporter:
     """Of a source shard's number; a target shard's has its split's in front."""
     image_format: str
     """Of pictures that are encoded again."""
+    damaged: frozenset[int] = frozenset()
+    """The target's shards that are to be written again."""
 
     def exported(self, num_shards: int) -> np.ndarray:
         """(splits, source shards): from which generation each was exported, -1 for not at all."""
         done = np.full((len(self.splits), num_shards), -1, np.int32)
         for entry in self.target.entries():
             split, shard = divmod(entry["shard"], 10**self.digits)
-            done[split, shard] = entry["generation"]
+            if entry["shard"] not in self.damaged:
+                done[split, shard] = entry["generation"]
         return done
 
     def export(self, entry: Entry) -> None:
@@ -182,6 +191,12 @@ class ShardExporter:
                 "class_changed": entry.get("class_changed"),
             }
             self._store(split * 10**self.digits + number, rows, facts)
+
+    def write_card(self, counts: Mapping[str, int], lock: Lock) -> None:
+        """Write the card of splits with so many records."""
+        header = self.target.format.card(self.schema, self.image_format)
+        license = lock.segments[-1].job["output"].get("license")
+        card.write_exported(self.output.uri, header, counts, self.digits, license)
 
     def _is_selected(self, row: Row) -> bool:
         at = int(np.searchsorted(self.dropped_records, row["record"]))
@@ -219,7 +234,8 @@ class ShardExporter:
     def _store(self, number: int, rows: list[Row], facts: dict[str, Any]) -> None:
         target = self.target
         old = target.entry(number)
-        if old is not None and old["generation"] == facts["generation"]:
+        is_current = old is not None and old["generation"] == facts["generation"]
+        if is_current and number not in self.damaged:
             return
         if rows:
             files = target.format.encode(number, rows, self.schema)
@@ -239,7 +255,7 @@ class ShardExporter:
 
 
 def _build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
-    schema = _source_schema(uri, lock)
+    schema = data_set_schema(uri, lock)
     conditions = tuple(parse(text).typed(schema) for text in config.where)
     kept = _selected_columns(schema, config.columns)
     check_schema(config.output.format, kept)
@@ -260,18 +276,6 @@ def _build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
     )
 
 
-def _source_schema(uri: str, lock: Lock) -> pa.Schema:
-    """The columns of all segments together; those that a segment lacks are null there."""
-    schemas = [
-        record_schema(config_of(segment, uri), Snapshot(snapshot_uri(uri, number)))
-        for number, segment in enumerate(lock.segments)
-    ]
-    try:
-        return pa.unify_schemas(schemas)
-    except pa.ArrowException as error:
-        raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
-
-
 def _selected_columns(schema: pa.Schema, columns: tuple[str, ...]) -> pa.Schema:
     for name in columns:
         if name not in schema.names:
@@ -288,15 +292,27 @@ def _ensure_lock(source_uri: str, lock: Lock, config: ExportConfig) -> None:
     if storage.exists(storage.join(uri, "spec.lock.json")):
         raise BadInput(f"{uri} holds a generated data set; choose another output.uri")
     wanted = _identity(source_uri, lock, config)
-    lock_uri = storage.join(uri, "export.lock.json")
+    lock_uri = storage.join(uri, LOCK)
     data = json.dumps(wanted, indent=2, ensure_ascii=False).encode() + b"\n"
     if storage.create_bytes(lock_uri, data, storage.join(uri, "tmp")):
         return
-    if changed := differences(json.loads(storage.read_bytes(lock_uri)), wanted):
+    if changed := differences(read_lock(uri), wanted):
         raise BadInput(
             f"{uri} holds another export; choose another output.uri, or go back to:\n"
             + "\n".join(changed)
         )
+
+
+def read_lock(uri: str) -> dict[str, Any] | None:
+    """What an export was made of and how, flat by key; None where there is none."""
+    lock_uri = storage.join(uri, LOCK)
+    if not storage.exists(lock_uri):
+        return None
+    try:
+        lock: dict[str, Any] = json.loads(storage.read_bytes(lock_uri))
+        return lock | {"output.format": str(lock["output.format"])}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{lock_uri} cannot be read; put it back from a copy") from None
 
 
 def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, Any]:
@@ -308,6 +324,18 @@ def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, An
     table_sha256 = duplicates.table_sha256(source_uri) if config.drop_duplicates else None
     source = {"source": lock.fingerprint, "duplicates_sha256": table_sha256}
     return {"version": 1} | source | output | values
+
+
+def _damaged(target: Manifest) -> frozenset[int]:
+    """The target's damaged shards; entries that cannot be read are removed."""
+    found: set[int] = set()
+    for _, faults in inspect(target, 0, lambda shard: None):
+        for fault in faults:
+            if fault.manifest_file is not None:
+                storage.remove(target.file_uri(fault.manifest_file))
+            if fault.shard is not None:
+                found.add(fault.shard)
+    return frozenset(found)
 
 
 def _outdated(exporter: ShardExporter, num_shards: int, bar: Any) -> Iterator[Entry]:
@@ -338,13 +366,7 @@ def _finish(exporter: ShardExporter, lock: Lock, started: float) -> Summary:
     for entry in exporter.target.entries():
         counts[list(counts)[entry["shard"] // 10**exporter.digits]] += entry["rows"]
         num_bytes += entry["bytes"]
-    card.write_exported(
-        exporter.output.uri,
-        exporter.target.format.card(exporter.schema, exporter.image_format),
-        counts,
-        exporter.digits,
-        lock.segments[-1].job["output"].get("license"),
-    )
+    exporter.write_card(counts, lock)
     exporter.target.clean()
     return Summary(
         num_records=sum(counts.values()),

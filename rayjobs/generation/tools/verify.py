@@ -1,13 +1,10 @@
-"""Verification of a data set: every byte is read again, some records are generated again.
+"""Verification of a data set or an export: every byte is read again, some records are made again.
 
-Owns the checks and their findings. Changes nothing.
+Owns the findings and the comparison of what is made again. Changes nothing.
 """
 
-import hashlib
 import random
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,14 +12,14 @@ from tqdm import tqdm
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.inspection import Numbers, inspect, inspect_snapshots
 from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.spec.lock import config_of, open_spec, record_of, record_schema
+from rayjobs.generation.spec.lock import config_again, open_spec, record_of, record_schema
+from rayjobs.generation.tools import export
 
-READERS = 4
 MAX_FAULTS_SHOWN = 100
-CHECKED_COLUMNS = ("record", "status", "image", "image_id", "image_sha256", "prompt", "seed")
 
 
 @dataclass
@@ -35,6 +32,8 @@ class Findings:
     """Shards that are not finished: no fault, `generate` goes on with them."""
     num_regenerated: int = 0
     faults: list[str] = field(default_factory=list)
+    way_out: str = ""
+    """The command that mends the faults."""
 
 
 def verify(uri: str, regenerate: int = 0, seed: int | None = None) -> Findings:
@@ -45,87 +44,54 @@ def verify(uri: str, regenerate: int = 0, seed: int | None = None) -> Findings:
     storage.check(uri)
     lock = read_lock(uri)
     if lock is None:
-        raise BadInput(f"{uri} is no data set: it has no spec.lock.json")
+        return _verify_export(uri, regenerate)
     if regenerate:
         _check_class(uri, lock)
-    findings, manifest = Findings(), Manifest(uri, lock.format)
-    entries = list(manifest.entries())
+    findings = Findings(way_out=f"rayjobs repair {uri}")
+    findings.faults += [fault.text for fault in inspect_snapshots(uri, lock)]
+    entries = _inspect(Manifest(uri, lock.format), lock.num_shards, lock.records_of, findings)
     findings.num_missing = lock.num_shards - len(entries)
-    _check_strays(manifest, entries, findings)
-    with ThreadPoolExecutor(READERS) as pool:
-        checked = pool.map(
-            lambda entry: (entry, list(_shard_faults(lock, manifest, entry))), entries
-        )
-        for entry, faults in tqdm(checked, "shards", len(entries), file=sys.stderr, disable=None):
-            findings.num_shards += 1
-            findings.num_records += entry["rows"]
-            findings.faults += faults
     if regenerate and entries and not findings.faults:
         rng = random.Random(seed)
         some = rng.choices(entries, [entry["rows"] for entry in entries], k=regenerate)
         for number, segment in enumerate(lock.segments):
             mine = [entry for entry in some if entry["shard"] in segment.shards]
             if mine:
-                _regenerate(_config(uri, lock, number), (number, segment), mine, rng, findings)
+                _regenerate(config_again(uri, lock, number), (number, segment), mine, rng, findings)
     return findings
 
 
-def _check_strays(manifest: Manifest, entries: list[Entry], findings: Findings) -> None:
-    """Files under data/ that no entry names."""
-    known = {entry["file"].removeprefix("data/") for entry in entries}
-    for name in storage.list_files(manifest.data):
-        if name.split("/")[0] not in known:
-            findings.faults.append(f"data/{name}: no manifest entry names it")
+def _verify_export(uri: str, regenerate: int) -> Findings:
+    lock = export.read_lock(uri)
+    if lock is None:
+        raise BadInput(f"{uri} is no data set: it has no spec.lock.json and no export.lock.json")
+    if regenerate:
+        raise BadInput(f"{uri} is an export; --regenerate is for the data set that it is of")
+    findings = Findings(way_out="the same `rayjobs export` command with --repair")
+    _inspect(Manifest(uri, lock["output.format"]), 0, lambda shard: None, findings)
+    return findings
 
 
-def _shard_faults(lock: Lock, manifest: Manifest, entry: Entry) -> Iterator[str]:
-    shard = entry["shard"]
-    numbers = lock.segment_of(shard).records_of(shard)
-    sha256 = manifest.sha256(shard)
-    if sha256 is None:
-        yield f"shard {shard}: {entry['file']} is missing"
-        return
-    if sha256 != entry["sha256"]:
-        difference = f"has SHA-256 {sha256[:12]}, not {entry['sha256'][:12]}"
-        yield f"shard {shard}: {entry['file']} {difference}"
-    seen = []
-    try:
-        for row in manifest.format.read(manifest.data, shard, CHECKED_COLUMNS):
-            seen.append(row["record"])
-            yield from (f"shard {shard}, record {row['record']}: {f}" for f in _row_faults(row))
-    except Exception as error:  # damaged bytes break a reader in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield f"shard {shard}: cannot be read on after record {seen[-1] if seen else '-'}: {reason}"
-        return
-    if seen != list(numbers):
-        yield f"shard {shard}: holds records {_span(seen)}, not {numbers[0]} .. {numbers[-1]}"
-
-
-def _row_faults(row: dict[str, Any]) -> Iterator[str]:
-    if row["status"] != "ok":
-        return
-    if row["image"] is None:
-        yield "there is no picture"
-    elif hashlib.sha256(row["image"]["bytes"]).hexdigest() != row["image_sha256"]:
-        yield "the picture is not the one that was made (its SHA-256 differs)"
-
-
-def _span(numbers: list[int]) -> str:
-    return f"{numbers[0]} .. {numbers[-1]} ({len(numbers)})" if numbers else "none"
+def _inspect(
+    manifest: Manifest, num_shards: int, numbers: Numbers, findings: Findings
+) -> list[Entry]:
+    """The entries of finished shards, with all that is wrong in the findings."""
+    entries = []
+    checked = inspect(manifest, num_shards, numbers)
+    for entry, faults in tqdm(checked, "shards", num_shards or None, file=sys.stderr, disable=None):
+        findings.faults += [fault.text for fault in faults]
+        if entry is not None:
+            entries.append(entry)
+            findings.num_shards += 1
+            findings.num_records += entry["rows"]
+    return entries
 
 
 def _check_class(uri: str, lock: Lock) -> None:
     from rayjobs.generation.spec import determinism
 
-    config = _config(uri, lock, 0)
+    config = config_again(uri, lock, 0)
     determinism.check_same(lock.determinism, determinism.current(config), allowed=False)
-
-
-def _config(uri: str, lock: Lock, segment: int) -> GenerateConfig:
-    """A segment's job, to be run here with the threads that its workers had."""
-    config = config_of(lock.segments[segment], uri)
-    workers = config.workers.model_copy(update={"num_cpus": lock.determinism["threads"]})
-    return config.model_copy(update={"workers": workers})
 
 
 def _regenerate(
@@ -150,13 +116,18 @@ def _regenerate(
     for record, row in generator.generate(again):
         findings.num_regenerated += 1
         old = rows[record.number]
-        differing = [name for name in schema.names if row.get(name) != old.get(name)]
+        differing = [n for n in schema.names if not _is_same(row.get(n), old.get(n))]
         if differing:
             shard = segment.shard_of(record.number)
             findings.faults.append(
                 f"shard {shard}, record {record.number}: made again it differs in "
                 + ", ".join(differing)
             )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Also where both are NaN, which a prompt file may pass through."""
+    return bool(a == b) or (a != a and b != b)
 
 
 def _choose(

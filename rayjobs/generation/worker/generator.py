@@ -15,15 +15,17 @@ from typing import Any
 from PIL import Image
 
 from rayjobs import storage
-from rayjobs.dataset.records import ENGINE_VERSION, SCORES, Row, image_id
+from rayjobs.dataset.records import ENGINE_VERSION, SCORES, SYNTAX, Row, image_id
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
+from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig
 from rayjobs.generation.spec.records import Record
 from rayjobs.images.container import UnreadableImage
-from rayjobs.images.encode import encode_picture, parameters_text
+from rayjobs.images.encode import encode_picture
+from rayjobs.images.parameters import parameters_text
 from rayjobs.images.sandbox import Sandbox
 from rayjobs.models import loading
 from rayjobs.quality import pixels
@@ -80,17 +82,19 @@ class RecordGenerator:
     def image_id(self, record: Record, init_sha256: str | None) -> str:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
-        own = type(self.model.scheduler).__name__
-        sampler_class, options = resolve(record.sampler or own, sampler.options, self.model.is_edm)
+        name = record.sampler or type(self.model.scheduler).__name__
+        sampler_class, options = resolve(name, sampler.options, self.model.prediction)
         side = self.model.default_side if init_sha256 is None else None
+        syntax = record.prompt_syntax or "plain"
         return image_id(
-            {
+            ({} if syntax == "plain" else {"prompt_syntax": syntax})
+            | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
                 "seed": record.seed,
                 "sampler": sampler_class.__name__,
                 "sampler_options": options,
-                "steps": record.steps,
+                "steps": self._steps(record),
                 "guidance_scale": self._guidance(record),
                 "guidance_rescale": record.guidance_rescale,
                 "clip_skip": record.clip_skip,
@@ -133,6 +137,7 @@ class RecordGenerator:
         return Request(
             prompt=record.prompt,
             negative_prompt=record.negative_prompt,
+            prompt_syntax=record.prompt_syntax or "plain",
             seed=record.seed,
             steps=record.steps,
             sampler=record.sampler,
@@ -152,7 +157,8 @@ class RecordGenerator:
         # Not beside the engine: on a CPU two teams of threads slow each other down.
         if self.scorer is None or result.image is None:
             return {}
-        scores: Row = self.scorer.score(result.image, record.prompt)
+        prompt = spoken(record.prompt, record.prompt_syntax)
+        scores: Row = self.scorer.score(result.image, prompt)
         return scores
 
     def _row(
@@ -184,7 +190,7 @@ class RecordGenerator:
             "negative_prompt": record.negative_prompt,
             "seed": record.seed,
             "sampler": record.sampler or type(self.model.scheduler).__name__,
-            "steps": record.steps,
+            "steps": self._steps(record),
             "guidance_scale": self._guidance(record),
             "guidance_rescale": record.guidance_rescale,
             "clip_skip": record.clip_skip,
@@ -196,8 +202,12 @@ class RecordGenerator:
             "model_sha256": self.model.sha256,
             "status": "ok",
             "error": None,
+            **({SYNTAX.name: record.prompt_syntax} if record.prompt_syntax else {}),
             **record.passed_through,
         }
+
+    def _steps(self, record: Record) -> int:
+        return self.model.usual.steps if record.steps is None else record.steps
 
     def _guidance(self, record: Record) -> float:
         given = record.guidance_scale

@@ -8,6 +8,7 @@ so that a driver starts without it.
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -42,18 +43,21 @@ class RayShardWorker:
     """What Ray Data calls: a block of shard numbers in, an entry for each committed shard out."""
 
     def __init__(
-        self, config: dict[str, Any], lock: dict[str, Any], segment: int, redo: Any, progress: Any
+        self, config: dict[str, Any], lock: dict[str, Any], segment: int, run: str, **others: Any
     ):
-        from rayjobs.generation.worker.shards import ShardWorker
+        from rayjobs.generation.worker.shards import Attempts, ShardWorker
 
         storage.be_patient(STORAGE_PATIENCE_S)
-        self.progress = progress
+        self.progress = others["progress"]
+        job = GenerateConfig.model_validate(config)
+        node = ray.get_runtime_context().get_node_id()
         self.worker = ShardWorker(
-            GenerateConfig.model_validate(config),
+            job,
             Lock.model_validate(lock),
             segment,
-            redo=redo,
+            redo=others["redo"],
             report=self._report,
+            attempts=Attempts(job.output.uri, run, node, _is_alive),
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -63,6 +67,10 @@ class RayShardWorker:
 
     def _report(self, images: int, failed: int) -> None:
         self.progress.add.remote(images, failed)
+
+
+def _is_alive(node: str) -> bool:
+    return any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())
 
 
 @contextmanager
@@ -95,9 +103,9 @@ def make(
                 config.model_dump(mode="json"),
                 lock.model_dump(mode="json"),
                 segment,
-                redo,
-                progress.counter,
+                uuid.uuid4().hex,
             ),
+            fn_constructor_kwargs={"redo": redo, "progress": progress.counter},
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(workers.min, max_workers), max_size=max_workers
             ),

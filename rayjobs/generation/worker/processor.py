@@ -14,6 +14,7 @@ from pydantic import Field
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
 from rayjobs.dataset.records import OVERRIDES, SCORES, Row, schema
+from rayjobs.diffusion.text.syntax import PromptSyntax
 from rayjobs.generation.config import (
     EngineConfig,
     GenerateConfig,
@@ -42,6 +43,8 @@ class ProcessorConfig(Config):
     engine: EngineConfig = EngineConfig()
     quality: QualityConfig = QualityConfig()
     workers: WorkersConfig = WorkersConfig()
+    prompt_syntax: PromptSyntax = "plain"
+    """How prompts and negative ones are written, where their row does not say."""
     job_seed: int = 0
     """Rows without a seed get one derived from this, their prompt and their `index`, else 0."""
     image_format: Literal["png", "webp", "webp-lossless", "jpeg"] = "png"
@@ -62,7 +65,8 @@ class ProcessorConfig(Config):
         shared = ("model", "sampler", "image", "engine", "quality", "workers")
         values = self.model_dump(include=set(shared))
         output = {"uri": "-", "image_format": self.image_format, "quality": self.image_quality}
-        values |= {"prompts": {"inline": ["-"]}, "output": output}
+        prompts = {"inline": ["-"], "syntax": self.prompt_syntax}
+        values |= {"prompts": prompts, "output": output}
         return GenerateConfig.model_validate(values | {"init": {"strength": self.strength}})
 
 
@@ -111,7 +115,7 @@ class ImageStep:
         name = model_name(job.model.uri)
         self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]
-        whole = schema(scores=scores)
+        whole = schema(scores=scores, syntax=self.config.prompt_syntax != "plain")
         # Rows have no record number here.
         self.schema = pa.schema([field for field in whole if field.name != "record"])
 
@@ -167,6 +171,7 @@ class ImageStep:
         sampler, image = self.config.sampler, self.config.image
         return {
             "init_image": None,
+            "prompt_syntax": self.config.prompt_syntax,
             "negative_prompt": sampler.negative_prompt,
             "sampler": sampler.name,
             "steps": sampler.steps,
@@ -181,7 +186,8 @@ class ImageStep:
     def _joined(self, given: pa.Table, rows: list[Row]) -> pa.Table:
         """The rows' own columns, then the record's; those that override have the values used."""
         added = [field for field in self.schema if field.name != "prompt"]
-        table = given.drop_columns([n for n in given.column_names if n in OVERRIDES])
+        names = {*OVERRIDES}.intersection(self.schema.names)
+        table = given.drop_columns([name for name in given.column_names if name in names])
         for field in added:
             values = pa.array([row.get(field.name) for row in rows], field.type)
             table = table.append_column(field, values)

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
 from rayjobs import storage
-from rayjobs.dataset.lock import Lock
+from rayjobs.config import BadInput
+from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.dataset.records import Row
 from rayjobs.generation.config import GenerateConfig
@@ -57,6 +58,10 @@ class Attempt:
     """The record that is being made alone."""
     deaths: dict[int, int] = field(default_factory=dict)
     """Crashes of workers, by the record that each was making alone."""
+    run: str = ""
+    """The run whose worker makes it."""
+    node: str = ""
+    """The machine on which it is made."""
 
     @property
     def culprits(self) -> list[int]:
@@ -66,18 +71,33 @@ class Attempt:
 class Attempts:
     """Markers below attempts/ of the data set at `uri`, each written before its shard is made.
 
-    A marker that is there when a shard is begun means that the process which wrote it is gone.
+    A marker that is there when a shard is begun means that the process which wrote it is gone. Its
+    record is to blame only if nothing else is: within one `run`, that is with the same driver, and
+    where the machine on which it was made still `is_alive`.
     """
 
-    def __init__(self, uri: str):
+    def __init__(
+        self,
+        uri: str,
+        run: str = "",
+        node: str = "",
+        is_alive: Callable[[str], bool] = lambda node: True,
+    ):
         self.uri = uri
+        self._run = run
+        self._node = node
+        self._is_alive = is_alive
 
     def begin(self, shard: int) -> Attempt:
         """Note that a shard is being made; the result counts the earlier attempts."""
         attempt = self._read(shard)
-        if attempt.record is not None:
-            attempt.deaths[attempt.record] = attempt.deaths.get(attempt.record, 0) + 1
-            attempt.record = None
+        if attempt is None:
+            attempt = Attempt()
+        elif attempt.run == self._run and self._is_alive(attempt.node):
+            attempt.number += 1
+            if attempt.record is not None:
+                attempt.deaths[attempt.record] = attempt.deaths.get(attempt.record, 0) + 1
+        attempt.record, attempt.run, attempt.node = None, self._run, self._node
         self._write(shard, attempt)
         return attempt
 
@@ -92,13 +112,13 @@ class Attempts:
     def _marker(self, shard: int) -> str:
         return storage.join(self.uri, "attempts", f"{shard:08d}.json")
 
-    def _read(self, shard: int) -> Attempt:
+    def _read(self, shard: int) -> Attempt | None:
         try:
             marker = json.loads(storage.read_bytes(self._marker(shard)))
         except storage.NotThere:
-            return Attempt()
-        deaths = {int(record): deaths for record, deaths in marker["deaths"].items()}
-        return Attempt(marker["number"] + 1, marker["record"], deaths)
+            return None
+        marker["deaths"] = {int(record): deaths for record, deaths in marker["deaths"].items()}
+        return Attempt(**{"run": "unknown"} | marker)
 
     def _write(self, shard: int, attempt: Attempt) -> None:
         staging = storage.join(self.uri, "tmp")
@@ -111,7 +131,8 @@ class ShardWorker:
     """Holds the model and makes shards of one segment of a data set.
 
     `report(images, failed)` is called for every finished image. `redo` maps finished shards to the
-    records to make again, with the seeds to use; without any, those that failed.
+    records to make again, with the seeds to use, None for their own; without any record, those that
+    failed. `attempts` tells which earlier deaths of workers count.
     """
 
     def __init__(
@@ -122,6 +143,7 @@ class ShardWorker:
         *,
         redo: Redo | None = None,
         report: Callable[[int, int], None] = lambda images, failed: None,
+        attempts: Attempts | None = None,
     ):
         determinism.pin(config.workers)
         mine = determinism.current(config)
@@ -130,10 +152,11 @@ class ShardWorker:
         self.facts = {"class": determinism.identify(mine), "class_changed": changed}
         self.config = config
         self.segment = lock.segments[segment]
+        self._lock: Lock | None = lock
         self.spec = open_spec(config, self.segment, segment)
         self.schema = record_schema(config, self.spec.rows)
         self.manifest = Manifest(config.output.uri, lock.format)
-        self.attempts = Attempts(config.output.uri)
+        self.attempts = attempts or Attempts(config.output.uri)
         self.generator = RecordGenerator(config, self.segment.model_name, self.segment.guided)
         self._check_model()
         self._redo = redo
@@ -154,8 +177,13 @@ class ShardWorker:
         yield from self._committed(0)
 
     def record(self, number: int) -> Record:
-        """Record `number` of the data set."""
-        return record_of(self.spec, self.segment, number)
+        """Record `number` of the data set, with the seed that it is to be made again with."""
+        record = record_of(self.spec, self.segment, number)
+        seed = self._seeds(self.segment.shard_of(number)).get(number)
+        return record if seed is None else replace(record, seed=seed)
+
+    def _seeds(self, shard: int) -> Mapping[int, int | None]:
+        return {} if self._redo is None else self._redo.get(shard, {})
 
     def _records(self, shards: Iterable[int], suspects: dict[int, Attempt]) -> Iterator[Record]:
         """The records of all shards, one after the other without a gap.
@@ -163,49 +191,55 @@ class ShardWorker:
         A shard that crashed too many workers is put into `suspects` instead.
         """
         for number in shards:
-            if self._redo is not None:
-                yield from self._reopen(number, self._redo.get(number, {}))
-            elif self.manifest.is_committed(number):
+            if self._redo is None and self.manifest.is_committed(number):
                 self._commits.append(_completed(self.manifest.entry(number)))
+                continue
+            attempt = self.attempts.begin(number)
+            self._check_lock()
+            if attempt.number > self.config.workers.attempts:
+                suspects[number] = attempt
             else:
-                attempt = self.attempts.begin(number)
-                if attempt.number > self.config.workers.attempts:
-                    suspects[number] = attempt
-                    continue
-                yield from map(self.record, self._begin(number).numbers)
+                yield from map(self.record, self._begin(number).missing)
 
-    def _begin(self, number: int, old: Entry | None = None) -> _OpenShard:
-        shard = self._open[number] = _OpenShard(number, self.segment.records_of(number), old)
+    def _begin(self, number: int) -> _OpenShard:
+        shard = self._open[number] = _OpenShard(number, self.segment.records_of(number))
+        if self._redo is not None:
+            self._keep_rows(shard)
         return shard
+
+    def _keep_rows(self, shard: _OpenShard) -> None:
+        """The rows of a finished shard that are not to be made again."""
+        shard.old = self.manifest.entry(shard.number)
+        again = set(self._seeds(shard.number))
+        if again >= set(shard.numbers):
+            return
+        read = self.manifest.format.read(self.manifest.data, shard.number, schema=self.schema)
+        rows = {row["record"]: row for row in read}
+        again = again or {number for number, row in rows.items() if row["status"] != "ok"}
+        shard.rows = {number: row for number, row in rows.items() if number not in again}
+        if not shard.missing:  # mended before an earlier worker died
+            self._close(shard, _completed(shard.old))
+            self.attempts.end(shard.number)
 
     def _make_one_by_one(self, number: int, attempt: Attempt) -> None:
         """One record at a time, each noted before it is made; likely culprits come first."""
         shard = self._begin(number)
-        for record in attempt.culprits:
+        for record in set(attempt.culprits).intersection(shard.missing):
             self._put(shard, self._failed_row(record))
         for record in sorted(shard.missing, key=lambda r: -attempt.deaths.get(r, 0)):
             self.attempts.begin_record(number, attempt, record)
             for _, row in self.generator.generate([self.record(record)]):
                 self._put(shard, row)
 
-    def _reopen(self, number: int, seeds: Mapping[int, int]) -> Iterator[Record]:
-        """Records of a finished shard that are to be made again; the others are kept."""
-        old = self.manifest.entry(number)
-        assert old is not None
-        rows = list(self.manifest.format.read(self.manifest.data, number, schema=self.schema))
-        again = set(seeds) or {row["record"] for row in rows if row["status"] != "ok"}
-        shard = self._begin(number, old)
-        shard.rows = {row["record"]: row for row in rows if row["record"] not in again}
-        for k in sorted(again):
-            record = self.record(k)
-            yield replace(record, seed=seeds.get(k, record.seed))
-
     def _put(self, shard: _OpenShard, row: Row) -> None:
         shard.rows[row["record"]] = row
         self._report(1, int(row["status"] != "ok"))
         if len(shard.rows) == len(shard.numbers):
-            del self._open[shard.number]
-            self._commits.append(self._saving.submit(self._commit, shard))
+            self._close(shard, self._saving.submit(self._commit, shard))
+
+    def _close(self, shard: _OpenShard, entry: Future[Entry]) -> None:
+        del self._open[shard.number]
+        self._commits.append(entry)
 
     def _failed_row(self, record: int) -> Row:
         row = self.generator.columns(self.record(record), None)
@@ -224,8 +258,9 @@ class ShardWorker:
             **self.facts,
         }
         if shard.old is not None:
-            return self.manifest.replace(shard.old, files, facts)
-        entry = self.manifest.commit(shard.number, files, facts)
+            entry = self.manifest.replace(shard.old, files, facts)
+        else:
+            entry = self.manifest.commit(shard.number, files, facts)
         self.attempts.end(shard.number)
         return entry
 
@@ -233,6 +268,15 @@ class ShardWorker:
         """Entries of stored shards; waits for some while more than `max_unsaved` are not stored."""
         while self._commits and (self._commits[0].done() or len(self._commits) > max_unsaved):
             yield self._commits.pop(0).result()
+
+    def _check_lock(self) -> None:
+        """Until a first marker is there, another job may take the place of this one."""
+        if self._lock is None:
+            return
+        there, mine = read_lock(self.config.output.uri), self._lock.segments
+        if there is None or there.segments[: len(mine)] != mine:
+            raise BadInput(f"another run began another job in {self.config.output.uri}; this ends")
+        self._lock = None
 
     def _check_model(self) -> None:
         loaded, locked = self.generator.model.sha256, self.segment.model_sha256

@@ -31,7 +31,7 @@ def reference(folder: Path, request: Request) -> torch.Tensor:
     pipeline, scheduler_config = reference_pipeline(
         folder, StableDiffusionXLInpaintPipeline, StableDiffusionInpaintPipeline
     )
-    sampler_class, options = resolve(str(request.sampler), request.sampler_options, False)
+    sampler_class, options = resolve(str(request.sampler), request.sampler_options)
     pipeline.scheduler = sampler_class.from_config(scheduler_config, **options)
     return pipeline(
         request.prompt,

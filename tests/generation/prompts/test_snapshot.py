@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rayjobs.generation.prompts.snapshot import (
     ROWS_PER_GROUP,
     ImageNames,
     Snapshot,
+    check_numbers,
     write_names,
     write_snapshot,
 )
@@ -301,3 +303,67 @@ def test_names_are_a_sequence(tmp_path: Path) -> None:
         found[len(names)]
     assert write_names([], path) == 0
     assert list(ImageNames(path)) == []
+
+
+def test_numbers_that_json_readers_cannot_hold(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.parquet")
+    for kind, small, large in [
+        (pa.uint64(), 2**63 - 1, 2**63),
+        (pa.struct([("u", pa.list_(pa.uint64()))]), {"u": [1]}, {"u": [1, 2**64 - 1]}),
+    ]:
+        pq.write_table(pa.table({"k": pa.array([small, None], kind)}), path)
+        check_numbers(path)
+        pq.write_table(pa.table({"k": pa.array([None, large], kind)}), path)
+        with pytest.raises(BadInput, match=r"'k.* has the number \d+, which .*format=parquet"):
+            check_numbers(path)
+
+
+def lines(*rows: Any) -> str:
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def test_empty_objects_may_come_first(tmp_path: Path) -> None:
+    """What is in them shows more than a chunk of rows later."""
+    empty = [{"prompt": "a", "m": {}, "n": [{}]}] * 4096
+    later = {"prompt": "b", "m": {"a": 1}, "n": [{"b": {"c": "x"}}]}
+    (tmp_path / "p.jsonl").write_text(lines(*[{}] * 4096, *empty, later))
+    total = write_snapshot(PromptsConfig(uri=f"{tmp_path}/p.jsonl"), f"{tmp_path}/s")
+    rows = Snapshot(f"{tmp_path}/s")
+    assert (total, rows.row(4096)) == (4097, later)
+    assert rows.row(0) == {"prompt": "a", "m": {"a": None}, "n": [{"b": None}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.jsonl", lines({"prompt": "a", "m": {}}), "m has only {} in it; drop it"),
+        ("a.csv", "prompt;seed\na;1\n", "separated by ';', not as in csv; write commas"),
+        ("b.csv", "prompt\tseed\na\t1\n", "name a tab-separated file .tsv"),
+        ("a.tsv", "prompt,seed\na,1\n", "separated by ',', not as in tsv; write tabs"),
+        ("c.csv", "prompt,seed\ra,1\rb,2\r", "its lines end as old Macs' do; convert it: tr"),
+        (
+            "p.parquet",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "fetch it with: git lfs pull",
+        ),
+    ],
+)
+def test_hints_are_right(name: str, text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(BadInput, match=re.escape(told)):
+        write_snapshot(PromptsConfig(uri=f"{tmp_path}/{name}"), f"{tmp_path}/s")
+
+
+def test_long_cells_and_folders_that_are_columns(tmp_path: Path) -> None:
+    long = "word " * 40_000
+    (tmp_path / "a.csv").write_text(f'prompt,t\n"{long}",1\n')
+    assert write_snapshot(PromptsConfig(uri=f"{tmp_path}/a.csv"), f"{tmp_path}/s") == 1
+    assert Snapshot(f"{tmp_path}/s").row(0)["prompt"] == long
+    for folder in ("lang=d%20e/y=1", "lang=en/y=2", "lang=__HIVE_DEFAULT_PARTITION__/y=3"):
+        path = tmp_path / "hive" / folder / "part.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"prompt": ["a"], "y": [7]}), path)
+    write_snapshot(PromptsConfig(uri=f"{tmp_path}/hive"), f"{tmp_path}/s")
+    rows = Snapshot(f"{tmp_path}/s")
+    assert [rows.row(n)["lang"] for n in range(3)] == [None, "d e", "en"]
+    assert rows.row(0)["y"] == 7, "the file's own column wins"

@@ -119,3 +119,12 @@ def test_sizes_hours_and_what_is_assumed() -> None:
     own, elsewhere = plan(job()), plan(job(model={"uri": "some/model"}))
     assert "images of 1024 pixels where no size is given" in describe(elsewhere)
     assert own.num_bytes < elsewhere.num_bytes == round(1.3 * 1024**2)
+
+
+def test_rows_that_will_fail_and_texts_that_repeat_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    rows = ["a,171,,", "a,64,0,", "b,64,4,nan", "b,64,4,inf", "b,64,4,2"]
+    path.write_text("\n".join(["prompt,width,steps,guidance_scale", *rows]))
+    told = describe(plan(job(prompts={"uri": str(path)})))
+    assert "the records of 4 rows will fail, such as row 1: width is 171; it must be a" in told
+    assert "2 different of 5: the same text and seed make the same image again" in told

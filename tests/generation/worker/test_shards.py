@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from rayjobs import storage
+from rayjobs.config import BadInput
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
@@ -100,7 +101,7 @@ def test_a_run_that_ended_before_its_snapshot_goes_on(tmp_path: Path) -> None:
 
 
 def test_another_job_is_refused_with_the_difference(tmp_path: Path) -> None:
-    make(configure(str(tmp_path / "out")), [])
+    make(configure(str(tmp_path / "out")), [1])
     changed = configure(str(tmp_path / "out"), sampler={"name": "euler", "steps": 3})
     with pytest.raises(ValueError, match=r"job.sampler.steps: 2 there, 3 now"):
         job.prepare(changed)
@@ -154,3 +155,39 @@ def test_huggingface_loads_it_as_images(tmp_path: Path) -> None:
     )["train"]
     assert len(loaded) == 6
     assert loaded[0]["image"].size == (64, 64)
+
+
+def test_weighted_prompts_are_played_back_from_their_pictures(tmp_path: Path) -> None:
+    prompts = {"inline": ["a (red:1.4) star", "a photo of a ring, " * 20], "syntax": "a1111"}
+    config = configure(str(tmp_path / "out"), prompts=prompts, seeds={"start": 1})
+    make(config)
+    plain = configure(str(tmp_path / "plain"), prompts={"inline": ["a (red:1.4) star"]})
+    make(plain)
+    (weighted, long), of_plain = rows(config), rows(plain)
+    assert [row["prompt_syntax"] for row in (weighted, long)] == ["a1111", "a1111"]
+    assert weighted["warnings"] is long["warnings"] is None
+    assert "prompt_syntax" not in of_plain[0]
+    assert weighted["image_id"] != of_plain[0]["image_id"]
+    assert weighted["phash"] is not None
+    assert weighted["image_sha256"] != of_plain[0]["image_sha256"]
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    made = [weighted, long, *of_plain]
+    for number, row in enumerate(made):
+        (folder / f"{number}.png").write_bytes(row["image"]["bytes"])
+    again = configure(str(tmp_path / "again"), prompts={"uri": str(folder)}, seeds={"count": 1})
+    make(again)
+    found = rows(again)
+    assert [row["picture"] for row in found] == ["0.png", "1.png", "2.png", "3.png"]
+    for name in ("image_id", "image_sha256", "prompt", "seed", "sampler"):
+        assert [row[name] for row in found] == [row[name] for row in made]
+
+
+def test_a_sampler_of_a_row_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,sampler\na star,heun\na ring,edm_euler\n")
+    config = configure(str(tmp_path / "out"), prompts={"uri": str(path)})
+    with pytest.raises(BadInput, match=r"column sampler of .*p.csv: sampler 'edm_euler' does not"):
+        job.prepare(config)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

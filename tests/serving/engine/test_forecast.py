@@ -14,7 +14,7 @@ def test_a_step_s_time_is_learned() -> None:
     assert forecast.step_s(KEY, 12) == pytest.approx(0.34)
     bound = forecast.bound(KEY)
     assert forecast.work_s(KEY, 140, 0) == pytest.approx(140 / bound * forecast.step_s(KEY, bound))
-    assert forecast.step_s(LARGE, 16) == pytest.approx(4 * 0.42)  # by area, until it is seen
+    assert forecast.step_s(LARGE, 16) == pytest.approx(0.1 + 4 * 0.32)  # until it is seen
     forecast.observe_image(KEY, 0.5)
     assert forecast.work_s(KEY, 0, 3) == pytest.approx(1.5)
 
@@ -92,3 +92,19 @@ def test_recent_steps_count_more_than_old_ones() -> None:
             forecast.observe_image(KEY, seconds)
     assert forecast.step_s(KEY, 4) == pytest.approx(1.0, rel=0.5)
     assert forecast.work_s(KEY, 0, 1) == pytest.approx(1.0, rel=0.01)
+
+
+def test_what_a_step_takes_is_known_after_two_of_its_model() -> None:
+    forecast = Forecast(16, 10.0)
+    forecast.observe_step(("other", (4, 16, 16)), 2, 9.0)
+    forecast.observe_step(("other", (4, 16, 16)), 2, 9.0)
+    forecast.observe_step(KEY, 2, 9.0)
+    assert forecast.known_step_s(KEY, 2) is None
+    assert forecast.known_step_s(LARGE, 2) is None
+    forecast.observe_step(KEY, 2, 1.0)
+    forecast.observe_step(KEY, 2, 1.0)
+    assert forecast.known_step_s(LARGE, 2) == pytest.approx(4 * forecast.step_s(KEY, 2))
+    forecast.observe_step(LARGE, 2, 30.0)
+    assert forecast.known_step_s(LARGE, 2) < 30  # one step may have had other reasons
+    forecast.observe_step(LARGE, 2, 30.0)
+    assert forecast.known_step_s(LARGE, 2) == pytest.approx(30.0)

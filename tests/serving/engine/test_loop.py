@@ -1,6 +1,7 @@
 """The engine loop with the starter model: shared steps, leaving, deadlines, full replicas."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,11 +19,12 @@ from rayjobs.diffusion.vae import worker
 from serve.config import ServeConfig
 from serve.engine.loop import EngineLoop
 from serve.images import to_image
-from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Step, Waiting
+from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Registry
 
 pytestmark = pytest.mark.model
 
+LONG = "a (red:1.3) star, " * 30
 STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
 
 
@@ -79,6 +81,7 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
                 make_request(seeds=(1, 2), steps=5, sampler="euler"),
                 make_request(seeds=(3,), steps=9, guidance_scale=1.0, sampler="ddim"),
                 make_request(seeds=(4,), steps=4, width=96, height=64),
+                make_request(seeds=(5,), steps=5, prompt=LONG, prompt_syntax="a1111"),
             ]
             return await asyncio.gather(*(all_of(loop, each) for each in requests))
 
@@ -87,6 +90,7 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
         Request(prompt="a red star", seed=2, steps=5, sampler="euler"),
         Request(prompt="a red star", seed=3, steps=9, guidance_scale=1.0, sampler="ddim"),
         Request(prompt="a red star", seed=4, steps=4, width=96, height=64),
+        Request(prompt=LONG, prompt_syntax="a1111", seed=5, steps=5),
     ]
     for events, request in zip(answers, alone, strict=True):
         made = {event.seed: event for event in of_kind(events, Finished)}
@@ -143,6 +147,66 @@ def test_a_short_ask_is_not_stuck_behind_long_ones() -> None:
             return short_s
 
     assert run(work()) < 5
+
+
+def test_a_size_whose_step_all_would_wait_for_is_refused() -> None:
+    """By what is known of other sizes, or once its own steps are known; its own size never is."""
+
+    async def work() -> None:
+        async with running(max_step_s=0.5) as loop:
+            (loaded,) = loop.models.loaded.values()
+            forecast, own = loop.stepper.forecast, loaded.own_shape
+            for slots in (2, 8, 2, 8):
+                forecast.observe_step(loaded.key(own), slots, 0.01 * slots)
+            (failed,) = await all_of(loop, make_request(width=1024, height=1024))
+            assert (failed.kind, failed.param) == ("invalid", "size")
+            assert "a step of 1024x1024 takes about" in failed.message
+            stream = loop.generate(make_request(width=96, height=96, steps=900))
+            assert isinstance(await anext(stream), Waiting)
+            await eventually(lambda: bool(forecast.known_step_s(loaded.key((4, 24, 24)), 2)))
+            for _ in range(9):
+                forecast.observe_step(loaded.key((4, 24, 24)), 2, 900.0)
+            (failed,) = [event async for event in stream]
+            assert (failed.kind, failed.param) == ("invalid", "size")
+            for _ in range(3):
+                forecast.observe_step(loaded.key(own), 2, 9.0)
+            assert of_kind(await all_of(loop, make_request()), Finished)
+
+    run(work())
+
+
+def test_a_model_that_nothing_is_known_of_is_measured_first() -> None:
+    async def work() -> None:
+        config = ServeConfig.model_validate(STARTER | {"engine": {"max_step_s": 0.001}})
+        loop = EngineLoop(config.engine, Registry(config))
+        try:
+            (failed,) = await all_of(loop, make_request(width=2048, height=1024))
+            assert (failed.kind, failed.param) == ("invalid", "size")
+        finally:
+            await loop.close()
+
+    run(work())
+
+
+def test_a_deadline_holds_during_a_long_step() -> None:
+    async def work() -> None:
+        async with running() as loop:
+            (loaded,) = loop.models.loaded.values()
+            go, predict = threading.Event(), loaded.engine._predict_noise
+
+            def wait(rows: list[Any]) -> Any:
+                go.wait(20)
+                return predict(rows)
+
+            loaded.engine._predict_noise = wait  # type: ignore[method-assign]
+            try:
+                events = await all_of(loop, make_request(deadline_s=0.2))
+            finally:
+                go.set()
+            assert events[-1] == TOO_LATE
+            await eventually(lambda: not loaded.engine.rows)
+
+    run(work())
 
 
 def test_a_deadline_ends_the_rows() -> None:

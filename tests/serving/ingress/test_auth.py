@@ -11,6 +11,7 @@ from serve.config import AuthConfig, KeyConfig, ServeConfig
 from serve.errors import ApiError
 from serve.ingress.api import create_app
 from serve.ingress.auth import ApiKeys
+from serve.ingress.images_api import ImagesApi
 from serve.protocol import Event, ImagesRequest
 
 KEY = KeyConfig(name="team", key="k" * 20, max_concurrent=1, images_per_minute=3)
@@ -81,7 +82,8 @@ def test_a_full_key_s_body_is_not_read() -> None:
         return {"type": "http.request", "body": b"{}", "more_body": False}
 
     async def main() -> None:
-        app = create_app(ServeConfig.model_validate(CONFIG), Nobody())
+        config = ServeConfig.model_validate(CONFIG)
+        app = create_app(config, ImagesApi(config, Nobody()))
         first = asyncio.create_task(post(app, never))
         await asyncio.sleep(0.1)
         assert await post(app, unread) == 429

@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from serve.config import ResultsConfig, SafetyConfig
 from serve.engine import safety
 from serve.ingress.responses import ResponseEncoder, usage
+from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step
 
@@ -44,8 +45,8 @@ def test_a_stream_gives_one_image_after_another() -> None:
     ]
 
     async def main() -> list[str]:
-        body = GenerateBody(prompt="p", stream=True)
-        stream = ResponseEncoder(ResultsConfig()).stream(
+        body = GenerateBody(prompt="p", stream=True, progress=True)
+        stream = ResponseEncoder(ResultsStore(ResultsConfig())).stream(
             body, make_request(3), told(*events), "image_generation"
         )
         return [data.decode() async for data in stream]
@@ -63,7 +64,7 @@ def test_a_failure_in_mid_stream_is_openai_s() -> None:
     async def main() -> list[str]:
         body = GenerateBody(prompt="p", stream=True)
         events = told(Step(0, 1, 2, 0.0), Failed("deadline", "too late", "deadline_s"))
-        stream = ResponseEncoder(ResultsConfig()).stream(
+        stream = ResponseEncoder(ResultsStore(ResultsConfig())).stream(
             body, make_request(1), events, "image_generation"
         )
         return [data.decode() async for data in stream]
@@ -80,7 +81,7 @@ def test_usage_counts_patches_of_16_pixels() -> None:
 def test_links_are_presigned(bucket: str) -> None:
     async def main() -> dict[str, Any]:
         body = GenerateBody(prompt="p", response_format="url", output_format="webp")
-        answers = ResponseEncoder(ResultsConfig(uri=f"{bucket}/served"))
+        answers = ResponseEncoder(ResultsStore(ResultsConfig(uri=f"{bucket}/served")))
         return await answers.whole(body, make_request(1), told(Finished(0, 0, pixels(200))))
 
     (image,) = asyncio.run(main())["data"]

@@ -1,0 +1,45 @@
+"""Whether adapters fit a model, known from the model's configs without loading a weight.
+
+Owns the layers of a model that is not loaded. Raises what the reader raises.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import UNet2DConditionModel
+
+from rayjobs.diffusion.adapters.names import Layers
+from rayjobs.diffusion.adapters.reader import Adapter, read
+from rayjobs.diffusion.files.folder import read_json
+from rayjobs.diffusion.weights import Weights, lora_file
+
+
+def check(paths: Sequence[Path], weights: Weights) -> list[Adapter]:
+    """The adapters at `paths`, without their tensors. Raises ValueError unless all fit the model.
+
+    A single file's layers are known where its configurations are at hand; else adapters are checked
+    when the model is loaded, and not returned.
+    """
+    folder = weights.path if weights.single is None else weights.config_folder
+    if folder is None or not paths:
+        return []
+    layers = layers_of(folder, weights)
+    return [read(str(path), lora_file(path), layers).without_tensors() for path in paths]
+
+
+def layers_of(folder: Path, weights: Weights) -> Layers:
+    """The layers of a model whose configurations are in `folder`."""
+    index = read_json(folder / "model_index.json")
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if (index.get(name) or [0])[0]]
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(weights.unet_config(folder))
+        parts = {"unet": unet, **{name: _encoder(folder, name, index) for name in encoders}}
+    return Layers(weights.family, parts)
+
+
+def _encoder(folder: Path, name: str, index: dict[str, Any]) -> Any:
+    kind = getattr(transformers, index[name][1])
+    return kind(kind.config_class.from_pretrained(folder / name))

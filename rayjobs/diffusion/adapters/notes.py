@@ -1,0 +1,107 @@
+"""What stands beside an adapter's tensors: strengths, and the model that it was made for.
+
+Owns the metadata of diffusers and kohya in a file's header, and peft's adapter_config.json beside
+it. Knows no tensors.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayjobs.diffusion.weights import sha256_of
+
+DIFFUSERS = "lora_adapter_metadata"
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Notes:
+    """`parts` holds peft's settings by part; "" stands for a file of one part."""
+
+    family: str | None
+    """Of the model that it was trained for, where the file says so."""
+    parts: Mapping[str, Mapping[str, Any]]
+    title: str = ""
+
+    def strength(self, part: str, name: str, rank: int | None, alpha: float | None) -> float:
+        """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732): alpha from the layer's
+        own tensor, else by peft's rules; 1 where nothing says it. `rank` None asks the settings.
+        """
+        settings = self.parts.get(part, self.parts.get("", {}))
+        names = (name, f"{part}.{name}", f"{part}.text_model.{name}")
+        size: float | None = rank
+        if size is None:
+            size = _of_layer(names, settings.get("rank_pattern"), settings.get("r"))
+        if alpha is None:
+            default = settings.get("lora_alpha", settings.get("alpha"))
+            alpha = _of_layer(names, settings.get("alpha_pattern"), default)
+        if alpha is None or size is None:
+            return 1.0
+        return alpha / (size**0.5 if settings.get("use_rslora") else size)
+
+    @property
+    def tells_strength(self) -> bool:
+        return bool(self.parts)
+
+
+def read(file: Path, header: Mapping[str, str]) -> Notes:
+    """The notes of an adapter file with this `header` of metadata.
+
+    Raises ValueError for notes that cannot be read.
+    """
+    config = peft_config(file)
+    if config is not None:
+        parts = {"": json.loads(config.read_text())}
+    elif DIFFUSERS in header:
+        parts = _by_part(json.loads(header[DIFFUSERS]))
+    else:
+        parts = {}
+    title = header.get("modelspec.title") or header.get("ss_output_name") or ""
+    return Notes(_family(header), parts, title)
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of an adapter file, and of peft's settings beside it, which it depends on."""
+    config = peft_config(file)
+    if config is None:
+        return sha256_of(file)
+    return hashlib.sha256(f"{sha256_of(file)} {sha256_of(config)}".encode()).hexdigest()
+
+
+def peft_config(file: Path) -> Path | None:
+    """The settings that peft saves beside `file`, without which its strength is unknown."""
+    config = file.parent / PEFT_CONFIG
+    return config if file.name.startswith("adapter_model") and config.is_file() else None
+
+
+def _by_part(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value
+    return parts
+
+
+def _family(header: Mapping[str, str]) -> str | None:
+    """sdxl or sd, by what kohya and the model specification call the base model."""
+    told = [header.get("modelspec.architecture", ""), header.get("ss_base_model_version", "")]
+    for name in told:
+        if name.startswith(("stable-diffusion-xl", "sdxl")):
+            return "sdxl"
+        if name.startswith(("stable-diffusion-v", "sd_v")):
+            return "sd"
+    return None
+
+
+def _of_layer(
+    names: tuple[str, ...], patterns: Mapping[str, Any] | None, default: Any
+) -> float | None:
+    """The value of the first pattern that a name of the layer ends with, as peft has it."""
+    for pattern, value in (patterns or {}).items():
+        if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names):
+            return float(value)
+    return default

@@ -1,0 +1,229 @@
+"""A diffusers folder compared with itself: its index, its parts' configurations, their tensors.
+
+Owns which files diffusers would read and what would be wrong with them. Loads no weights. Knows
+nothing of single files.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayjobs.diffusion.files import foreign, layout
+from rayjobs.diffusion.files.header import read_header
+
+PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+PARTS = {
+    "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    "sd": ("unet", "vae", "text_encoder", "tokenizer"),
+}
+LAYOUTS = {"UNet2DConditionModel": layout.unet, "AutoencoderKL": layout.vae}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+OLD_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+"""Of an autoencoder's attention, in files that diffusers wrote before 0.18."""
+MOST_NAMED = 3
+
+
+def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> dict[str, str | None]:
+    """The variant to load of each part that has weights, such as fp16; None is the plain one.
+
+    `index` is model_index.json. Raises ValueError for a part that is missing, a file that is
+    damaged, tensors that do not fit the part's configuration, and parts that do not fit each other.
+    """
+    for name in PARTS[family]:
+        for file in (folder / name).glob("*.safetensors"):
+            read_header(file)
+    _check_index(folder, family, index)
+    variants, configs = {}, {}
+    for name in PARTS[family]:
+        part = folder / name
+        if name.startswith("tokenizer"):
+            check_tokenizer(part)
+            continue
+        configs[name] = read_json(part / "config.json")
+        variants[name] = _check_weights(part, configs[name], str(index[name][1]))
+    check_unet(folder, configs["unet"])
+    _check_fit(folder, configs)
+    return variants
+
+
+def check_unet(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a UNet of another kind of model."""
+    channels = config.get("in_channels", 4)
+    if channels != 4:
+        raise ValueError(
+            f"model {str(folder)!r}: its UNet takes {channels} channels, not 4 (inpainting and "
+            "editing models are not supported)"
+        )
+    if config.get("encoder_hid_dim_type") is not None:
+        raise ValueError(f"model {str(folder)!r}: its UNet reads the texts of another encoder")
+
+
+def refuse_pickles(folders: list[Path]) -> None:
+    """Raise ValueError for a folder whose weights exist as pickles only."""
+    for folder in folders:
+        files = list(folder.glob("*"))
+        pickles = [file for file in files if file.suffix in PICKLES]
+        if pickles and not any(file.suffix == ".safetensors" for file in files):
+            raise ValueError(pickle_message(pickles[0]))
+
+
+def pickle_message(path: Path) -> str:
+    return (
+        f"{path} is a pickle, which can run code when it is opened. Convert it once where you "
+        "trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
+        f"'{path.with_suffix('.safetensors').name}')"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError when it is missing or is no JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def _check_index(folder: Path, family: str, index: Mapping[str, Any]) -> None:
+    for name in PARTS[family]:
+        kind = index.get(name)
+        if not (isinstance(kind, list) and len(kind) == 2 and all(kind)):
+            raise ValueError(
+                f"model {str(folder)!r} has no {name}: model_index.json says {kind!r}; give a "
+                "folder with all parts"
+            )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError unless it has the files of one."""
+    has_pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not has_pairs and not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} is missing, or has neither vocab.json with merges.txt nor "
+                         "tokenizer.json")  # fmt: skip
+
+
+def _check_weights(folder: Path, config: Mapping[str, Any], kind: str) -> str | None:
+    """The variant of a part that is to be loaded. Raises ValueError for what is wrong with it."""
+    headers = {file: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    if not headers:
+        raise ValueError(f"{folder} holds no .safetensors weights")
+    stem = STEMS.get(folder.name, "model")
+    variant = _variant(folder, stem)
+    files = _files(folder, stem, variant)
+    absent = [file.name for file in files if file not in headers]
+    if absent:
+        raise ValueError(f"{folder} lacks {_some(absent)}, which its index names")
+    chosen = [headers[file] for file in files]
+    for header in chosen:
+        quantized = foreign.quantization(header)
+        if quantized is not None:
+            raise ValueError(f"{header.path} holds weights that are {quantized}")
+    _check_names(folder, config, kind, {name for header in chosen for name in header.names})
+    return variant
+
+
+def _variant(folder: Path, stem: str) -> str | None:
+    """The one variant in which a part exists, unless it exists without any."""
+    names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in folder.glob("*.safetensors")]
+    if f"{stem}.safetensors" in names:
+        return None
+    pattern = re.compile(rf"{re.escape(stem)}\.([^.]+)\.safetensors")
+    variants = sorted({found[1] for found in map(pattern.fullmatch, names) if found})
+    if len(variants) > 1:
+        raise ValueError(f"{folder} exists in the variants {', '.join(variants)}; keep one of them")
+    if not variants:
+        raise ValueError(f"{folder} has no {stem}.safetensors; it has {_some(sorted(names))}")
+    return variants[0]
+
+
+def _files(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files that are read of a part; of a sharded one, those that its index names."""
+    suffix = "" if variant is None else f".{variant}"
+    whole = folder / f"{stem}{suffix}.safetensors"
+    index = folder / f"{stem}.safetensors.index{suffix}.json"
+    # transformers reads the whole file where there is one, diffusers the shards.
+    if whole.is_file() and not (index.is_file() and stem in STEMS.values()):
+        return [whole]
+    if not index.is_file():
+        raise ValueError(f"{index} is missing, which says what the shards beside it hold")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} names no tensors")
+    files = {folder / str(name): read_names(folder / str(name)) for name in set(places.values())}
+    lost = [name for name, file in places.items() if name not in files[folder / file]]
+    if lost:
+        raise ValueError(f"{index} names tensors that the shards do not have: {_some(lost)}")
+    return sorted(files)
+
+
+def read_names(path: Path) -> frozenset[str]:
+    """Raises ValueError when the file is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which the index beside it names")
+    return read_header(path).names
+
+
+def _check_names(folder: Path, config: Mapping[str, Any], kind: str, names: set[str]) -> None:
+    """Raise ValueError unless the tensors are those that the configuration asks for."""
+    if kind in LAYOUTS:
+        wanted = LAYOUTS[kind](config)
+    elif kind.startswith("CLIPTextModel"):
+        projection = {"text_projection.weight"} if kind.endswith("WithProjection") else set()
+        wanted = layout.text_encoder(config) | projection
+        names = {name.removeprefix("text_model.") for name in names}
+    else:
+        return
+    if wanted is None:
+        return
+    if kind == "AutoencoderKL":
+        names = {_modern(name) for name in names}
+    missing = sorted(wanted - names)
+    if missing:
+        what = foreign.name_of(names)
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its config.json asks "
+            f"for: {_some(missing)}" + (f"; it is {what}" if what else "")
+        )
+    known = {"embeddings.position_ids", "text_projection.weight"}
+    extra = sorted(names - wanted - known)
+    if extra:
+        raise ValueError(
+            f"{folder} has {len(extra)} tensors that its config.json has no place for: "
+            f"{_some(extra)}"
+        )
+
+
+def _modern(name: str) -> str:
+    for old, new in OLD_NAMES:
+        name = re.sub(rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.", name)
+    return name
+
+
+def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError when parts do not fit: of another model, say."""
+    unet = configs["unet"]
+    encoders = [config for name, config in configs.items() if name.startswith("text_encoder")]
+    width = sum(int(config.get("hidden_size", 0)) for config in encoders)
+    reads = unet.get("cross_attention_dim", 1280)
+    if isinstance(reads, int) and width and reads != width:
+        raise ValueError(
+            f"model {str(folder)!r}: its text encoders give {width} numbers a token, its UNet "
+            f"reads {reads}; parts of two models are mixed"
+        )
+    channels = configs["vae"].get("latent_channels", 4)
+    if channels != unet.get("in_channels", 4):
+        raise ValueError(
+            f"model {str(folder)!r}: its autoencoder has {channels} channels, its UNet "
+            f"{unet.get('in_channels', 4)}; parts of two models are mixed"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,343 @@
+"""The API as clients and proxies meet it, with engines that need no model."""
+
+import asyncio
+import contextlib
+import gzip
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+from rayjobs import storage
+from serve.config import ServeConfig
+from serve.ingress import results, streams
+from serve.ingress.images_api import ImagesApi
+from serve.protocol import Event, Finished, ImagesRequest, Pixels, Waiting
+from tests.serving.in_process import CONFIG, QuickEngines, served, serving
+
+GENERATE = "/v1/images/generations"
+EDIT = "/v1/images/edits"
+
+
+def ask(
+    url: str, path: str = GENERATE, body: Any = None, method: str = "POST", **headers: str
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and body of an answer."""
+    headers = {"content-type": "application/json"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    headers = {name: value for name, value in headers.items() if value}
+    if not isinstance(body, bytes | None):
+        body = json.dumps(body).encode()
+    host = url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=30)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    told = dict(answer.getheaders())
+    is_json = told.get("content-type") == "application/json" and data
+    return answer.status, told, json.loads(data) if is_json else data
+
+
+PROMPT = {"prompt": "a star"}
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[str]:
+    """An endpoint that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.MonkeyPatch.context() as patch:
+        host, port = server.getsockname()[:2]
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        storage.forget_connections()
+        yield f"http://{host}:{port}"
+    storage.forget_connections()
+
+
+@pytest.fixture(scope="module")
+def engines() -> QuickEngines:
+    return QuickEngines()
+
+
+@pytest.fixture(scope="module")
+def url(engines: QuickEngines) -> Iterator[str]:
+    with serving(engines, aliases={"gpt-image-1": "starter"}) as found:
+        yield found
+
+
+def test_a_storage_that_never_answers_delays_only_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links are refused once it is known to be away; until then each keeps its deadline."""
+    monkeypatch.setattr(results.ResultsStore, "_look", _never)
+    with black_hole(), serving(results={"uri": "s3://bucket/served"}) as url:
+        link = PROMPT | {"response_format": "url", "deadline_s": 0.5}
+        answers: list[int] = []
+
+        def ask_for_a_link() -> None:
+            answers.append(ask(url, body=link)[0])
+
+        waiting = [threading.Thread(target=ask_for_a_link) for _ in range(20)]
+        for thread in waiting:
+            thread.start()
+        assert ask(url, body=PROMPT | {"deadline_s": 5})[0] == 200
+        for thread in waiting:
+            thread.join()
+        assert answers == [504] * 20
+
+
+async def _never(store: results.ResultsStore) -> None:
+    """A check that finds nothing wrong."""
+
+
+def test_a_storage_that_is_away_is_told_before_an_image_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def away(uri: str, write: bool) -> None:
+        raise storage.Unavailable("it does not answer")
+
+    monkeypatch.setattr(storage, "check", away)
+    monkeypatch.setattr(results, "CHECK_EVERY_S", 0.1)
+    engines = QuickEngines()
+    with serving(engines, results={"uri": "s3://bucket/served"}) as url:
+        link = PROMPT | {"response_format": "url"}
+        status, headers, body = ask(url, body=link)
+        assert (status, body["error"]["code"]) == (503, "storage_unavailable")
+        assert int(headers["retry-after"]) >= 1
+        assert not engines.asked
+        monkeypatch.setattr(storage, "check", lambda uri, write: None)
+        monkeypatch.setattr(storage, "write_bytes", lambda uri, data: None)
+        monkeypatch.setattr(storage, "link", lambda uri, seconds: "https://there")
+        until_s = time.monotonic() + 10
+        while status != 200 and time.monotonic() < until_s:
+            time.sleep(0.05)
+            status, _, body = ask(url, body=link)
+        assert body["data"][0]["url"] == "https://there"
+
+
+def test_a_registry_that_never_answers_delays_only_names_nobody_knows() -> None:
+    with black_hole(), serving(registry={"uri": "s3://bucket/runs"}) as url:
+        unknown = {"model": "nobody", "deadline_s": 0.3, **PROMPT}
+        lost = [threading.Thread(target=ask, args=(url,), kwargs={"body": unknown}) for _ in "1234"]
+        for thread in lost:
+            thread.start()
+        assert ask(url, body=PROMPT | {"deadline_s": 5})[0] == 200
+        assert ask(url, "/v1/models", method="GET")[0] == 200
+
+
+class SilentEngines(QuickEngines):
+    """Says nothing, or only that it waits, until it may go on."""
+
+    def __init__(self, tells: bool) -> None:
+        super().__init__()
+        self.tells = tells
+        self.go = threading.Event()
+
+    async def events(self, request: ImagesRequest, streamed: bool) -> AsyncIterator[Event]:
+        if self.tells:
+            yield Waiting(0, 1.0)
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+        yield Finished(0, 0, Pixels(8, 8, bytes(192)))
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_stream_begins_before_its_first_event_and_is_never_silent(
+    monkeypatch: pytest.MonkeyPatch, tells: bool
+) -> None:
+    monkeypatch.setattr(streams, "PING_S", 0.1)
+    engines = SilentEngines(tells)
+    with serving(engines) as url:
+        request = urllib.request.Request(
+            url + GENERATE,
+            json.dumps(PROMPT | {"stream": True}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert [answer.readline() for _ in range(6)] == [b": ping\n", b"\n"] * 3
+            engines.go.set()
+            rest = answer.read().decode()
+    events = [line for line in rest.splitlines() if line.startswith("event")]
+    assert events == ["event: image_generation.completed"]
+
+
+def test_a_stream_keeps_its_deadline() -> None:
+    with serving(QuickEngines(step_s=5)) as url:
+        _, _, data = ask(url, body=PROMPT | {"stream": True, "deadline_s": 0.3})
+        (event,) = data.decode().strip().split("\n\n")
+        assert event.startswith("event: error")
+        assert "deadline_exceeded" in event
+
+
+def test_fields_that_change_nothing_are_taken_whatever_they_say(url: str) -> None:
+    body = PROMPT | {"quality": "ultra-2027", "safety_identifier": "me", "style": "new", "user": 7}
+    assert ask(url, body=body | {"metadata": {"a": 1}})[0] == 200
+    status, _, told = ask(url, body=PROMPT | {"num_inference_step": 3})
+    assert (status, told["error"]["code"]) == (400, "unknown_parameter")
+
+
+def test_clients_may_send_names_of_their_own(url: str, engines: QuickEngines) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client.images.generate(model="gpt-image-1", prompt="a star")
+    assert engines.asked[-1].model == "starter"
+    client.images.generate(prompt="a star")
+    assert client.models.retrieve("gpt-image-1").id == "starter"
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(model="dall-e-3", prompt="a star")
+
+
+def png(side: int = 16, colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def form(*parts: tuple[str, str | bytes]) -> dict[str, Any]:
+    """The body of a form and its content type."""
+    data = b""
+    for name, value in parts:
+        file = '; filename="a.png"' if isinstance(value, bytes) else ""
+        data += f'--x\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        data += (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
+    return {"body": data + b"--x--\r\n", "content_type": "multipart/form-data; boundary=x"}
+
+
+@pytest.mark.parametrize("names", [("image", "mask"), ("image[]", "mask[]"), ("image[0]", "mask")])
+def test_a_form_s_names_may_have_brackets(
+    url: str, engines: QuickEngines, names: tuple[str, str]
+) -> None:
+    sent = form((names[0], png()), (names[1], png(colour="white")), ("prompt", "a star"))
+    assert ask(url, EDIT, **sent)[0] == 200
+    assert engines.asked[-1].mask is not None
+
+
+def test_of_several_images_the_first_is_used_and_told(url: str, engines: QuickEngines) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    answer = client.images.edit(image=[png(), png(colour="blue")], prompt="a star")
+    (image,) = answer.data or []
+    assert "only the first image" in image.model_extra["warnings"][0]  # type: ignore[index]
+    assert engines.asked[-1].init is not None
+    assert engines.asked[-1].init.data[:3] == b"\xff\0\0"
+
+
+BY_OBJECT = "loras[][name]=a loras[][scale]=0.5 loras[][name]=b loras[][scale]=2"
+BY_FIELD = "loras[][name]=a loras[][name]=b loras[][scale]=0.5 loras[][scale]=2"
+BY_NUMBER = "loras[0][name]=a loras[0][scale]=0.5 loras[1][name]=b loras[1][scale]=2"
+AS_JSON = 'loras=[{"name":"a","scale":0.5},{"name":"b","scale":2}]'
+
+
+@pytest.mark.parametrize("fields", [BY_OBJECT, BY_FIELD, BY_NUMBER, AS_JSON])
+def test_lists_in_forms(fields: str) -> None:
+    engines = QuickEngines()
+    loras = [{"name": name, "uri": "starter"} for name in "ab"]
+    with serving(engines, loras=loras) as url:
+        parts = [tuple(part.split("=", 1)) for part in fields.split()]
+        sent = form(("image", png()), ("prompt", "p"), *parts)  # type: ignore[arg-type]
+        assert ask(url, EDIT, **sent)[0] == 200
+    assert engines.asked[0].loras == (("a", 0.5), ("b", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([("loras[][name]", "a"), ("loras[][name]", "b"), ("loras[][scale]", "2")], "unclear"),
+        ([("loras[0][name]", "a"), ("loras[0][name]", "b")], "unclear"),
+        ([("loras[0][name]", "a"), ("loras[][name]", "b")], "unclear"),
+        ([("loras[][name]", "a"), ("loras", "[]")], "unclear"),
+        ([("loras[][name]", "a"), ("loras[][typo]", "a")], "loras.0.typo"),
+        ([("seed", "1"), ("seed", "2")], "given twice"),
+        ([("image", "text")], "must be a file"),
+        ([("picture[]", b"x")], "Unknown parameter: 'picture[]'"),
+        ([("mask[]", png()), ("mask[]", png())], "Send one mask"),
+    ],
+)
+def test_forms_that_could_be_misread_are_refused(
+    url: str, parts: list[tuple[str, Any]], told: str
+) -> None:
+    status, _, body = ask(url, EDIT, **form(("image", png()), ("prompt", "p"), *parts))
+    assert status == 400
+    assert told in body["error"]["message"]
+
+
+def test_openai_s_client_sends_lists_of_objects_in_forms() -> None:
+    engines = QuickEngines()
+    loras = [{"name": name, "uri": "starter"} for name in "ab"]
+    with serving(engines, loras=loras) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        uses = [{"name": "a", "scale": 0.5}, {"name": "b", "scale": 2.0}]
+        client.images.edit(image=png(), prompt="p", extra_body={"loras": uses, "seed": 3})
+        with pytest.raises(openai.BadRequestError, match="unclear"):
+            client.images.edit(
+                image=png(), prompt="p", extra_body={"loras": [*uses, {"name": "a"}]}
+            )
+    assert engines.asked[0].loras == (("a", 0.5), ("b", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "told"),
+    [
+        ({"content_type": ""}, PROMPT, 415, "there is no content type"),
+        ({"content_type": "Application/JSON; charset=utf-8"}, PROMPT, 200, ""),
+        ({"content_encoding": "gzip"}, gzip.compress(b"{}", mtime=0), 415, "encoded with gzip"),
+        ({}, b" " * (2**20 + 1), 413, "at most 1048576"),
+    ],
+)
+def test_bodies(url: str, headers: dict[str, str], body: Any, status: int, told: str) -> None:
+    found, _, answer = ask(url, body=body, **headers)
+    assert found == status
+    assert told in str(answer)
+
+
+def test_a_body_too_long_is_refused_before_it_is_sent(url: str) -> None:
+    head = (
+        f"POST {GENERATE} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        "content-length: 50000000\r\n\r\n"
+    )
+    place = url.removeprefix("http://").split(":")
+    with socket.create_connection((place[0], int(place[1])), timeout=10) as connection:
+        connection.sendall(head.encode())
+        assert b" 413 " in connection.recv(100)
+
+
+def test_a_body_that_pauses_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.ingress.bodies.IDLE_S", 0.2)
+    place = url.removeprefix("http://").split(":")
+    with socket.create_connection((place[0], int(place[1])), timeout=10) as connection:
+        connection.sendall(
+            f"POST {GENERATE} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            'content-length: 50\r\n\r\n{"prompt"'.encode()
+        )
+        assert b" 408 " in connection.recv(100)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/web/app.js", "/v1/models"])
+def test_what_answers_get_answers_head(url: str, path: str) -> None:
+    status, headers, body = ask(url, path, method="HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["content-length"]) > 0
+    assert headers["x-frame-options"] == "DENY"
+    assert ask(url, GENERATE, method="HEAD")[0] == 405
+
+
+def test_who_stops_refuses_new_requests() -> None:
+    engines, config = QuickEngines(), ServeConfig.model_validate(CONFIG)
+    api = ImagesApi(config, engines)
+    with served(config, api) as url:
+        assert ask(url, body=PROMPT)[0] == 200
+        api.is_draining = True
+        status, headers, _ = ask(url, body=PROMPT)
+        assert status == 503
+        assert headers["retry-after"]
+        assert ask(url, "/ready", method="GET")[0] == 503
+        assert ask(url, "/health", method="GET")[0] == 200
+        assert len(engines.asked) == 1
