@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -139,7 +140,9 @@ def test_an_interrupted_run_goes_on(
         assert new.keys() == old.keys()
         # Three steps of at most the learning rate, of the six.
         assert all(np.abs(new[key] - old[key]).max() <= 3 * 5e-3 for key in new), name
-    notes = [json.loads((each / "export" / "manifest.json").read_text()) for each in (run, calm)]
+    notes: list[dict[str, Any]] = [
+        json.loads((each / "export" / "manifest.json").read_text()) for each in (run, calm)
+    ]
     assert notes[0] | notes[1] | {"files": {}} == notes[0] | {"files": {}}
     assert notes[0]["files"].keys() == notes[1]["files"].keys()
 
