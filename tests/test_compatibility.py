@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -122,7 +123,10 @@ def test_an_interrupted_data_set_goes_on(
 def test_an_interrupted_run_goes_on(
     ray_cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its losses and weights are those of the run that was not interrupted, `runs/sks`."""
+    """Its losses are those of the run that was not interrupted, `runs/sks`.
+
+    Its weights are nearly so: their average warms up since.
+    """
     assert main(["dreambooth", "dreambooth.yaml", "output.uri=run-unfinished"]) == 0
     assert capsys.readouterr().out.startswith("3 steps in")
     run, calm = folder / "run-unfinished", folder / "runs" / "sks"
@@ -132,17 +136,15 @@ def test_an_interrupted_run_goes_on(
     losses = [[row["loss"] for row in each] for each in rows]
     assert losses[0] == (losses[1] if is_same_class else pytest.approx(losses[1], abs=1e-5))
     for name in ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors"):
-        assert_same_weights(run / "export" / name, calm / "export" / name, is_same_class)
-    notes = [json.loads((each / "export" / "manifest.json").read_text()) for each in (run, calm)]
-    assert notes[0] | {"files": {}} == notes[1] | {"files": {}}
+        new, old = (load_file(each / "export" / name) for each in (run, calm))
+        assert new.keys() == old.keys()
+        # Three steps of at most the learning rate, of the six.
+        assert all(np.abs(new[key] - old[key]).max() <= 3 * 5e-3 for key in new), name
+    notes: list[dict[str, Any]] = [
+        json.loads((each / "export" / "manifest.json").read_text()) for each in (run, calm)
+    ]
+    assert notes[0] | notes[1] | {"files": {}} == notes[0] | {"files": {}}
     assert notes[0]["files"].keys() == notes[1]["files"].keys()
-
-
-def assert_same_weights(made: Path, written: Path, is_same_class: bool) -> None:
-    new, old = load_file(made), load_file(written)
-    assert new.keys() == old.keys()
-    for name in new:
-        assert np.abs(new[name] - old[name]).max() <= (0 if is_same_class else 1e-4), name
 
 
 def test_a_finished_run_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,10 +18,10 @@ from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
 from rayjobs.dreambooth import lock
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import callback, layouts
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
 from rayjobs.models import exports

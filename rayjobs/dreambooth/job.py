@@ -22,10 +22,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rayjobs import cluster
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import lock, report, results, validation
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig, WorkersConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.validation import ValidationLoop
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote

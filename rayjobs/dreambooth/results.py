@@ -13,6 +13,8 @@ METRICS = "metrics.jsonl"
 """One line a step."""
 
 
+ROUNDING = 1e-6
+"""Of a loss, relative: what two computations of the same may differ by."""
 BETTER = {"preservation": "lower"}
 """Which way a metric is better; all others when they are higher."""
 
@@ -63,11 +65,12 @@ def best_step(results: list[Result]) -> int | None:
 
 
 def has_stalled(losses: list[tuple[int, float]], patience: int) -> bool:
-    """Whether the last `patience` losses are all no better than the best before them."""
+    """Whether none of the last `patience` losses is better than the best before by more than
+    rounding."""
     if len(losses) <= patience:
         return False
     before, last = losses[:-patience], losses[-patience:]
-    return min(loss for _, loss in last) >= min(loss for _, loss in before)
+    return min(loss for _, loss in last) >= (1 - ROUNDING) * min(loss for _, loss in before)
 
 
 def read_losses(output_uri: str, last_step: int) -> list[tuple[int, float]]:

@@ -12,8 +12,8 @@ import ray.exceptions
 
 from rayjobs import storage
 from rayjobs.dreambooth import results
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.resolved import ResolvedRun
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 
 POLL_S = 2.0
 

@@ -22,9 +22,9 @@ from safetensors.torch import load
 
 from rayjobs import storage
 from rayjobs.dreambooth import composition, job
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import resolve
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.models import exports
 
 # Ray Train's own; Lightning reads deprecated parts of torch.

@@ -86,7 +86,8 @@ class LoraConfig(Config):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the adapter's input, in training; of kinds lora and dora."""
     plus_ratio: float = Field(default=1.0, gt=0)
-    """How much faster the matrices B learn than A (LoRA+, arXiv 2402.12354; 16 is usual)."""
+    """How much faster the matrices B learn than A (LoRA+, arXiv 2402.12354; 16 is usual); of kinds
+    lora and dora."""
     targets: Literal["attention", "transformer", "convolution"] = "attention"
     """Attention projections; these and the feed-forward layers; or both and the convolutions."""
     conv_rank: int | None = Field(default=None, ge=1)
@@ -99,7 +100,7 @@ class LoraConfig(Config):
         if self.dropout and self.kind in ("loha", "lokr"):
             raise ValueError(f"dropout is {self.dropout:g}; kind {self.kind} has none, so leave it")
         if self.plus_ratio != 1 and self.kind in ("loha", "lokr"):
-            raise ValueError(f"plus_ratio is {self.plus_ratio:g}; it is of kinds lora and dora")
+            raise ValueError(f"plus_ratio is {self.plus_ratio:g}; kind {self.kind} has no matrix B")
         if self.factor != -1 and self.kind != "lokr":
             raise ValueError(f"factor is {self.factor}; it is of kind lokr")
         if self.factor == 0:

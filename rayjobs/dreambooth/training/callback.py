@@ -17,9 +17,9 @@ import torch
 
 from rayjobs import storage
 from rayjobs.dreambooth import lock, results
+from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import fsdp, trackers
-from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
 from rayjobs.dreambooth.training.module import DreamBooth
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.storage import StorageError

@@ -22,6 +22,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
 from rayjobs.dreambooth import results
+from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.cache import Cache
 from rayjobs.dreambooth.data.schedule import BatchSchedule
@@ -29,7 +30,6 @@ from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import trackers
 from rayjobs.dreambooth.training.batches import Batch, Batches
 from rayjobs.dreambooth.training.callback import CheckpointCallback
-from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.fsdp import RayFSDP2
 from rayjobs.dreambooth.training.held_out import HeldOutLoss
 from rayjobs.dreambooth.training.module import DreamBooth

@@ -241,6 +241,7 @@ def test_when_a_run_has_stalled() -> None:
     assert not stalled([3.0, 2.0, 1.0], 1)
     assert not stalled([1.0], 1)
     assert stalled([1.0, 1.0], 1)
+    assert stalled([1.0, 1 - 1e-8], 1), "rounding"
     assert not stalled([1.0, 2.0], 2)
     assert stalled([3.0, 1.0, 2.0, 1.5], 2)
     assert not stalled([3.0, 2.0, 2.5, 1.5], 2)

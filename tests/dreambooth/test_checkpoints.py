@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rayjobs import storage
-from rayjobs.dreambooth.training.checkpoints import Checkpoint, Checkpoints
+from rayjobs.dreambooth.checkpoints import Checkpoint, Checkpoints
 
 FILES = {"adapter.safetensors": b"weights" * 1000, "optimizer/rank-0.pt": b"moments" * 2000}
 
