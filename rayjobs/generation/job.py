@@ -211,7 +211,7 @@ def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -
     done = manifest.committed(lock.num_shards)
     made = 0
     for entry in pool.make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
-        made += entry["rows"]
+        made += entry["rows"] * bool(entry["made"])
         done[entry["shard"]] = True
         group = entry["shard"] // GROUP
         if work.redo is None and done[group * GROUP : (group + 1) * GROUP].sum() == GROUP:
