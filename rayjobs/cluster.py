@@ -12,12 +12,14 @@ import socket
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import worker as ray_worker
 
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
@@ -25,6 +27,9 @@ from rayjobs.storage import StorageError
 ANSWER_S = 5.0
 REMEMBER_ADDRESS = {"worker_process_setup_hook": "rayjobs.cluster.remember_address"}
 """The runtime environment of a cluster beside which there may be another one on the machine."""
+MAX_LINES_KEPT = 1000
+_told: deque[str] = deque(maxlen=MAX_LINES_KEPT)
+"""What Ray said of failures of this session's workers."""
 _owned = False
 """Whether a session of this process's own is open."""
 
@@ -99,12 +104,16 @@ def unwrap_error(error: Exception) -> Exception:
     return JobFailed(reason.removeprefix("rayjobs.diffusion.faults."))
 
 
+def _remember(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+    _told.extend(data["lines"])
+
+
 def _keep_details(error: Exception) -> None:
     """All that Ray says of a failure, in a file: the one line that is told names it."""
     with tempfile.NamedTemporaryFile(
         "w", prefix="rayjobs-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:
-        file.write(f"{error}\n")
+        file.write("\n".join([*_told, f"{error}\n"]))
     print(f"details of the failure are in {file.name}", file=sys.stderr)
 
 
@@ -145,6 +154,8 @@ def _init(options: dict[str, Any]) -> None:
     on_term = signal.getsignal(signal.SIGTERM)
     if "address" not in options:
         check_answers(os.environ.get("RAY_ADDRESS", ""))
+    # Ray prints the whole traceback of every worker's failure, whatever `log_to_driver` is.
+    ray_worker.print_to_stdstream = _remember  # ty: ignore[invalid-assignment]
     try:
         ray.init(**options)
     except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:

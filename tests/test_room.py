@@ -1,6 +1,7 @@
 """Room for workers: what fits, what is told, and when waiting ends. No cluster is started."""
 
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +101,21 @@ def test_ray_that_does_not_start_is_one_line(
     with pytest.raises(BadInput, match=told) as caught:
         cluster._init({"address": "local"})
     assert "\n" not in str(caught.value)
+
+
+def test_the_rest_of_a_failure_is_in_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line is told; Ray's own tracebacks are not printed, but kept."""
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: None)
+    cluster._init({"address": "local"})
+    cluster.ray_worker.print_to_stdstream(
+        {"lines": ["Traceback of a worker"], "pid": "raylet", "is_err": False}, ignore_prefix=False
+    )
+    assert capsys.readouterr().out == ""
+    failure = cluster.unwrap_error(RuntimeError("Traceback\n  more\nValueError: no model\n"))
+    assert (type(failure), str(failure)) == (JobFailed, "ValueError: no model")
+    path = Path(capsys.readouterr().err.split()[-1])
+    assert "Traceback of a worker" in path.read_text()
+    assert "more" in path.read_text()
+    path.unlink()
