@@ -82,7 +82,7 @@ def test_null_clears_what_the_file_sets(tmp_path: Path) -> None:
     text = JOB + "image: {width: 64}\nsampler: {negative_prompt: bad}\nquality:\n"
     nulls = ("image=null", "prompts.inline=null", "prompts.uri=p.txt", "sampler.steps=~")
     config = load(tmp_path, *nulls, "sampler.negative_prompt=", text=text)
-    assert (config.image.width, config.prompts.inline, config.sampler.steps) == (None, (), 30)
+    assert (config.image.width, config.prompts.inline, config.sampler.steps) == (None, (), None)
     assert config.sampler.negative_prompt is None
     assert load(tmp_path, "seeds=", "seeds.count=3").seeds.count == 3
     with pytest.raises(BadInput, match=r"model.uri: required, but not given"):
