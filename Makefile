@@ -7,7 +7,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
 	-p no:schemathesis -p no:hypothesispytest
 
 .PHONY: demo demo-dreambooth serve test test-unit test-all wheel-check check format bench starter
-.PHONY: reference pictures docs setup clean
+.PHONY: help reference pictures docs setup clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: setup ## make a data set with the starter model and say where to look
 	$(BIN)/python -m rayjobs generate configs/demo/generate.yaml
@@ -16,7 +19,7 @@ demo-dreambooth: setup ## teach the starter model a subject from four pictures
 	$(BIN)/python -m rayjobs dreambooth configs/demo/dreambooth.yaml
 
 serve: setup ## an image API and a page on http://127.0.0.1:8000, until Ctrl-C
-	$(BIN)/serve run configs/demo/serve.yaml
+	$(BIN)/python -m serve run configs/demo/serve.yaml
 
 test: setup ## everything that runs in a few minutes without a GPU
 	$(PYTEST) -m "not slow and not gpu"
@@ -57,10 +60,19 @@ docs: setup ## the site, into build/site
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
+define CHECK_PYTHON
+import sys
+told = f"rayjobs needs Python 3.11 or newer, and {sys.executable} is {sys.version.split()[0]}"
+sys.exit(None if sys.version_info >= (3, 11) else f"{told}; name another one: make PYTHON=python3.12")
+endef
+export CHECK_PYTHON
+
 setup: .venv/installed
 
 # python -m venv needs no more than Python itself; versions come from constraints.txt.
 .venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@$(BIN)/python -c "$$CHECK_PYTHON" 2>/dev/null || rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

@@ -123,7 +123,8 @@ def _configure(
 
 def _resolve(config: DreamBoothConfig) -> ResolvedRun:
     images = find_photos(str(config.prior.uri), str(config.prior.prompt))
-    return resolve(config).with_class_images(images)
+    run = resolve(config)
+    return run.with_class_images({run.class_images_uri: images})
 
 
 # The comparison

@@ -21,7 +21,7 @@ ABOUT = {
     "prior": "`rayjobs prior FILE`. See [Generate](guides/generate.md#class-images).",
     "dreambooth": "`rayjobs dreambooth FILE`. See [DreamBooth](guides/dreambooth.md).",
     "evaluate": "`rayjobs evaluate FILE`. See [DreamBooth](guides/dreambooth.md#evaluate).",
-    "serve": "The `args` of an application in `serve run FILE`. See [Serve](guides/serve.md).",
+    "serve": "An application's `args` in `python -m serve run FILE`. See [Serve](guides/serve.md).",
     "export": "`rayjobs export URI KEY=VALUE ...`. See [Generate](guides/generate.md#export).",
     "build_processor": "`rayjobs.generation.ProcessorConfig`, for "
     "[a pipeline of your own](guides/generate.md#in-a-pipeline-of-your-own).",

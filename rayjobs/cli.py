@@ -116,14 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     job("prior", _prior, "make class images for DreamBooth: what is missing, good ones only")
     job("dreambooth", _dreambooth, "teach a model a subject from a few photographs")
     job("evaluate", _evaluate, "measure a tuned model: likeness, preservation, diversity")
-    plan = job("plan", _plan, "count what a job would make; nothing is made")
+    plan = job("plan", _plan, "check a configuration and count what it would make")
     plan.add_argument("--record", type=int, metavar="K", help="print record K and nothing else")
     plan.add_argument("--rate", type=float, metavar="R", help="images per second of one worker")
     plan.add_argument("--probe", action="store_true", help="measure the rate with a few images")
     plan.add_argument(
         "--price", type=float, metavar="P", help="of a GPU's hour, else a worker's, for the cost"
     )
-    job("show", _show, "print a job's configuration with every default")
+    job("show", _show, "print any configuration with every default")
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
@@ -215,14 +215,14 @@ def _dreambooth(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from rayjobs.config import load_config
-    from rayjobs.dreambooth.evaluate_config import EvaluateConfig
+    from rayjobs.dreambooth.config.evaluate import EvaluateConfig
 
     config = load_config(EvaluateConfig, options.config, options.overrides)
-    from rayjobs.dreambooth import composition
+    from rayjobs.dreambooth import composition, results
 
     done = composition.evaluate(config)
     for name, value in {**done.metrics, "joint_score": done.score}.items():
-        print(f"{name.replace('_', ' '):18} {value:.3f}")
+        print(f"{results.with_direction(name):38} {value:.3f}")
     print(f"of {done.num_pictures:,} pictures; they are in {done.output_uri}")
     return DONE
 
@@ -246,6 +246,15 @@ def _config(options: argparse.Namespace) -> "GenerateConfig":
 def _plan(options: argparse.Namespace) -> int:
     import json
 
+    from rayjobs import keys
+    from rayjobs.config import BadInput
+
+    kind, loaded = keys.load(options.config, options.overrides)
+    if kind != "generate":
+        if options.record is not None or options.rate is not None or options.probe:
+            raise BadInput(f"{options.config} is for {kind}; --record, --rate and --probe are not")
+        print(_counts(kind, loaded))
+        return DONE
     from rayjobs.generation.spec import plan
 
     config, rate = _config(options), options.rate
@@ -258,6 +267,21 @@ def _plan(options: argparse.Namespace) -> int:
         rate = job.measure_rate(config)
     print(plan.describe(plan.plan(config, rate=rate, price=options.price)))
     return DONE
+
+
+def _counts(kind: str, config: Any) -> str:
+    """What a job other than `generate` would make; checks what it reads."""
+    if kind == "prior":
+        from rayjobs.generation import prior
+
+        return prior.describe(config)
+    if kind in ("dreambooth", "evaluate"):
+        from rayjobs.dreambooth import composition
+
+        describe = composition.describe if kind == "dreambooth" else composition.describe_evaluation
+        return describe(config)
+    names = ", ".join(model.name for model in config.models)
+    return f"an image API with {names}; every key is known"
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -280,7 +304,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     import yaml
 
-    values = _config(options).model_dump(mode="json")
+    from rayjobs import keys
+
+    _, config = keys.load(options.config, options.overrides)
+    values = config.model_dump(mode="json")
     print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
     return DONE
 

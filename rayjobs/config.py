@@ -7,7 +7,7 @@ own keys are in a model beside its code.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -87,7 +87,7 @@ def load_config(model: type[C], path: str, overrides: list[str] | None = None) -
     Text is what is written, whatever YAML takes it for; null stands for a key's default.
     Raises BadInput naming every key that is wrong.
     """
-    return read_config(model, _read(path), overrides or [], f"{path}: ")
+    return read_config(model, read_values(path), overrides or [], f"{path}: ")
 
 
 def changed(config: C, overrides: list[str]) -> C:
@@ -107,7 +107,8 @@ def read_config(model: type[C], values: dict[str, Any], overrides: list[str], wh
         raise BadInput("\n".join(f"{where}{line}" for line in lines)) from None
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_values(path: str) -> dict[str, Any]:
+    """What a YAML file holds, unchecked. Raises BadInput where it cannot be read."""
     try:
         values = written.load(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -174,8 +175,12 @@ def _describe(model: type[BaseModel], problem: Any) -> str:
 
 def _known_keys(model: type[BaseModel], parents: tuple[Any, ...]) -> list[str]:
     for parent in parents:
+        if isinstance(parent, int):  # the place of an item in a list, whose model is known
+            continue
         field = model.model_fields.get(str(parent))
         annotation = field.annotation if field else None
+        if get_origin(annotation) is tuple:
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from rayjobs.config import Config
+from rayjobs.config import BadInput, Config, read_config, read_values
 
 MODELS = {
     "generate": "rayjobs.generation.config:GenerateConfig",
     "prior": "rayjobs.generation.prior:PriorConfig",
     "dreambooth": "rayjobs.dreambooth.config:DreamBoothConfig",
-    "evaluate": "rayjobs.dreambooth.evaluate_config:EvaluateConfig",
+    "evaluate": "rayjobs.dreambooth.config.evaluate:EvaluateConfig",
     "serve": "serve.config:ServeConfig",
     "export": "rayjobs.generation.tools.export:ExportConfig",
     "build_processor": "rayjobs.generation.worker.processor:ProcessorConfig",
@@ -36,6 +36,33 @@ def model_of(kind: str) -> type[Config]:
     module, _, name = MODELS[kind].partition(":")
     model: type[Config] = getattr(import_module(module), name)
     return model
+
+
+FILES = ("generate", "prior", "dreambooth", "evaluate")
+"""Kinds that are a job's file of their own."""
+
+
+def load(path: str, overrides: list[str]) -> tuple[str, Config]:
+    """The kind of any configuration file, and what is in it; of a serving file its arguments.
+
+    Raises BadInput naming every key that is wrong.
+    """
+    values = read_values(path)
+    if "applications" in values:
+        applications = values["applications"]
+        if not isinstance(applications, list) or len(applications) != 1:
+            raise BadInput(f"{path}: applications must be a list of one application")
+        arguments = applications[0].get("args") or {}
+        where = f"{path}: applications.0.args."
+        return "serve", read_config(model_of("serve"), arguments, overrides, where)
+    kind = min(FILES, key=lambda kind: _strange(model_of(kind), values))
+    return kind, read_config(model_of(kind), values, overrides, f"{path}: ")
+
+
+def _strange(model: type[Config], values: dict[str, Any]) -> int:
+    """How many top-level keys of a file are not the model's, or required and missing."""
+    required = {name for name, field in model.model_fields.items() if field.is_required()}
+    return len(values.keys() - model.model_fields.keys()) + len(required - values.keys())
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Knows nothing of what is counted.
 
 import sys
 import threading
+import time
 from typing import Any
 
 import ray
@@ -15,6 +16,8 @@ POLL_S = 0.5
 LOG_EVERY_S = 10.0
 FATAL = "fatal"
 """The note with an error that ends the work."""
+DOING = "doing"
+"""The note with what is done before anything can be counted."""
 
 
 class Counter:
@@ -61,14 +64,18 @@ class Progress:
         self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        # Counted from the first one, so that the workers' start is not taken for slowness.
-        while not self._read()[0] and not self._stop.wait(POLL_S):
-            pass
+        # The rate is that of what follows the first ones: when these began is not known, and the
+        # workers' start is not slowness.
+        told = 0.0
+        while not (read := self._read())[0] and not self._stop.wait(POLL_S):
+            if DOING in read[1] and time.monotonic() > told + LOG_EVERY_S:
+                print(read[1][DOING], file=sys.stderr, flush=True)
+                told = time.monotonic()
         # A terminal has a bar that moves; a log gets a line now and then.
         every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
         with tqdm(
             total=self.total,
-            initial=self.initial,
+            initial=max(self.initial, min(read[0], self.total)),
             unit=f" {self.unit}",
             file=sys.stderr,
             smoothing=0.1,
@@ -80,7 +87,11 @@ class Progress:
 
     def _show(self, bar: tqdm) -> None:
         done, notes = self._read()
-        shown = {name: note for name, note in notes.items() if isinstance(note, (int, str))}
+        shown = {
+            name: note
+            for name, note in notes.items()
+            if isinstance(note, (int, str)) and name != DOING
+        }
         if shown:
             bar.set_postfix(shown, refresh=False)
         new = min(done, self.total) - int(bar.n)

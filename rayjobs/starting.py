@@ -74,7 +74,7 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "serve": (
-        "An image API and a page: serve run FILE, then http://127.0.0.1:8000\n"
+        "An image API and a page: python -m serve run FILE, then http://127.0.0.1:8000\n"
         "For SDXL on a GPU: uri stabilityai/stable-diffusion-xl-base-1.0, scaling.num_gpus 1.\n"
         "A host that others can reach needs auth.keys.",
         {

@@ -1,8 +1,10 @@
 """The Ray Serve application: an ingress, and the engine replicas behind it.
 
-Owns how each is deployed. `serve run configs/serve.yaml` calls `build`.
+Owns how each is deployed. Ray calls `build` with the `args` of a file.
 """
 
+import contextlib
+import ctypes
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.storage import StorageError
 from serve.config import ServeConfig
+from serve.file import check_public
 from serve.ingress.api import create_app
-from serve.ingress.auth import is_loopback
 from serve.ingress.images_api import ImagesApi
 from serve.registry import Registry
 from serve.router.fleet import Fleet
@@ -26,6 +28,8 @@ MAX_ONGOING_REQUESTS = 4096
 """Of one replica: the engine's own queue decides when to answer 429, so this is never reached."""
 SHUTDOWN_MARGIN_S = 30.0
 """A replica that is stopped has this and the longest deadline to finish its requests."""
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
+"""glibc's option, and the size from which a block of memory is one of its own."""
 
 
 deployment: Any = ray_serve.deployment
@@ -36,6 +40,7 @@ class Ingress:
     """HTTP, uploads and image formats; no torch."""
 
     def __init__(self, config: ServeConfig, engine: Any):
+        give_memory_back()
         self.config = config
         self.api = ImagesApi(config, Fleet(engine))
 
@@ -46,6 +51,12 @@ class Ingress:
         """From now on refuse requests for images; return how many are still being answered."""
         self.api.is_draining = True
         return self.api.active
+
+
+def give_memory_back() -> None:
+    """Let this process return the memory of large uploads at once: glibc would keep it."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def build(args: ServeConfig) -> Application:
@@ -126,12 +137,6 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
 
 def require_auth_if_public(config: ServeConfig) -> None:
     """Raise BadInput when other machines could use the API without a key."""
-    if config.auth.keys or config.auth.allow_anyone:
-        return
     client = _get_global_client(raise_if_no_controller_running=False)
-    host = None if client is None else client.http_config.host
-    if host is not None and not is_loopback(host):
-        raise BadInput(
-            f"http_options.host is {host}, which other machines can reach, but auth.keys is empty; "
-            "set auth.keys, or host 127.0.0.1, or auth.allow_anyone on a private network"
-        )
+    if client is not None and client.http_config.host is not None:
+        check_public(client.http_config.host, config)

@@ -1,7 +1,7 @@
 """The configuration of a serving application.
 
 Owns its keys, their types and defaults, and checks that need nothing but the file. Imports neither
-torch nor ray, because `serve run` reads it on any machine.
+torch nor ray, because it is read on any machine.
 """
 
 import re

@@ -4,6 +4,7 @@ Owns that shape and the status of each failure. Knows nothing of where errors co
 """
 
 import math
+from random import uniform
 from typing import Any
 
 from serve.protocol import Failed
@@ -19,6 +20,8 @@ TYPES = {
     415: "invalid_request_error",
     429: "rate_limit_error",
 }
+SPREAD = 1.5
+"""How much longer than need be the last of many may be told to wait."""
 CODES = {401: "invalid_api_key", 413: "request_too_large", 429: "rate_limit_exceeded"}
 
 
@@ -39,7 +42,8 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.code = code or CODES.get(status)
-        self.retry_after_s = retry_after_s
+        # Spread, so that those who are refused together do not come again together.
+        self.retry_after_s = None if retry_after_s is None else retry_after_s * uniform(1, SPREAD)
 
     @property
     def body(self) -> dict[str, Any]:

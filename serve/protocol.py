@@ -7,6 +7,8 @@ data, pickled and sent between processes.
 from dataclasses import dataclass
 from typing import Literal
 
+from rayjobs.diffusion.text.syntax import PromptSyntax
+
 
 @dataclass(frozen=True, eq=False)
 class Pixels:
@@ -32,6 +34,7 @@ class ImagesRequest:
     model: str
     prompt: str
     negative_prompt: str | None = None
+    prompt_syntax: PromptSyntax = "plain"
     seeds: tuple[int, ...] = (0,)
     steps: int = 30
     sampler: str | None = None

@@ -12,6 +12,7 @@ from typing import Literal
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.facts import adapter_usual, file_name
 from rayjobs.diffusion.weights import first_line
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
@@ -175,8 +176,7 @@ class Registry:
             weights = Weights(folder, None, how or LoadOptions(), version=etag)
         else:
             like = how or (_how(base) if base else LoadOptions())
-            given = Weights(parts.base_uri) if base is None else _weights(base)
-            weights = replace(given, how=like)
+            weights = _weights(parts.base if base is None else base, like)
         if parts.words:
             weights = replace(weights, words=parts.words, version=etag)
         is_lora = note.kind == "lora"
@@ -198,7 +198,7 @@ class Registry:
                 entry = self._entry(model.name, model.uri, note, "", _how(model))
                 yield replace(entry, kind="model")
                 continue
-            weights, facts = _weights(model), read_facts(model)
+            weights, facts = _weights(model, _how(model)), read_facts(model)
             yield Entry(model.name, "model", weights, facts=facts, hints=_hints(model))
         for lora in self.config.loras:
             yield self._lora(lora)
@@ -211,9 +211,11 @@ class Registry:
         if lora.base is not None and base is None:
             known = ", ".join(model.name for model in self.config.models)
             raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
-        weights = None if base is None else _weights(base)
+        weights = None if base is None else _weights(base, _how(base))
         hints = (note.instance_prompt,) if note is not None and note.instance_prompt else ()
         facts = ModelFacts() if base is None else read_facts(base)
+        usual = adapter_usual(f"{lora.name} {file_name(lora.uri)}")
+        facts = facts if usual is None else replace(facts, usual=usual)
         return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hints)
 
 
@@ -221,9 +223,9 @@ def _hints(model: ModelConfig) -> tuple[str, ...]:
     return (model.hint,) if isinstance(model.hint, str) else model.hint or ()
 
 
-def _weights(model: ModelConfig) -> Weights:
-    source = {name: getattr(model, name) for name in SourceConfig.model_fields}
-    return Weights(**source, how=_how(model))
+def _weights(source: SourceConfig, how: LoadOptions) -> Weights:
+    keys = {name: getattr(source, name) for name in SourceConfig.model_fields}
+    return Weights(**keys, how=how)
 
 
 def _how(model: ModelConfig) -> LoadOptions:

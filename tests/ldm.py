@@ -45,13 +45,15 @@ def build_xl(root: Path) -> Any:
     return pipeline
 
 
-def tensors(pipeline: Any, prefix: str = "model.diffusion_model.") -> Tensors:
-    """All weights of a pipeline."""
-    found = {prefix + name: tensor for name, tensor in _unet(pipeline.unet)}
+def tensors(pipeline: Any, open_clip: bool = False) -> Tensors:
+    """All weights of a pipeline; of Stable Diffusion 2.x with OpenCLIP's names for its encoder."""
+    found = {f"model.diffusion_model.{name}": tensor for name, tensor in _unet(pipeline.unet)}
     found |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(pipeline.vae)}
     if hasattr(pipeline, "text_encoder_2"):
         found |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.text_model.")
         found |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+    elif open_clip:
+        found |= _open_clip(pipeline.text_encoder, "cond_stage_model.model.")
     else:
         found |= _clip(pipeline.text_encoder, "cond_stage_model.transformer.text_model.")
     return found

@@ -127,3 +127,35 @@ def test_show_prints_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["sampler"]["steps"] == 7
     assert shown["workers"]["num_gpus"] == 0
+
+
+SHIPPED = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/demo/*.yaml")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_configuration_is_shown(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(path)]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)
+    assert main(["show", str(path), "no_such_key=1"]) == 2
+    assert "no_such_key: unknown key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("prior", "24 class images: 2 prompts x 12"),
+        ("dreambooth", "4 photographs, 48 class images; full, 500 steps"),
+        ("serve", "an image API with starter"),
+    ],
+)
+def test_other_kinds_are_planned(
+    name: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path = f"configs/demo/{name}.yaml"
+    assert main(["plan", path]) == 0
+    assert told in capsys.readouterr().out
+    assert main(["plan", path, "--probe"]) == 2
+    assert f"is for {name}" in capsys.readouterr().err

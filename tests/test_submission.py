@@ -1,6 +1,10 @@
-"""Jobs that `ray job submit` starts, on a real cluster of three nodes with a token."""
+"""What is submitted and deployed to a real cluster of three nodes with a token.
+
+The nodes' Python has the libraries and not this project, as those of a cluster do.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -8,10 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +32,7 @@ from tests.servers import free_ports
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
-RAY = str(Path(sys.executable).parent / "ray")
-GENERATE = (sys.executable, "-m", "rayjobs", "generate")
+BIN = Path(sys.executable).parent
 DEMO = ("configs/demo/generate.yaml", "prompts.axes.shape=[star]", "sampler.steps=4")
 # One worker fits on a node of three CPUs, and a CPU is left for Ray Data's own tasks.
 ONE_A_NODE = ("workers.min=2", "workers.num_cpus=2")
@@ -38,6 +43,7 @@ class Cluster:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self.python = bare_python(self.folder / "python")
         self.token = secrets.token_hex(32)
         self.gcs, self.client, self.port = free_ports(3)
         self.address = f"http://127.0.0.1:{self.port}"
@@ -68,13 +74,17 @@ class Cluster:
         store = f"--object-store-memory={80 * 2**20}"
         with (self.folder / "start.out").open("ab") as log:
             node = subprocess.Popen(
-                [RAY, "start", "--block", place, *own, store, *options],
+                [*self._ray, "start", "--block", place, *own, store, *options],
                 env=self.environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
         self._nodes.append(node)
+
+    @property
+    def _ray(self) -> tuple[str, ...]:
+        return (self.python, "-m", "ray.scripts.scripts")
 
     def ask(self, path: str, **headers: str) -> Any:
         """What the dashboard answers; with the token, unless other headers are given."""
@@ -90,7 +100,7 @@ class Cluster:
     def ray(self, *command: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
         """Exit code and output of `ray job ...` as a user would call it."""
         done = subprocess.run(
-            [RAY, "job", command[0], "--address", self.address, *command[1:]],
+            [BIN / "ray", "job", command[0], "--address", self.address, *command[1:]],
             cwd=self.folder / "repository",
             env=environment or self.environment,
             capture_output=True,
@@ -101,7 +111,8 @@ class Cluster:
 
     def submit(self, name: str, *settings: str, wait: bool = True) -> tuple[int, str]:
         options = ["--working-dir", ".", "--submission-id", name, *([] if wait else ["--no-wait"])]
-        return self.ray("submit", *options, "--", *GENERATE, *settings, *ONE_A_NODE)
+        generate = (self.python, "-m", "rayjobs", "generate")
+        return self.ray("submit", *options, "--", *generate, *settings, *ONE_A_NODE)
 
     def close(self) -> None:
         for node in self._nodes:  # ray start --block ends what it started, if slowly
@@ -112,6 +123,14 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
             node.wait()
+
+
+def bare_python(folder: Path) -> str:
+    """A Python that has this one's libraries, and not the project."""
+    venv.create(folder, symlinks=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return str(folder / "bin" / "python")
 
 
 def wait_for(ready: Any, seconds: float) -> None:
@@ -222,3 +241,42 @@ def test_a_stopped_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     after = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
     assert sorted(after) == list(range(24))
     assert {shard: after[shard] for shard in before} == before
+
+
+def test_serving_is_deployed_once_the_nodes_have_the_code(cluster: Cluster, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    values = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
+    [application] = values["applications"]
+    application["args"] = {
+        "models": [{"name": "starter", "uri": "starter"}],
+        "scaling": {"num_gpus": 0, "num_cpus": 1, "ingress": 1, "ingress_cpus": 0.5},
+        "auth": {"keys": [{"name": "team", "sha256": hashlib.sha256(b"key").hexdigest()}]},
+    }
+    values |= {"proxy_location": "HeadOnly", "http_options": {"host": "127.0.0.1", "port": port}}
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(values))
+    deploy(cluster, config)
+    wait_for(lambda: state(cluster)["status"] == "DEPLOY_FAILED", 120)
+    assert "No module named 'serve'" in state(cluster)["message"]
+    # As cluster.yaml does it; its libraries are there.
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    subprocess.run([cluster.python, *install, cluster.folder / "repository"], check=True)
+    deploy(cluster, config)
+    wait_for(lambda: state(cluster)["status"] == "RUNNING", 180)
+    body = {"prompt": "a red star", "size": "64x64", "num_inference_steps": 2}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/images/generations",
+        json.dumps(body).encode(),
+        {"Authorization": "Bearer key", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert json.load(answer)["data"][0]["b64_json"]
+
+
+def deploy(cluster: Cluster, config: Path) -> None:
+    command = [BIN / "serve", "deploy", str(config), "--address", cluster.address]
+    subprocess.run(command, cwd=cluster.folder, env=cluster.environment, check=True, timeout=120)
+
+
+def state(cluster: Cluster) -> Any:
+    return cluster.ask("/api/serve/applications/")["applications"]["images"]

@@ -23,7 +23,9 @@ from rayjobs.diffusion.vae.preview import Previewer
 from rayjobs.diffusion.vae.worker import VaeWorker
 
 PROMPT_CACHE = 512
-"""Texts whose embeddings are kept."""
+"""Chunks of texts whose embeddings are kept."""
+MAX_BATCHES_AHEAD = 3
+"""Requests that `generate` draws beyond those of a call, in batches."""
 
 
 class Engine:
@@ -141,12 +143,17 @@ class Engine:
         self.keep_pixels = keep_pixels
         remaining = iter(requests)
         while True:
-            room = 2 * self._batcher.max_rows - self.num_pending
-            for request in islice(remaining, max(0, room)):
+            for request in islice(remaining, max(0, self._num_ahead() - self.num_pending)):
                 self.add(request)
             if not self.num_pending:
                 return
             yield from self.step()
+
+    def _num_ahead(self) -> int:
+        """Requests to have at once: more where rows of several shapes wait for calls of their own,
+        which would else be half empty."""
+        shapes = {(row.shape, row.num_chunks) for row in self.rows.values()}
+        return (1 + min(max(1, len(shapes)), MAX_BATCHES_AHEAD)) * self._batcher.max_rows
 
     def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
         try:

@@ -29,6 +29,8 @@ NAMES = re.compile(
 )
 """Names of distilled models, as makers put them into titles and ids."""
 NUMBER = re.compile(r"(?<!\d)(\d)[-_ ]?steps?(?![a-z])")
+MADE_FOR = re.compile(r"\d[-_ ]?steps?(?![a-z])|sd[-_ ]?xl|sd[-_ ]?(?:1\.?5|15|turbo)")
+SAME_FOR_ALL = ("pytorch_lora_weights", "adapter_model")
 LABELS = {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM", "hyper": "Hyper"}
 
 
@@ -51,7 +53,7 @@ class Usual:
         asked += f"guidance {guidance_scale:g}" if too_strong else ""
         guidance = f"guidance {self.guidance_scale:g}" if self.guidance_scale > 1 else "no guidance"
         made_for = f"{self.steps} steps and {guidance}"
-        return f"{asked} spoil the pictures of a {self.kind} model, which is made for {made_for}"
+        return f"{asked} spoil the pictures of {self.kind} models, which are made for {made_for}"
 
 
 def vae_scale(vae: Mapping[str, Any]) -> int:
@@ -92,20 +94,61 @@ def usual(
     """
     if unet.get("time_cond_proj_dim") is not None:
         return Usual(FEW_STEPS, LCM_GUIDANCE, "LCM")
-    kind = _distilled(scheduler, names.lower())
+    kind = _distilled(scheduler, names)
     if kind is not None:
-        number = NUMBER.search(names.lower())
-        return Usual(int(number[1]) if number and int(number[1]) else FEW_STEPS, 1.0, kind)
+        return Usual(_named_steps(names), 1.0, kind)
     prediction = Prediction.of(scheduler)
     if prediction.is_edm and prediction.kind == "epsilon":
         return Usual(STEPS, 3.0)
     return Usual(STEPS, 5.0 if family == "sdxl" else 7.5)
 
 
+def adapter_usual(names: str) -> Usual | None:
+    """The steps and guidance of an adapter that makes a model a distilled one; None of others.
+
+    Only what its file, folder or title is named tells it. Subjects are called turbo and lightning
+    too: with these the name must also tell the steps or the base model.
+    """
+    kind = distilled_name(names)
+    is_subject = kind in ("Turbo", "Lightning") and not MADE_FOR.search(names.lower())
+    if is_subject:
+        return None
+    return None if kind is None else Usual(_named_steps(names), 1.0, kind)
+
+
+def file_name(uri: str) -> str:
+    """What a file is called: its folder's name where the file's own is the same for all."""
+    *folders, name = uri.rstrip("/").replace("\\", "/").split("/")
+    stem = name.removesuffix(".safetensors")
+    return folders[-1] if folders and stem in SAME_FOR_ALL else stem
+
+
+def distilled_sampler(kind: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """What a distilled model of that kind changes of a sampler that is meant for many steps.
+
+    LCM and DMD2 come with a sampler of their own; the others begin at the last noise level.
+    """
+    if Prediction.of(scheduler).is_edm or _distilled(scheduler, "") is not None:
+        return {}
+    trailing = {"timestep_spacing": "trailing"}
+    return {"_class_name": "LCMScheduler"} if kind in ("LCM", "DMD", "DMD2") else trailing
+
+
+def distilled_name(titles: str) -> str | None:
+    """The kind of distilled model that a title names."""
+    named = NAMES.search(titles.lower())
+    return LABELS.get(named[1], named[1].upper()) if named else None
+
+
+def _named_steps(names: str) -> int:
+    number = NUMBER.search(names.lower())
+    return int(number[1]) if number and int(number[1]) else FEW_STEPS
+
+
 def _distilled(scheduler: Mapping[str, Any], names: str) -> str | None:
-    named = NAMES.search(names)
+    named = distilled_name(names)
     if named:
-        return LABELS.get(named[1], named[1].upper())
+        return named
     sampler = str(scheduler.get("_class_name"))
     if sampler in ("LCMScheduler", "TCDScheduler"):
         return "LCM" if sampler == "LCMScheduler" else "Hyper or TCD"

@@ -122,9 +122,11 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     request.check()
     image = None if request.init_image is None else open_image(request.init_image)
     width, height = _size(request, image, model)
+    use = tuple((loras.load(lora.path), lora.scale) for lora in request.loras)
+    usual = loras.usual(use)
     guidance = request.guidance_scale
-    guidance = model.default_guidance_scale if guidance is None else guidance
-    steps = model.usual.steps if request.steps is None else request.steps
+    guidance = usual.guidance_scale if guidance is None else guidance
+    steps = usual.steps if request.steps is None else request.steps
     if image is not None:
         check_strength(request.strength, steps)
     generator = torch.Generator("cpu").manual_seed(request.seed)
@@ -136,7 +138,6 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         None if image is None else request.strength,
         generator,
     )
-    use = tuple((loras.load(lora.path), lora.scale) for lora in request.loras)
     row = Row(
         id=row_id,
         request=request,
@@ -147,7 +148,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         texts=_texts(request, guidance, use, model),
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
-        warnings=tuple(filter(None, [model.usual.warning(steps, guidance), *loras.warnings(use)])),
+        warnings=tuple(filter(None, [usual.warning(steps, guidance), *loras.warnings(use)])),
     )
     if image is None:
         row.latents = sampler.start(draw_noise(generator, row.shape, model))

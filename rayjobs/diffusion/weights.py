@@ -20,6 +20,7 @@ from rayjobs.diffusion.files.folder import (
     PARTS,
     PICKLES,
     check_folder,
+    check_tokenizer,
     check_unet,
     pickle_message,
     read_json,
@@ -113,6 +114,12 @@ class Weights:
         folder = self.config_folder
         if self.single is None or folder is None:
             return
+        read_json(folder / "model_index.json")
+        for name in PARTS[self.family]:
+            if name.startswith("tokenizer"):
+                check_tokenizer(folder / name)
+            else:
+                read_json(folder / name / "config.json")
         vae = read_json(folder / "vae" / "config.json")
         self.single.check_config(self.unet_config(folder), vae, str(folder))
 
@@ -134,6 +141,8 @@ class Weights:
             if Prediction.of(values).misfit(str(values["_class_name"])) is not None:
                 own = EULER if self.family == "sdxl" else DDIM
                 values["_class_name"] = own["_class_name"]
+            kind = self.usual_of(values).kind
+            values |= {} if kind is None else facts.distilled_sampler(kind, values)
         told = self.prediction_type
         return values if told is None else facts.as_told(values, told)
 
@@ -158,26 +167,30 @@ class Weights:
             assert self.single is not None
             sides = SIDES | V_SIDES if self.prediction.kind == "v_prediction" else SIDES
             return sides.get(self.single.version, 1024)
-        unet, vae = (read_json(folder / name / "config.json") for name in ("unet", "vae"))
-        return facts.default_side(unet, vae)
+        vae = read_json(folder / "vae" / "config.json")
+        return facts.default_side(self.unet_config(folder), vae)
 
     @cached_property
     def usual(self) -> Usual:
         """The steps and guidance that the model is made for."""
-        return facts.usual(self.family, self.scheduler, self._unet_config, self.names)
+        return self.usual_of(self.scheduler)
+
+    def usual_of(self, scheduler: Mapping[str, Any]) -> Usual:
+        """The same, were the model's own sampler of this configuration."""
+        return facts.usual(self.family, scheduler, self._unet_config, self.names)
 
     @cached_property
     def sha256(self) -> str:
         """SHA-256 over the sorted list of (relative path, SHA-256) of every weight and config.
 
-        For a single file, what it takes from a base, and a prediction that its configuration does
-        not tell, are in the list too.
+        For a single file, what it takes from a base, and a sampler that its configuration does not
+        tell, are in the list too.
         """
         hashes = sorted([name, sha256_of(file)] for name, file in self._files())
         if self.base is not None:
             hashes.append(["base", self.base.sha256])
-        if self.prediction != Prediction.of(self._configured_scheduler):
-            hashes.append(["prediction", repr(self.prediction)])
+        if _drawing(self.scheduler) != _drawing(self._configured_scheduler):
+            hashes.append(["scheduler", _drawing(self.scheduler)])
         return hashlib.sha256(json.dumps(hashes, separators=(",", ":")).encode()).hexdigest()
 
     def _files(self) -> list[tuple[str, Path]]:
@@ -220,6 +233,12 @@ class Weights:
         marks = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
         has_guidance = any(name.endswith(marks) for name in self.single.header.names)
         return {"time_cond_proj_dim": 1} if has_guidance else {}
+
+
+def _drawing(scheduler: Mapping[str, Any]) -> str:
+    """What of a sampler's configuration decides pictures, as far as a file may change it."""
+    spacing = scheduler.get("timestep_spacing", "leading")
+    return f"{scheduler['_class_name']} {spacing} {Prediction.of(scheduler)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +290,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _single_file(path: Path) -> Weights:
-    if path.suffix in PICKLES:
+    if path.suffix != ".safetensors":
         if is_safetensors(path):
             raise ValueError(f"{path} is a safetensors file; name it {path.stem}.safetensors")
-        raise ValueError(pickle_message(path))
-    if path.suffix != ".safetensors":
+        if path.suffix in PICKLES:
+            raise ValueError(pickle_message(path))
         raise ValueError(f"{path} is not a model: expected a .safetensors file or a folder")
     single = read_single(read_header(path))
     return Weights(path, PIPELINES[single.family], single, names=single.titles)
@@ -306,10 +325,8 @@ def _folder(folder: Path, uri: str) -> Weights:
         if (folder / "config.json").is_file():
             return _unet_folder(folder)
         refuse_pickles([folder])
-        what = {foreign.name_of(read_header(file).names) for file in folder.glob("*.safetensors")}
-        told = next((f"; it is {kind}" for kind in sorted(filter(None, what))), "")
         raise ValueError(
-            f"model {uri!r} is not a diffusers folder: it has no model_index.json{told}"
+            f"model {uri!r} is not a diffusers folder: it has no model_index.json{_inside(folder)}"
         )
     index = read_json(folder / "model_index.json")
     class_name = str(index.get("_class_name"))
@@ -322,6 +339,15 @@ def _folder(folder: Path, uri: str) -> Weights:
     variants = check_folder(folder, family, index)
     unet = read_json(folder / "unet" / "config.json")
     return Weights(folder, class_name, names=facts.names_of(index, unet), variants=variants)
+
+
+def _inside(folder: Path) -> str:
+    """What a folder that is no model holds instead, as the end of a sentence."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        return ""
+    what = foreign.name_of(read_header(files[0]).names)
+    return f"; it is {what}" if what else f"; give the file in it, {files[0].name}"
 
 
 def _check_rest(weights: Weights) -> None:
@@ -364,16 +390,7 @@ def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path
             "file or a hub id"
         )
     try:
-        if not weights or not _is_pipeline(hub_id, revision):
-            from huggingface_hub import snapshot_download
-
-            texts = ["*.json", "*.txt", "*.model"]
-            wanted = [*texts, "diffusion_pytorch_model*.safetensors"] if weights else texts
-            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-        from diffusers import DiffusionPipeline
-
-        pinned = {} if revision is None else {"revision": revision}
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **pinned))
+        return _snapshot(hub_id, revision, []) if not weights else _with_weights(hub_id, revision)
     except Exception as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise ValueError(
@@ -382,15 +399,25 @@ def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path
         ) from error
 
 
-def _is_pipeline(hub_id: str, revision: str | None) -> bool:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _with_weights(hub_id: str, revision: str | None) -> Path:
+    """A pipeline, or where there is none in the repository, a UNet."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    pinned = {} if revision is None else {"revision": revision}
     try:
-        hf_hub_download(hub_id, "model_index.json", revision=revision)
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **pinned))
+    except LocalEntryNotFoundError:  # the hub cannot be reached
+        raise
     except EntryNotFoundError:
-        return False
-    return True
+        return _snapshot(hub_id, revision, ["diffusion_pytorch_model*.safetensors"])
+
+
+def _snapshot(hub_id: str, revision: str | None, weights: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", *weights]
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
 
 
 def sha256_of(path: Path) -> str:

@@ -15,15 +15,22 @@ from rayjobs import cluster, storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
-from rayjobs.dreambooth import job, lock
+from rayjobs.dreambooth import checks, job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo, find_photos, look_for_photos, tell_skipped
-from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
+from rayjobs.dreambooth.config.evaluate import EvaluateConfig, read_prompts
+from rayjobs.dreambooth.data.photos import (
+    Photo,
+    Subject,
+    find_photos,
+    look_for_photos,
+    tell_skipped,
+)
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve, warn
 from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prior import PriorConfig
+from rayjobs.models.facts import find_weights
 from rayjobs.models.options import SourceConfig
 from rayjobs.room import await_room
 
@@ -49,30 +56,62 @@ def train(config: DreamBoothConfig) -> job.Summary:
         return job.run(run if finished else with_class_images(run))
 
 
+def describe(config: DreamBoothConfig) -> str:
+    """What a training would work with. Raises BadInput as `train` does before any work."""
+    run = resolve(config)
+    photos = sum(len(subject.photos) for subject in run.subjects)
+    train, prior = config.train, config.prior
+    images = 0 if prior.mode == "none" else prior.num_images * len(run.subjects)
+    shown = train.steps * train.global_batch_size
+    return (
+        f"{photos:,} photographs, {images:,} class images; {train.method}, {train.steps:,} steps "
+        f"of {train.global_batch_size:,}: each photograph {shown / photos:,.0f} times"
+    )
+
+
+def describe_evaluation(config: EvaluateConfig) -> str:
+    """How many pictures an evaluation would make. Raises BadInput as it does before any work."""
+    find_weights(config.model)
+    prompts = len(read_prompts(config))
+    whole = prompts * config.num_images + config.num_class_images
+    return (
+        f"{whole:,} pictures: {prompts:,} prompts x {config.num_images:,}, and "
+        f"{config.num_class_images:,} of the class"
+    )
+
+
 def with_class_images(run: ResolvedRun) -> ResolvedRun:
     """The run with its class images: the user's own, or made by the prior job where missing.
 
     Raises BadInput when a folder of the user's own has too few, JobFailed when they cannot be made.
     """
-    prior, uri = run.config.prior, run.class_images_uri
-    if prior.mode == "none":
+    if run.config.prior.mode == "none":
         return run
-    prompt, made = str(prior.prompt), read_lock(uri)
-    if made is None and prior.uri and storage.list_files(uri):
+    images: dict[str, list[Photo]] = {}
+    for subject in run.subjects:
+        if subject.class_uri not in images:
+            images[subject.class_uri] = _class_images(run, subject)
+    return run.with_class_images(images)
+
+
+def _class_images(run: ResolvedRun, subject: Subject) -> list[Photo]:
+    wanted, uri, prompt = run.config.prior.num_images, subject.class_uri, subject.class_prompt
+    made = read_lock(uri)
+    if made is None and subject.has_own_class and storage.list_files(uri):
         found = look_for_photos(uri, prompt)
         warn(tell_skipped(found.skipped))
-        return run.with_class_images(_check_enough(run, found.photos))
+        return _check_enough(uri, found.photos, wanted)
     if made is not None:
-        _warn_of_other_model(run, made.segments[0].model_sha256)
-        if prior.uri and Reader(uri).num_committed >= prior.num_images:
+        _warn_of_other_model(run, uri, made.segments[0].model_sha256)
+        if subject.has_own_class and Reader(uri).num_committed >= wanted:
             images = find_photos(uri, prompt)
-            if len(images) >= prior.num_images:
-                return run.with_class_images(images)
-    prior_job.run(_prior_config(run))
-    return run.with_class_images(find_photos(uri, prompt))
+            if len(images) >= wanted:
+                return images
+    prior_job.run(_prior_config(run, subject))
+    return find_photos(uri, prompt)
 
 
-def _prior_config(run: ResolvedRun) -> PriorConfig:
+def _prior_config(run: ResolvedRun, subject: Subject) -> PriorConfig:
     config, side = run.config, run.config.train.resolution
     return PriorConfig.model_validate(
         {
@@ -81,7 +120,7 @@ def _prior_config(run: ResolvedRun) -> PriorConfig:
                 "device": config.model.device,
                 "attention": config.model.attention,
             },
-            "prompts": {"inline": [config.prior.prompt]},
+            "prompts": {"inline": [subject.class_prompt]},
             "num_images": config.prior.num_images,
             "job_seed": config.train.seed,
             "sampler": {
@@ -89,26 +128,25 @@ def _prior_config(run: ResolvedRun) -> PriorConfig:
                 "guidance_scale": config.prior.guidance_scale,
             },
             "image": {"width": side, "height": side},
-            "output": {"uri": run.class_images_uri, "images_per_shard": IMAGES_PER_SHARD},
+            "output": {"uri": subject.class_uri, "images_per_shard": IMAGES_PER_SHARD},
             "workers": config.workers.shared,
         }
     )
 
 
-def _check_enough(run: ResolvedRun, images: list[Photo]) -> list[Photo]:
-    wanted = run.config.prior.num_images
+def _check_enough(uri: str, images: list[Photo], wanted: int) -> list[Photo]:
     if len(images) < wanted:
         raise BadInput(
-            f"prior.uri {run.class_images_uri} has {len(images)} pictures, but prior.num_images is "
+            f"prior.uri {uri} has {len(images)} pictures, but prior.num_images is "
             f"{wanted}; add some, or lower it, or leave prior.uri out to have them made"
         )
     return images
 
 
-def _warn_of_other_model(run: ResolvedRun, made_by_sha256: str) -> None:
+def _warn_of_other_model(run: ResolvedRun, uri: str, made_by_sha256: str) -> None:
     if made_by_sha256 != run.model_sha256:
         print(
-            f"warning: the class images in {run.class_images_uri} were made by another model than "
+            f"warning: the class images in {uri} were made by another model than "
             f"{run.config.model.uri}: they will pull it towards that one, and some licences "
             "(Playground v2.5's among them) forbid to improve other models with a model's pictures",
             file=sys.stderr,
@@ -129,6 +167,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Generate what is missing, measure, write metrics.json. Raises BadInput without encoders."""
     if config.encoders.subject is None:
         raise BadInput("encoders.subject is missing, such as facebook/dino-vits16")
+    checks.check_encoders(config.encoders, "encoders")
     import torch
 
     from rayjobs.dreambooth import metrics

@@ -17,10 +17,10 @@ from rayjobs import storage
 from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.weights import sha256_of
-from rayjobs.dreambooth import layouts
+from rayjobs.dreambooth import lock
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun
-from rayjobs.dreambooth.training import callback
+from rayjobs.dreambooth.training import callback, layouts
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.dreambooth.training.worker import load
@@ -150,6 +150,7 @@ def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float
         dtype=config.output.dtype,
         seed=config.train.seed,
         files={},
-        photos={photo.name: photo.sha256 for photo in run.photos},
+        photos=lock.photo_names(run, lambda photo: photo.sha256),
         metrics=metrics,
+        source=config.model.details,
     )

@@ -50,7 +50,9 @@ def is_finished(run: ResolvedRun) -> bool:
     note = exports.read(run.export_uri)
     if note is None:
         return False
-    return (note.steps or lock.num_steps(run.config.output.uri)) >= run.config.train.steps
+    steps = note.steps or lock.num_steps(run.config.output.uri)
+    has_more_patience = _has_stopped(run, Checkpoints(run.checkpoints_uri)) is False
+    return steps >= run.config.train.steps and not has_more_patience
 
 
 def is_complete(run: ResolvedRun) -> bool:
@@ -85,7 +87,8 @@ def run(run: ResolvedRun) -> Summary:
     # A finished run's class images may be gone.
     lock.enter(config.output.uri, lock.describe(run), ("priors",) if finished else ())
     checkpoints = Checkpoints(run.checkpoints_uri)
-    first = config.train.steps if finished else _num_steps_done(run, checkpoints)
+    has_ended = finished or _has_stopped(run, checkpoints)
+    first = config.train.steps if has_ended else _num_steps_done(run, checkpoints)
     num_left = config.train.steps - first
     with cluster.session(num_cpus(config)):
         with ValidationLoop(run) as looks:
@@ -103,7 +106,12 @@ def run(run: ResolvedRun) -> Summary:
             _export(run, checkpoints, note.step if note is not None and keeps_step else None)
     report.write(run)
     seconds = time.monotonic() - started
-    return Summary(num_left, seconds, run.export_uri, config.output.uri)
+    made = min(num_left, max(0, _last_step(checkpoints) - first))
+    return Summary(made, seconds, run.export_uri, config.output.uri)
+
+
+def _last_step(checkpoints: Checkpoints) -> int:
+    return max((checkpoint.step for checkpoint in checkpoints.list()), default=0)
 
 
 def _remember_steps(run: ResolvedRun) -> None:
@@ -124,6 +132,14 @@ def _num_steps_done(run: ResolvedRun, checkpoints: Checkpoints) -> int:
         return latest
     whole = checkpoints.latest()
     return whole.step if whole is not None else 0
+
+
+def _has_stopped(run: ResolvedRun, checkpoints: Checkpoints) -> bool | None:
+    """Whether the run ended early, by a patience that is no less than now; None: it did not end."""
+    patience = run.config.validation.patience
+    last = checkpoints.list()[-1:]
+    at = last[0].facts.get("stopped_with_patience") if last else None
+    return None if at is None else patience is not None and at >= patience
 
 
 def _export(run: ResolvedRun, checkpoints: Checkpoints, step: int | None) -> None:
@@ -149,13 +165,20 @@ def _export(run: ResolvedRun, checkpoints: Checkpoints, step: int | None) -> Non
 
 
 def _choose(run: ResolvedRun, checkpoints: Checkpoints, validated: list[Result]) -> int:
-    """The step with the best score whose checkpoint is whole, else the last step."""
+    """The step with the best score whose checkpoint is whole, else with the least loss at fixed
+    noise where a patience waits for that, else the last step."""
     by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints.list()}
     candidates = [result for result in validated if result.step in by_step]
     while (best := results.best_step(candidates)) is not None:
         if checkpoints.is_whole(by_step[best]):
             return best
         candidates = [result for result in candidates if result.step != best]
+    if run.config.validation.patience is not None:
+        losses = results.read_losses(run.config.output.uri, run.config.train.steps)
+        whole = {step for step in by_step if checkpoints.is_whole(by_step[step])}
+        least = results.step_of_least([loss for loss in losses if loss[0] in whole])
+        if least is not None:
+            return least
     return run.config.train.steps
 
 

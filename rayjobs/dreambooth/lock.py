@@ -4,14 +4,17 @@ Owns the run's lock and what may change between two starts of one run. Knows no 
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from rayjobs import storage
 from rayjobs.config import BadInput, differences
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.data.photos import Photo
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.models import exports
 
+T = TypeVar("T")
 FILE = "run.lock.json"
 IGNORED_SECTIONS = ("workers", "checkpoint", "validation", "output", "trackers")
 """Keys that change no weight by more than rounding."""
@@ -34,12 +37,28 @@ def describe(run: ResolvedRun) -> dict[str, Any]:
     for key, names in IGNORED_KEYS.items():
         for name in names:
             values[key].pop(name, None)
+    for concept in values["concepts"]:
+        del concept["uri"], concept["class_uri"]
+    masks = {}
+    if run.config.train.masks == "files":
+        masks = {"masks": photo_names(run, lambda photo: photo.mask_sha256)}
     return {
         **values,
+        **masks,
         "model_sha256": run.model_sha256,
-        "photos": {photo.name: [photo.sha256, *photo.captions] for photo in run.photos},
-        "priors": sorted(image.sha256 for image in run.class_images),
+        "photos": photo_names(run, lambda photo: [photo.sha256, *photo.captions]),
+        "priors": sorted(
+            image.sha256 for subject in run.subjects for image in subject.class_images
+        ),
     }
+
+
+def photo_names(run: ResolvedRun, fact: Callable[[Photo], T]) -> dict[str, T]:
+    """A fact of every photograph by its name; those of concepts have their number before it."""
+    named = {photo.name: fact(photo) for photo in run.photos}
+    for number, subject in enumerate(run.more, 2):
+        named |= {f"concept {number}: {photo.name}": fact(photo) for photo in subject.photos}
+    return named
 
 
 def enter(uri: str, run: dict[str, Any], without: tuple[str, ...] = ()) -> None:

@@ -67,6 +67,15 @@ def measure(
     return values
 
 
+def mean(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Each metric's mean over several subjects."""
+    names = dict.fromkeys(name for values in measured for name in values)
+    return {
+        name: float(np.mean([values[name] for values in measured if name in values]))
+        for name in names
+    }
+
+
 def joint_score(metrics: dict[str, float], before: dict[str, float] | None = None) -> float:
     """One number to choose a checkpoint by, 0..1: the geometric mean of what is wanted.
 

@@ -16,12 +16,23 @@ import yaml
 
 from rayjobs import storage
 from rayjobs.dreambooth import results
-from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config import DreamBoothConfig, ValidationConfig
 from rayjobs.dreambooth.data.photos import Photo
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
 
 MAX_PHOTOS = 24
+NO_PICTURES = (
+    '<p class="quiet">No pictures were made: validation.every_n_steps was 0. The same command with '
+    "it set makes them of the checkpoints that are left.</p>"
+)
+ABOUT_METRICS = (
+    "All from 0 to 1. Preservation is how much pictures of the class without the identifier look "
+    "like the subject; diversity is how much they differ from each other. The joint score counts "
+    "from the untrained model (step 0). Measured on {of_subject} pictures of each prompt and "
+    "{of_class} of the class, at {steps} steps; `rayjobs evaluate` with other numbers, or other "
+    "seeds, gives somewhat other values."
+)
 MAX_SKIPPED = 100
 PHOTO_HEIGHT = 160
 CURVE_POINTS = 400
@@ -39,11 +50,11 @@ def write(run: ResolvedRun) -> str:
         title=html.escape(f"DreamBooth: {config.run.name}"),
         subtitle=html.escape(f"{config.instance.prompt} · {config.model.uri}"),
         tiles=_tiles(config, rows, validated),
-        photos=_photos(run.photos),
+        photos=_photos([photo for subject in run.subjects for photo in subject.photos]),
         skipped=_skipped(run.skipped),
-        pictures=_pictures(validated),
+        pictures=_pictures(validated) or NO_PICTURES,
         curve=_curve([row["loss"] for row in rows]),
-        table=_table(validated),
+        table=_table(validated, config.validation),
         settings=html.escape(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)),
     )
     uri = storage.join(config.output.uri, "index.html")
@@ -68,7 +79,7 @@ def _tiles(config: DreamBoothConfig, rows: list[dict[str, float]], validated: li
     if chosen is not None:
         facts.append((f"{best:,}", "exported: the best checkpoint"))
         facts += [
-            (f"{value:.3f}", name.replace("_", " ")) for name, value in chosen.metrics.items()
+            (f"{value:.3f}", results.with_direction(name)) for name, value in chosen.metrics.items()
         ]
     return "".join(
         f"<div><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>" for b, s in facts
@@ -140,12 +151,15 @@ def _path(values: list[float], top: float) -> str:
     return "M" + " L".join(points)
 
 
-def _table(validated: list[Result]) -> str:
+def _table(validated: list[Result], settings: ValidationConfig) -> str:
     names = list(dict.fromkeys(name for result in validated for name in result.metrics))
     if not names:
         return ""
     best = results.best_step(validated)
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    about = ABOUT_METRICS.format(
+        of_subject=settings.num_images, of_class=2 * settings.num_images, steps=settings.steps
+    )
+    head = "".join(f"<th>{results.with_direction(name)}</th>" for name in names)
     body = ""
     for result in validated:
         cells = "".join(f"<td>{result.metrics.get(name, float('nan')):.3f}</td>" for name in names)
@@ -153,6 +167,6 @@ def _table(validated: list[Result]) -> str:
         score = "" if result.score is None else f"{result.score:.3f}"
         body += f"<tr{mark}><td>{result.step:,}</td>{cells}<td>{score}</td></tr>"
     return (
-        f'<h2>Metrics</h2><div class="scroll"><table><tr><th>step</th>{head}<th>joint score</th>'
-        f"</tr>{body}</table></div>"
+        f'<h2>Metrics</h2><p class="quiet">{about}</p><div class="scroll"><table>'
+        f"<tr><th>step</th>{head}<th>joint score (higher is better)</th></tr>{body}</table></div>"
     )

@@ -4,18 +4,25 @@ Owns `ResolvedRun` and the checks that need to look at the model and the photogr
 further in looks for photographs, class images or paths again. Knows no torch and no Ray.
 """
 
-import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.weights import Weights
-from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
+from rayjobs.dreambooth import checks
+from rayjobs.dreambooth.config import (
+    ConceptConfig,
+    DreamBoothConfig,
+    TrainConfig,
+    identifier_in,
+)
 from rayjobs.dreambooth.data.photos import (
+    A_MASK,
     Photo,
+    Subject,
     check_sizes,
     look_for_photos,
     shortened,
@@ -37,32 +44,55 @@ class ResolvedRun:
     model_sha256: str
     photos: tuple[Photo, ...]
     class_images: tuple[Photo, ...] = ()
+    more: tuple[Subject, ...] = ()
+    """Those of `concepts`, beside the instance."""
+    held_out: tuple[Photo, ...] = ()
+    """The photographs whose loss at fixed noise is measured."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a file beside the photographs is passed over, by its name."""
 
     @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """All that the run learns: the instance, then the concepts."""
+        config = self.config
+        first = Subject(
+            config.instance.prompt,
+            config.prior.prompt or "",
+            self.photos,
+            self.class_images_uri,
+            config.prior.uri is not None,
+            self.class_images,
+            config.instance.repeats,
+        )
+        return (first, *self.more)
+
+    @property
     def checkpoints_uri(self) -> str:
-        return self._inside("checkpoints")
+        return self.inside("checkpoints")
 
     @property
     def cache_uri(self) -> str:
-        return self._inside("cache")
+        return self.inside("cache")
 
     @property
     def class_images_uri(self) -> str:
         """Where class images are, or are to be made."""
-        return self.config.prior.uri or self._inside("prior")
+        return self.config.prior.uri or self.inside("prior")
 
     @property
     def export_uri(self) -> str:
-        return self._inside("export")
+        return self.inside("export")
 
-    def with_class_images(self, images: list[Photo]) -> "ResolvedRun":
-        prior = self.config.prior.model_copy(update={"uri": self.class_images_uri})
+    def with_class_images(self, images: dict[str, list[Photo]]) -> "ResolvedRun":
+        """The run with class images, by their places."""
+        uri = self.class_images_uri
+        prior = self.config.prior.model_copy(update={"uri": uri})
         config = self.config.model_copy(update={"prior": prior})
-        return replace(self, config=config, class_images=tuple(images))
+        more = tuple(replace(x, class_images=tuple(images[x.class_uri])) for x in self.more)
+        return replace(self, config=config, class_images=tuple(images[uri]), more=more)
 
-    def _inside(self, name: str) -> str:
+    def inside(self, name: str) -> str:
+        """A place in the run's folder."""
         return storage.join(self.config.output.uri, name)
 
 
@@ -74,32 +104,106 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     """
     config = _with_absolute_uris(config)
     storage.check(config.output.uri, write=True)
-    _check_trackers(config)
+    checks.check_packages(config)
+    checks.check_precision(config)
+    checks.check_trackers(config)
+    if config.validation.every_n_steps:
+        checks.check_encoders(config.validation.encoders, "validation.encoders")
     weights = find_weights(config.model)
+    if weights.single is not None:
+        _find_configurations(weights)
     config = _with_usual_steps(config, weights.usual.steps)
+    checks.check_objective(weights)
+    checks.check_blocks(config, weights)
+    checks.check_token(config, _tokenizer(weights))
     found = look_for_photos(config.instance.uri, config.instance.prompt)
-    photos = found.photos
-    warn(tell_skipped(found.skipped))
-    warn(_check_captions(config, weights, photos))
-    warn(_check_identifier(config, weights))
+    run = ResolvedRun(config, weights.sha256, tuple(found.photos), skipped=found.skipped)
+    for number, concept in enumerate(config.concepts, 2):
+        run = _with_concept(run, concept, number)
+    if config.train.masks == "files":
+        used = {name: reason for name, reason in run.skipped.items() if reason != A_MASK}
+        run = replace(run, skipped=used)
+    warn(tell_skipped(run.skipped))
+    warn(_check_masks(run))
+    for subject in run.subjects:
+        word = config.identifier if config.inversion.num_vectors else _identifier(subject)
+        warn(_check_captions(subject.photos, word, weights))
+        warn([] if config.inversion.num_vectors else _check_identifier(word, weights))
+        warn(check_sizes(subject.photos, config.train.resolution or weights.default_side))
     warn(_check_average(config.train))
-    warn(check_sizes(photos, config.train.resolution or weights.default_side))
-    if weights.is_edm and config.train.min_snr_gamma is not None:
-        raise BadInput(
-            "train.min_snr_gamma is not defined for an EDM model; leave it out: "
-            "the EDM loss has its own weights"
-        )
-    return ResolvedRun(config, weights.sha256, tuple(photos), skipped=found.skipped)
+    run = _with_held_out(run)
+    for name in ("min_snr_gamma", "debiased"):
+        if weights.is_edm and getattr(config.train, name):
+            raise BadInput(
+                f"train.{name} is not defined for an EDM model; leave it out: "
+                "the EDM loss has its own weights"
+            )
+    return run
+
+
+def _with_concept(run: ResolvedRun, concept: ConceptConfig, number: int) -> ResolvedRun:
+    """The run with one more subject, the `number`-th."""
+    found = look_for_photos(concept.uri, concept.prompt)
+    words = concept.class_prompt or ""
+    known = [each.class_uri for each in run.subjects if each.class_prompt == words]
+    uri = concept.class_uri or (known[0] if known else run.inside(f"prior-{number}"))
+    subject = Subject(
+        concept.prompt,
+        words,
+        tuple(found.photos),
+        uri,
+        concept.class_uri is not None,
+        repeats=concept.repeats,
+    )
+    return replace(run, more=(*run.more, subject), skipped=run.skipped | found.skipped)
+
+
+def _with_held_out(run: ResolvedRun) -> ResolvedRun:
+    validation = run.config.validation
+    if not validation.loss_every_n_steps:
+        return run
+    if validation.loss_uri is None:
+        photos = [photo for subject in run.subjects for photo in subject.photos]
+    else:
+        photos = look_for_photos(validation.loss_uri, run.config.instance.prompt).photos
+        known = {photo.sha256 for subject in run.subjects for photo in subject.photos}
+        both = [photo.name for photo in photos if photo.sha256 in known]
+        if both:
+            warn([f"validation.loss_uri holds what is trained on, too: {shortened(both)}"])
+    return replace(run, held_out=tuple(photos))
+
+
+def _identifier(subject: Subject) -> str:
+    return identifier_in(subject.prompt, subject.class_prompt)
 
 
 def _with_absolute_uris(config: DreamBoothConfig) -> DreamBoothConfig:
     def absolute(section: Any) -> Any:
         uri = section.uri
-        is_path = uri is not None and (section is not config.model or Path(uri).exists())
-        return section.model_copy(update={"uri": storage.absolute(uri)}) if is_path else section
+        return section if uri is None else section.model_copy(update={"uri": storage.absolute(uri)})
 
-    names = ("model", "instance", "prior", "output")
-    return config.model_copy(update={name: absolute(getattr(config, name)) for name in names})
+    def concept(given: ConceptConfig) -> ConceptConfig:
+        uri = given.class_uri
+        uri = None if uri is None else storage.absolute(uri)
+        return absolute(given).model_copy(update={"class_uri": uri})
+
+    names = ("instance", "prior", "output")
+    changed: dict[str, Any] = {name: absolute(getattr(config, name)) for name in names}
+    places = {name: getattr(config.model, name) for name in ("uri", "config", "base")}
+    places = {name: storage.absolute_if_path(uri) for name, uri in places.items() if uri}
+    changed["model"] = config.model.model_copy(update=places)
+    if (uri := config.validation.loss_uri) is not None:
+        update = {"loss_uri": storage.absolute(uri)}
+        changed["validation"] = config.validation.model_copy(update=update)
+    changed["concepts"] = tuple(map(concept, config.concepts))
+    return config.model_copy(update=changed)
+
+
+def _find_configurations(weights: Weights) -> None:
+    try:
+        weights.load_config_folder()
+    except ValueError as error:
+        raise BadInput(f"model.config: {error}") from None
 
 
 def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:
@@ -111,17 +215,10 @@ def _with_usual_steps(config: DreamBoothConfig, steps: int) -> DreamBoothConfig:
     )
 
 
-def _check_trackers(config: DreamBoothConfig) -> None:
-    for name in ("wandb", "mlflow"):
-        is_wanted = getattr(config.trackers, name) is not None
-        if is_wanted and importlib.util.find_spec(name) is None:
-            raise BadInput(f"trackers.{name} needs the package {name}; install it on every node")
-
-
-def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
+def _check_identifier(word: str, weights: Weights) -> list[str]:
     """Warnings for an identifier that means something already, or is many tokens."""
-    word, tokenizer = config.identifier, _tokenizer(weights)
-    if config.inversion.num_vectors or not word or tokenizer is None:
+    tokenizer = _tokenizer(weights)
+    if not word or tokenizer is None:
         return []
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) > MAX_IDENTIFIER_TOKENS:
@@ -132,9 +229,9 @@ def _check_identifier(config: DreamBoothConfig, weights: Weights) -> list[str]:
     return []
 
 
-def _check_captions(config: DreamBoothConfig, weights: Weights, photos: list[Photo]) -> list[str]:
+def _check_captions(photos: Sequence[Photo], identifier: str, weights: Weights) -> list[str]:
     """Warnings for captions that do not name the subject, or are too long for the model."""
-    warnings, words = [], config.identifier.split()
+    warnings, words = [], identifier.split()
     nameless = [
         photo.name
         for photo in photos
@@ -142,7 +239,7 @@ def _check_captions(config: DreamBoothConfig, weights: Weights, photos: list[Pho
     ]
     if nameless:
         warnings.append(
-            f"captions without the identifier {config.identifier!r} teach nothing of it: "
+            f"captions without the identifier {identifier!r} teach nothing of it: "
             f"{shortened(nameless)}"
         )
     tokenizer = _tokenizer(weights)
@@ -166,6 +263,17 @@ def _tokenizer(weights: Weights) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _check_masks(run: ResolvedRun) -> list[str]:
+    """A warning for photographs whose loss counts everywhere although masks are asked for."""
+    kind = run.config.train.masks
+    photos = [photo for subject in run.subjects for photo in subject.photos]
+    if kind == "files":
+        bare = [photo.name for photo in photos if not photo.mask]
+    else:
+        bare = [photo.name for photo in photos if kind == "alpha" and photo.open_alpha() is None]
+    return [f"train.masks={kind}: no mask, all of it counts: {shortened(bare)}"] if bare else []
 
 
 def _check_average(train: TrainConfig) -> list[str]:

@@ -13,6 +13,15 @@ METRICS = "metrics.jsonl"
 """One line a step."""
 
 
+BETTER = {"preservation": "lower"}
+"""Which way a metric is better; all others when they are higher."""
+
+
+def with_direction(name: str) -> str:
+    """A metric's name for people, and whether more of it is better or less."""
+    return f"{name.replace('_', ' ')} ({BETTER.get(name, 'higher')} is better)"
+
+
 @dataclass(frozen=True)
 class Result:
     """The validation of the model after a step; step 0 is the untrained model."""
@@ -51,6 +60,32 @@ def best_step(results: list[Result]) -> int | None:
     """The step with the best score; of equals the latest."""
     scored = [r for r in results if r.score is not None and r.step > 0]
     return max(scored, key=lambda r: (r.score, r.step)).step if scored else None
+
+
+def has_stalled(losses: list[tuple[int, float]], patience: int) -> bool:
+    """Whether the last `patience` losses are all no better than the best before them."""
+    if len(losses) <= patience:
+        return False
+    before, last = losses[:-patience], losses[-patience:]
+    return min(loss for _, loss in last) >= min(loss for _, loss in before)
+
+
+def read_losses(output_uri: str, last_step: int) -> list[tuple[int, float]]:
+    """The losses at fixed noise of steps 1 .. last_step, each with its step."""
+    uri = join(output_uri, METRICS)
+    if not storage.exists(uri):
+        return []
+    rows = [json.loads(line) for line in storage.read_bytes(uri).decode().splitlines()]
+    return [
+        (row["step"], row["validation_loss"])
+        for row in rows
+        if "validation_loss" in row and row["step"] <= last_step
+    ]
+
+
+def step_of_least(losses: list[tuple[int, float]]) -> int | None:
+    """The step with the least loss; of equals the earliest."""
+    return min(losses, key=lambda loss: (loss[1], loss[0]))[0] if losses else None
 
 
 def to_keep(steps: list[int], results: list[Result], keep: int, every: int) -> set[int]:

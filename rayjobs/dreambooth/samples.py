@@ -14,7 +14,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
 from rayjobs.dreambooth import metrics, results
-from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
 from rayjobs.dreambooth.export import rebuild
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result
@@ -30,8 +30,10 @@ def validate(run: ResolvedRun, step: int) -> None:
     config = run.config
     torch.set_num_threads(max(1, int(config.validation.num_cpus)))
     model = _model(run, step)
-    prompts = list(config.validation.prompts or (config.instance.prompt,))
-    class_prompts = [config.prior.prompt] if config.prior.prompt else []
+    subjects = run.subjects
+    prompts = list(config.validation.prompts or [subject.prompt for subject in subjects])
+    class_prompts = [subject.class_prompt for subject in subjects if subject.class_prompt]
+    class_prompts = list(dict.fromkeys(class_prompts))
     images = generate(model, config, prompts, config.validation.num_images)
     class_images = generate(model, config, class_prompts, 2 * config.validation.num_images)
     grids = {}
@@ -54,9 +56,11 @@ def generate(
     engine = Engine(model, max_rows=MAX_ROWS)
     images: dict[str, metrics.Pictures] = {}
     for prompt in prompts:
+        syntax = settings.prompt_syntax if prompt in settings.prompts else "plain"
         requests = [
             Request(
                 prompt=prompt,
+                prompt_syntax=syntax,
                 seed=seed,
                 steps=settings.steps,
                 guidance_scale=settings.guidance_scale,
@@ -76,12 +80,22 @@ def measure(
     class_images: dict[str, metrics.Pictures],
     device: str,
 ) -> dict[str, float]:
-    """The metrics, where encoders are named."""
+    """The metrics, where encoders are named; of several subjects, the means.
+
+    A subject's pictures are those whose prompts have its identifier.
+    """
     subject, prompt = metrics.load_encoders(run.config.validation.encoders, device)
     if subject is None:
         return {}
-    real = [photo.open() for photo in run.photos]
-    return metrics.measure(subject, prompt, real, images, class_images)
+    measured = []
+    for each in run.subjects:
+        words = identifier_in(each.prompt, each.class_prompt).split() if run.more else []
+        made = {text: some for text, some in images.items() if set(words) <= set(text.split())}
+        of_class = {text: some for text, some in class_images.items() if text == each.class_prompt}
+        if made:
+            real = [photo.open() for photo in each.photos]
+            measured.append(metrics.measure(subject, prompt, real, made, of_class))
+    return metrics.mean(measured)
 
 
 def grid(pictures: metrics.Pictures) -> bytes:
@@ -98,7 +112,10 @@ def grid(pictures: metrics.Pictures) -> bytes:
 
 def _model(run: ResolvedRun, step: int) -> Model:
     device = "cuda" if run.config.validation.num_gpus else "cpu"
-    compute = worker.choose_precision(run.config.train.precision, device)
+    precision = run.config.train.precision
+    # What trains in half precision may be looked at on a CPU.
+    precision = "fp32" if precision == "fp16" and device == "cpu" else precision
+    compute = worker.choose_precision(precision, device)
     if step == 0:
         return worker.load(run.config, device, compute)
     return rebuild(run, step, device, compute).model

@@ -39,6 +39,7 @@ from rayjobs.generation.config import (
 from rayjobs.generation.prompts.snapshot import Snapshot, write_snapshot
 from rayjobs.generation.spec.lock import job_part
 from rayjobs.generation.spec.records import Spec, derived_seed
+from rayjobs.models.facts import find_weights
 from rayjobs.quality import duplicates, pixels
 
 MAX_ROUNDS = 12
@@ -121,6 +122,14 @@ def run(config: PriorConfig) -> Summary:
     diversity = duplicates.diversity(signatures)
     seconds = time.monotonic() - started
     return Summary(len(images), made, dict(reasons), diversity, seconds, uri)
+
+
+def describe(config: PriorConfig) -> str:
+    """How many class images a configuration asks for. Raises BadInput as `run` does."""
+    find_weights(config.model)
+    prompts = len(list(_prompts(config)))
+    whole = prompts * config.num_images
+    return f"{whole:,} class images: {prompts:,} prompts x {config.num_images:,} good ones"
 
 
 class _Seeds:

@@ -25,10 +25,10 @@ def resolve(config: GenerateConfig) -> ResolvedConfig:
     for part in parts:
         if part["uri"] is not None:
             part["uri"] = storage.absolute(part["uri"])
-    named = [(values["model"], "uri"), (values["model"], "config")]
+    named = [(values["model"], key) for key in ("uri", "config", "base")]
     named += [(values["quality"], score) for score in values["quality"]]
     for part, key in named:  # a path, or a name that a hub or the package knows
-        if part[key] is not None:
+        if part.get(key) is not None:
             part[key] = storage.absolute_if_path(part[key])
     return ResolvedConfig.model_validate(values)
 

@@ -6,7 +6,7 @@ adapter and words. Training writes it; generation and serving read it. Knows no 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.records import canonical_json
 from rayjobs.diffusion.weights import sha256_of, word_file
 from rayjobs.models.facts import is_folder
-from rayjobs.models.options import LoraConfig, ModelConfig, WordConfig
+from rayjobs.models.options import LoraConfig, ModelConfig, SourceConfig, WordConfig
 
 FILE = "manifest.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -55,12 +55,17 @@ class ExportNote:
     dtype: str = ""
     """Of a whole model's weights; empty in notes of older versions."""
     metrics: dict[str, float] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
+    """What else the run was told of its base: keys of `SourceConfig`, with their values."""
     format: int = FORMAT
 
 
 def write(uri: str, note: ExportNote) -> None:
     """Last of an export's files: its presence says that all are there."""
-    data = json.dumps(asdict(note), indent=1, ensure_ascii=False).encode()
+    values = asdict(note)
+    if not note.source:
+        del values["source"]
+    data = json.dumps(values, indent=1, ensure_ascii=False).encode()
     storage.write_bytes(storage.join(uri, FILE), data)
 
 
@@ -74,6 +79,7 @@ def read(uri: str) -> ExportNote | None:
         if values.get("format") != FORMAT:
             raise ValueError(f"its format is {values.get('format')!r}, not {FORMAT}")
         values["tokens"] = tuple(values["tokens"])
+        SourceConfig.model_validate({"uri": "-", **values.get("source", {})})
         return ExportNote(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{place} is no note of an export: {error}") from None
@@ -86,6 +92,12 @@ class ExportParts:
     base_uri: str
     lora_uri: str | None
     words: tuple[WordConfig, ...]
+    source: Mapping[str, str] = field(default_factory=dict)
+    """What else is known of the base: keys of `SourceConfig`."""
+
+    @property
+    def base(self) -> SourceConfig:
+        return SourceConfig.model_validate({"uri": self.base_uri, **self.source})
 
 
 def parts_of(uri: str, note: ExportNote) -> ExportParts:
@@ -111,7 +123,7 @@ def parts_of(uri: str, note: ExportNote) -> ExportParts:
             "it is, and this export as its LoRA"
         )
     lora = storage.join(uri, LORA_FILE) if note.kind == "lora" else None
-    return ExportParts(base, lora, words)
+    return ExportParts(base, lora, words, note.source)
 
 
 def resolve(model: ModelConfig) -> ModelConfig:
@@ -124,8 +136,10 @@ def resolve(model: ModelConfig) -> ModelConfig:
     except BadInput as error:
         raise BadInput(f"model.uri: {error}") from None
     loras = () if parts.lora_uri is None else (LoraConfig(uri=parts.lora_uri),)
+    told = {key: it for key, it in parts.source.items() if getattr(model, key) is None}
     return model.model_copy(
-        update={
+        update=told
+        | {
             "uri": parts.base_uri,
             "loras": (*loras, *model.loras),
             "words": (*parts.words, *model.words),

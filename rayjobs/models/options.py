@@ -34,6 +34,11 @@ class SourceConfig(Config):
     prediction_type: Literal["epsilon", "v_prediction"] | None = optional()
     """What the UNet predicts, for files that do not say it, or say it wrongly."""
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """The keys that are given beside the uri."""
+        return {n: v for n in SourceConfig.model_fields if (v := getattr(self, n)) and n != "uri"}
+
 
 class LoadOptions(Config):
     """How a model's weights are held: speed and memory, but not what they draw."""

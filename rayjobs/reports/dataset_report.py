@@ -181,6 +181,7 @@ def _facts(
     return {
         "title": output_uri.rstrip("/").rsplit("/", 1)[-1] or "Generated images",
         "recipe": _recipe(lock) if lock else "",
+        "made_by": _made_by(lock) if lock else {},
         "expected": (lock.num_records, lock.num_shards) if lock else None,
         "shown": sum(file["shown"] for file in files),
         "flagged": sum(file["flagged"] for file in files),
@@ -214,6 +215,20 @@ def _recipe(lock: Lock) -> str:
     sampler = job["sampler"]
     name = sampler["name"] or "its own sampler"
     return f"{lock.segments[-1].model_name}, {name}, {sampler['steps']} steps"
+
+
+def _made_by(lock: Lock) -> dict[str, str]:
+    """What made the last segment's pictures."""
+    segment, machine = lock.segments[-1], lock.determinism
+    libraries = ", ".join(f"{n} {machine[n]}" for n in ("torch", "diffusers") if n in machine)
+    found = {
+        "Model": segment.model_name,
+        "its SHA-256": segment.model_sha256,
+        "Adapters": "; ".join(segment.loras_sha256),
+        "Device": str(machine.get("device", "")),
+        "Libraries": libraries,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _duplicates(

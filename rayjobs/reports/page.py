@@ -42,26 +42,22 @@ class Facts:
     """Groups of near-duplicates and the images in them, where they were sought."""
     unreadable: Sequence[str]
     """What could not be read, and why."""
+    made_by: Mapping[str, str]
+    """The model, the machine and the like, by name."""
 
 
 def render(history: History, facts: Facts, data: str) -> str:
     """The whole page; `data` is the JSON that its script works from."""
     here = files("rayjobs.reports")
     parts = {name: (here / f"page.{name}").read_text() for name in ("html", "css", "js")}
-    summary = "\n".join(
-        (
-            _tiles(history, facts),
-            _look(history, facts),
-            _speed(history),
-            _reasons(history, facts),
-            _workers(history),
-            _duplicates(facts),
-        )
-    )
+    summary = _tiles(history, facts) + _look(history, facts)
+    work = (_duplicates(facts), _reasons(history, facts), _speed(history), _workers(history))
     return Template(parts["html"]).substitute(
         title=escape(facts.title),
         recipe=escape(facts.recipe),
         summary=summary,
+        work="\n".join(work),
+        made_by=_made_by(facts),
         shown=escape(_what_is_shown(history, facts)),
         data=data,
         style=parts["css"],
@@ -84,8 +80,9 @@ def _tiles(history: History, facts: Facts) -> str:
     tiles.append((f"{shards:,}{of}", f"shards{bar}", ""))
     if history.active_s:
         tiles.append((_number(images / history.active_s), "images/s", ""))
-        tiles.append((_duration(history.active_s), "of work, without pauses", ""))
-        tiles.append((f"{len(history.workers()):,}", "workers", ""))
+        tiles.append((_duration(history.active_s), "from first to last, pauses left out", ""))
+        workers, busy_s = len(history.workers()), float(history.column("seconds").sum())
+        tiles.append((_duration(busy_s), f"of work of {_count(workers, 'worker')}", ""))
     tiles.append((_size(history.total("bytes")), "in all", ""))
     if facts.alike:
         tiles.append(
@@ -96,6 +93,13 @@ def _tiles(history: History, facts: Facts) -> str:
         for value, label, kind in tiles
     )
     return f'<section class="tiles" aria-label="Counts">{"".join(cells)}</section>'
+
+
+def _made_by(facts: Facts) -> str:
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.made_by.items()
+    )
+    return f'<h2>Made by</h2><dl class="made">{items}</dl>' if items else ""
 
 
 def _look(history: History, facts: Facts) -> str:
@@ -131,11 +135,14 @@ def _speed(history: History) -> str:
         return ""
     speed, failures = history.speed(BINS), history.failures(BINS)
     ends = f"<span>{_moment(history.span[0])}</span><span>{_moment(history.span[1])} UTC</span>"
-    note = f"images/s, at most {_number(speed.max())}"
+    note = "images/s"
     note += f"; in red {history.total('failed'):,} failures" if failures.any() else ""
+    top = float(speed.max() or 1)
+    scale = "".join(f"<span>{_number(value)}</span>" for value in (top, top / 2, 0))
     return (
         '<h2>Speed and failures over time</h2><figure class="chart">'
-        f"{_chart(speed, failures, 'images per second over time')}"
+        f'<div class="plot"><div class="scale" aria-hidden="true">{scale}</div>'
+        f"{_chart(speed, failures, 'images per second over time, at most ' + _number(top))}</div>"
         f"<figcaption>{ends}</figcaption><figcaption>{note}</figcaption></figure>"
     )
 
@@ -148,7 +155,8 @@ def _chart(speed: np.ndarray, failures: np.ndarray, label: str, top: float | Non
     drops = [f"V{(6 + 24 * count / highest) * (count > 0):.1f}h1" for count in failures]
     return (
         f'<svg viewBox="0 0 {len(speed)} {height}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{label}"><path class="speed" d="M0 {height}{"".join(steps)}V{height}z"/>'
+        f'aria-label="{label}"><path class="half" d="M0 54h{len(speed)}"/>'
+        f'<path class="speed" d="M0 {height}{"".join(steps)}V{height}z"/>'
         f'<path class="failures" d="M0 0{"".join(drops)}V0z"/></svg>'
     )
 
@@ -251,6 +259,10 @@ def _is_partial(history: History, facts: Facts) -> bool:
 def _slow(history: History) -> int:
     speeds = [one["images_per_s"] for one in history.workers()] if history.span else []
     return sum(speed < SLOW * float(np.median(speeds)) for speed in speeds)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -25,6 +25,7 @@ from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.weights import first_line, lora_file
+from rayjobs.models.exports import words_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach
 from rayjobs.models.options import SourceConfig
@@ -93,6 +94,8 @@ class ModelCache:
         self._on_load = on_load
         self._loading: dict[Weights, asyncio.Future[LoadedModel]] = {}
         self._reader = ThreadPoolExecutor(2, thread_name_prefix="adapters")
+        # A storage that is slow for one model does not delay others that are here already.
+        self._fetcher = ThreadPoolExecutor(4, thread_name_prefix="fetching")
         # One at a time: while diffusers loads, new parameters anywhere in the process have no data.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._max_bytes = _memory(config)
@@ -163,9 +166,10 @@ class ModelCache:
         if base is not None:
             base.users += 1
         try:
+            here = await loop.run_in_executor(self._fetcher, _fetch, weights)
             if base is None:
-                self._make_room(await loop.run_in_executor(self._loader, _size_of, weights.source))
-            model = await loop.run_in_executor(self._loader, self._read, weights, base)
+                self._make_room(await loop.run_in_executor(self._fetcher, _size_of, here.source))
+            model = await loop.run_in_executor(self._loader, self._read, here, base)
         except BaseException as error:
             if base is not None:
                 base.users -= 1
@@ -232,6 +236,15 @@ def _memory(config: EngineConfig) -> float:
     if torch.cuda.is_available():
         return 0.7 * torch.cuda.get_device_properties(0).total_memory
     return 0.5 * psutil.virtual_memory().total
+
+
+def _fetch(weights: Weights) -> Weights:
+    """The same weights as files of this machine."""
+    for word in weights.words:
+        words_file(word)
+    given = {name: getattr(weights, name) for name in ("uri", "config", "base")}
+    here = {name: storage.to_local(uri) for name, uri in given.items() if uri is not None}
+    return replace(weights, **here)
 
 
 def _size_of(source: SourceConfig) -> int:

@@ -59,6 +59,7 @@ class RequestState:
             Request(
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
+                prompt_syntax=request.prompt_syntax,
                 seed=seed,
                 steps=request.steps,
                 sampler=request.sampler,

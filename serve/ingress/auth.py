@@ -6,13 +6,13 @@ Owns authentication and rate limits. Knows nothing of what is requested.
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import time
 from collections import Counter
 from collections.abc import Generator
 
 from serve.config import AuthConfig, KeyConfig
 from serve.errors import ApiError
+from serve.file import is_loopback
 
 MINUTE_S = 60.0
 
@@ -77,14 +77,6 @@ class ApiKeys:
             message = f"this key may have {key.images_per_minute:g} images a minute"
             raise ApiError(429, message, retry_after_s=(wanted - left) / rate)
         self._buckets[key.name] = (left - wanted, now_s)
-
-
-def is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host or "").is_loopback
-    return False
 
 
 def _digest(key: KeyConfig) -> bytes:

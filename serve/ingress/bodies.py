@@ -6,6 +6,7 @@ plain text 413, even a 401, and clients of the API expect OpenAI's JSON errors.
 """
 
 import asyncio
+import contextlib
 import json
 import re
 from collections import Counter
@@ -24,6 +25,8 @@ MAX_FORM_FIELDS = 64
 MAX_JSON_BYTES = 2**20
 IDLE_S = 30.0
 """How long a body may pause: who sends nothing more holds a place that others wait for."""
+DISCARD_S = 10.0
+"""How long the rest of a refused body is read and thrown away."""
 FILES = ("image", "mask")
 INDEXED = re.compile(r"([^\[\]]+)\[\d*\]")
 """`image[]` or `image[0]`, as clients name the parts of a list."""
@@ -42,24 +45,33 @@ class Form:
     warnings: list[str] = field(default_factory=list)
 
 
-def limited(receive: Receive, max_bytes: int) -> Receive:
-    """`receive`, for a body of at most `max_bytes` which does not pause. Raises ApiError."""
-    received, is_whole = 0, False
+class LimitedBody:
+    """A body of at most `max_bytes` which does not pause, as ASGI's `receive`. Raises ApiError."""
 
-    async def counted() -> Message:
-        nonlocal received, is_whole
+    def __init__(self, receive: Receive, max_bytes: int):
+        self.receive = receive
+        self.max_bytes = max_bytes
+        self.is_whole = False
+        self._received = 0
+
+    async def __call__(self) -> Message:
         try:
-            async with asyncio.timeout(None if is_whole else IDLE_S):
-                message = await receive()
+            async with asyncio.timeout(None if self.is_whole else IDLE_S):
+                message = await self.receive()
         except TimeoutError:
             raise ApiError(408, f"the body paused for {IDLE_S:g} s") from None
-        received += len(message.get("body", b""))
-        is_whole = not message.get("more_body", False)
-        if received > max_bytes:
-            raise ApiError(413, f"the request is larger than {max_bytes} bytes")
+        self._received += len(message.get("body", b""))
+        self.is_whole = not message.get("more_body", False)
+        if self._received > self.max_bytes:
+            raise ApiError(413, f"the request is larger than {self.max_bytes} bytes")
         return message
 
-    return counted
+    async def discard(self) -> None:
+        """Read what is left, for a while: a client that still sends does not see its answer."""
+        with contextlib.suppress(TimeoutError, ApiError):
+            async with asyncio.timeout(DISCARD_S):
+                while not self.is_whole:
+                    await self()
 
 
 async def read_json(request: Request) -> Any:

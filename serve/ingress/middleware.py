@@ -9,7 +9,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.ingress.bodies import limited
+from serve.ingress.bodies import LimitedBody
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 SAFE_HEADERS = (
@@ -42,9 +42,14 @@ class RequestMiddleware:
         scope = {**scope, "root_path": "", "method": "GET" if is_head else scope["method"]}
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
 
+        body = LimitedBody(receive, self.max_bytes)
+        is_refused = False
+
         async def with_headers(message: Message) -> None:
+            nonlocal is_refused
             if message["type"] == "http.response.start":
                 duration_ms = str(round(1000 * (time.monotonic() - started_s))).encode()
+                is_refused = message["status"] >= 400 and scope["method"] == "POST"
                 headers = [*message["headers"], *SAFE_HEADERS]
                 headers.append((b"openai-processing-ms", duration_ms))
                 if self.adds_ids:
@@ -52,6 +57,11 @@ class RequestMiddleware:
                 message = {**message, "headers": headers}
             elif is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            if is_last and is_refused and not body.is_whole:
+                await send({**message, "more_body": True})
+                await body.discard()
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        await self.app(scope, limited(receive, self.max_bytes), with_headers)
+        await self.app(scope, body, with_headers)

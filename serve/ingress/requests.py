@@ -5,10 +5,12 @@ nothing of HTTP. Whatever can be refused before any work is refused here.
 """
 
 import secrets
+from functools import partial
 from typing import Any
 
 from rayjobs.diffusion.request import check_side, check_strength
 from rayjobs.diffusion.sampler_names import check_name, fitting
+from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
@@ -85,6 +87,7 @@ class ImagesRequestBuilder:
             if length > limits.max_prompt_chars:
                 message = f"{name} has {length} characters; at most {limits.max_prompt_chars}."
                 raise ApiError(400, message, param=name)
+            self._check_field(name, partial(_check_syntax, body, name))
         self._check_size(body.width_height, entry.facts)
         if body.sampler is not None:
             self._check_sampler(body.sampler, entry.facts)
@@ -101,6 +104,7 @@ class ImagesRequestBuilder:
             model=entry.name,
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
+            prompt_syntax=body.prompt_syntax or "plain",
             seeds=seeds,
             steps=self._steps(body, entry.facts),
             sampler=body.sampler,
@@ -168,6 +172,11 @@ class ImagesRequestBuilder:
             raise ApiError(400, f"{error}.", param=param, code="invalid_value") from None
 
 
+def _check_syntax(body: GenerateBody, name: str) -> None:
+    text, syntax = getattr(body, name) or "", body.prompt_syntax or "plain"
+    check_syntax(name, text, syntax, negative=name == "negative_prompt")
+
+
 def samplers(facts: ModelFacts) -> list[str]:
     """Names of the samplers that a model can use."""
     return fitting(facts.prediction)
@@ -175,7 +184,7 @@ def samplers(facts: ModelFacts) -> list[str]:
 
 def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]:
     """A model in `/v1/models`: OpenAI's fields, its defaults and its limits."""
-    side = entry.facts.side
+    side, multiple = entry.facts.side, entry.facts.multiple
     ratios = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
     return {
         "id": entry.name,
@@ -186,12 +195,12 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
         "base": entry.base,
         "family": entry.facts.family,
         "default_size": None if side is None else f"{side}x{side}",
-        "sizes": [] if side is None else [_size(side, *r, entry.facts.multiple) for r in ratios],
+        "sizes": [] if side is None else _sizes(side, multiple, ratios, limits),
         "limits": {
             "max_pixels": limits.max_pixels,
-            "min_side": entry.facts.multiple,
+            "min_side": multiple,
             "max_side": limits.max_side,
-            "size_multiple": entry.facts.multiple,
+            "size_multiple": multiple,
             "max_steps": limits.max_steps,
             "max_n": limits.max_n,
         },
@@ -207,12 +216,18 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
     }
 
 
-def _size(side: int, wide: int, high: int, multiple: int) -> str:
-    """About side x side pixels in that aspect ratio, in multiples that models were trained on."""
+def _sizes(
+    side: int, multiple: int, ratios: tuple[tuple[int, int], ...], limits: LimitsConfig
+) -> list[str]:
+    """About side x side pixels in each aspect ratio, in multiples that models were trained on."""
     step = max(multiple, side // 16 // multiple * multiple)
-    scale = side / (wide * high) ** 0.5
-    width, height = (round(part * scale / step) * step for part in (wide, high))
-    return f"{width}x{height}"
+    sizes = []
+    for wide, high in ratios:
+        scale = side / (wide * high) ** 0.5
+        width, height = (round(part * scale / step) * step for part in (wide, high))
+        if max(width, height) <= limits.max_side and width * height <= limits.max_pixels:
+            sizes.append(f"{width}x{height}")
+    return sizes
 
 
 def _check_max(param: str, value: float, limit: float) -> None:

@@ -32,16 +32,16 @@ class ResultsStore:
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="results")
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="results-check")
         self._is_away = False
-        self._check: asyncio.Task[None] | None = None
-        self._checked_s = float("-inf")
+        self._checked_s = 0.0
+        # At once: the first use of an S3 client takes a second of Python, which others would feel.
+        self._check = None if config.uri is None else self._checker.submit(self._look)
 
     async def require(self) -> None:
         """Raise ApiError 503 where an image could not be stored now; asked before it is made."""
-        if self._check is None:
-            await asyncio.shield(self._start_check())
-        elif self._is_away:
-            self._start_check()
+        if not self._checked_s and self._check is not None:
+            await asyncio.shield(asyncio.wrap_future(self._check))
         if self._is_away:
+            self._check_again()
             raise _away()
 
     async def put(self, data: bytes, extension: str) -> str:
@@ -49,6 +49,9 @@ class ResultsStore:
         try:
             async with asyncio.timeout(WRITE_S) as timer:
                 return str(await _in(self._writers, self._write, data, extension))
+        except asyncio.CancelledError:  # its caller's deadline may be short, or it has left
+            self._check_again()
+            raise
         except (TimeoutError, StorageError) as error:
             if isinstance(error, TimeoutError) and not timer.expired():
                 raise
@@ -61,20 +64,19 @@ class ResultsStore:
         storage.write_bytes(uri, data)
         return storage.link(uri, self.config.expires_s)
 
-    def _start_check(self) -> asyncio.Task[None]:
-        """The newest check, begun anew when it is over and was long ago."""
+    def _check_again(self) -> None:
         is_due = time.monotonic() - self._checked_s > CHECK_EVERY_S
-        if self._check is None or (self._check.done() and is_due):
-            self._check = asyncio.get_running_loop().create_task(self._look())
-        return self._check
+        if is_due and (self._check is None or self._check.done()):
+            self._check = self._checker.submit(self._look)
 
-    async def _look(self) -> None:
+    def _look(self) -> None:
+        uri = str(self.config.uri)
         try:
-            await _in(self._checker, storage.check, str(self.config.uri), True)
-            self._is_away = False
+            storage.check(uri, write=True)
+            storage.link(storage.join(uri, "x"), self.config.expires_s)
+            self._is_away, self._checked_s = False, time.monotonic()
         except StorageError as error:
             self._went_away(error)
-        self._checked_s = time.monotonic()
 
     def _went_away(self, error: Exception) -> None:
         if not self._is_away:

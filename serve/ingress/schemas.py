@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from rayjobs.diffusion.text.syntax import PromptSyntax
 from serve.errors import ApiError
 
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
@@ -52,6 +53,7 @@ class GenerateBody(BaseModel):
     store: Neutral = None
 
     negative_prompt: str | None = None
+    prompt_syntax: PromptSyntax | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: Finite | None = Field(default=None, ge=0)

@@ -56,10 +56,7 @@ BY_STATUS[422] = BY_STATUS[400];
 
 const BY_KIND = {
   unreachable: ["The server cannot be reached", "Check your connection, then try again."],
-  lost: [
-    "The connection broke off",
-    "What was finished is in the gallery. Try again for the rest.",
-  ],
+  lost: ["The connection broke off", "Your settings are kept. Try again."],
   failed: ["The server could not finish", "Your settings are kept. Try again."],
 };
 
@@ -77,8 +74,11 @@ const OTHER = [
   "Try again. If it stays, tell whoever runs the server.",
 ];
 
-/** Title, advice, and whether the very same again can help. */
-export function explain({ kind, status, code }) {
-  const [title, advice] = BY_CODE[code] ?? BY_KIND[kind] ?? BY_STATUS[status] ?? OTHER;
-  return { title, advice, again: ![400, 404, 413, 422].includes(status) };
+/** Title, reason, advice, and whether the very same again can help. */
+export function explain({ kind, status, code, made, message }) {
+  const [title, usual] = BY_CODE[code] ?? BY_KIND[kind] ?? BY_STATUS[status] ?? OTHER;
+  const advice = made ? "What was finished is in the gallery. Try again for the rest." : usual;
+  const isTold = kind === "refused" || kind === "failed"; // by the server
+  const reason = isTold && code !== "overloaded" ? message : null; // the title says the same
+  return { title, reason, advice, again: ![400, 404, 413, 422].includes(status) };
 }

@@ -3,10 +3,17 @@ import { $, fillTrack, node } from "./dom.js";
 import { fillLoras, readLoras, writeLoras } from "./loras.js";
 import { recall, remember } from "./session.js";
 
-const PLAIN = ["prompt", "negative_prompt", "model", "sampler", "seed"];
+const PLAIN = ["prompt", "negative_prompt", "prompt_syntax", "model", "sampler", "seed"];
 const NUMBERS = ["num_inference_steps", "guidance_scale"];
 const MARKED = [...PLAIN, ...NUMBERS, "size", "n", "loras", "strength", "image"];
 const PARAMS = { mask: "image", steps: "num_inference_steps", width: "size", height: "size" };
+const EXAMPLES = [
+  "a lighthouse on a cliff at dusk, oil painting",
+  "a red fox asleep in fresh snow, photograph",
+  "a bowl of ramen on a wooden table, seen from above",
+  "a small robot watering flowers, watercolour",
+]; // where a model names none of its own
+const SHOWN = 4;
 let models = [];
 let hasInput = false;
 
@@ -67,17 +74,13 @@ function fillSizes({ default_size: own, sizes = [] }) {
 }
 
 function fitSize() {
-  const {
-    size_multiple: step = 8,
-    min_side: min = 64,
-    max_side: max = 4096,
-  } = limitsOf(chosenModel());
+  const { size_multiple: step, min_side: min, max_side: max } = limitsOf(chosenModel());
   const [width, height] = (chosenModel().default_size ?? "1024x1024").split("x");
   for (const [name, own] of [
     ["width", width],
     ["height", height],
   ]) {
-    Object.assign($(name), { step, min, max });
+    if (step) Object.assign($(name), { step, min, max });
     if (!$(name).value) $(name).value = own;
   }
   $("custom").hidden = $("size").value !== "custom";
@@ -85,12 +88,9 @@ function fitSize() {
 
 /** Example prompts of the chosen model and LoRAs. */
 export function hints() {
-  const names = [chosenModel().id, ...readLoras().map(({ name }) => name)];
-  return [
-    ...new Set(
-      models.filter(({ id }) => names.includes(id)).flatMap(({ prompt_hint: hint }) => hint ?? []),
-    ),
-  ];
+  const names = [...readLoras().map(({ name }) => name), chosenModel().id];
+  const own = names.flatMap((name) => models.find(({ id }) => id === name)?.prompt_hints ?? []);
+  return [...new Set(own.length || !models.length ? own : EXAMPLES)].slice(0, SHOWN);
 }
 
 function showHint() {
@@ -142,7 +142,21 @@ export function validate() {
   if (seed && !(/^\d+$/.test(seed) && Number.isSafeInteger(Number(seed)))) {
     return ["seed", "A seed is a whole number of up to 15 digits, or nothing for a random one."];
   }
-  return null;
+  const wrong = wrongSize();
+  return wrong && ["size", wrong];
+}
+
+/** What the server would say of a size that was typed. */
+function wrongSize() {
+  const { size_multiple: step, min_side: min, max_side: max, max_pixels: most } =
+    limitsOf(chosenModel());
+  if ($("size").value !== "custom" || !step) return null;
+  const sides = [$("width").value, $("height").value].map(Number);
+  if (sides.some((side) => side < min || side > max || side % step))
+    return `Not ${sides.join(" × ")}: each is a multiple of ${step} from ${min} to ${max}.`;
+  const pixels = sides[0] * sides[1];
+  if (pixels <= most) return null;
+  return `${sides.join(" × ")} are ${pixels} pixels. This server makes up to ${most}.`;
 }
 
 export function writeFields(fields) {

@@ -23,10 +23,13 @@ export async function generate(actions) {
   running = new AbortController();
   setRunning(true);
   stage.begin(fields.n, shapeOf(fields.size), used?.url);
+  $("stage").scrollIntoView({ block: "nearest" });
+  const shots = [];
   try {
-    const shots = await follow(fields, used, actions);
+    await follow(fields, used, shots, actions);
     finish(shots, stage.end(), actions);
   } catch (error) {
+    error.made = shots.length;
     fail(error, stage.end(), () => generate(actions));
   } finally {
     running = null;
@@ -34,10 +37,9 @@ export async function generate(actions) {
   }
 }
 
-/** Shows the events of one request, and returns its pictures. */
-async function follow(fields, used, actions) {
+/** Shows the events of one request, and puts its pictures into `shots`. */
+async function follow(fields, used, shots, actions) {
   const started = Date.now();
-  const shots = [];
   for await (const event of make(fields, await packInput(used), running.signal)) {
     if (event.what === "waiting") stage.waiting(event);
     else if (event.what === "step") stage.step(event);
@@ -49,7 +51,6 @@ async function follow(fields, used, actions) {
       addShot(shot, actions);
     }
   }
-  return shots;
 }
 
 /** A finished picture with everything needed to make it again. */
@@ -102,6 +103,5 @@ function setRunning(is) {
   const [shown, gone] = is ? [$("cancel"), $("generate")] : [$("generate"), $("cancel")];
   const focused = document.activeElement === gone;
   [shown.hidden, gone.hidden] = [false, true];
-  if (focused) shown.focus();
-  if (is) $("stage").scrollIntoView({ block: "nearest" });
+  if (focused) shown.focus({ preventScroll: true }); // the picture stays in view
 }

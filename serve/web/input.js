@@ -15,7 +15,9 @@ export async function openInput(blob, name = "Picture", mask = null) {
   try {
     input = blob && (await readInput(blob, name, limitsOf(chosenModel()).max_side ?? MAX_SIDE));
   } catch {
-    markField("image", "This file is not a picture that the browser can read.");
+    const kind = blob.type.replace("image/", "").toUpperCase();
+    const what = kind ? `${kind} pictures` : "this file";
+    markField("image", `This browser cannot read ${what}. Use a PNG, JPEG or WebP picture.`);
     return;
   }
   if (mask && mask.width === input.width && mask.height === input.height) input.mask = mask.copy();
@@ -77,7 +79,11 @@ function showMaskShare() {
 }
 
 function openMask() {
-  showPainter(input, "Paint what should change. Paint nothing to vary the whole picture.");
+  showPainter(
+    input,
+    "Paint what should change. Paint nothing to vary the whole picture.",
+    "Keys: arrows move the brush, space paints, shift with arrows draws, E erases, [ and ] size.",
+  );
   openPainter(input, showMaskShare);
 }
 
@@ -89,7 +95,10 @@ const take = (file) => file && openInput(file, file.name || "Pasted picture");
 export function setupInput(emptyStage) {
   onRemoved = emptyStage;
   $("file").addEventListener("change", () => take($("file").files[0]));
-  $("mask-open").addEventListener("click", openMask);
+  $("mask-open").addEventListener("click", () => {
+    openMask();
+    $("film").focus({ preventScroll: true });
+  });
   $("input-drop").addEventListener("click", async () => {
     await openInput(null);
     $("file").focus();

@@ -76,7 +76,12 @@ export function drawStroke(context, { tool, size, points }, { width, height }, f
 function drawPath(context, size, points) {
   Object.assign(context, { lineWidth: size, lineCap: "round", lineJoin: "round" });
   context.beginPath();
+  // A line without length is not drawn, whatever its caps.
+  if (points.length === 1) {
+    context.arc(...points[0], size / 2, 0, 2 * Math.PI);
+    return context.fill();
+  }
   context.moveTo(...points[0]);
-  for (const point of points.length > 1 ? points.slice(1) : points) context.lineTo(...point);
+  for (const point of points.slice(1)) context.lineTo(...point);
   context.stroke();
 }

@@ -144,8 +144,9 @@ function updateStatus() {
       ? `${count(run.waiting.position, "request")} ahead of you`
       : "You are next";
     const until = (run.waiting.until - Date.now()) / 1000;
-    const start = until > 0.5 ? `starts in about ${formatSeconds(until)}` : `waiting for ${waited}`;
-    status(ahead, start);
+    if (until > 0.5) status(ahead, `starts in about ${formatSeconds(until)}`);
+    else if (run.waiting.position) status(ahead, `waiting for ${waited}`);
+    else status("Making the first step", `${waited} so far`);
   } else {
     status("Sent", `waiting for ${waited}`);
   }
@@ -182,12 +183,12 @@ export function showShot({ url, width, height, fields }, ...caption) {
   $("caption").replaceChildren(...caption, isRunning() ? back : "");
 }
 
-export function showPainter({ width, height }, words) {
+export function showPainter({ width, height }, ...lines) {
   arrange([], [1, 1]);
   setShape($("sheet"), [width, height]);
   $("frames").hidden = true;
   $("painter").hidden = $("paint-tools").hidden = false;
-  $("caption").replaceChildren(node("p", { class: "quiet" }, words));
+  $("caption").replaceChildren(...lines.map((line) => node("p", { class: "quiet" }, line)));
 }
 
 /** Shows how the run ended, where there is no picture. */
@@ -198,13 +199,12 @@ export function note(now, then = "") {
 
 /** Shows what went wrong; `again` retries, after counting down the time the server asked for. */
 export function showError(error, again, words = "Try again") {
-  const { title, advice, again: helps } = explain(error);
-  const hasReason = error.kind === "refused" || error.kind === "failed"; // by the server
+  const { title, reason, advice, again: helps } = explain(error);
   const away = button({ class: "plain", onclick: () => $("error").replaceChildren() }, "Dismiss");
   const retry = helps ? againButton(error.wait_s, again, words) : null;
   const parts = [
     node("h2", {}, title),
-    hasReason ? node("p", {}, error.message) : null,
+    reason ? node("p", {}, reason) : null,
     node("p", { class: "quiet" }, advice),
     node("div", { class: "row" }, ...[retry, away].filter(Boolean)),
   ];

@@ -97,6 +97,25 @@ def test_a_prompt_met_again_is_not_encoded_again(tiny: Model) -> None:
     assert all(after[text] is before[text] for text in before)
 
 
+def test_calls_are_full_though_rows_of_several_shapes_wait(tiny: Model) -> None:
+    engine, chosen = Engine(tiny, max_rows=4), []
+    policy: Any = engine._batcher
+    choose = policy.choose
+
+    def counted() -> list[Any]:
+        chosen.append(choose())
+        return chosen[-1]
+
+    policy.choose = counted
+    kinds = [{}, {"height": 32}, {"prompt": "a red star, " * 30, "prompt_syntax": "a1111"}]
+    requests = [ask(seed=n, width=32, **kinds[n % 3]) for n in range(36)]
+    assert all(result.image is not None for result in engine.generate(requests))
+    assert all(len({(row.shape, row.num_chunks) for row in rows}) <= 1 for rows in chosen)
+    made = [len(rows) for rows in chosen if rows]
+    assert sum(made) == 36 * 3
+    assert sum(made) / len(made) > 2.7
+
+
 def test_cancel_knows_what_it_cancels(tiny: Model) -> None:
     engine = Engine(tiny)
     first, second = engine.add(ask()), engine.add(ask(init_image=Image.new("RGB", (64, 64))))

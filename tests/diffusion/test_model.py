@@ -16,6 +16,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import ModelOptions, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler_names import SAMPLERS, Prediction, check_name
+from rayjobs.diffusion.weights import Source
 
 pytestmark = pytest.mark.model
 
@@ -110,6 +111,40 @@ def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
             (tmp_path / "weights").rename(tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match="no CUDA device"):
         load_model("starter", ModelOptions(device="cuda"))
+
+
+def test_a_hub_id_is_fetched_at_its_revision(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(hub_id: str, **options: object) -> Path:
+        asked.append((hub_id, options.get("revision")))
+        return folders["sdxl"]
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    model = load_model(Source(uri="some/sdxl-turbo", revision="v2"))
+    assert asked == [("some/sdxl-turbo", "v2")]
+    assert model.sha256 == load_model(str(folders["sdxl"])).sha256
+    assert (model.usual.kind, model.usual.steps, model.default_guidance_scale) == ("Turbo", 4, 1.0)
+    with pytest.raises(ValueError, match="revision 'v2' is for a hub id, and 'starter' is none"):
+        load_model(Source(uri="starter", revision="v2"))
+
+
+@pytest.mark.parametrize("steps", [None, 20])
+def test_a_distilled_model_is_known_by_its_sampler(
+    folders: dict[str, Path], tmp_path: Path, steps: int | None
+) -> None:
+    folder = Path(shutil.copytree(folders["sdxl"], tmp_path / "model"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"leading"', '"trailing"'))
+    engine = Engine(load_model(str(folder)), max_rows=1)
+    row = engine.add(Request(prompt="a red star", steps=steps))
+    assert len(engine.rows[row].sampler.timesteps) == (steps or 4)
+    assert engine.rows[row].num_slots == 1
+    (result,) = engine.generate([])
+    told = ("20 steps spoil the pictures of Turbo or Lightning models",)
+    assert [warning.split(",")[0] for warning in result.warnings] == list(told if steps else ())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

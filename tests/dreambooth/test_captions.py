@@ -129,7 +129,7 @@ def test_what_is_passed_over_is_told(picture: Callable[[int], Image.Image], tmp_
         "metadata.jsonl: dog.png": "its picture has another caption",
         "metadata.jsonl: cat.png": "no such picture",
         "notes.md": "neither a picture nor a caption",
-        "dog-masklabel.png": "a mask",
+        "dog-masklabel.png": "a mask; train.masks=files uses it",
         "gone.png": "a broken link",
     }
     told = tell_skipped(found.skipped)
@@ -247,6 +247,8 @@ def test_the_good_records_of_committed_shards_are_photos(
         }
         for number, data in enumerate(images)
     ]
+    rows[3] |= {"prompt": "(dog:1.2) 3", "prompt_syntax": "a1111"}  # its words are its caption
+    rows = [{"prompt_syntax": None} | row for row in rows]
     manifest = begin_data_set(str(tmp_path))
     with pytest.raises(BadInput, match="its manifest names no finished shard"):
         find_photos(str(tmp_path), SKS)

@@ -1,7 +1,12 @@
 """Mistakes in a run's settings: each told by its key, with the way out, before any work."""
 
+import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ from PIL import Image
 
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
+from rayjobs.dreambooth import lock
 from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
 from rayjobs.dreambooth.report import _skipped
 from rayjobs.dreambooth.resolved import resolve
@@ -34,10 +40,38 @@ MISTAKES = [
     (["instance.prompt="], "instance.prompt"),
     (["validation.every_n_steps=300"], "a multiple of checkpoint.every_n_steps, 250"),
     (["validation.prompts=['']"], "has an empty prompt"),
+    (["validation.prompts=['a [b|c]']", "validation.prompt_syntax=a1111"], "has '[b|c]'"),
     (["checkpoint.keep=0"], "checkpoint.keep is 0"),
     (["run.name=a/b"], "run.name is 'a/b'"),
     (["train.strategy=fsdp", "train.method=lora"], "train.strategy fsdp is for train.method full"),
     (["train.strategy=fsdp", "train.precision=fp16"], "fp16 has no loss scaling under fsdp"),
+    (
+        ["concepts=[{uri: cats, prompt: a photo of a olis cat}]"],
+        r"concepts[0].class_prompt is missing: the class",
+    ),
+    (
+        ["concepts=[{uri: cats, prompt: a olis cat, class_prompt: a dog}]"],
+        "concepts[0].prompt 'a olis cat' lacks the class word 'dog' of concepts[0].class_prompt",
+    ),
+    (
+        ["concepts=[{uri: x, prompt: a photo of a sks star, class_prompt: a photo of a star}]"],
+        "concepts[0].prompt is that of instance.prompt; give each subject its own word",
+    ),
+    (
+        ["concepts=[{uri: x, prompt: a ok cat, class_prompt: a cat}]", "inversion.num_vectors=2"],
+        "inversion.num_vectors learns the word of one subject",
+    ),
+    (["train.fused_backward=true", "workers.min=1"], "give train.buckets=false and leave"),
+    (["train.fused_backward=true", "train.buckets=false"], "give workers.max=1"),
+    (["train.block_rates={up: 2}"], "'up' is no block of a UNet; its blocks are conv_in"),
+    (["train.block_rates={mid_block: -1}"], "mid_block is -1.0; give 0 or more"),
+    (["train.optimizer=prodigy", "lora.plus_ratio=16"], "prodigy finds one rate for all"),
+    (["validation.patience=2"], "waits for losses that are not measured"),
+    (
+        ["validation.patience=2", "validation.loss_every_n_steps=100"],
+        "must be a multiple of checkpoint.every_n_steps, 250",
+    ),
+    (["train.debiased=true", "train.min_snr_gamma=5"], "weigh the same steps in opposite ways"),
     (["inversion.alone=true"], "give inversion.num_vectors"),
     (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),
 ]
@@ -66,6 +100,13 @@ def config(folder: Path, *overrides: str) -> DreamBoothConfig:
         (["instance.uri=absent"], "absent: no such folder of pictures"),
         (["trackers.wandb={}"], "trackers.wandb needs the package wandb"),
         (["model.uri={edm}", "train.min_snr_gamma=5"], "not defined for an EDM model"),
+        (["train.optimizer=prodigy"], "train.optimizer prodigy needs the package prodigyopt"),
+        (["train.optimizer=adamw8bit"], "train.optimizer adamw8bit needs the package bitsandbytes"),
+        (["train.precision=fp16"], "fp16 needs a GPU, and workers.num_gpus is 0"),
+        (["validation.encoders.subject=./absent"], r"encoders.subject: ./absent does not exist"),
+        (["validation.encoders.prompt=configs"], "configs is no encoder: it has no config.json"),
+        (["inversion.num_vectors=2", "inversion.token=star"], "knows 'star' already"),
+        (["train.block_rates={up_blocks.7: 2}"], r"up_blocks.7: the model's up_blocks are 0 \.\. "),
     ],
 )
 def test_a_mistake_seen_only_by_looking(
@@ -74,6 +115,57 @@ def test_a_mistake_seen_only_by_looking(
     filled = [text.replace("{edm}", str(folders["playground"])) for text in overrides]
     with pytest.raises(BadInput, match=told):
         resolve(config(tmp_path, *filled))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"prediction_type": "sample"}, "predicts 'sample'; training knows epsilon and v_pred"),
+        ({"rescale_betas_zero_snr": True}, "its schedule ends in pure noise"),
+    ],
+)
+def test_a_schedule_that_cannot_be_trained_on(
+    changed: dict[str, Any], told: str, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    shutil.copytree(folders["sdxl"], tmp_path / "model", copy_function=os.link)
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    values = json.loads(file.read_text()) | changed
+    file.unlink()
+    file.write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=told):
+        resolve(config(tmp_path, f"model.uri={tmp_path}/model"))
+
+
+WANDB = """
+def init(project=None, entity=None, mode=None): ...
+class api: api_key = {key!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "told"),
+    [
+        ("{projekt: x}", "secret", r"wandb takes no argument 'projekt'; did you mean 'project'\?"),
+        ("{project: x}", None, r"needs an API key: `wandb login`, or WANDB_API_KEY"),
+        ("{project: x, offline: true}", None, None),
+        ("{project: x, mode: disabled}", None, None),
+        ("{entity: x}", "secret", None),
+    ],
+)
+def test_a_tracker_is_looked_at_before_it_is_needed(
+    settings: str,
+    key: str | None,
+    told: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "wandb.py").write_text(WANDB.format(key=key))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(BadInput, match=told) if told else nullcontext():
+        resolve(config(tmp_path, f"trackers.wandb={settings}"))
+    sys.modules.pop("wandb", None)
 
 
 def test_a_picture_that_is_far_too_small(tmp_path: Path) -> None:
@@ -107,6 +199,40 @@ def test_captions_that_teach_less_than_they_seem_to(
     assert re.search(rf"{long.name}: its caption has \d+ tokens, of which the model reads 75", told)
     assert "passed over, a caption of no picture: notes.txt" in told
     assert "notes.txt (a caption of no picture)" in _skipped(run.skipped)
+
+
+def test_several_subjects(tmp_path: Path, picture: Callable[[int], Image.Image]) -> None:
+    """Each with its class: one that another has too shares its images."""
+    for name in ("cats", "owls"):
+        (tmp_path / name).mkdir()
+        picture(1).save(tmp_path / name / "red.png")
+    concepts = [
+        {"uri": f"{tmp_path}/cats", "prompt": "a ab cat", "class_prompt": "a cat", "repeats": 2},
+        {"uri": f"{tmp_path}/owls", "prompt": "a cd star", "class_prompt": "a photo of a star"},
+    ]
+    run = resolve(config(tmp_path, f"concepts={json.dumps(concepts)}"))
+    assert [subject.prompt for subject in run.subjects] == [
+        "a photo of a sks star",
+        "a ab cat",
+        "a cd star",
+    ]
+    places = [Path(subject.class_uri).name for subject in run.subjects]
+    assert places == ["prior", "prior-2", "prior"]
+    assert [subject.repeats for subject in run.subjects] == [1, 2, 1]
+    (photo,) = run.subjects[1].photos
+    images = {subject.class_uri: [photo] for subject in run.subjects}
+    assert all(subject.class_images for subject in run.with_class_images(images).subjects)
+    described = lock.describe(run)
+    assert described["photos"]["concept 2: red.png"] == [photo.sha256, "a ab cat"]
+    assert described["photos"]["red.png"][0] != photo.sha256
+    assert "uri" not in described["concepts"][0]
+
+
+def test_photographs_without_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resolve(config(tmp_path, "train.masks=alpha"))
+    assert "train.masks=alpha: no mask, all of it counts: black.png, red" in capsys.readouterr().err
+    resolve(config(tmp_path, "train.masks=files"))
+    assert "train.masks=files: no mask, all of it counts" in capsys.readouterr().err
 
 
 def test_an_average_that_reaches_further_back_than_the_run(

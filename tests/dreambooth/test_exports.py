@@ -14,9 +14,9 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.dreambooth import export, layouts
+from rayjobs.dreambooth import export
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.training import worker
+from rayjobs.dreambooth.training import layouts, worker
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models import exports, loading
 from rayjobs.models.exports import FUSED, KOHYA_FILE, PEFT_FOLDER

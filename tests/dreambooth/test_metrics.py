@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 from rayjobs.config import BadInput, load_config
 from rayjobs.dreambooth import metrics, results
 from rayjobs.dreambooth.config import EncodersConfig
-from rayjobs.dreambooth.evaluate_config import EvaluateConfig, read_prompts
+from rayjobs.dreambooth.config.evaluate import EvaluateConfig, read_prompts
 from rayjobs.dreambooth.results import Result
 from rayjobs.starter import subject, world
 

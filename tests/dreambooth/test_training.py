@@ -221,6 +221,7 @@ def test_what_a_finished_run_lacks_is_made(spread: str, priors: Path) -> None:
     assert Path(spread, "export", exports.KOHYA_FILE).is_file()
     assert before.files.items() <= after.files.items()
     assert composition.train(DreamBoothConfig.model_validate(more)).was_finished
+    assert "validation.every_n_steps was 0" in Path(spread, "index.html").read_text()
     # What is not asked for any more may stay.
     assert composition.train(DreamBoothConfig.model_validate(values(spread, priors))).was_finished
 
@@ -241,6 +242,32 @@ def test_a_finished_run_gets_more_steps(
     made, wanted = load_file(Path(output, "export", exports.LORA_FILE)), load_file(calm.weights)
     assert all((made[name] == wanted[name]).all() for name in wanted)
     assert composition.train(more).was_finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_gains_nothing_ends(
+    ray_cluster: None, priors: Path, tmp_path: Path, workers: int
+) -> None:
+    """After two losses that are no better; the best is exported, and more patience goes on."""
+    output = str(tmp_path / "out")
+    look = {"loss_every_n_steps": 3, "patience": 2, "loss_levels": 2}
+    still = LONG | {"learning_rate": 1e-12}
+    keys: dict[str, Any] = {"train": still, "validation": look, "workers": {"min": workers}}
+    done = composition.train(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+    measured = results.read_losses(output, 99)
+    note = exports.read(f"{output}/export")
+    assert note is not None
+    assert note.step == results.step_of_least(measured)
+    assert [step for step, _ in measured] == [3, 6, 9]
+    assert (done.steps, note.step) == (9, 3)
+    assert len(losses(output)) == done.steps
+    again = composition.train(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+    assert again.was_finished
+    keys["validation"] = look | {"patience": 9}
+    more = composition.train(DreamBoothConfig.model_validate(values(output, priors, **keys)))
+    assert more.steps == 15 - done.steps
+    assert len(losses(output)) == 15
 
 
 def train_worker(root: int) -> int:
@@ -295,5 +322,6 @@ def test_pictures_metrics_and_the_page(ray_cluster: None, priors: Path, tmp_path
     assert len(shown) == 8
     assert all(Path(output, name).stat().st_size > 1000 for name in shown)
     assert "a sks star on a red background" in page
+    assert "preservation (lower is better)" in page
     (events,) = Path(output, "logs").iterdir()
     assert b"train/loss" in events.read_bytes()

@@ -97,6 +97,15 @@ def test_what_the_uri_stands_for(tmp_path: Path) -> None:
     assert exports.resolve(model) == model
 
 
+def test_what_the_run_was_told_of_its_base_goes_with_the_export(tmp_path: Path) -> None:
+    told = {"base": "some/whole-model", "prediction_type": "v_prediction"}
+    folder = str(export(tmp_path / "export", source=told))
+    model = exports.resolve(ModelConfig(uri=folder))
+    assert model.details == told
+    mine = exports.resolve(ModelConfig(uri=folder, base="starter"))
+    assert mine.details == {"base": "starter", "prediction_type": "v_prediction"}
+
+
 def test_a_base_model_that_is_elsewhere(tmp_path: Path) -> None:
     folder = export(tmp_path / "export", base_uri="/absent/model")
     with pytest.raises(BadInput, match=r"an adapter for the model /absent/model, which is not"):

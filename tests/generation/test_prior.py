@@ -66,6 +66,18 @@ def test_what_is_missing_is_made_and_what_is_no_use_replaced(tmp_path: Path) -> 
 
     with pytest.raises(BadInput, match=r"other settings; .*\n  sampler.steps: 6 there, 7 now"):
         prior.run(configure(output, [star], 6, sampler={"name": "euler", "steps": 7}))
+    weighted = {"templates": [star], "axes": {"colour": ["red"]}, "syntax": "a1111"}
+    with pytest.raises(BadInput, match=r"\n  prompts.syntax: .plain. there, .a1111. now"):
+        prior.run(configure(output, [star], 6, prompts=weighted))
+
+
+def test_class_prompts_are_written_in_one_syntax(tmp_path: Path) -> None:
+    prompts = {"inline": ["a (red:1.3) star"], "syntax": "a1111"}
+    prior.run(configure(tmp_path / "out", [], 1, prompts=prompts))
+    assert {row["prompt_syntax"] for row in rows(tmp_path / "out")} == {"a1111"}
+    (tmp_path / "p.csv").write_text("prompt,prompt_syntax\na star,a1111\n")
+    with pytest.raises(BadInput, match=r"p.csv has settings for each prompt"):
+        prior.run(configure(tmp_path / "other", [], 1, prompts={"uri": str(tmp_path / "p.csv")}))
 
 
 def plant(output: Path, after: list[dict[str, Any]]) -> None:

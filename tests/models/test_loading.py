@@ -7,10 +7,14 @@ import pytest
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import ModelOptions
+from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.diffusion.weights import locate
 from rayjobs.models.facts import ModelFacts, find_weights, read_facts
 from rayjobs.models.loading import load, load_weights
-from rayjobs.models.options import LoadOptions, ModelConfig
+from rayjobs.models.options import LoadOptions, ModelConfig, SourceConfig
+from serve.config import ServeConfig
+from serve.registry import Registry
+from tests import headers
 
 
 def test_keys_and_engine_options_are_the_same() -> None:
@@ -30,6 +34,36 @@ def test_files_tell_what_the_loaded_model_tells(folders: dict[str, Path], family
     assert facts.is_edm == weights.is_edm == model.is_edm
     assert facts.guidance_scale == model.default_guidance_scale
     assert facts.multiple == max(8, model.vae_scale)
+
+
+def test_single_files_tell_the_same_wherever_they_are_asked(tmp_path: Path) -> None:
+    v, playground = headers.V | headers.ZERO, {"edm_mean": (1, 4), "edm_std": (1, 4)}
+    for shapes, family, side, prediction in (
+        (headers.XL | v, "sdxl", 1024, Prediction("v_prediction", zero_snr=True)),
+        (headers.XL | playground, "sdxl", 1024, Prediction(is_edm=True)),
+        (headers.SD1, "sd", 512, Prediction()),
+        (headers.SD2, "sd", 768, Prediction("v_prediction")),
+    ):
+        uri = headers.write(tmp_path / "model.safetensors", shapes)
+        facts, weights = read_facts(uri), find_weights(ModelConfig(uri=uri))
+        assert facts.family == weights.family == family
+        assert facts.side == weights.default_side == side
+        assert facts.prediction == weights.prediction == prediction
+        assert facts.guidance_scale == weights.usual.guidance_scale
+
+
+def test_a_served_model_is_loaded_as_its_keys_say(tmp_path: Path) -> None:
+    """Its base, configuration and prediction too, and those of adapters that are for it."""
+    keys = {"config": "a/b", "base": "c/d", "revision": "v1", "prediction_type": "v_prediction"}
+    config = ServeConfig.model_validate(
+        {
+            "models": [{"name": "mine", "uri": "owner/mine", **keys}],
+            "loras": [{"name": "dog", "uri": "dog", "base": "mine"}],
+        }
+    )
+    for entry in Registry(config).entries():
+        assert entry.weights is not None
+        assert entry.weights.source == SourceConfig(uri="owner/mine", **keys)
 
 
 def test_keys_reach_the_engine(folders: dict[str, Path]) -> None:

@@ -301,7 +301,7 @@ def test_what_it_copies_runs(
 
 LORAS = """import(new URL("web/form.js", document.baseURI)).then(({ fillModels }) => {
   const model = { id: document.getElementById("model").value, kind: "model" };
-  const lora = (id, base) => ({ id, base, kind: "lora", prompt_hint: `a photo of ${id}` });
+  const lora = (id, base) => ({ id, base, kind: "lora", prompt_hints: [`a photo of ${id}`] });
   fillModels([model, lora("cat", model.id), lora("dog", null), lora("far", "another")]);
 })"""
 

@@ -15,6 +15,7 @@ import torch
 from rayjobs.diffusion.adapters.layer import AdaptedLayer, Group, Uses
 from rayjobs.diffusion.adapters.names import Layer, Layers
 from rayjobs.diffusion.adapters.reader import Adapter, read
+from rayjobs.diffusion.facts import Usual
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.weights import lora_file
 
@@ -89,6 +90,11 @@ class LoraBank:
                     f"at {scale:g} the weight's direction is that of W + {scale:g} BA, as in peft"
                 )
         return tuple(said)
+
+    def usual(self, use: LoraUse) -> Usual:
+        """What to ask for with a row's adapters: that of a distilled one, else the model's."""
+        found = [self._adapters[sha256].usual for sha256, scale in use if scale]
+        return next(filter(None, found), self.model.usual)
 
     @property
     def num_bytes(self) -> int:

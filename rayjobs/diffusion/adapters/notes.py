@@ -25,6 +25,7 @@ class Notes:
     family: str | None
     """Of the model that it was trained for, where the file says so."""
     parts: Mapping[str, Mapping[str, Any]]
+    title: str = ""
 
     def strength(self, part: str, name: str, rank: int | None, alpha: float | None) -> float:
         """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732): alpha from the layer's
@@ -59,7 +60,8 @@ def read(file: Path, header: Mapping[str, str]) -> Notes:
         parts = _by_part(json.loads(header[DIFFUSERS]))
     else:
         parts = {}
-    return Notes(_family(header), parts)
+    title = header.get("modelspec.title") or header.get("ss_output_name") or ""
+    return Notes(_family(header), parts, title)
 
 
 def file_sha256(file: Path) -> str:

@@ -21,6 +21,7 @@ from rayjobs.diffusion.adapters.deltas import (
     tucker,
 )
 from rayjobs.diffusion.adapters.names import Layer, Layers, family_of
+from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
 from rayjobs.diffusion.weights import first_line
 
 Tensors = Mapping[str, torch.Tensor]
@@ -60,6 +61,8 @@ class Adapter:
     sha256: str
     changes: Mapping[Layer, Change]
     is_dora: bool = False
+    usual: Usual | None = None
+    """What to ask for with an adapter that makes the model a distilled one."""
     warnings: tuple[str, ...] = ()
 
     def without_tensors(self) -> "Adapter":
@@ -104,8 +107,9 @@ def _read(path: str, file: Path, layers: Layers) -> Adapter:
             f"LoRA {file.name} carries embeddings of {', '.join(sorted(words))}, which are not "
             "used: save them as embedding files and give them as words"
         )
+    usual = adapter_usual(f"{file_name(path)} {told.title}")
     is_dora = any(change.magnitude is not None for change in changes.values())
-    return Adapter(path, file, notes.file_sha256(file), changes, is_dora, tuple(warnings))
+    return Adapter(path, file, notes.file_sha256(file), changes, is_dora, usual, tuple(warnings))
 
 
 def _is_peft_without_alpha(

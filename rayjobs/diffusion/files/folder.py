@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rayjobs.diffusion.files import foreign, layout
-from rayjobs.diffusion.files.header import Header, read_header
+from rayjobs.diffusion.files.header import read_header
 
 PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 PARTS = {
@@ -39,7 +39,7 @@ def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> dict[st
     for name in PARTS[family]:
         part = folder / name
         if name.startswith("tokenizer"):
-            _check_tokenizer(part)
+            check_tokenizer(part)
             continue
         configs[name] = read_json(part / "config.json")
         variants[name] = _check_weights(part, configs[name], str(index[name][1]))
@@ -100,7 +100,8 @@ def _check_index(folder: Path, family: str, index: Mapping[str, Any]) -> None:
             )
 
 
-def _check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: Path) -> None:
+    """Raise ValueError unless it has the files of one."""
     has_pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not has_pairs and not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} is missing, or has neither vocab.json with merges.txt nor "
@@ -226,6 +227,3 @@ def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
 def _some(names: list[str]) -> str:
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-__all__ = ["Header", "check_folder", "check_unet", "pickle_message", "read_json", "refuse_pickles"]

@@ -13,6 +13,7 @@ from rayjobs.diffusion.files import foreign, layout
 from rayjobs.diffusion.files.header import Header
 
 LDM = "model.diffusion_model."
+SD_ENCODER = "cond_stage_model.transformer."
 FIRST_ENCODER, SECOND_ENCODER = "conditioner.embedders.0.", "conditioner.embedders.1."
 CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an editing (pix2pix)", 9: "an inpainting"}
 
@@ -60,6 +61,11 @@ class Single:
     @property
     def family(self) -> str:
         return "sd" if self.version in ("sd1", "sd2") else "sdxl"
+
+    @property
+    def has_bare_encoder(self) -> bool:
+        """Whether its text encoder has the names of before transformers' `text_model`."""
+        return f"{SD_ENCODER}embeddings.position_embedding.weight" in self.header.names
 
     @property
     def titles(self) -> str:
@@ -204,8 +210,9 @@ def _width(header: Header) -> int:
 
 
 def _depth(names: frozenset[str]) -> int:
-    """Layers of the UNet's deepest transformer."""
-    depths = (re.search(r"\.transformer_blocks\.(\d+)\.", name) for name in names)
+    """Layers of the UNet's deepest transformer on the way down."""
+    layer = re.compile(r"(?:^|\.)(?:input|down)_blocks\..*\.transformer_blocks\.(\d+)\.")
+    depths = (layer.search(name) for name in names)
     return max((int(found[1]) + 1 for found in depths if found), default=0)
 
 

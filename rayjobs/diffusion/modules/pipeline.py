@@ -12,10 +12,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from rayjobs.diffusion.files.folder import read_json
-from rayjobs.diffusion.files.single import LDM, Single
+from rayjobs.diffusion.files.single import FIRST_ENCODER, LDM, SD_ENCODER, Single
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.diffusion.weights import Weights
 
@@ -75,6 +77,15 @@ def _of_single(weights: Weights, single: Single, dtype: torch.dtype, parts: dict
     for name in single.missing:
         assert weights.base is not None
         parts[name] = load_part(weights.base, name, dtype)
+    if "text_encoder" in single.parts and "text_encoder_2" in single.missing:
+        # diffusers looks for the first encoder only where it finds the second one.
+        assert weights.base is not None
+        parts["text_encoder"] = load_part(weights.base, "text_encoder", dtype)
+        _fill_encoder(parts["text_encoder"], single, f"{FIRST_ENCODER}transformer.text_model.")
+    elif single.has_bare_encoder:
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        parts["text_encoder"] = CLIPTextModel(config).to(dtype=dtype)
+        _fill_encoder(parts["text_encoder"], single, SD_ENCODER)
     if single.prefix != LDM:
         parts["unet"] = _load_unet(single, weights.unet_config(folder), folder, dtype)
     kind: Any = StableDiffusionXLPipeline if weights.family == "sdxl" else StableDiffusionPipeline
@@ -103,9 +114,17 @@ def _load_unet(single: Single, config: Mapping[str, Any], folder: Path, dtype: t
     return unet
 
 
+def _fill_encoder(encoder: Any, single: Single, begin: str) -> None:
+    """Put a file's own weights into a CLIP text model. Raises RuntimeError when some are absent."""
+    with safe_open(single.header.path, "pt") as file:
+        mine = {n.removeprefix(begin): n for n in file.keys() if n.startswith(begin)}  # noqa: SIM118
+        names = {name: mine.get(name.removeprefix("text_model.")) for name in encoder.state_dict()}
+        encoder.load_state_dict({n: file.get_tensor(own) for n, own in names.items() if own})
+
+
 def _scheduler(config: Mapping[str, Any]) -> Any:
     kind = getattr(diffusers, str(config["_class_name"]))
-    return kind.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    return kind.from_config({key: value for key, value in config.items() if key[0] != "_"})
 
 
 def _check_all_loaded(pipeline: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 
 MAX_SLOTS = 63
 """From 64 on diffusers' Upsample2D takes another way."""
-MAX_PLAIN_S = 1.0
+MAX_PLAIN_S = 0.5
 """A call that takes longer has little of Python in it, and others wait while it is verified."""
 
 

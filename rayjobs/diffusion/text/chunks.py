@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.text.inversion import expand_words, word_lengths
+from rayjobs.diffusion.text.inversion import expand_words
 from rayjobs.diffusion.text.syntax import Part, looks_weighted, parse, weighs_whole
 
 COMMA_REACH = 20
@@ -116,12 +116,14 @@ def _divided(tokenizer: Any, sections: list[list[Part]]) -> Iterator[list[Weight
 
 def _words(tokenizer: Any, parts: Iterable[Part]) -> Iterator[list[Weighted]]:
     """Weighted tokens one by one; those of a learned word, which no end divides, at once."""
-    lengths = word_lengths(tokenizer)
+    learned = {number: name for name, number in tokenizer.added_tokens_encoder.items()}
     for text, weight in parts:
         ids = tokenizer(expand_words(text, tokenizer), add_special_tokens=False).input_ids
         at = 0
         while at < len(ids):
-            end = at + lengths.get(ids[at], 1)
+            name, end = learned.get(ids[at]), at + 1
+            while end < len(ids) and name and learned.get(ids[end]) == f"{name}_{end - at}":
+                end += 1
             yield [(token, weight) for token in ids[at:end]]
             at = end
 

@@ -172,12 +172,6 @@ def expand_words(text: str, tokenizer: Any) -> str:
     return re.sub(pattern, expanded, text, flags=re.IGNORECASE)
 
 
-def word_lengths(tokenizer: Any) -> dict[int, int]:
-    """Of each learned word, by the id of its first token: of how many tokens it is."""
-    added = tokenizer.added_tokens_encoder
-    return {number: _count(token, added) for token, number in added.items()}
-
-
 def _count(token: str, added: dict[str, int]) -> int:
     count = 1
     while f"{token}_{count}" in added:

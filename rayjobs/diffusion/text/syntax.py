@@ -49,6 +49,13 @@ def weighs_whole(text: str) -> bool:
     return "\n" not in text and NUMBER_AT_END.search(text) is not None
 
 
+def spoken(text: str, syntax: str | None) -> str:
+    """What a prompt says, without weights and breaks."""
+    if syntax in (None, "plain"):
+        return text
+    return " ".join("".join(part.text for part in section) for section in parse(text))
+
+
 def check_syntax(name: str, text: str, syntax: str, *, negative: bool = False) -> None:
     """Raise ValueError where a prompt, called `name`, asks for what its syntax has and we have not.
 

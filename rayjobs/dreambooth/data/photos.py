@@ -6,8 +6,9 @@ Knows no torch.
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import lock_uri
 from rayjobs.dataset.reader import Reader
+from rayjobs.dataset.records import SYNTAX
+from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.dreambooth.data.captions import Captions, find_masks, read_beside
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.decode import Picture, decode
@@ -27,6 +30,9 @@ from rayjobs.images.sandbox import Sandbox
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
 SUFFIXES |= {".jfif", ".jpe"}
 UNREADABLE = {".heic", ".heif", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".psd", ".pdf"}
+MAX_DISTORTION = 0.02
+"""Of a mask that is stretched over its picture, as a logarithm."""
+A_MASK = "a mask; train.masks=files uses it"
 MAX_TOLD = 5
 """Names in a warning."""
 MAX_ENLARGEMENT = 4.0
@@ -51,6 +57,9 @@ class Photo:
     sha256: str
     width: int
     height: int
+    mask: str = ""
+    """The file below `folder` that says where its loss counts; empty without one."""
+    mask_sha256: str = ""
 
     def read(self) -> bytes:
         """The encoded image. Raises BadInput when it is not the one that was found."""
@@ -65,7 +74,35 @@ class Photo:
 
     def open(self) -> Image.Image:
         """The image: RGB, upright. Raises BadInput naming the file."""
-        return _decode(self.read(), self.name, decode)
+        return _decode(self.read(), self.name, decode).on_white()
+
+    def open_alpha(self) -> Image.Image | None:
+        """Where the image is opaque (L), upright; None where it is so everywhere."""
+        return _decode(self.read(), self.name, decode).alpha
+
+    def open_mask(self) -> Image.Image | None:
+        """The mask's file (L), upright; None without one."""
+        if not self.mask:
+            return None
+        data = (_local_copy(self.folder) / self.mask).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.mask_sha256:
+            raise BadInput(f"{self.mask}: changed while the run uses it; restore it")
+        return _decode(data, self.mask, decode).on_white().convert("L")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run learns, or one of several such, with the class that it is to keep."""
+
+    prompt: str
+    class_prompt: str
+    photos: tuple[Photo, ...]
+    class_uri: str
+    """Where its class images are, or are to be made."""
+    has_own_class: bool
+    """Whether that place was given, and may hold pictures of any origin."""
+    class_images: tuple[Photo, ...] = ()
+    repeats: int = 1
 
 
 @lru_cache(maxsize=16)
@@ -136,11 +173,12 @@ def look_for_photos(uri: str, caption: str) -> Found:
         known = " ".join(sorted(SUFFIXES))
         raise BadInput(f"{uri}: no pictures in it (looked for {known})")
     beside = read_beside(folder, [name for name in files if name not in masks], pictures)
+    mask_of = {picture: mask for mask, picture in masks.items()}
     photos = [
-        _describe(uri, name, folder / name, beside.captions.get(name, (caption,)))
+        _describe(uri, name, folder, beside.captions.get(name, (caption,)), mask_of.get(name, ""))
         for name in pictures
     ]
-    passed_over = dict.fromkeys(masks, "a mask") | dict.fromkeys(broken, "a broken link")
+    passed_over = dict.fromkeys(masks, A_MASK) | dict.fromkeys(broken, "a broken link")
     return Found(photos, beside.skipped | passed_over)
 
 
@@ -161,19 +199,29 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _decode(data: bytes, name: str, decode: Callable[[bytes], Picture]) -> Image.Image:
-    """An RGB picture of 8 bits, upright, in sRGB, on white where it was transparent."""
+def _decode(data: bytes, name: str, decode: Callable[[bytes], Picture]) -> Picture:
+    """A picture of 8 bits, upright, in sRGB."""
     try:
-        return decode(data).on_white()
+        return decode(data)
     except UnreadableImage as error:
         raise BadInput(f"{name}: {error}") from None
 
 
-def _describe(uri: str, name: str, path: Path, captions: Captions) -> Photo:
-    data = path.read_bytes()
-    image = _decode(data, name, _sandbox().decode)
+def _describe(uri: str, name: str, folder: Path, captions: Captions, mask: str) -> Photo:
+    data = (folder / name).read_bytes()
+    size = _decode(data, name, _sandbox().decode).colours.size
     sha256 = hashlib.sha256(data).hexdigest()
-    return Photo(name, uri, name, None, captions, sha256, image.width, image.height)
+    photo = Photo(name, uri, name, None, captions, sha256, *size)
+    if not mask:
+        return photo
+    data = (folder / mask).read_bytes()
+    of_mask = _decode(data, mask, _sandbox().decode).colours.size
+    if abs(math.log(of_mask[0] * size[1] / of_mask[1] / size[0])) > MAX_DISTORTION:
+        raise BadInput(
+            f"{mask}: a mask of {of_mask[0]} x {of_mask[1]} pixels for a picture of {size[0]} x "
+            f"{size[1]}; give it the picture's shape"
+        )
+    return replace(photo, mask=mask, mask_sha256=hashlib.sha256(data).hexdigest())
 
 
 @cache
@@ -188,19 +236,20 @@ def _find_records(uri: str) -> list[Photo]:
         raise BadInput(
             f"{uri}: no parquet shards; give a data set in parquet, or `rayjobs export` it"
         )
-    columns = ["record", "prompt", "status", "image_sha256", "width", "height"]
+    columns = ["record", "prompt", SYNTAX.name, "status", "image_sha256", "width", "height"]
     data, photos = storage.join(uri, "data"), []
     for entry in reader.entries:
         file = entry["file"].removeprefix("data/")
         for number, row in enumerate(reader.read_shard(entry, columns)):
             if row["status"] == "ok":
-                name, captions = f"{file}, record {row['record']}", (row["prompt"],)
+                name = f"{file}, record {row['record']}"
+                captions = (spoken(row["prompt"], row[SYNTAX.name]),)
                 size = (row["width"], row["height"])
                 photos.append(Photo(name, data, file, number, captions, row["image_sha256"], *size))
     return photos
 
 
-def check_sizes(photos: list[Photo], side: int) -> list[str]:
+def check_sizes(photos: Sequence[Photo], side: int) -> list[str]:
     """Warnings for pictures to be enlarged; raises BadInput for one that is far too small."""
     warnings = []
     for photo in photos:

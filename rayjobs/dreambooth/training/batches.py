@@ -4,12 +4,15 @@ Owns encoding and its cache, and prepares a step's batches while the step before
 Knows nothing of losses or gradients. Legend: B rows, C H W latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from cachetools import LRUCache
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.vae.latents import encode_moments
@@ -20,6 +23,8 @@ from rayjobs.dreambooth.training.objective import Objective
 from rayjobs.dreambooth.training.tuned_model import Text, TunedModel
 
 MAX_TEXTS = 64
+TELL_EVERY = 10
+MAX_MASKS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,13 @@ class Batch:
     has_prior: bool
     """Whether any row is a class image; known without asking the device."""
     dropout_keys_B: torch.Tensor
+    mask_B1HW: torch.Tensor | None
+    """Where rows' losses count, 0..1; None: everywhere."""
     captions: list[str | None]
     text: Text | None
     """None where text is trained, and encoded again at every step."""
+    counts: bool = True
+    """False: made again, so that sharded workers make equally many calls; its loss is dropped."""
 
     def to(self, device: str) -> "Batch":
         moved: dict[str, Any] = {
@@ -61,42 +70,69 @@ class Batches:
         objective: Objective,
         cache: Cache | None,
         noise_offset: float = 0.0,
+        fixed_rows: list[Row] | None = None,
     ):
         self.schedule = schedule
         self.tuned = tuned
         self.objective = objective
         self.cache = cache
         self.noise_offset = noise_offset
+        self.fixed_rows = fixed_rows or []
+        """Rows whose loss is measured beside the steps'."""
         self._texts: dict[str | None, Tensors] = {}
-        """Texts encoded without a cache."""
+        """Texts encoded without a cache: captions whose tags are in another order each time."""
+        of_fixed = {str(row.caption) for row in self.fixed_rows}
+        self._cached_captions = frozenset(of_fixed.union(schedule.captions()))
+        self._known_masks: LRUCache[str, torch.Tensor] = LRUCache(MAX_MASKS)
 
-    def fill_cache(self, rank: int, num_workers: int) -> None:
-        """Encode this worker's share of what the cache lacks."""
+    def fill_cache(
+        self, rank: int, num_workers: int, tell: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Encode this worker's share of what the cache lacks; `tell` hears how many of how many."""
         if self.cache is None:
             return
-        views = {f"view-{view.name}": view for view in self.schedule.views()}
+        every = [*self.schedule.views(), *(row.view for row in self.fixed_rows)]
+        views = {f"view-{view.name}": view for view in every}
         # Split before the cache is listed: other workers are storing their shares meanwhile.
-        for name in self.cache.missing(list(views)[rank::num_workers]):
+        missing = self.cache.missing(list(views)[rank::num_workers])
+        for number, name in enumerate(missing):
+            if tell is not None and number and number % TELL_EVERY == 0:
+                tell(number, len(missing))
             self.cache.put(name, self._moments([views[name]])[0])
         if self.tuned.trains_text:
             return
-        captions: list[str | None] = [None, *self.schedule.captions()]
+        captions: list[str | None] = [None, *sorted(self._cached_captions)]
         texts = {_text_name(caption): caption for caption in captions}
         for name in self.cache.missing(list(texts)[rank::num_workers]):
             self.cache.put(name, self._states(texts[name]))
 
     def steps(
-        self, first: int, last: int, rank: int, num_workers: int, max_photos: int | None
+        self,
+        first: int,
+        last: int,
+        rank: int,
+        num_workers: int,
+        max_photos: int | None,
+        *,
+        equal: bool = False,
     ) -> Iterator[list[Batch]]:
         """The batches of steps first .. last - 1, each made while the one before is trained on.
 
-        Except on a CPU, where a second pool of OpenMP threads on the same cores costs more time
-        than it hides.
+        With `equal` every worker has as many of a step as the one with most, whose pictures have
+        most sizes: sharded workers call the network together or wait for ever.
+
+        On a CPU none is made ahead: a second pool of OpenMP threads on the same cores costs more
+        time than it hides.
         """
 
         def make(step: int) -> list[Batch]:
-            rows = self.schedule.rows(step, rank, num_workers)
-            return [self.batch(part) for part in micro_batches(rows, max_photos)]
+            def parts(rank: int) -> list[list[Row]]:
+                return micro_batches(self.schedule.rows(step, rank, num_workers), max_photos)
+
+            made = [self.batch(part) for part in parts(rank)]
+            most = max(len(parts(other)) for other in range(num_workers)) if equal else 0
+            filling = [replace(made[-1], counts=False)] * (most - len(made))
+            return [*filling, *made]
 
         if self.tuned.model.device == "cpu":
             yield from map(make, range(first, last))
@@ -122,6 +158,7 @@ class Batches:
             is_prior_B=torch.tensor([row.view.is_prior for row in rows]),
             has_prior=any(row.view.is_prior for row in rows),
             dropout_keys_B=torch.tensor([row.dropout_key for row in rows]),
+            mask_B1HW=self._masks(rows, shape[1:]),
             captions=[row.caption for row in rows],
             text=None if self.tuned.trains_text else self._text(rows),
         )
@@ -140,6 +177,29 @@ class Batches:
             z_CHW = moments["mean"] + std * row.noise(tuple(std.shape), "posterior")
             latents.append((z_CHW - mean) * model.vae.config.scaling_factor / scale)
         return latents
+
+    def _masks(self, rows: list[Row], size: tuple[int, ...]) -> torch.Tensor | None:
+        """(B, 1, H, W) at the latents' size: 1 for class images and photographs without a mask."""
+        config = self.schedule.config
+        if config.masks == "none":
+            return None
+        masks_B1HW = torch.ones(len(rows), 1, *size)
+        for mask_1HW, row in zip(masks_B1HW, rows, strict=True):
+            if not row.view.is_prior:
+                mask_1HW.copy_(self._mask(row.view, config.masks, size))
+        return config.mask_floor + (1 - config.mask_floor) * masks_B1HW
+
+    def _mask(self, view: View, kind: str, size: tuple[int, ...]) -> torch.Tensor:
+        """(1, H, W): the mean of the pixels' mask over each latent."""
+        name = f"{kind}-{view.photo.mask_sha256}-{view.name}"
+        if name not in self._known_masks:
+            mask = view.photo.open_alpha() if kind == "alpha" else view.photo.open_mask()
+            if mask is None:
+                self._known_masks[name] = torch.ones(1, *size)
+            else:
+                pixels_HW = torch.from_numpy(np.array(view.frame.cut(mask), np.float32)) / 255
+                self._known_masks[name] = F.interpolate(pixels_HW[None, None], size, mode="area")[0]
+        return self._known_masks[name]
 
     def _noise(self, row: Row, shape: tuple[int, ...]) -> torch.Tensor:
         noise_CHW = row.noise(shape, "noise")
@@ -168,7 +228,7 @@ class Batches:
         return {name: tensor.float().cpu() for name, tensor in tensors.items()}
 
     def _cached_states(self, caption: str | None) -> Tensors:
-        if self.cache is not None:
+        if self.cache is not None and (caption is None or caption in self._cached_captions):
             return self.cache.get(_text_name(caption))
         if caption not in self._texts:
             if len(self._texts) == MAX_TEXTS:

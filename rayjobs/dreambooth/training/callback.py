@@ -44,6 +44,7 @@ class CheckpointCallback(pl.Callback):
         self.sharded, self.attempt = sharded, attempt
         self.logs = Path(tempfile.mkdtemp(prefix="logs-"))
         """A local folder that trackers write to; it is uploaded with every checkpoint."""
+        self.stopped_with_patience: int | None = None
         self.stalled_s = 0.0
         """How long training has waited for checkpoints."""
         self._rows: list[str] = []
@@ -70,6 +71,7 @@ class CheckpointCallback(pl.Callback):
     ) -> None:
         self._rows.append(json.dumps(pl_module.metrics))
         step, last = pl_module.step, self.config.train.steps
+        self.stopped_with_patience = pl_module.stopped_with_patience
         if step % self.config.checkpoint.every_n_steps == 0 or step == last:
             self._save(pl_module)
 
@@ -77,6 +79,9 @@ class CheckpointCallback(pl.Callback):
         started = time.perf_counter()
         self._wait_for_upload()
         self.stalled_s += time.perf_counter() - started
+        if self.rank == 0:
+            trackers.close(pl_module.loggers)
+            trackers.store(self.uri, self.logs)
         shutil.rmtree(self.logs, ignore_errors=True)
 
     def _save(self, module: DreamBooth) -> None:
@@ -137,10 +142,17 @@ class CheckpointCallback(pl.Callback):
         lock.check_own(self.uri, lock.describe(self.run))
         storage.write_bytes(storage.join(self.uri, results.METRICS), rows.encode())
         trackers.store(self.uri, self.logs)
-        self.checkpoints.commit(step, files, {"workers": self.num_workers})
+        facts: dict[str, Any] = {"workers": self.num_workers}
+        if self.stopped_with_patience is not None:
+            facts["stopped_with_patience"] = self.stopped_with_patience
+        self.checkpoints.commit(step, files, facts)
         steps = [checkpoint.step for checkpoint in self.checkpoints.list()]
         keep, every = self.config.checkpoint.keep, self.config.validation.every_n_steps
-        self.checkpoints.prune(results.to_keep(steps, results.read(self.uri), keep, every))
+        kept = results.to_keep(steps, results.read(self.uri), keep, every)
+        if self.config.validation.patience is not None:
+            least = results.step_of_least(results.read_losses(self.uri, step))
+            kept |= {least} - {None}  # type: ignore
+        self.checkpoints.prune(kept)
 
 
 def state(module: DreamBooth) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The Lightning module: one optimizer step, from batches to updated weights.
 
-Owns the forward and backward passes of a step, clipping, the learning rate and the average of
-weights. Knows neither how batches are chosen (`data.schedule`) nor how state is stored
-(`callback`).
+Owns the forward and backward passes of a step, clipping and the average of weights. Knows neither
+how batches are chosen (`data.schedule`), nor how weights are updated (`optimizers`), nor how state
+is stored (`callback`).
 """
 
 import math
@@ -11,13 +11,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from diffusers.optimization import get_scheduler
 
-from rayjobs.config import BadInput
-from rayjobs.dreambooth.config import DreamBoothConfig, TrainConfig
+from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.training import fsdp, lora
 from rayjobs.dreambooth.training.batches import Batch
-from rayjobs.dreambooth.training.objective import Objective, prior_preserving_loss, squared_errors
+from rayjobs.dreambooth.training.objective import (
+    Objective,
+    errors,
+    huber_c,
+    prior_preserving_loss,
+)
+from rayjobs.dreambooth.training.optimizers import FusedBackward, build_optimizer, rate_factor
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 
 
@@ -44,7 +48,10 @@ class DreamBooth(pl.LightningModule):
         """Optimizer steps made so far, also before a restart."""
         self.metrics: dict[str, float] = {}
         """Of the last step, over all workers."""
+        self.stopped_with_patience: int | None = None
+        """The patience with which the run was ended before its last step."""
         self.average: dict[str, torch.Tensor] = {}
+        self._fused: FusedBackward | None = None
         fp16 = tuned.compute == torch.float16
         self.scaler = torch.amp.GradScaler(enabled=fp16) if fp16 else None
 
@@ -55,13 +62,14 @@ class DreamBooth(pl.LightningModule):
             self._is_sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self.optimizer = build_optimizer(
-            self.config.train, self.tuned, self.config.inversion.learning_rate
-        )
+        train = self.config.train
+        self.optimizer = build_optimizer(self.config, self.tuned)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._factor = _rate_factor(self.config.train, self.optimizer)
+        self._factor = rate_factor(train, self.optimizer)
+        if train.fused_backward:
+            self._fused = FusedBackward(self.optimizer, train.max_grad_norm)
         self._trained = self.tuned.trainable()
-        if self.config.train.ema_decay is not None:
+        if train.ema_decay is not None:
             self.average = {name: p.detach().clone() for name, p in self._trained.items()}
         return self.optimizer
 
@@ -73,11 +81,12 @@ class DreamBooth(pl.LightningModule):
         return batch  # each micro-batch is moved just before it is used
 
     def training_step(self, batches: list[Batch], _: int) -> None:
+        self._set_rates()
         sums = torch.zeros(2, device=self.device)
         for number, batch in enumerate(batches):
             is_last = number + 1 == len(batches)
             with nullcontext() if is_last else self._without_gradient_sync():
-                parts_2 = self.losses(batch.to(str(self.device)))
+                parts_2 = self.losses(batch.to(str(self.device))) * batch.counts
                 # Workers' gradients are averaged; the parts of a loss add up.
                 self._backward(parts_2.sum() * self.trainer.world_size)
             sums += parts_2.detach()
@@ -86,21 +95,7 @@ class DreamBooth(pl.LightningModule):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """The rows' shares of the subject's and of the prior's loss, weighted, (2,) float32."""
-        if self.config.lora.dropout:
-            for _, network in self.tuned.parts():
-                lora.set_dropout_keys(network, batch.dropout_keys_B)
-        text = batch.text or self.tuned.encode(batch.captions)
-        x_BCHW, timesteps_B = self.objective.inputs(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
-        target_BCHW = self.objective.target(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
-        if self.config.prior.mode == "teacher" and batch.has_prior:
-            teacher_BCHW = self.tuned.teach(
-                x_BCHW, timesteps_B, batch.captions, text, batch.time_ids_B6
-            )
-            is_prior_B111 = batch.is_prior_B[:, None, None, None]
-            target_BCHW = torch.where(is_prior_B111, teacher_BCHW, target_BCHW)
-        predicted_BCHW = self.tuned.predict(x_BCHW, timesteps_B, text, batch.time_ids_B6)
-        errors_B = squared_errors(predicted_BCHW, target_BCHW)
-        weight_B = self.objective.weight(batch.levels_B)
+        errors_B, weight_B = self._errors_and_weights(batch)
         shares = [
             prior_preserving_loss(
                 errors_B * mask_B,
@@ -114,6 +109,37 @@ class DreamBooth(pl.LightningModule):
         ]
         return torch.stack(shares)
 
+    def row_losses(self, batch: Batch) -> torch.Tensor:
+        """Each row's own loss, weighted, (B,) float32."""
+        errors_B, weight_B = self._errors_and_weights(batch)
+        return errors_B * weight_B
+
+    def _errors_and_weights(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.lora.dropout:
+            for _, network in self.tuned.parts():
+                lora.set_dropout_keys(network, batch.dropout_keys_B)
+        text = batch.text or self.tuned.encode(batch.captions)
+        x_BCHW, timesteps_B = self.objective.inputs(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
+        target_BCHW = self.objective.target(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
+        if self.config.prior.mode == "teacher" and batch.has_prior:
+            teacher_BCHW = self.tuned.teach(
+                x_BCHW, timesteps_B, batch.captions, text, batch.time_ids_B6
+            )
+            is_prior_B111 = batch.is_prior_B[:, None, None, None]
+            target_BCHW = torch.where(is_prior_B111, teacher_BCHW, target_BCHW)
+        predicted_BCHW = self.tuned.predict(x_BCHW, timesteps_B, text, batch.time_ids_B6)
+        errors_B = self._errors(predicted_BCHW, target_BCHW, batch)
+        return errors_B, self.objective.weight(batch.levels_B)
+
+    def _errors(
+        self, predicted_BCHW: torch.Tensor, target_BCHW: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        train, c_B = self.config.train, None
+        if train.loss != "mse":
+            sigmas_B = self.objective.sigmas(batch.levels_B)
+            c_B = huber_c(sigmas_B, train.huber_c, train.huber_schedule)
+        return errors(predicted_BCHW, target_BCHW, train.loss, c_B, batch.mask_B1HW)
+
     def _strategy(self) -> Any:
         return self.trainer.strategy
 
@@ -125,13 +151,22 @@ class DreamBooth(pl.LightningModule):
     def _backward(self, loss: torch.Tensor) -> None:
         self.manual_backward(loss if self.scaler is None else self.scaler.scale(loss))
 
+    def _set_rates(self) -> None:
+        factor = self._factor(self.step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+
     def _update(self) -> torch.Tensor:
         """Clip, step, update the average; return the gradients' norm."""
-        train, optimizer = self.config.train, self.optimizer
-        factor = self._factor(self.step)
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        trained = self._trained
+        norm = self._make_step() if self._fused is None else self._fused.take_norm()
+        if self.average:
+            averages = [self.average[name] for name in self._trained]
+            now = [p.detach() for p in self._trained.values()]
+            torch._foreach_lerp_(averages, now, 1 - self.config.train.ema_decay_at(self.step))
+        return norm
+
+    def _make_step(self) -> torch.Tensor:
+        train, optimizer, trained = self.config.train, self.optimizer, self._trained
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), train.max_grad_norm)
@@ -141,10 +176,6 @@ class DreamBooth(pl.LightningModule):
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            averages = [self.average[name] for name in trained]
-            now = [p.detach() for p in trained.values()]
-            torch._foreach_lerp_(averages, now, 1 - train.ema_decay_at(self.step))
         return norm
 
     def _record(self, sums: torch.Tensor, norm: torch.Tensor) -> None:
@@ -168,59 +199,3 @@ class DreamBooth(pl.LightningModule):
         logged = {f"train/{name}": value for name, value in self.metrics.items() if name != "step"}
         for logger in self.loggers:
             logger.log_metrics(logged, step=self.step)
-
-
-def build_optimizer(
-    train: TrainConfig, tuned: TunedModel, token_rate: float = 0.0
-) -> torch.optim.Optimizer:
-    """Groups for the UNet, the text encoders and learned tokens, each with its learning rate."""
-    unet, text, learned = [], [], []
-    for name, parameter in tuned.trainable().items():
-        part = name.split(".")[0]
-        {"unet": unet, "text_encoders": text, "learned": learned}[part].append(parameter)
-    text_rate = train.text_encoder_learning_rate or train.learning_rate / 10
-    groups: list[dict[str, Any]] = [
-        {"params": unet, "lr": train.learning_rate},
-        {"params": text, "lr": text_rate},
-        {"params": learned, "lr": token_rate, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if train.optimizer == "prodigy":
-        prodigy: Any = _import("prodigyopt", "train.optimizer prodigy", "prodigyopt")
-        return prodigy.Prodigy(
-            groups,
-            betas=(train.adam_beta1, train.adam_beta2),
-            weight_decay=train.weight_decay,
-            decouple=True,
-            use_bias_correction=True,
-            safeguard_warmup=True,
-        )
-    settings: dict[str, Any] = {
-        "betas": (train.adam_beta1, train.adam_beta2),
-        "weight_decay": train.weight_decay,
-    }
-    if train.optimizer == "adamw8bit":
-        package = _import("bitsandbytes", "train.optimizer adamw8bit", "bitsandbytes")
-        return package.optim.AdamW8bit(groups, **settings)
-    # Fused: one pass over a LoRA's many small matrices, on CPUs and GPUs alike.
-    return torch.optim.AdamW(groups, **settings, fused=True)
-
-
-def _import(module: str, key: str, package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise BadInput(f"{key} needs the package {package}; install it on every node") from None
-
-
-def _rate_factor(train: TrainConfig, optimizer: torch.optim.Optimizer) -> Any:
-    """The learning rate's factor as a function of the step alone: a resumed run has no more."""
-    scheduler: Any = get_scheduler(
-        train.schedule,
-        optimizer,
-        num_warmup_steps=train.warmup_steps,
-        num_training_steps=train.steps,
-    )
-    return scheduler.lr_lambdas[0]

@@ -11,6 +11,9 @@ import torch
 
 from rayjobs.diffusion.modules.pipeline import prediction_of
 
+MAX_SNR = 1000.0
+"""Above it the debiased estimation's weights are those of this."""
+
 
 class Objective(Protocol):
     """How a row is noised and judged. A level is a timestep, or for EDM a noise deviation sigma."""
@@ -35,12 +38,20 @@ class Objective(Protocol):
         """Of each row's squared error, (B,)."""
         ...
 
+    def sigmas(self, levels_B: torch.Tensor) -> torch.Tensor:
+        """The noise's deviation over the signal's scale, (B,)."""
+        ...
+
 
 class Diffusion:
     """Discrete steps, with epsilon or v prediction (arXiv 2006.11239; arXiv 2202.00512)."""
 
     def __init__(
-        self, alphas_cumprod: torch.Tensor, prediction_type: str, min_snr_gamma: float | None = None
+        self,
+        alphas_cumprod: torch.Tensor,
+        prediction_type: str,
+        min_snr_gamma: float | None = None,
+        debiased: bool = False,
     ):
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type {prediction_type!r} is not supported for training")
@@ -53,6 +64,7 @@ class Diffusion:
         """The same on the device of the latest levels: indexing there waits for no copy."""
         self.prediction_type = prediction_type
         self.gamma = min_snr_gamma
+        self.debiased = debiased
 
     def level(self, quantile: float) -> float:
         return float(int(quantile * len(self.alphas_cumprod)))
@@ -72,13 +84,21 @@ class Diffusion:
         return signal * noise_BCHW - spread * z_BCHW
 
     def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
-        """Ones, or min-SNR (arXiv 2303.09556): min(SNR, gamma) / SNR, for v over SNR + 1."""
-        if self.gamma is None:
+        """Ones; or min-SNR (arXiv 2303.09556): min(SNR, gamma) / SNR, for v over SNR + 1; or the
+        debiased estimation's (arXiv 2310.08442): 1 / sqrt(SNR), for v 1 / (SNR + 1)."""
+        if self.gamma is None and not self.debiased:
             return torch.ones_like(levels_B, dtype=torch.float32)
         alpha_B = self._alphas_at(levels_B)
         snr_B = alpha_B / (1 - alpha_B)
+        if self.gamma is None:
+            snr_B = snr_B.clamp(max=MAX_SNR)
+            return snr_B.rsqrt() if self.prediction_type == "epsilon" else 1 / (snr_B + 1)
         over_B = snr_B if self.prediction_type == "epsilon" else snr_B + 1
         return snr_B.clamp(max=self.gamma) / over_B
+
+    def sigmas(self, levels_B: torch.Tensor) -> torch.Tensor:
+        alpha_B = self._alphas_at(levels_B)
+        return ((1 - alpha_B) / alpha_B).sqrt()
 
     def _scales(self, levels_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha_B111 = self._alphas_at(levels_B)[:, None, None, None]
@@ -109,12 +129,12 @@ class EDM:
         if prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type {prediction_type!r} is not supported for training")
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
-        self.rho, self.sigmas = rho, sigmas
+        self.rho, self.draws = rho, sigmas
         self.sign = 1.0 if prediction_type == "epsilon" else -1.0
 
     def level(self, quantile: float) -> float:
         """Uniform over the sampler's own (Karras) schedule, or log-normal N(-1.2, 1.2^2)."""
-        if self.sigmas == "lognormal":
+        if self.draws == "lognormal":
             quantile_1 = torch.tensor(max(quantile, 1e-9), dtype=torch.float64)
             return math.exp(-1.2 + 1.2 * float(torch.special.ndtri(quantile_1)))
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -137,19 +157,26 @@ class EDM:
     def weight(self, levels_B: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(levels_B, dtype=torch.float32)
 
+    def sigmas(self, levels_B: torch.Tensor) -> torch.Tensor:
+        return levels_B.float()
+
 
 def build_objective(
-    scheduler: Any, min_snr_gamma: float | None = None, edm_sigmas: str = "karras"
+    scheduler: Any,
+    min_snr_gamma: float | None = None,
+    edm_sigmas: str = "karras",
+    debiased: bool = False,
 ) -> Objective:
     """The objective for the model that this sampler (a diffusers scheduler) belongs to.
 
-    Raises ValueError for min-SNR with an EDM model, for which it is not defined.
+    Raises ValueError for weights by SNR with an EDM model, for which they are not defined.
     """
     config = scheduler.config
     if prediction_of(scheduler).is_edm:
-        if min_snr_gamma is not None:
+        if min_snr_gamma is not None or debiased:
+            name = "debiased" if debiased else "min_snr_gamma"
             raise ValueError(
-                "train.min_snr_gamma is not defined for an EDM model; leave it out: "
+                f"train.{name} is not defined for an EDM model; leave it out: "
                 "the EDM loss has its own weights"
             )
         return EDM(
@@ -160,12 +187,37 @@ def build_objective(
             config.prediction_type,
             edm_sigmas,
         )
-    return Diffusion(scheduler.alphas_cumprod, config.prediction_type, min_snr_gamma)
+    return Diffusion(scheduler.alphas_cumprod, config.prediction_type, min_snr_gamma, debiased)
 
 
-def squared_errors(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor) -> torch.Tensor:
-    """Each row's mean squared error, (B,) float32."""
-    return (prediction_BCHW.float() - target_BCHW.float()).pow(2).mean(dim=(1, 2, 3))
+def errors(
+    prediction_BCHW: torch.Tensor,
+    target_BCHW: torch.Tensor,
+    kind: str = "mse",
+    c_B: torch.Tensor | None = None,
+    mask_B1HW: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each row's mean error, (B,) float32: squared, or with `c_B` a pseudo-Huber loss.
+
+    That is 2 c (sqrt(d^2 + c^2) - c) for `huber`, and the same over c for `smooth_l1`, as kohya's
+    sd-scripts have them. A mask multiplies each value's error before the mean over all of them.
+    """
+    error_BCHW = (prediction_BCHW.float() - target_BCHW.float()).pow(2)
+    if kind != "mse":
+        assert c_B is not None
+        c_B111 = c_B[:, None, None, None]
+        error_BCHW = 2 * ((error_BCHW + c_B111**2).sqrt() - c_B111)
+        error_BCHW = error_BCHW * c_B111 if kind == "huber" else error_BCHW
+    if mask_B1HW is not None:
+        error_BCHW = error_BCHW * mask_B1HW
+    return error_BCHW.mean(dim=(1, 2, 3))
+
+
+def huber_c(sigmas_B: torch.Tensor, c: float, schedule: str) -> torch.Tensor:
+    """(B,): `c`, or from it at pure noise to 1 without: (1 - c) / (1 + sigma)^2 + c."""
+    if schedule == "constant":
+        return torch.full_like(sigmas_B, c)
+    return (1 - c) / (1 + sigmas_B) ** 2 + c
 
 
 def prior_preserving_loss(

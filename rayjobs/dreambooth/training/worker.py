@@ -8,6 +8,7 @@ import logging
 import uuid
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
+from rayjobs.dreambooth import results
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.cache import Cache
 from rayjobs.dreambooth.data.schedule import BatchSchedule
@@ -29,12 +31,13 @@ from rayjobs.dreambooth.training.batches import Batch, Batches
 from rayjobs.dreambooth.training.callback import CheckpointCallback
 from rayjobs.dreambooth.training.checkpoints import Checkpoints
 from rayjobs.dreambooth.training.fsdp import RayFSDP2
+from rayjobs.dreambooth.training.held_out import HeldOutLoss
 from rayjobs.dreambooth.training.module import DreamBooth
 from rayjobs.dreambooth.training.objective import build_objective
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
-from rayjobs.progress import FATAL
+from rayjobs.progress import DOING, FATAL
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
@@ -87,16 +90,21 @@ def _train(run: ResolvedRun, counter: Any) -> None:
     first, attempt = _agree_on_start(checkpoints, rank)
     checkpointing = CheckpointCallback(run, rank, num_workers, sharded, attempt)
     checkpointing.resume(first)
-    batches.fill_cache(rank, num_workers)
+    batches.fill_cache(rank, num_workers, partial(_tell_encoding, counter) if rank == 0 else None)
     _wait_for_all()
-    steps = _StepBatches(batches, config, first, rank, num_workers)
+    looking = []
+    if config.validation.loss_every_n_steps:
+        looking.append(HeldOutLoss(run, batches, rank, num_workers))
+        looking[0].history = results.read_losses(config.output.uri, first)
+    steps = _StepBatches(batches, config, first, rank, num_workers, sharded)
     strategy: Any = RayFSDP2() if sharded else RayDDPStrategy(gradient_as_bucket_view=True)
     trainer = pl.Trainer(
         accelerator=device.type if device.type == "cpu" else "gpu",
         devices="auto",
         strategy=strategy,
         plugins=[RayLightningEnvironment()],
-        callbacks=[checkpointing, _ProgressCallback(counter)],
+        # The loss is measured before the checkpoint's metrics are written.
+        callbacks=[*looking, checkpointing, _ProgressCallback(counter)],
         logger=trackers.build(config, checkpointing.logs) if rank == 0 else False,
         max_epochs=1,
         enable_checkpointing=False,
@@ -113,15 +121,19 @@ def build(
     """The batches and the module that trains on them."""
     config = run.config
     side = config.train.resolution or model.default_side
-    schedule = BatchSchedule(config.train, run.photos, run.class_images, side, model.vae_scale)
+    schedule = BatchSchedule(config.train, run.subjects, side, model.vae_scale)
     objective = build_objective(
-        model.scheduler, config.train.min_snr_gamma, config.train.edm_sigmas
+        model.scheduler,
+        config.train.min_snr_gamma,
+        config.train.edm_sigmas,
+        config.train.debiased,
     )
     tuned = TunedModel(model, config, compute)
     cache = None
     if config.output.cache:
         cache = Cache(run.cache_uri, model.sha256)
-    batches = Batches(schedule, tuned, objective, cache, config.train.noise_offset)
+    fixed = schedule.fixed_rows(run.held_out, config.validation.loss_levels)
+    batches = Batches(schedule, tuned, objective, cache, config.train.noise_offset, fixed)
     counts = (schedule.num_instance, schedule.num_prior)
     module = DreamBooth(config, tuned, objective, *counts, sharded)
     return batches, module
@@ -152,9 +164,15 @@ class _StepBatches:
     """The remaining steps' batches, as Lightning's data loader."""
 
     def __init__(
-        self, batches: Batches, config: DreamBoothConfig, first: int, rank: int, num_workers: int
+        self,
+        batches: Batches,
+        config: DreamBoothConfig,
+        first: int,
+        rank: int,
+        num_workers: int,
+        sharded: bool,
     ):
-        self._steps = batches.steps
+        self._steps = partial(batches.steps, equal=sharded)
         self._range = (first, config.train.steps)
         self._share = (rank, num_workers, config.train.micro_batch_size)
 
@@ -177,6 +195,11 @@ class _ProgressCallback(pl.Callback):
         if trainer.is_global_zero and self._counter is not None:
             loss = f"{pl_module.metrics['loss']:.4f}"
             self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
+
+
+def _tell_encoding(counter: Any, done: int, total: int) -> None:
+    doing = f"encoding pictures: {done:,} of {total:,} of the first worker's"
+    counter.set.remote(0, **{DOING: doing})
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -72,8 +72,8 @@ def read_pictures(
     if num_foreign:
         listed = ", ".join(f"{key} ({value:.40})" for key, value in sorted(left.items()))
         print(
-            f"prompts.uri: {folder}: {num_foreign} pictures of another program, whose noise is "
-            f"another: these will be alike, not equal; not taken over: {listed or 'nothing'}",
+            f"prompts.uri: {folder}: pictures of another program, whose noise is another: "
+            f"{num_foreign} will be alike, not equal; not taken over: {listed or 'nothing'}",
             file=sys.stderr,
         )
 

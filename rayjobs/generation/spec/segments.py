@@ -33,7 +33,7 @@ from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters.notes import file_sha256
-from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
 from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -91,8 +91,10 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
-    config = _with_usual(config, model.usual)
-    loras_sha256, scorers_sha256 = _hash_loras(config, model), _hash_scorers(config)
+    loras_sha256, usual = _check_loras(config, model)
+    config = _with_usual(config, usual)
+    _warn_of_use(config, usual)
+    scorers_sha256 = _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
         num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
@@ -325,6 +327,8 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
         _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
+    if model.single is not None:
+        _named("model.config", model.load_config_folder)
     return model
 
 
@@ -338,19 +342,25 @@ def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights
         _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
 
 
-def _hash_loras(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
-    """Hash and scale of each adapter. Raises BadInput for one that does not fit the model."""
+def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:
+    """Hash and scale of each adapter, and the steps and guidance to use with them.
+
+    Raises BadInput for an adapter that does not fit the model.
+    """
     if not config.model.loras:
-        return ()
+        return (), model.usual
     from rayjobs.diffusion.adapters import fit
 
     paths = [storage.fetch(lora.uri) for lora in config.model.loras]
-    _named("model.loras", lambda: fit.check(paths, model))
+    read = _named("model.loras", lambda: fit.check(paths, model))
     hashes = [file_sha256(weights.lora_file(path)) for path in paths]
-    return tuple(
+    named = [adapter_usual(file_name(lora.uri)) for lora in config.model.loras]
+    known = [*named, *(adapter.usual for adapter in read)]
+    said = tuple(
         f"{sha256} x {lora.scale:g}"
         for sha256, lora in zip(hashes, config.model.loras, strict=True)
     )
+    return said, next(filter(None, known), model.usual)
 
 
 def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
@@ -361,16 +371,24 @@ def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
     sampler = config.sampler
     steps = usual.steps if sampler.steps is None else sampler.steps
     guidance = sampler.guidance_scale
-    if usual.kind is not None and guidance is None:
-        guidance = usual.guidance_scale
-    warning = usual.warning(steps, 0.0 if guidance is None else guidance)
-    if warning is not None:
-        print(f"warning: sampler: {warning}", file=sys.stderr)
+    if usual.kind is not None and None in (sampler.steps, guidance):
+        made_for = f"{usual.steps} steps and guidance {usual.guidance_scale:g}"
+        print(f"a {usual.kind} model: {made_for} where the job gives none", file=sys.stderr)
+        guidance = usual.guidance_scale if guidance is None else guidance
     if config.init.uri is not None and not config.parameters.steps:
         weakest = min(config.parameters.strength or (config.init.strength,))
         _named("init.strength", lambda: check_strength(weakest, steps))
     given = {"steps": steps, "guidance_scale": guidance}
     return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
+
+
+def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
+    """Print what a distilled model, or one that an adapter makes one, is not made for."""
+    guidance = config.sampler.guidance_scale
+    guidance = usual.guidance_scale if guidance is None else guidance
+    warning = usual.warning(config.sampler.steps or usual.steps, guidance)
+    if warning is not None:
+        print(f"warning: sampler: {warning}", file=sys.stderr)
 
 
 def _hash_scorers(config: GenerateConfig) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
+from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig
 from rayjobs.generation.spec.records import Record
 from rayjobs.images.container import UnreadableImage
@@ -156,7 +157,8 @@ class RecordGenerator:
         # Not beside the engine: on a CPU two teams of threads slow each other down.
         if self.scorer is None or result.image is None:
             return {}
-        scores: Row = self.scorer.score(result.image, record.prompt)
+        prompt = spoken(record.prompt, record.prompt_syntax)
+        scores: Row = self.scorer.score(result.image, prompt)
         return scores
 
     def _row(

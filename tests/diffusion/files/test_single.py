@@ -2,41 +2,15 @@
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.diffusion.weights import Source, locate
-
-UNET = "model.diffusion_model."
-XL = {
-    f"{UNET}input_blocks.0.0.weight": (8, 4, 3, 3),
-    f"{UNET}out.2.weight": (4, 8, 3, 3),
-    f"{UNET}label_emb.0.0.weight": (8, 8),
-    f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight": (8, 80),
-    "first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3),
-    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (8,),
-    "conditioner.embedders.1.model.ln_final.weight": (8,),
-}
-SD1 = {name: shape for name, shape in XL.items() if "cond" not in name and "label" not in name}
-SD1["cond_stage_model.transformer.text_model.final_layer_norm.weight"] = (8,)
-SD2 = {name: shape for name, shape in SD1.items() if "cond" not in name}
-SD2["cond_stage_model.model.ln_final.weight"] = (8,)
-V, ZERO = {"v_pred": (0,)}, {"ztsnr": (0,)}
-Shapes = Mapping[str, Sequence[int]]
-
-
-def write(
-    path: Path, shapes: Shapes, metadata: Mapping[str, str] | None = None, **arrays: Any
-) -> str:
-    tensors = {name: np.zeros(shape, np.float16) for name, shape in shapes.items()}
-    save_file(tensors | arrays, path, metadata=dict(metadata or {}))
-    return str(path)
+from tests.headers import SD1, SD2, UNET, XL, ZERO, Shapes, V, write
 
 
 @pytest.fixture
@@ -231,6 +205,10 @@ def test_distilled_models_are_known_by_their_titles(
     usual = locate(write(file, XL, {"modelspec.title": title})).usual
     assert (usual.kind, usual.steps) == (kind, steps)
     assert usual.guidance_scale == (5.0 if kind is None else 1.0)
+    spacing = "leading" if kind in (None, "DMD2") else "trailing"
+    assert locate(str(file)).scheduler["timestep_spacing"] == spacing
+    own = "LCMScheduler" if kind == "DMD2" else "EulerDiscreteScheduler"
+    assert locate(str(file)).scheduler_name == own
     warning = usual.warning(30, 5.0)
     assert warning is None if kind is None else "30 steps and guidance 5 spoil" in str(warning)
     assert usual.warning(steps, usual.guidance_scale) is None

@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from rayjobs.diffusion.model import Model, load_model
-from rayjobs.diffusion.modules import onednn
+from rayjobs.diffusion.modules import onednn, replay
 from rayjobs.diffusion.modules.replay import Replay
 
 pytestmark = pytest.mark.model
+
+
+@pytest.fixture(autouse=True)
+def however_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are recorded on a busy machine, too."""
+    monkeypatch.setattr(replay, "MAX_PLAIN_S", 1000.0)
 
 
 @pytest.fixture
@@ -111,3 +117,11 @@ def test_weights_are_those_of_the_moment(model: Model) -> None:
     after = replay(*inputs)
     assert not torch.equal(before, after)
     assert torch.equal(after, plain(model, *inputs))
+
+
+@torch.no_grad()
+def test_a_long_call_is_not_made_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MAX_PLAIN_S", 0.0)
+    unverified = Replay(model.unet)
+    assert torch.equal(unverified(*call(2)), plain(model, *call(2)))
+    assert unverified._recording is None

@@ -14,7 +14,7 @@ from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.text.chunks import tokenize
 from rayjobs.diffusion.text.inversion import add_word, initial_vectors
-from rayjobs.diffusion.text.syntax import check_syntax, parse
+from rayjobs.diffusion.text.syntax import check_syntax, parse, spoken
 
 pytestmark = pytest.mark.model
 
@@ -130,7 +130,7 @@ def models(folders: dict[str, Path]) -> dict[str, Model]:
     torch.manual_seed(2)
     models = {}
     for name in ("sdxl", "sd"):
-        model = load_model(str(folders[name]), ModelOptions(onednn=False))
+        model = load_model(str(folders[name]), ModelOptions(device="cpu", onednn=False))
         for encoder in model.text_encoders:
             encoder = getattr(encoder, "text_model", encoder)
             torch.nn.init.normal_(encoder.final_layer_norm.bias, 0.2, 0.3)
@@ -295,6 +295,12 @@ def test_plain_texts_that_look_weighted_are_warned_about(
 ) -> None:
     warned = [w for w in tokenize(tiny, text, "plain").warnings if "prompt_syntax a1111" in w]
     assert len(warned) == is_weighted
+
+
+def test_what_a_prompt_says_has_neither_weights_nor_breaks() -> None:
+    text = r"a (red:1.3) [star] BREAK \(fine\)"
+    assert spoken(text, "a1111") == "a red star (fine)"
+    assert spoken(text, "plain") == spoken(text, None) == text
 
 
 def test_what_the_web_ui_reads_as_guidance_is_told(tiny: Model) -> None:

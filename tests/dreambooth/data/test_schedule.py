@@ -1,5 +1,6 @@
 """A step's rows are a function of its number: on any number of workers, at any time."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from rayjobs.dreambooth.config import TrainConfig
-from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.data.photos import Photo, Subject
 from rayjobs.dreambooth.data.schedule import BatchSchedule, Row, micro_batches
 
 SIZES = [(64, 64), (120, 80), (80, 120), (300, 100), (65, 64), (640, 480), (90, 90)]
@@ -21,11 +22,16 @@ def photos(count: int, kind: str = "photo") -> list[Photo]:
     return made
 
 
+def subject(pictures: list[Photo], images: tuple[Photo, ...], repeats: int = 1) -> Subject:
+    return Subject("a sks dog", "a dog", tuple(pictures), "x", False, images, repeats)
+
+
 def schedule(
     *, pictures: list[Photo] | None = None, priors: int = 5, **train: Any
 ) -> BatchSchedule:
     config = TrainConfig(**{"global_batch_size": 4, "seed": 3, **train})
-    return BatchSchedule(config, pictures or photos(7), photos(priors, "prior"), 64, 8)
+    images = tuple(photos(priors, "prior"))
+    return BatchSchedule(config, [subject(pictures or photos(7), images)], 64, 8)
 
 
 def mixed(step: int, made: BatchSchedule) -> tuple[list[Row], list[Row]]:
@@ -45,6 +51,27 @@ def test_workers_share_the_rows_of_one(num_workers: int, priors: int) -> None:
         assert {row.stream: row for row in together} == alone
         if num_workers != 3:
             assert len({len(share) for share in shares}) == 1
+
+
+def test_several_subjects_come_up_as_often_as_they_repeat() -> None:
+    """Each photograph with an image of its own class; every epoch has each as often as it says."""
+    dogs, cats = photos(3, "dog"), photos(2, "cat")
+    of_dogs, of_cats = tuple(photos(4, "any dog")), tuple(photos(6, "any cat"))
+    subjects = [subject(dogs, of_dogs), subject(cats, of_cats, repeats=3)]
+    made = BatchSchedule(TrainConfig(global_batch_size=9, seed=3), subjects, 64, 8)
+    for step in range(5):  # an epoch is a step
+        rows = made.rows(step)
+        seen = Counter(row.view.photo.name for row in rows if not row.view.is_prior)
+        assert seen == {"dog 0.png": 1, "dog 1.png": 1, "dog 2.png": 1, "cat 0.png": 3} | {
+            "cat 1.png": 3
+        }
+        for photo, image in zip(rows[::2], rows[1::2], strict=True):
+            assert image.view.photo.name.startswith(f"any {photo.view.photo.name[:3]}")
+    images = {row.view.photo for step in range(40) for row in made.rows(step) if row.view.is_prior}
+    assert images == {*of_dogs, *of_cats}
+    assert {view.photo for view in made.views()} == {*dogs, *cats, *images}
+    alone = BatchSchedule(TrainConfig(global_batch_size=4), subjects[:1], 64, 8)
+    assert alone.rows(7) == BatchSchedule(alone.config, [subject(dogs, of_dogs)], 64, 8).rows(7)
 
 
 def test_rows_of_all_workers_draw_the_noise_of_one() -> None:
@@ -208,3 +235,36 @@ def test_micro_batches_hold_photographs_with_their_class_images() -> None:
         assert [row.stream[2] for row in part[::2]] == [row.stream[2] for row in part[1::2]]
     assert [len(part) for part in micro_batches(made.rows(0), None)] == [12]
     assert micro_batches([], 2) == []
+
+
+def tagged(**train: Any) -> list[str]:
+    """The captions of many rows of a photograph with five tags; those of class images stay."""
+    (photo,) = photos(1)
+    photo = dataclasses.replace(photo, captions=("sks dog, a,b , c, ,d",))
+    images = tuple(dataclasses.replace(image, captions=("x, y",)) for image in photos(2, "prior"))
+    config = TrainConfig(global_batch_size=4, seed=3, **train)
+    made = BatchSchedule(config, [subject([photo], images)], 64, 8)
+    rows = [row for step in range(100) for row in made.rows(step)]
+    assert {row.caption for row in rows if row.view.is_prior} == {"x, y"}
+    shares = [row for step in range(100) for rank in (0, 1) for row in made.rows(step, rank, 2)]
+    assert {(row.stream, row.caption) for row in shares} == {(r.stream, r.caption) for r in rows}
+    return [str(row.caption) for row in rows if not row.view.is_prior]
+
+
+def test_tags_are_shuffled_behind_those_that_are_kept() -> None:
+    assert set(tagged()) == {"sks dog, a,b , c, ,d"}
+    said = [caption.split(", ") for caption in tagged(shuffle_tags=True, keep_tags=1)]
+    assert {tags[0] for tags in said} == {"sks dog"}
+    assert all(sorted(tags[1:]) == ["a", "b", "c", "d"] for tags in said)
+    orders = Counter("".join(tags[1:]) for tags in said)
+    assert len(orders) == 24
+    assert max(orders.values()) < 40  # of 400, 17 each
+    first = Counter(tags[0] for tags in (text.split(", ") for text in tagged(shuffle_tags=True)))
+    assert len(first) == 5
+
+
+def test_tags_are_left_out() -> None:
+    said = [caption.split(", ") for caption in tagged(tag_dropout=0.25, keep_tags=1)]
+    assert {tags[0] for tags in said} == {"sks dog"}
+    assert all(tags[1:] == sorted(tags[1:]) for tags in said), "in their order"
+    assert sum(len(tags) - 1 for tags in said) / len(said) == pytest.approx(3, abs=0.2)

@@ -11,8 +11,9 @@ from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EulerDiscre
 from rayjobs.dreambooth.training.objective import (
     Objective,
     build_objective,
+    errors,
+    huber_c,
     prior_preserving_loss,
-    squared_errors,
 )
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -95,7 +96,7 @@ def ours(
     for first in range(0, len(is_prior), part):
         z, n, levels, of_prior = (tensor[first : first + part] for tensor in rows.values())
         x, t = objective.inputs(z, n, levels)
-        wrong = squared_errors(network(x, t.float(), theta), objective.target(z, n, levels))
+        wrong = errors(network(x, t.float(), theta), objective.target(z, n, levels))
         total = total + prior_preserving_loss(
             wrong, objective.weight(levels), of_prior, prior, *counts
         )
@@ -242,3 +243,65 @@ def test_the_table_of_noise_levels_is_copied_to_a_device_once(
         objective.target(z, z, levels)
         objective.weight(levels)
     assert copies == [(torch.device("meta"),)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_weights_of_the_debiased_estimation(kind: str) -> None:
+    alphas = torch.cumprod(
+        1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0
+    )
+    objective = build_objective(scheduler(kind), debiased=True)
+    for level in (0, 5, 400, 999):
+        snr = min(1000.0, float(alphas[level] / (1 - alphas[level])))
+        wanted = snr**-0.5 if kind == "epsilon" else 1 / (snr + 1)
+        assert objective.weight(torch.tensor([level])).item() == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(ValueError, match="debiased is not defined for an EDM model"):
+        build_objective(scheduler("edm"), debiased=True)
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_a_loss_that_forgives_outliers(kind: str) -> None:
+    """Value by value as kohya's formula; for small errors as a square, for large ones linear."""
+    torch.manual_seed(0)
+    one, other = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
+    c_B = torch.tensor([0.1, 0.5, 1.0])
+    for row, c in enumerate(c_B.tolist()):
+        values = [
+            2 * (c if kind == "huber" else 1) * (math.sqrt(d * d + c * c) - c)
+            for d in (one - other)[row].flatten().tolist()
+        ]
+        mine = errors(one, other, kind, c_B)[row].item()
+        assert mine == pytest.approx(sum(values) / len(values), rel=1e-5)
+    scale = 1 if kind == "huber" else 1 / c_B[0].item()
+    small, large = torch.full((1, 1, 1, 1), 1e-3), torch.full((1, 1, 1, 1), 1e3)
+    zero, c_1 = torch.zeros(1, 1, 1, 1), c_B[:1]
+    assert errors(small, zero, kind, c_1).item() == pytest.approx(scale * 1e-6, rel=0.02)
+    assert errors(large, zero, kind, c_1).item() == pytest.approx(scale * 0.2 * 1e3, rel=1e-3)
+
+
+def test_where_errors_begin_to_count_linearly() -> None:
+    objective = build_objective(scheduler("epsilon"))
+    levels = torch.tensor([0.0, 999.0])
+    low, high = objective.sigmas(levels).tolist()
+    assert (low, high) == pytest.approx((0.0292, 14.61), rel=1e-2)
+    c = huber_c(objective.sigmas(levels), 0.1, "snr").tolist()
+    assert c == pytest.approx([0.9 / (1 + s) ** 2 + 0.1 for s in (low, high)])
+    edm = build_objective(scheduler("edm"))
+    assert edm.sigmas(torch.tensor([0.5, 80.0])).tolist() == [0.5, 80.0]
+    assert huber_c(objective.sigmas(levels), 0.1, "constant").tolist() == pytest.approx([0.1, 0.1])
+
+
+def test_a_mask_says_where_errors_count() -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
+    mask = torch.rand(2, 1, *SHAPE[1:])
+    wanted = [
+        sum(
+            ((one - other)[row, :, y, x] ** 2).sum().item() * mask[row, 0, y, x].item()
+            for y in range(SHAPE[1])
+            for x in range(SHAPE[2])
+        )
+        / one[0].numel()
+        for row in range(2)
+    ]
+    assert errors(one, other, mask_B1HW=mask).tolist() == pytest.approx(wanted, rel=1e-5)

@@ -58,7 +58,8 @@ def test_a_picture_of_the_web_ui(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "picture": "a.png",
     }
     told = capsys.readouterr().err
-    assert "1 pictures of another program" in told
+    assert "pictures of another program" in told
+    assert "1 will be alike, not equal" in told
     for left in ("Model (v1-5-pruned)", "TI hashes (easy: 1a, other: 2b)", "Civitai resources ("):
         assert left in told
     assert "Steps" not in told

@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from rayjobs.config import BadInput
-from rayjobs.dataset.lock import Lock, read_lock
+from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Manifest
+from rayjobs.diffusion.weights import Weights
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import resolve
 from rayjobs.generation.spec.lock import config_of
+from rayjobs.generation.spec.segments import open_draft
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
+from tests import headers
 
 pytestmark = pytest.mark.model
 
@@ -220,3 +223,59 @@ def test_every_local_path_is_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     names = ["model.safetensors", "configs", "a", "p.csv", "photos", "clip", "head.safetensors"]
     assert uris == [str(tmp_path / name) for name in [*names, "out"]]
     assert found.quality.safety == "org/classifier"
+
+
+def asked_for(folder: Path, **changes: Any) -> Any:
+    return configure(folder, ["a"], {"count": 1}, **{"sampler": {}, **changes})
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where configurations would come from."""
+    monkeypatch.setattr(Weights, "load_config_folder", lambda _: None)
+
+
+def draft(config: GenerateConfig) -> Segment:
+    with open_draft(resolve(config)) as found:
+        return found.segment
+
+
+def single(path: Path, shapes: headers.Shapes, **metadata: str) -> dict[str, Any]:
+    return {"uri": headers.write(path, shapes, {f"modelspec.{k}": v for k, v in metadata.items()})}
+
+
+def test_a_sampler_that_does_not_fit_the_models_file_is_refused_before_anything_is_written(
+    tmp_path: Path, no_hub: None
+) -> None:
+    model = single(tmp_path / "v.safetensors", headers.XL | headers.V | headers.ZERO)
+    for changes in ({"sampler": {"name": "heun"}}, {"parameters": {"sampler": ["euler", "lms"]}}):
+        config = asked_for(tmp_path / "out", model=model, **changes)
+        with pytest.raises(BadInput, match=r"does not fit a model of zero .*; use one of ddim"):
+            draft(config)
+    assert not (tmp_path / "out").exists()
+    locked = draft(asked_for(tmp_path / "out", model=model, sampler={"name": "euler"})).job
+    assert (locked["sampler"]["steps"], locked["sampler"]["guidance_scale"]) == (30, None)
+    assert "prediction_type" not in locked["model"]  # a lock of before this key is the same
+
+
+def test_a_distilled_model_has_defaults_of_its_own_and_a_warning(
+    tmp_path: Path, no_hub: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = single(tmp_path / "few.safetensors", headers.XL, title="SDXL Lightning 8-step")
+    usual = draft(asked_for(tmp_path / "out", model=model)).job["sampler"]
+    assert (usual["steps"], usual["guidance_scale"]) == (8, 1.0)
+    assert "a Lightning model: 8 steps and guidance 1 where" in capsys.readouterr().err
+    given = {"steps": 30, "guidance_scale": 7}
+    locked = draft(asked_for(tmp_path / "out", model=model, sampler=given)).job["sampler"]
+    assert {key: locked[key] for key in given} == given
+    assert (
+        "30 steps and guidance 7 spoil the pictures of Lightning models" in capsys.readouterr().err
+    )
+    lora = headers.write(tmp_path / "lora.safetensors", {"a": (1,)}, {"ss_output_name": "sd_lcm"})
+    model = single(tmp_path / "plain.safetensors", headers.XL) | {"loras": [{"uri": lora}]}
+    draft(asked_for(tmp_path / "out", model=model))
+    assert "30 steps and guidance 5 spoil the pictures of LCM models" in capsys.readouterr().err
+    model = single(tmp_path / "few.safetensors", headers.XL, title="SDXL Lightning 8-step")
+    weak = {"uri": str(tmp_path), "strength": 0.1}
+    with pytest.raises(BadInput, match=r"init\.strength: strength 0\.1 of 8 steps leaves no step"):
+        draft(asked_for(tmp_path / "out", model=model, init=weak))

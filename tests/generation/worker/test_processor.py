@@ -138,6 +138,20 @@ def test_rows_keep_their_order_and_their_values(step: ImageStep) -> None:
     assert empty.schema == whole.schema
 
 
+@pytest.mark.model
+def test_rows_have_a_syntax_of_their_own(step: ImageStep) -> None:
+    text, syntaxes = "a (red:1.5) star", ["a1111", None, "plain", "compel"]
+    batch = pa.table(
+        {"prompt": [text] * 4, "seed": [1] * 4, "steps": [9] * 4, "prompt_syntax": syntaxes}
+    )
+    whole = pa.concat_tables(step(batch))
+    assert whole["prompt_syntax"].to_pylist() == syntaxes
+    weighted, usual, plain, unknown = whole.to_pylist()
+    assert "prompt_syntax is 'compel'" in unknown["error"]
+    assert weighted["image_id"] != usual["image_id"] == plain["image_id"]
+    assert weighted["image_sha256"] != usual["image_sha256"] == plain["image_sha256"]
+
+
 def test_columns_that_do_not_go_are_named(step: ImageStep) -> None:
     with pytest.raises(BadInput, match="no prompt column; they have text"):
         list(step(pa.table({"text": ["a"]})))

@@ -24,6 +24,7 @@ from serve.registry import Registry
 
 pytestmark = pytest.mark.model
 
+LONG = "a (red:1.3) star, " * 30
 STARTER = {"models": [{"name": "starter", "uri": "starter"}]}
 
 
@@ -80,6 +81,7 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
                 make_request(seeds=(1, 2), steps=5, sampler="euler"),
                 make_request(seeds=(3,), steps=9, guidance_scale=1.0, sampler="ddim"),
                 make_request(seeds=(4,), steps=4, width=96, height=64),
+                make_request(seeds=(5,), steps=5, prompt=LONG, prompt_syntax="a1111"),
             ]
             return await asyncio.gather(*(all_of(loop, each) for each in requests))
 
@@ -88,6 +90,7 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
         Request(prompt="a red star", seed=2, steps=5, sampler="euler"),
         Request(prompt="a red star", seed=3, steps=9, guidance_scale=1.0, sampler="ddim"),
         Request(prompt="a red star", seed=4, steps=4, width=96, height=64),
+        Request(prompt=LONG, prompt_syntax="a1111", seed=5, steps=5),
     ]
     for events, request in zip(answers, alone, strict=True):
         made = {event.seed: event for event in of_kind(events, Finished)}

@@ -1,6 +1,7 @@
 """Models in memory: loaded once, kept while in use, evicted by bytes. No weights are read."""
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class Cache(ModelCache):
 @pytest.fixture(autouse=True)
 def one_gigabyte_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_size_of", lambda uri: GB)
+    monkeypatch.setattr(models, "_fetch", lambda weights: weights)
     monkeypatch.setattr(models, "_num_bytes", lambda model, shares: GB // 4 if shares else GB)
 
 
@@ -101,6 +103,30 @@ def test_a_caller_who_leaves_does_not_end_the_load() -> None:
         loaded = await cache.acquire(A)
         assert loaded.users == 1
         assert len(cache.loads) == 1
+
+    run(work())
+
+
+def test_a_model_whose_storage_never_answers_delays_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered = threading.Event()
+
+    def fetch(weights: Weights) -> Weights:
+        if weights == A:
+            answered.wait(30)
+        return weights
+
+    monkeypatch.setattr(models, "_fetch", fetch)
+
+    async def work() -> None:
+        cache = Cache(4)
+        slow = asyncio.create_task(cache.acquire(A))
+        await asyncio.sleep(0)
+        assert (await cache.acquire(B)).weights == B
+        assert not slow.done()
+        answered.set()
+        await slow
 
     run(work())
 

@@ -19,9 +19,11 @@ import pytest
 from PIL import Image
 
 from rayjobs import storage
+from serve import images
 from serve.config import ServeConfig
+from serve.errors import ApiError
 from serve.ingress import results, streams
-from serve.ingress.images_api import ImagesApi
+from serve.ingress.images_api import UPLOADS_AT_ONCE, ImagesApi
 from serve.protocol import Event, Finished, ImagesRequest, Pixels, Waiting
 from tests.serving.in_process import CONFIG, QuickEngines, served, serving
 
@@ -79,7 +81,7 @@ def url(engines: QuickEngines) -> Iterator[str]:
 
 def test_a_storage_that_never_answers_delays_only_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """Links are refused once it is known to be away; until then each keeps its deadline."""
-    monkeypatch.setattr(results.ResultsStore, "_look", _never)
+    monkeypatch.setattr(results.ResultsStore, "_look", _nothing_wrong)
     with black_hole(), serving(results={"uri": "s3://bucket/served"}) as url:
         link = PROMPT | {"response_format": "url", "deadline_s": 0.5}
         answers: list[int] = []
@@ -96,8 +98,8 @@ def test_a_storage_that_never_answers_delays_only_links(monkeypatch: pytest.Monk
         assert answers == [504] * 20
 
 
-async def _never(store: results.ResultsStore) -> None:
-    """A check that finds nothing wrong."""
+def _nothing_wrong(store: results.ResultsStore) -> None:
+    store._checked_s = time.monotonic()
 
 
 def test_a_storage_that_is_away_is_told_before_an_image_is_made(
@@ -123,6 +125,30 @@ def test_a_storage_that_is_away_is_told_before_an_image_is_made(
             time.sleep(0.05)
             status, _, body = ask(url, body=link)
         assert body["data"][0]["url"] == "https://there"
+
+
+def test_a_storage_that_went_away_is_noticed_by_those_who_could_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_away, go = threading.Event(), threading.Event()
+
+    def check(uri: str, write: bool) -> None:
+        if is_away.is_set():
+            raise storage.Unavailable("it does not answer")
+
+    monkeypatch.setattr(storage, "check", check)
+    monkeypatch.setattr(storage, "write_bytes", lambda uri, data: go.wait(30))
+    monkeypatch.setattr(storage, "link", lambda uri, seconds: "https://there")
+    monkeypatch.setattr(results, "CHECK_EVERY_S", 0.0)
+    with serving(results={"uri": "s3://bucket/served"}) as url:
+        link = PROMPT | {"response_format": "url", "deadline_s": 0.3}
+        is_away.set()
+        assert ask(url, body=link)[0] == 504
+        until_s = time.monotonic() + 10
+        while (status := ask(url, body=link)[0]) == 504 and time.monotonic() < until_s:
+            time.sleep(0.05)
+        assert status == 503
+        go.set()
 
 
 def test_a_registry_that_never_answers_delays_only_names_nobody_knows() -> None:
@@ -288,7 +314,7 @@ def test_openai_s_client_sends_lists_of_objects_in_forms() -> None:
     [
         ({"content_type": ""}, PROMPT, 415, "there is no content type"),
         ({"content_type": "Application/JSON; charset=utf-8"}, PROMPT, 200, ""),
-        ({"content_encoding": "gzip"}, gzip.compress(b"{}"), 415, "encoded with gzip"),
+        ({"content_encoding": "gzip"}, gzip.compress(b"{}", mtime=0), 415, "encoded with gzip"),
         ({}, b" " * (2**20 + 1), 413, "at most 1048576"),
     ],
 )
@@ -307,6 +333,12 @@ def test_a_body_too_long_is_refused_before_it_is_sent(url: str) -> None:
     with socket.create_connection((place[0], int(place[1])), timeout=10) as connection:
         connection.sendall(head.encode())
         assert b" 413 " in connection.recv(100)
+
+
+@pytest.mark.parametrize("path", [GENERATE, EDIT])
+def test_who_still_sends_a_refused_body_reads_why(url: str, path: str) -> None:
+    body = {"prompt": "a" * 20_000_000}
+    assert ask(url, path, body=body)[0] == (413 if path == GENERATE else 415)
 
 
 def test_a_body_that_pauses_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,3 +373,38 @@ def test_who_stops_refuses_new_requests() -> None:
         assert ask(url, "/ready", method="GET")[0] == 503
         assert ask(url, "/health", method="GET")[0] == 200
         assert len(engines.asked) == 1
+
+
+def test_as_many_uploads_are_in_memory_as_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most, lock = [0], [0], threading.Lock()
+
+    def read_image(data: bytes, *_: Any) -> Pixels:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.02)
+        now[0] -= 1
+        return Pixels(16, 16, bytes(768))
+
+    monkeypatch.setattr(images, "read_image", read_image)
+    with serving() as url:
+        statuses: list[int] = []
+        sent = form(("image", png()), ("prompt", "p"))
+
+        def edit() -> None:
+            statuses.append(ask(url, EDIT, **sent)[0])
+            assert ask(url, body=PROMPT)[0] == 200
+
+        asking = [threading.Thread(target=edit) for _ in range(12)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+    assert statuses == [200] * 12
+    assert most[0] <= UPLOADS_AT_ONCE
+
+
+def test_those_refused_together_do_not_come_again_together() -> None:
+    waits = {ApiError(429, "", retry_after_s=10.0).headers["retry-after-ms"] for _ in range(20)}
+    assert len(waits) > 10
+    assert all(10_000 <= int(wait) <= 15_000 for wait in waits)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rayjobs.diffusion.facts import STEPS
+from rayjobs.diffusion.facts import STEPS, Usual
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.models.facts import ModelFacts
 from serve.config import ServeConfig
@@ -29,6 +29,9 @@ LIMITS = {
 }
 
 
+FEW = ModelFacts("sdxl", 512, 8, Prediction("v_prediction", zero_snr=True), Usual(4, 1.0, "Turbo"))
+
+
 @pytest.fixture
 def builder() -> ImagesRequestBuilder:
     """Two models, one with unknown facts, and LoRAs of the first, of the second and of any."""
@@ -44,6 +47,7 @@ def builder() -> ImagesRequestBuilder:
             Weights("edm"),
             facts=ModelFacts("sdxl", 512, 8, Prediction(is_edm=True)),
         ),
+        Entry("few", "model", Weights("few"), facts=FEW),
         Entry("hub", "model", weights["hub"]),
         Entry("dog", "lora", weights["sdxl"], lora="dog", base="sdxl"),
         Entry("far", "lora", weights["hub"], lora="far", base="hub"),
@@ -84,6 +88,17 @@ def test_a_deadline_can_only_be_shorter(builder: ImagesRequestBuilder) -> None:
     assert generation(builder, deadline_s=500).deadline_s == 60
 
 
+def test_a_models_own_kind_decides_its_defaults(builder: ImagesRequestBuilder) -> None:
+    assert generation(builder, model="few").steps == 4
+    assert generation(builder, model="few", num_inference_steps=7).steps == 7
+    entry = builder.registry.find("few")
+    assert entry is not None
+    told = describe(entry, builder.limits, loaded=True)
+    assert (told["defaults"]["num_inference_steps"], told["defaults"]["guidance_scale"]) == (4, 1.0)
+    assert "heun" not in told["samplers"]
+    assert "euler" in told["samplers"]
+
+
 def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
     assert not generation(builder, progress=True).progress
     assert generation(builder, progress=True, stream=True).progress
@@ -97,11 +112,18 @@ def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
         ({"guidance_scale": 21}, "guidance_scale", "at most 20"),
         ({"prompt": "x" * 21}, "prompt", "21 characters"),
         ({"negative_prompt": "x" * 21}, "negative_prompt", "21 characters"),
+        ({"prompt": "a [b|c]", "prompt_syntax": "a1111"}, "prompt", "prompt has '[b|c]'"),
+        (
+            {"negative_prompt": "<lora:x:1>", "prompt_syntax": "a1111"},
+            "negative_prompt",
+            "name the file under loras",
+        ),
         ({"size": "100x100"}, "size", "multiple of 8"),
         ({"size": "1032x64"}, "size", "at most 1024"),
         ({"size": "776x512"}, "size", "at most 393216"),
         ({"sampler": "edm_euler"}, "sampler", "EDM"),
         ({"sampler": "euler", "model": "edm"}, "sampler", "EDM"),
+        ({"sampler": "heun", "model": "few"}, "sampler", "zero terminal SNR; use one of ddim, "),
         ({"background": "transparent"}, "background", "Transparent"),
         ({"response_format": "url"}, "response_format", "not configured"),
         ({"partial_images": 1}, "partial_images", "stream=true"),
@@ -124,6 +146,8 @@ def test_what_is_at_a_limit_is_served(builder: ImagesRequestBuilder) -> None:
     request = generation(builder, loras=loras, **keys)
     assert request.loras == (("dog", -2.0), ("any", 1.0))
     assert (request.width, request.height) == (768, 512)
+    assert request.prompt_syntax == "plain"
+    assert generation(builder, prompt="(a:1.2)", prompt_syntax="a1111").prompt_syntax == "a1111"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The keys of a DreamBooth run.
 
-Owns their names, types, defaults and the checks that need nothing but the file. Imports neither
-torch nor ray.
+Owns their names, types, defaults and the checks that need nothing but the file; those of its
+optimizer steps are in `train`, those of an evaluation in `evaluate`. Imports neither torch nor ray.
 """
 
 from typing import Any, Literal, Self
@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
+from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
+from rayjobs.dreambooth.config.train import TrainConfig
 from rayjobs.models.options import Attention, SourceConfig
 
 ARTICLES = {"a", "an", "the", "my"}
@@ -40,6 +42,18 @@ class InstanceConfig(Config):
     or a `metadata.jsonl` or `metadata.csv` with file_name and text."""
     prompt: str
     """What names the subject, as in "a photo of sks dog"; for photographs without caption."""
+    repeats: int = Field(default=1, ge=1)
+    """How often each photograph comes up, relative to those of `concepts`."""
+
+
+class ConceptConfig(InstanceConfig):
+    """One more subject that the same run learns."""
+
+    class_prompt: str | None = None
+    """Its class, as prior.prompt is that of instance; needed unless prior.mode is none."""
+    class_uri: str | None = None
+    """Where its class images are, as prior.uri; without it those of the same class_prompt, or new
+    ones."""
 
 
 class PriorConfig(Config):
@@ -61,86 +75,6 @@ class PriorConfig(Config):
     """Of class images; without it the model's usual one."""
 
 
-class TrainConfig(Config):
-    method: Literal["lora", "full"] = "lora"
-    """lora trains an adapter, full all of the UNet."""
-    steps: int = Field(default=500, ge=1)
-    """Optimizer steps."""
-    global_batch_size: int = Field(default=4, ge=1)
-    """Photographs of an optimizer step, over all workers; each brings one class image."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Photographs that a worker takes at once; without it all of its share. Less memory, the same
-    result."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Of the UNet or its adapter."""
-    text_encoders: bool = False
-    """Train the text encoders too."""
-    text_encoder_learning_rate: float | None = Field(default=None, gt=0)
-    """Without it a tenth of learning_rate."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
-    """adamw8bit needs bitsandbytes, prodigy needs prodigyopt (learning_rate 1)."""
-    weight_decay: float = Field(default=1e-2, ge=0)
-    """Of the optimizer."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Of the first moment's average."""
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Of the second moment's average."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
-    schedule: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant"
-    """Of the learning rate, as in diffusers."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises from 0, for schedules with a warmup."""
-    resolution: int | None = Field(default=None, ge=8)
-    """Side of a square with as many pixels as a training picture; without it the model's own."""
-    buckets: bool = True
-    """Keep each photograph's shape, to the nearest of a few; else every one is cropped square."""
-    crops: int = Field(default=4, ge=1)
-    """Different crops of a photograph, where its shape leaves something to choose."""
-    flip: bool = False
-    """Mirror every other picture. Not for subjects with writing or a left and a right."""
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of pictures trained without their text."""
-    min_snr_gamma: float | None = Field(default=None, gt=0)
-    """Weigh low-noise steps down (arXiv 2303.09556; 5 is usual). Not for EDM models."""
-    edm_sigmas: Literal["karras", "lognormal"] = "karras"
-    """For EDM models: how noise levels are drawn."""
-    noise_offset: float = Field(default=0.0, ge=0)
-    """Share of noise that is the same over a whole channel."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: fp32 on a CPU, bf16 on a GPU. What is trained is kept in fp32."""
-    gradient_checkpointing: bool = False
-    """Less memory for about a third more time."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Export an exponential moving average of the weights, which warms up over the first steps."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """fsdp shards weights and moments over the workers; auto: for full fine-tuning of SDXL on more
-    than one GPU."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides noise, timesteps, crops, flips, order and dropout, each by its own key."""
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> "TrainConfig":
-        if self.resolution is not None and self.resolution % 8:
-            near = max(8, round(self.resolution / 8) * 8)
-            raise ValueError(
-                f"train.resolution is {self.resolution}; it must be a multiple of 8, such as {near}"
-            )
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"train.warmup_steps is {self.warmup_steps}, but there are {self.steps} train.steps"
-            )
-        return self
-
-    def ema_decay_at(self, step: int) -> float:
-        """The average's decay at step 0, 1, ...: at first 0, then (1 + step) / (10 + step), up to
-        ema_decay. As in diffusers' EMAModel: short runs do not export the weights they began with.
-        """
-        return min(self.ema_decay or 0.0, (1 + step) / (10 + step)) if step else 0.0
-
-
 class LoraConfig(Config):
     kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
     """Low-rank factors; these with the weight's length trained apart (dora); a Hadamard product of
@@ -151,6 +85,8 @@ class LoraConfig(Config):
     """The adapter acts with alpha / rank; without it alpha is rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of the adapter's input, in training; of kinds lora and dora."""
+    plus_ratio: float = Field(default=1.0, gt=0)
+    """How much faster the matrices B learn than A (LoRA+, arXiv 2402.12354; 16 is usual)."""
     targets: Literal["attention", "transformer", "convolution"] = "attention"
     """Attention projections; these and the feed-forward layers; or both and the convolutions."""
     conv_rank: int | None = Field(default=None, ge=1)
@@ -162,6 +98,8 @@ class LoraConfig(Config):
     def _check_kind(self) -> Self:
         if self.dropout and self.kind in ("loha", "lokr"):
             raise ValueError(f"dropout is {self.dropout:g}; kind {self.kind} has none, so leave it")
+        if self.plus_ratio != 1 and self.kind in ("loha", "lokr"):
+            raise ValueError(f"plus_ratio is {self.plus_ratio:g}; it is of kinds lora and dora")
         if self.factor != -1 and self.kind != "lokr":
             raise ValueError(f"factor is {self.factor}; it is of kind lokr")
         if self.factor == 0:
@@ -214,6 +152,8 @@ class ValidationConfig(Config):
     checkpoint.every_n_steps."""
     prompts: tuple[str, ...] = ()
     """Prompts with the identifier; without them instance.prompt."""
+    prompt_syntax: PromptSyntax = "plain"
+    """How these prompts are written; captions and class prompts are plain."""
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
     steps: int | None = Field(default=None, ge=1, le=1000)
@@ -221,6 +161,15 @@ class ValidationConfig(Config):
     guidance_scale: float | None = Field(default=None, ge=0)
     """Of the pictures; without it the model's usual one."""
     encoders: EncodersConfig = EncodersConfig()
+    loss_every_n_steps: int = Field(default=0, ge=0)
+    """Measure the loss so often at fixed noise, where it can be compared; 0: never."""
+    loss_uri: str | None = None
+    """Photographs held out for that, with captions as those of instance; without it the run's."""
+    loss_levels: int = Field(default=8, ge=1)
+    """Noise levels at which each of them is measured."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run when so many of these losses in a row are no better than the best; the best one's
+    checkpoint is exported."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of the process that validates."""
     num_cpus: float = Field(default=1, gt=0)
@@ -257,6 +206,8 @@ class TrackersConfig(Config):
 class DreamBoothConfig(Config):
     model: ModelConfig
     instance: InstanceConfig
+    concepts: tuple[ConceptConfig, ...] = ()
+    """More subjects beside instance, each with its own photographs, words and class."""
     prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
@@ -274,6 +225,7 @@ class DreamBoothConfig(Config):
         for prompt in validation.prompts:
             if not prompt.strip():
                 raise ValueError("validation.prompts has an empty prompt; remove it")
+            check_syntax(f"validation.prompts: {prompt!r:.80}", prompt, validation.prompt_syntax)
         return validation
 
     @model_validator(mode="after")
@@ -292,6 +244,18 @@ class DreamBoothConfig(Config):
                 f"validation.every_n_steps is {every}; it must be a multiple of "
                 f"checkpoint.every_n_steps, {self.checkpoint.every_n_steps}"
             )
+        if self.train.fused_backward and self.workers.max_workers > 1:
+            raise ValueError(
+                "train.fused_backward updates weights before workers could share gradients; give "
+                "workers.max=1"
+            )
+        varies = self.lora.plus_ratio != 1 or self.inversion.num_vectors
+        if self.train.optimizer == "prodigy" and varies:
+            raise ValueError(
+                "train.optimizer prodigy finds one rate for all; leave lora.plus_ratio and "
+                "inversion.num_vectors out"
+            )
+        self._check_patience()
         if self.train.strategy == "fsdp" and self.train.precision == "fp16":
             raise ValueError("train.precision fp16 has no loss scaling under fsdp; use bf16")
         if self.train.strategy == "fsdp" and self.train.method != "full":
@@ -310,8 +274,27 @@ class DreamBoothConfig(Config):
         """What is exported: `lora`, `full` or `words`, as in the note beside it."""
         return "words" if self.inversion.alone else self.train.method
 
+    def _check_patience(self) -> None:
+        every, saves = self.validation.loss_every_n_steps, self.checkpoint.every_n_steps
+        if self.validation.patience is None:
+            return
+        if not every:
+            raise ValueError(
+                "validation.patience waits for losses that are not measured; give "
+                "validation.loss_every_n_steps"
+            )
+        if every % saves:
+            raise ValueError(
+                f"validation.loss_every_n_steps is {every}; with validation.patience it must be a "
+                f"multiple of checkpoint.every_n_steps, {saves}"
+            )
+
     def _check_inversion(self) -> None:
         inversion = self.inversion
+        if inversion.num_vectors and self.concepts:
+            raise ValueError(
+                "inversion.num_vectors learns the word of one subject; leave it out, or concepts"
+            )
         if inversion.alone and not inversion.num_vectors:
             raise ValueError("inversion.alone trains new tokens only; give inversion.num_vectors")
         if not inversion.num_vectors:
@@ -328,27 +311,40 @@ class DreamBoothConfig(Config):
             raise ValueError("inversion.num_vectors is not for train.strategy fsdp; use ddp")
 
     def _check_prompts(self) -> None:
-        words = self.instance.prompt.split()
-        if not words:
-            raise ValueError("instance.prompt is empty; write what names the subject")
-        if self.prior.mode == "none":
-            return
-        if not (self.prior.prompt or "").strip():
-            raise ValueError(
-                "prior.prompt is missing: the class, as in 'a photo of dog' for an instance.prompt "
-                "of 'a photo of sks dog'; or set prior.mode=none"
-            )
-        class_words = str(self.prior.prompt).split()
-        if class_words[-1] not in words:
-            raise ValueError(
-                f"instance.prompt {self.instance.prompt!r} lacks the class word "
-                f"{class_words[-1]!r} of prior.prompt {self.prior.prompt!r}"
-            )
-        if not identifier_in(self.instance.prompt, str(self.prior.prompt)):
-            raise ValueError(
-                f"instance.prompt {self.instance.prompt!r} has no word that prior.prompt lacks; "
-                "put an identifier such as sks before the class word"
-            )
+        keys = [("instance.prompt", self.instance.prompt, "prior.prompt", self.prior.prompt)]
+        for number, concept in enumerate(self.concepts):
+            key = f"concepts[{number}]"
+            own = (f"{key}.prompt", concept.prompt, f"{key}.class_prompt", concept.class_prompt)
+            keys.append(own)
+        seen: dict[str, str] = {}
+        for key, prompt, class_key, class_prompt in keys:
+            if not prompt.split():
+                raise ValueError(f"{key} is empty; write what names the subject")
+            if self.prior.mode != "none":
+                _check_pair(key, prompt, class_key, class_prompt)
+            if prompt in seen:
+                raise ValueError(f"{key} is that of {seen[prompt]}; give each subject its own word")
+            seen[prompt] = key
+
+
+def _check_pair(key: str, prompt: str, class_key: str, class_prompt: str | None) -> None:
+    """A subject's prompt must be that of its class with an identifier."""
+    words, class_words = prompt.split(), (class_prompt or "").split()
+    if not class_words:
+        raise ValueError(
+            f"{class_key} is missing: the class, as in 'a photo of dog' for {key} 'a photo of sks "
+            "dog'; or set prior.mode=none"
+        )
+    if class_words[-1] not in words:
+        raise ValueError(
+            f"{key} {prompt!r} lacks the class word {class_words[-1]!r} of {class_key} "
+            f"{class_prompt!r}"
+        )
+    if not identifier_in(prompt, str(class_prompt)):
+        raise ValueError(
+            f"{key} {prompt!r} has no word that {class_key} lacks; put an identifier such as sks "
+            "before the class word"
+        )
 
 
 def identifier_in(instance_prompt: str, prior_prompt: str) -> str:
