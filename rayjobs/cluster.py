@@ -9,18 +9,29 @@ import os
 import re
 import signal
 import socket
+import sys
+import tempfile
 import threading
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
+from ray._private import worker as ray_worker
 
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
 
+ANSWER_S = 5.0
 REMEMBER_ADDRESS = {"worker_process_setup_hook": "rayjobs.cluster.remember_address"}
 """The runtime environment of a cluster beside which there may be another one on the machine."""
+MAX_LINES_KEPT = 1000
+_told: deque[str] = deque(maxlen=MAX_LINES_KEPT)
+"""What Ray said of failures of this session's workers."""
+_owned = False
+"""Whether a session of this process's own is open."""
 
 
 @contextmanager
@@ -30,7 +41,9 @@ def session(num_cpus: float) -> Generator[None]:
     A local one has at least `num_cpus`; where the machine has fewer, workers share them.
     """
     for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        # What they say of a worker's failure is in Ray's logs; the failure itself is raised.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    global _owned
     own = is_own()
     if not ray.is_initialized():
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -38,10 +51,12 @@ def session(num_cpus: float) -> Generator[None]:
             cpus = max(os.cpu_count() or 1, math.ceil(num_cpus) + 1)
             quiet |= local(cpus)
         _init(quiet)
+    _owned = _owned or own
     try:
         yield
     finally:
         if own:
+            _owned = False
             ray.shutdown()
 
 
@@ -66,6 +81,11 @@ def remember_address() -> None:
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
+def is_owned() -> bool:
+    """Whether nobody else can bring nodes: the open session's cluster is this process's own."""
+    return _owned
+
+
 def is_own() -> bool:
     """Whether the session will be, or is, a local one that only this job uses."""
     return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
@@ -78,9 +98,23 @@ def unwrap_error(error: Exception) -> Exception:
         messages = re.findall(pattern, str(error), re.DOTALL)
         if messages:
             return BadInput(messages[-1]) if kind is BadInput else JobFailed(messages[-1])
+    _keep_details(error)
     lines = [line for line in str(error).splitlines() if re.match(r"\S*(Error|Exception)\b", line)]
     reason = lines[-1] if lines else str(error).strip().splitlines()[-1]
     return JobFailed(reason.removeprefix("rayjobs.diffusion.faults."))
+
+
+def _remember(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+    _told.extend(data["lines"])
+
+
+def _keep_details(error: Exception) -> None:
+    """All that Ray says of a failure, in a file: the one line that is told names it."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="rayjobs-", suffix=".log", delete=False, encoding="utf-8"
+    ) as file:
+        file.write("\n".join([*_told, f"{error}\n"]))
+    print(f"details of the failure are in {file.name}", file=sys.stderr)
 
 
 def _free_port() -> int:
@@ -89,9 +123,42 @@ def _free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+def check_answers(address: str) -> None:
+    """Raise BadInput within seconds when nobody listens there: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto" and the like, which Ray looks up
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise BadInput(
+            f"RAY_ADDRESS is {address}, where no cluster answers ({reason}); start it, correct the "
+            "address, or unset RAY_ADDRESS to use this machine alone"
+        ) from None
+
+
+def _refusal(error: Exception) -> str:
+    """Why Ray does not start or let this process in, in one line."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "AF_UNIX" in str(error):
+        return f"Ray cannot start: {first}; set RAY_TMPDIR to a short path, such as /tmp"
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return f"the cluster asks for a token: {first}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    return f"Ray cannot start: {first}"
+
+
 def _init(options: dict[str, Any]) -> None:
     """Start or join Ray, keeping the caller's SIGTERM handler, which Ray replaces."""
     on_term = signal.getsignal(signal.SIGTERM)
-    ray.init(**options)
+    if "address" not in options:
+        check_answers(os.environ.get("RAY_ADDRESS", ""))
+    # Ray prints the whole traceback of every worker's failure, whatever `log_to_driver` is.
+    ray_worker.print_to_stdstream = _remember  # ty: ignore[invalid-assignment]
+    try:
+        ray.init(**options)
+    except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+        raise BadInput(_refusal(error)) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)

@@ -30,6 +30,7 @@ from rayjobs.dreambooth.validation import ValidationLoop
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.progress import FATAL, Progress
+from rayjobs.room import await_room
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def run(run: ResolvedRun) -> Summary:
     with cluster.session(num_cpus(config)):
         with ValidationLoop(run) as looks:
             if num_left:
+                await_room(config.workers, config.workers.min, cluster.is_owned())
                 _train(run, first)
         for step, reason in looks.failures.items():
             print(

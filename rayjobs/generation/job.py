@@ -21,6 +21,7 @@ from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.lock import config_again, config_of, data_set_schema
 from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import ensure_segment, open_draft, restore_snapshots
+from rayjobs.generation.worker import here
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
 
@@ -84,7 +85,9 @@ def run(
         manifest.recover()
         manifest.compact()
         work = _failed(lock, manifest) if retry_failed else _unfinished(lock, manifest, limit)
-        made = _make_all(config, lock, manifest, work, stack)
+        num_images = sum(part.num_images for part in work)
+        is_preview = limit is not None and cluster.is_own() and here.is_enough(config, num_images)
+        made = _make_all(config, lock, manifest, work, None if is_preview else stack)
     return _finish(config, lock, manifest, made, started)
 
 
@@ -142,18 +145,26 @@ def _redo(lock: Lock, redo: Redo) -> list[_Work]:
 
 
 def _make_all(
-    config: GenerateConfig, lock: Lock, manifest: Manifest, work: list[_Work], stack: ExitStack
+    config: GenerateConfig,
+    lock: Lock,
+    manifest: Manifest,
+    work: list[_Work],
+    stack: ExitStack | None,
 ) -> int:
-    """Have all of it made by workers that last as long as the stack; returns the images made."""
-    if work:
+    """Have all of it made by workers that last as long as the stack, without one in this process.
+
+    Returns the images made.
+    """
+    if work and stack is not None:
         stack.enter_context(_session(config))
     made = 0
     try:
         for part in work:
-            made += _make(config, lock, manifest, part)
+            made += _make(config, lock, manifest, part, on_ray=stack is not None)
     except (KeyboardInterrupt, JobFailed):
         # These workers did not die of what they were making.
-        stack.close()
+        if stack is not None:
+            stack.close()
         storage.remove_folder(storage.join(config.output.uri, "attempts"))
         raise
     return made
@@ -188,30 +199,35 @@ def measure_rate(config: GenerateConfig) -> float:
 
 def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
     with open_draft(config) as draft:
-        # Takes seconds, which bad input need not wait for.
-        from rayjobs.generation.worker import pool
-
         if cluster.is_own():
             lock = ensure_segment(draft, lambda: determinism.current(config), extend)
             allowed = config.engine.allow_class_change
             determinism.check_same(lock.determinism, determinism.current(config), allowed)
             return lock
+        # Takes seconds, which bad input need not wait for.
+        from rayjobs.generation.worker import pool
+
         stack.enter_context(pool.session(config.workers))
         return ensure_segment(
             draft, lambda: pool.run_on_worker(config, determinism.current), extend
         )
 
 
-def _make(config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work) -> int:
+def _make(
+    config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work, on_ray: bool = True
+) -> int:
     """Have it made; gathers entries a thousand at a time on the way. Returns the images made."""
-    from rayjobs.generation.worker import pool
+    make = here.make
+    if on_ray:
+        from rayjobs.generation.worker import pool
 
+        make = pool.make
     segment = lock.segments[work.segment]
     mine = config_of(segment, config.output.uri, config)
     done = manifest.committed(lock.num_shards)
     made = 0
-    for entry in pool.make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
-        made += entry["rows"]
+    for entry in make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
+        made += entry["rows"] * bool(entry["made"])
         done[entry["shard"]] = True
         group = entry["shard"] // GROUP
         if work.redo is None and done[group * GROUP : (group + 1) * GROUP].sum() == GROUP:

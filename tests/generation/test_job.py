@@ -45,8 +45,9 @@ class Other:
 
 @pytest.mark.ray
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, two_cpus: None) -> None:
-    """One without Ray, and more than there are CPUs for."""
+    """One without Ray, a preview before it, and more than there are CPUs for."""
     with jobs_in_process():
+        assert job.run(configure(tmp_path / "1", 1), limit=3).num_made == 3
         job.run(configure(tmp_path / "1", 1))
     summary = job.run(configure(tmp_path / "4", 4))
     assert (summary.num_made, summary.num_failed) == (12, 0)
@@ -67,7 +68,9 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, two_cpus: No
 @pytest.mark.model
 def test_a_limit_makes_the_first_records_and_more_later(tmp_path: Path, in_process: None) -> None:
     config = configure(tmp_path / "out", 1)
-    assert job.run(config, limit=4).num_made == 6  # whole shards
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayjobs.generation.worker.pool.make", None)  # a preview needs no Ray
+        assert job.run(config, limit=4).num_made == 6  # whole shards
     assert job.run(config).num_made == 6
     assert job.run(config).num_made == 0
 

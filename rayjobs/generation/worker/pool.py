@@ -29,6 +29,7 @@ from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import JobDraft, open_draft
 from rayjobs.progress import Progress
+from rayjobs.room import await_room
 
 T = TypeVar("T")
 MAX_SHARDS_PER_BLOCK = 64
@@ -137,6 +138,7 @@ def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
 def session(workers: Workers) -> Generator[None]:
     """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
     with cluster.session(workers.max_workers * workers.num_cpus):
+        await_room(workers, 1, cluster.is_owned())
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.verbose_progress = False

@@ -166,7 +166,10 @@ class ShardWorker:
         self._saving = ThreadPoolExecutor(MAX_UNSAVED_SHARDS, thread_name_prefix="saving")
 
     def make(self, shards: Iterable[int]) -> Iterator[Entry]:
-        """Make the shards that are not finished yet; yield the entry of each once committed."""
+        """Make the shards that are not finished yet; yield the entry of each once committed.
+
+        `made` in it says whether this worker made it, not one of another run meanwhile.
+        """
         suspects: dict[int, Attempt] = {}
         for record, row in self.generator.generate(self._records(shards, suspects)):
             self._put(self._open[self.segment.shard_of(record.number)], row)
@@ -262,7 +265,8 @@ class ShardWorker:
         else:
             entry = self.manifest.commit(shard.number, files, facts)
         self.attempts.end(shard.number)
-        return entry
+        mine = ("worker", "finished_at")
+        return entry | {"made": all(entry.get(key) == facts[key] for key in mine)}
 
     def _committed(self, max_unsaved: int) -> Iterator[Entry]:
         """Entries of stored shards; waits for some while more than `max_unsaved` are not stored."""
@@ -289,5 +293,5 @@ class ShardWorker:
 
 def _completed(entry: Entry | None) -> Future[Entry]:
     future: Future[Entry] = Future()
-    future.set_result(entry or {})
+    future.set_result((entry or {}) | {"made": False})
     return future

@@ -1,0 +1,69 @@
+"""Room on a cluster for workers: what is asked for, what is there, and the wait for it.
+
+Owns the comparison and what is told. Knows nothing of what the workers do.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from rayjobs.config import BadInput, JobFailed, Workers
+
+PATIENCE_S = 1800.0
+"""How long an autoscaler, or a person, has to bring nodes on which workers fit."""
+TELL_EVERY_S = 60.0
+POLL_S = 2.0
+
+
+def await_room(workers: Workers, count: int, is_own: bool) -> None:
+    """Return once `count` workers fit into the cluster, however busy it is.
+
+    Tells at once what is asked for and what is there while they do not. Raises BadInput when
+    nothing can change that, as in a cluster of this process's own, JobFailed after half an hour.
+    """
+    started = told = time.monotonic()
+    while (fitting := num_fitting(workers, ray.nodes())) < count:
+        lack = describe_lack(workers, count, fitting, ray.nodes())
+        if is_own:
+            raise BadInput(f"{lack}; {_way_out(workers)}")
+        waited = time.monotonic() - started
+        if waited > PATIENCE_S:
+            raise JobFailed(f"{lack}, and none came in {PATIENCE_S / 60:.0f} minutes")
+        if not waited or time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            print(f"{lack}; waiting for nodes, {_way_out(workers)}", file=sys.stderr, flush=True)
+        time.sleep(POLL_S)
+    if _on(workers, ray.available_resources()) < 1:
+        print("all that fits is in use by others; waiting for it", file=sys.stderr, flush=True)
+
+
+def num_fitting(workers: Workers, nodes: list[dict[str, Any]]) -> int:
+    """How many of such workers the living nodes could hold, were they idle."""
+    return sum(_on(workers, node["Resources"]) for node in nodes if node["Alive"])
+
+
+def describe_lack(workers: Workers, count: int, fitting: int, nodes: list[dict[str, Any]]) -> str:
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = (sum(node.get(name, 0) for node in alive) for name in ("CPU", "GPU"))
+    largest = max((node.get("CPU", 0) for node in alive), default=0)
+    places = "1 node" if len(alive) == 1 else f"{len(alive)} nodes (of up to {largest:g} CPUs)"
+    asked = f"{workers.num_cpus:g} CPUs and {workers.num_gpus:g} GPUs"
+    each = f"a worker asks for {asked}" if count == 1 else f"{count} workers ask for {asked} each"
+    rest = f", which holds {fitting} of them" if fitting else ", which holds none"
+    return f"{each}; there is {cpus:g} CPUs and {gpus:g} GPUs on {places}{rest}"
+
+
+def _on(workers: Workers, resources: Mapping[str, float]) -> int:
+    asked = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
+    return int(
+        min(resources.get(k, 0) / wanted for k, wanted in asked.items() if wanted > 0) + 1e-9
+    )
+
+
+def _way_out(workers: Workers) -> str:
+    if workers.num_gpus:
+        return "ask for less with workers.num_gpus (0 to work on CPUs) or workers.num_cpus"
+    return "ask for less with workers.num_cpus or workers.min"
