@@ -67,7 +67,7 @@ class Progress:
         # The rate is that of what follows the first ones: when these began is not known, and the
         # workers' start is not slowness.
         told = 0.0
-        while not (first := (read := self._read())[0]) and not self._stop.wait(POLL_S):
+        while not (read := self._read())[0] and not self._stop.wait(POLL_S):
             if DOING in read[1] and time.monotonic() > told + LOG_EVERY_S:
                 print(read[1][DOING], file=sys.stderr, flush=True)
                 told = time.monotonic()
