@@ -1,21 +1,29 @@
-"""Room on a cluster for workers: what is asked for, what is there, and the wait for it.
+"""Room on a cluster: nodes on which workers fit, and a place for outputs that all of them see.
 
 Owns the comparison and what is told. Knows nothing of what the workers do.
 """
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayjobs import storage
 from rayjobs.config import BadInput, JobFailed, Workers
 
 PATIENCE_S = 1800.0
 """How long an autoscaler, or a person, has to bring nodes on which workers fit."""
 TELL_EVERY_S = 60.0
 POLL_S = 2.0
+PROBE_S = 60.0
+PACKAGES = "/runtime_resources/working_dir_files/"
+"""Where Ray unpacks the working directory of a submitted job, and deletes it afterwards."""
 
 
 def await_room(workers: Workers, count: int, is_own: bool) -> None:
@@ -38,6 +46,49 @@ def await_room(workers: Workers, count: int, is_own: bool) -> None:
         time.sleep(POLL_S)
     if _on(workers, ray.available_resources()) < 1:
         print("all that fits is in use by others; waiting for it", file=sys.stderr, flush=True)
+
+
+def check_shared(uri: str, key: str = "output.uri") -> None:
+    """Raise BadInput, naming `key`, for a local folder that other nodes of the cluster do not see.
+
+    Of nodes that have room for work; those that come later are not asked.
+    """
+    if storage.is_remote(uri):
+        return
+    folder = storage.absolute(uri)
+    if PACKAGES in folder:
+        raise BadInput(
+            f"{key}: {folder} is in Ray's copy of the working directory, which is deleted with the "
+            "job; give s3://..., or the absolute path of a folder that all nodes share"
+        )
+    here = ray.get_runtime_context().get_node_id()
+    others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != here and _has_room(n)]
+    if not others:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=".seen-", dir=folder) as probe:
+        blind = _blind(others, probe.name)
+    if blind:
+        raise BadInput(
+            f"{key}: {folder} is a folder of this machine; {len(blind)} of {len(others)} other "
+            f"nodes do not see it ({', '.join(blind[:3])}). Give s3://..., or a folder that all share"
+        )
+
+
+def _blind(nodes: list[dict[str, Any]], path: str) -> list[str]:
+    """Addresses of the nodes on which there is no such file."""
+    on = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [ray.remote(_sees).options(num_cpus=0, scheduling_strategy=one) for one in on]
+    seen = ray.get([each.remote(path) for each in asked], timeout=PROBE_S)
+    return [n["NodeManagerAddress"] for n, there in zip(nodes, seen, strict=True) if not there]
+
+
+def _sees(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _has_room(node: dict[str, Any]) -> bool:
+    return node["Resources"].get("CPU", 0) > 0
 
 
 def num_fitting(workers: Workers, nodes: list[dict[str, Any]]) -> int:

@@ -31,6 +31,40 @@ def test_what_fits(workers: dict[str, float], nodes: list[dict[str, Any]], fitti
     assert room.num_fitting(Workers(**workers), nodes) == fitting
 
 
+def test_a_folder_that_goes_with_the_job_is_refused() -> None:
+    place = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/out"
+    with pytest.raises(BadInput, match=r"output.uri: .*deleted with the job; give s3://"):
+        room.check_shared(place)
+    room.check_shared("s3://bucket/out")
+
+
+def test_a_folder_that_other_nodes_do_not_see_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Here:
+        def get_node_id(self) -> str:
+            return "a"
+
+    others = [node(4) | {"NodeID": name, "NodeManagerAddress": name} for name in "abc"]
+    head = node(0) | {"NodeID": "head", "NodeManagerAddress": "head"}
+    probed: list[list[str]] = []
+
+    def blind(nodes: list[dict[str, Any]], path: str) -> list[str]:
+        assert Path(path).parent == tmp_path
+        assert Path(path).exists()
+        probed.append([each["NodeID"] for each in nodes])
+        return ["b"]
+
+    monkeypatch.setattr(room.ray, "get_runtime_context", Here)
+    monkeypatch.setattr(room.ray, "nodes", lambda: [*others, head])
+    monkeypatch.setattr(room, "_blind", blind)
+    told = r"1 of 2 other nodes do not see it \(b\). Give s3://"
+    with pytest.raises(BadInput, match=told):
+        room.check_shared(str(tmp_path))
+    assert probed == [["b", "c"]]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The cluster's nodes; each look takes 20 minutes."""

@@ -218,7 +218,8 @@ def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
     }
     config = tmp_path / "job.yaml"
     config.write_text(yaml.safe_dump(job))
-    for name, expected, *settings in (("bad-input", 2, "output.uri=ftp://x"), ("some-failed", 3)):
+    bad = (("bad-input", 2, "output.uri=ftp://x"), ("relative", 2, "output.uri=out"))
+    for name, expected, *settings in (*bad, ("some-failed", 3)):
         code, said = cluster.submit(name, str(config), *settings)
         assert code != 0, said
         assert f"exit code {expected}" in said, said

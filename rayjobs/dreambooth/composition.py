@@ -32,7 +32,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prior import PriorConfig
 from rayjobs.models.facts import find_weights
 from rayjobs.models.options import SourceConfig
-from rayjobs.room import await_room
+from rayjobs.room import await_room, check_shared
 
 METRICS = "metrics.json"
 IMAGES_PER_SHARD = 16
@@ -50,6 +50,7 @@ def train(config: DreamBoothConfig) -> job.Summary:
     if finished and job.is_complete(run):
         return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
     with cluster.session(job.num_cpus(run.config)):
+        check_shared(run.config.output.uri)
         if not finished:
             await_room(run.config.workers, run.config.workers.min, cluster.is_owned())
         # A finished run's class images are not looked for: they may be gone.

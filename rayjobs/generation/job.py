@@ -206,8 +206,10 @@ def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
             return lock
         # Takes seconds, which bad input need not wait for.
         from rayjobs.generation.worker import pool
+        from rayjobs.room import check_shared
 
         stack.enter_context(pool.session(config.workers))
+        check_shared(config.output.uri)
         return ensure_segment(
             draft, lambda: pool.run_on_worker(config, determinism.current), extend
         )
