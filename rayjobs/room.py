@@ -70,8 +70,8 @@ def check_shared(uri: str, key: str = "output.uri") -> None:
         blind = _blind(others, probe.name)
     if blind:
         raise BadInput(
-            f"{key}: {folder} is a folder of this machine; {len(blind)} of {len(others)} other "
-            f"nodes do not see it ({', '.join(blind[:3])}). Give s3://..., or a folder that all share"
+            f"{key}: {folder} is a folder of this machine; {len(blind)} of {len(others)} "
+            f"other nodes do not see it ({', '.join(blind[:3])}). Give s3://... or a shared folder"
         )
 
 
