@@ -1,6 +1,7 @@
 """Room for workers: what fits, what is told, and when waiting ends. No cluster is started."""
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,26 @@ def test_a_folder_that_other_nodes_do_not_see_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+class Time:
+    """In place of the module, whose clock other threads of these tests read too."""
+
+    def __init__(self, clock: Iterator[int]):
+        self._clock = clock
+
+    def monotonic(self) -> float:
+        return next(self._clock)
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The cluster's nodes; each look takes 20 minutes."""
     clock, there = iter(range(0, 100_000, 1200)), [node(2)]
     monkeypatch.setattr(room.ray, "nodes", lambda: there)
     monkeypatch.setattr(room.ray, "available_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(room.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(room.time, "sleep", lambda _: None)
+    monkeypatch.setattr(room, "time", Time(clock))
     return there
 
 

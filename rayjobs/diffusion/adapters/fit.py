@@ -12,22 +12,22 @@ import transformers
 from diffusers import UNet2DConditionModel
 
 from rayjobs.diffusion.adapters.names import Layers
-from rayjobs.diffusion.adapters.reader import Adapter, read
+from rayjobs.diffusion.adapters.reader import read
 from rayjobs.diffusion.files.folder import read_json
 from rayjobs.diffusion.weights import Weights, lora_file
 
 
-def check(paths: Sequence[Path], weights: Weights) -> list[Adapter]:
-    """The adapters at `paths`, without their tensors. Raises ValueError unless all fit the model.
+def check(paths: Sequence[Path], weights: Weights) -> None:
+    """Raise ValueError unless the adapters at `paths` fit the model.
 
     A single file's layers are known where its configurations are at hand; else adapters are checked
-    when the model is loaded, and not returned.
+    when the model is loaded.
     """
     folder = weights.path if weights.single is None else weights.config_folder
-    if folder is None or not paths:
-        return []
-    layers = layers_of(folder, weights)
-    return [read(str(path), lora_file(path), layers).without_tensors() for path in paths]
+    if folder is not None and paths:
+        layers = layers_of(folder, weights)
+        for path in paths:
+            read(str(path), lora_file(path), layers)
 
 
 def layers_of(folder: Path, weights: Weights) -> Layers:

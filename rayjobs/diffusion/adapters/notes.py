@@ -60,8 +60,12 @@ def read(file: Path, header: Mapping[str, str]) -> Notes:
         parts = _by_part(json.loads(header[DIFFUSERS]))
     else:
         parts = {}
-    title = header.get("modelspec.title") or header.get("ss_output_name") or ""
-    return Notes(_family(header), parts, title)
+    return Notes(_family(header), parts, title_of(header))
+
+
+def title_of(header: Mapping[str, str]) -> str:
+    """What an adapter is called by who made it; empty where that is not told."""
+    return header.get("modelspec.title") or header.get("ss_output_name") or ""
 
 
 def file_sha256(file: Path) -> str:

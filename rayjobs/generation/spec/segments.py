@@ -32,8 +32,9 @@ from rayjobs.dataset.lock import (
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
 from rayjobs.diffusion import weights
-from rayjobs.diffusion.adapters.notes import file_sha256
+from rayjobs.diffusion.adapters import notes
 from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
+from rayjobs.diffusion.files.header import read_header
 from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -352,15 +353,14 @@ def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[
     from rayjobs.diffusion.adapters import fit
 
     paths = [storage.fetch(lora.uri) for lora in config.model.loras]
-    read = _named("model.loras", lambda: fit.check(paths, model))
-    hashes = [file_sha256(weights.lora_file(path)) for path in paths]
-    named = [adapter_usual(file_name(lora.uri)) for lora in config.model.loras]
-    known = [*named, *(adapter.usual for adapter in read)]
-    said = tuple(
-        f"{sha256} x {lora.scale:g}"
-        for sha256, lora in zip(hashes, config.model.loras, strict=True)
-    )
-    return said, next(filter(None, known), model.usual)
+    _named("model.loras", lambda: fit.check(paths, model))
+    said, known = [], []
+    for lora, path in zip(config.model.loras, paths, strict=True):
+        file = weights.lora_file(path)
+        said.append(f"{notes.file_sha256(file)} x {lora.scale:g}")
+        title = notes.title_of(read_header(file).metadata)
+        known.append(adapter_usual(f"{file_name(lora.uri)} {title}"))
+    return tuple(said), next(filter(None, known), model.usual)
 
 
 def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:

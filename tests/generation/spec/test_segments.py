@@ -273,8 +273,11 @@ def test_a_distilled_model_has_defaults_of_its_own_and_a_warning(
     )
     lora = headers.write(tmp_path / "lora.safetensors", {"a": (1,)}, {"ss_output_name": "sd_lcm"})
     model = single(tmp_path / "plain.safetensors", headers.XL) | {"loras": [{"uri": lora}]}
-    draft(asked_for(tmp_path / "out", model=model))
-    assert "30 steps and guidance 5 spoil the pictures of LCM models" in capsys.readouterr().err
+    usual = draft(asked_for(tmp_path / "out", model=model)).job["sampler"]
+    assert (usual["steps"], usual["guidance_scale"]) == (4, 1.0)
+    assert "a LCM model: 4 steps and guidance 1 where" in capsys.readouterr().err
+    draft(asked_for(tmp_path / "out", model=model, sampler=given))
+    assert "30 steps and guidance 7 spoil the pictures of LCM models" in capsys.readouterr().err
     model = single(tmp_path / "few.safetensors", headers.XL, title="SDXL Lightning 8-step")
     weak = {"uri": str(tmp_path), "strength": 0.1}
     with pytest.raises(BadInput, match=r"init\.strength: strength 0\.1 of 8 steps leaves no step"):
