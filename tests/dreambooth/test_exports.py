@@ -133,14 +133,18 @@ def test_every_export_is_loaded_back(
 
 KINDS: list[dict[str, Any]] = [
     {"kind": "dora", "targets": "convolution", "conv_rank": 2},
-    {"kind": "loha", "targets": "convolution"},
     {"kind": "lokr", "targets": "convolution", "conv_rank": 1},
+    {"kind": "loha", "targets": "convolution"},
     {"kind": "lokr", "factor": 4, "rank": 64, "alpha": 96.0},
     {"kind": "lora", "targets": "convolution", "conv_rank": 1},
 ]
 
 
-@pytest.mark.parametrize("adapter", KINDS, ids=lambda adapter: "-".join(map(str, adapter.values())))
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param(k, marks=[pytest.mark.slow] if n > 1 else []) for n, k in enumerate(KINDS)],
+    ids=lambda adapter: "-".join(map(str, adapter.values())),
+)
 def test_every_kind_of_adapter_in_every_layout(
     folders: dict[str, Path], photos: Path, adapter: dict[str, Any], tmp_path: Path
 ) -> None:
