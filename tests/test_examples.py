@@ -58,7 +58,6 @@ def test_openai_client(example: Example, app_url: str) -> None:
     assert "image_generation.completed" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_dreambooth_from_python(example: Example, ray_cluster: None) -> None:
     """The only quick test in which class images are made by the pool."""
