@@ -35,6 +35,8 @@ class LoraBank:
         self._adapters: dict[str, Adapter] = {}
         self._numbers: dict[str, int] = {"": 0}  # adapter 0 is all zeros: a row without one
         self._free: list[int] = []
+        self._grouped: set[int] = set()
+        """Adapters with changes that are no plain low-rank factors."""
         self._layers: dict[Layer, AdaptedLayer] = {}
         self._uses: Uses | None = None
         self._last_uses: tuple[list[LoraUse], Uses] | None = None
@@ -74,6 +76,8 @@ class LoraBank:
                 self._release(number)
                 raise
             self._numbers[adapter.sha256] = number
+            if any(change.low_rank is None for change in adapter.changes.values()):
+                self._grouped.add(number)
             self._adapters[adapter.sha256] = adapter.without_tensors()
         self._known[adapter.path] = (_stamp(adapter.path), adapter.sha256)
         return adapter.sha256
@@ -133,6 +137,7 @@ class LoraBank:
         for layer in self._layers.values():
             layer.clear(number)
         self._free.append(number)
+        self._grouped.discard(number)
         self._last_uses = None
 
     def _of_slots(self, slots: Sequence[LoraUse]) -> Uses:
@@ -149,10 +154,12 @@ class LoraBank:
         return self._last_uses[1]
 
     def _groups(self, slots: Sequence[LoraUse]) -> tuple[Group, ...]:
-        """Slots by adapter and scale, each at most once in a group."""
+        """Slots by adapter and scale, each at most once in a group; not of low-rank ones alone."""
         members: dict[tuple[int, float, int], list[int]] = {}
         for slot, use in enumerate(slots):
             for position, (sha256, scale) in enumerate(use):
+                if self._numbers[sha256] not in self._grouped:
+                    continue
                 nth = use[:position].count((sha256, scale))
                 members.setdefault((self._numbers[sha256], scale, nth), []).append(slot)
         return tuple(

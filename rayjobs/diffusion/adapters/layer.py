@@ -33,7 +33,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Uses:
-    """The adapters of a call: numbers and scales (P, K), and the same by adapter."""
+    """The adapters of a call: numbers and scales (P, K), and by adapter those of other kinds."""
 
     numbers_PK: torch.Tensor
     scales_PK: torch.Tensor
