@@ -55,7 +55,7 @@ class Cluster:
 
     @property
     def strangers_environment(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
         return kept | {"HOME": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0"}
 
     def start(self) -> None:
@@ -75,6 +75,7 @@ class Cluster:
         with (self.folder / "start.out").open("ab") as log:
             node = subprocess.Popen(
                 [*self._ray, "start", "--block", place, *own, store, *options],
+                cwd=self.folder,  # not here, where the project is
                 env=self.environment,
                 stdout=log,
                 stderr=log,
