@@ -18,9 +18,10 @@ from rayjobs.dataset.manifest import GROUP, Manifest
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
+from rayjobs.generation.spec.draft import open_draft
 from rayjobs.generation.spec.lock import config_again, config_of, data_set_schema
 from rayjobs.generation.spec.records import Redo
-from rayjobs.generation.spec.segments import ensure_segment, open_draft, restore_snapshots
+from rayjobs.generation.spec.segments import ensure_segment, restore_snapshots
 from rayjobs.generation.worker import here
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report

@@ -1,22 +1,16 @@
-"""A job becomes a segment of a data set: checked and resolved as a draft, then put into the lock.
+"""A draft becomes a segment of a data set: found in the lock, created there or appended.
 
-Owns the checks that need no worker, what a job's segment in the lock says, and which part of an
-extended job is new. Knows nothing of Ray or of how records are made.
+Owns which part of an extended job is new, and the snapshots beside the lock. Knows nothing of Ray
+or of how records are made.
 """
 
-import hashlib
-import sys
-import tempfile
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.inspection import inspect_snapshots
 from rayjobs.dataset.lock import (
     Lock,
@@ -30,101 +24,24 @@ from rayjobs.dataset.lock import (
     snapshot_uri,
 )
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dataset.records import SCORES, SYNTAX, canonical_json
+from rayjobs.dataset.records import SCORES, SYNTAX
 from rayjobs.diffusion import weights
-from rayjobs.diffusion.adapters import notes
-from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
-from rayjobs.diffusion.files.header import read_header
-from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
-    ImageNames,
     Snapshot,
-    check_numbers,
-    list_pictures,
     write_like,
-    write_names,
-    write_snapshot,
 )
-from rayjobs.generation.resolved import ResolvedConfig, model_name
+from rayjobs.generation.spec.draft import JobDraft, open_draft
 from rayjobs.generation.spec.lock import (
     config_of,
     data_set_schema,
-    job_part,
     passed_through,
     record_schema,
 )
-from rayjobs.generation.spec.records import Spec
-from rayjobs.models import exports
-from rayjobs.models.facts import find_weights
 
-T = TypeVar("T")
 SEED_KEYS = {"job.seeds.count", "job.seeds.values", "job.seeds.derive"}
 PROMPT_KEYS = {"prompts_sha256", "num_prompts", "job.prompts.inline"}
 """What `--extend` may change of a job for its records to go on; with other keys all are new."""
-
-
-@dataclass(frozen=True)
-class JobDraft:
-    """A resolved job, its segment as if it stood alone, and local snapshots of what it reads."""
-
-    config: ResolvedConfig
-    segment: Segment
-    prompts: Path
-    names: Path | None
-    """Of init images, where there are any."""
-
-    def spec(self, first_prompt: int = 0, first_seed: int = 0) -> Spec:
-        names = () if self.names is None else ImageNames(str(self.names))
-        return Spec(self.config, Snapshot(str(self.prompts)), names, first_prompt, first_seed)
-
-
-@contextmanager
-def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[JobDraft]:
-    """Check a job and write its snapshots, which are gone afterwards; `confirmed` is of any size.
-
-    Raises BadInput or StorageError naming the key that is to be changed.
-    """
-    storage.check(config.output.uri, write=True)
-    loras = [lora.uri for lora in config.model.loras]
-    scorers = [getattr(config.quality, name) for name in SCORES]
-    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers):
-        if uri is not None and storage.is_remote(uri):
-            storage.check(uri)
-    model = _check_model(config)
-    loras_sha256, usual = _check_loras(config, model)
-    config = _with_usual(config, usual)
-    _warn_of_use(config, usual)
-    scorers_sha256 = _hash_scorers(config)
-    with tempfile.TemporaryDirectory() as folder:
-        prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
-        num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
-        if config.init.uri is not None:
-            write_names(list_pictures(config.init.uri), str(names))
-        rows = Snapshot(str(prompts))
-        _check_sampler_column(config, rows, model)
-        spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
-        if not confirmed:
-            _check_size(config, spec.num_records)
-        check_schema(config.output.format, record_schema(config, rows))
-        if config.output.format != "parquet":
-            check_numbers(str(prompts))
-        segment = Segment(
-            job=job_part(config),
-            prompts_sha256=weights.sha256_of(prompts),
-            num_prompts=num_prompts,
-            init_sha256=weights.sha256_of(names) if names.exists() else None,
-            model_name=model_name(config.model.uri),
-            model_sha256=_named(
-                "model.words", lambda: exports.identity(model.sha256, config.model.words)
-            ),
-            loras_sha256=loras_sha256,
-            scorers_sha256=scorers_sha256,
-            guided=_is_guided(config, rows),
-            num_records=spec.num_records,
-            num_shards=spec.num_shards,
-        )
-        yield JobDraft(config, segment, prompts, names if names.exists() else None)
 
 
 def ensure_segment(
@@ -301,117 +218,3 @@ def _has_more_prompts(lock: Lock, draft: JobDraft) -> bool:
     if len(new) <= len(old) or old.columns != new.columns:
         return False
     return all(old.row(n) == new.row(n) for n in range(len(old)))
-
-
-def _check_size(config: GenerateConfig, num_records: int) -> None:
-    limit = config.output.most_images
-    if num_records > limit:
-        raise BadInput(
-            f"the job has {num_records:,} images, more than output.most_images, {limit:,}; "
-            f"look at it with `plan`, then set output.most_images={num_records} to confirm"
-        )
-
-
-def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
-    """Whether any record may use guidance."""
-    if "guidance_scale" in rows.columns:
-        return True
-    scales = config.parameters.guidance_scale or (config.sampler.guidance_scale,)
-    return any(scale is None or scale > 1 for scale in scales)
-
-
-def _check_model(config: GenerateConfig) -> weights.Weights:
-    model = find_weights(config.model)
-    from rayjobs.diffusion.sampler import resolve
-
-    own = config.sampler.name or model.scheduler_name
-    axis = config.parameters.sampler
-    for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
-    if model.single is not None:
-        _named("model.config", model.load_config_folder)
-    return model
-
-
-def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights.Weights) -> None:
-    if "sampler" not in rows.columns:
-        return
-    from rayjobs.diffusion.sampler import resolve
-
-    for name in filter(None, rows.distinct("sampler")):
-        check = partial(resolve, name, config.sampler.options, model.prediction)
-        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
-
-
-def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:
-    """Hash and scale of each adapter, and the steps and guidance to use with them.
-
-    Raises BadInput for an adapter that does not fit the model.
-    """
-    if not config.model.loras:
-        return (), model.usual
-    from rayjobs.diffusion.adapters import fit
-
-    paths = [storage.fetch(lora.uri) for lora in config.model.loras]
-    _named("model.loras", lambda: fit.check(paths, model))
-    said, known = [], []
-    for lora, path in zip(config.model.loras, paths, strict=True):
-        file = weights.lora_file(path)
-        said.append(f"{notes.file_sha256(file)} x {lora.scale:g}")
-        title = notes.title_of(read_header(file).metadata)
-        known.append(adapter_usual(f"{file_name(lora.uri)} {title}"))
-    return tuple(said), next(filter(None, known), model.usual)
-
-
-def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
-    """The job with the steps that the model is made for, where it gives none.
-
-    A distilled model's guidance is written down too: it was another one before they were known.
-    """
-    sampler = config.sampler
-    steps = usual.steps if sampler.steps is None else sampler.steps
-    guidance = sampler.guidance_scale
-    if usual.kind is not None and None in (sampler.steps, guidance):
-        made_for = f"{usual.steps} steps and guidance {usual.guidance_scale:g}"
-        print(f"a {usual.kind} model: {made_for} where the job gives none", file=sys.stderr)
-        guidance = usual.guidance_scale if guidance is None else guidance
-    if config.init.uri is not None and not config.parameters.steps:
-        weakest = min(config.parameters.strength or (config.init.strength,))
-        _named("init.strength", lambda: check_strength(weakest, steps))
-    given = {"steps": steps, "guidance_scale": guidance}
-    return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
-
-
-def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
-    """Print what a distilled model, or one that an adapter makes one, is not made for."""
-    guidance = config.sampler.guidance_scale
-    guidance = usual.guidance_scale if guidance is None else guidance
-    warning = usual.warning(config.sampler.steps or usual.steps, guidance)
-    if warning is not None:
-        print(f"warning: sampler: {warning}", file=sys.stderr)
-
-
-def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
-    """Hash of each scoring model that is a file or a folder; a hub id stands for itself."""
-    digests = {}
-    for name in SCORES:
-        uri = getattr(config.quality, name)
-        if uri is None:
-            continue
-        path = Path(storage.to_local(uri))
-        if not path.exists() and (path.is_absolute() or uri.startswith(".")):
-            raise BadInput(f"quality.{name}: {uri} does not exist")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        hashes = [(p.name, weights.sha256_of(p)) for p in files if p.is_file()]
-        digests[name] = hashlib.sha256(canonical_json(hashes or uri)).hexdigest()
-    return digests
-
-
-def _named(key: str, check: Callable[[], T]) -> T:
-    """The check's result; an error names the key that is to be changed."""
-    try:
-        return check()
-    except (BadInput, storage.StorageError):
-        raise
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"{key}: {error}") from None

@@ -26,8 +26,8 @@ from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec import determinism
+from rayjobs.generation.spec.draft import JobDraft, open_draft
 from rayjobs.generation.spec.records import Redo
-from rayjobs.generation.spec.segments import JobDraft, open_draft
 from rayjobs.progress import Progress
 from rayjobs.room import await_room
 

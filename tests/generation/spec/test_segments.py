@@ -16,8 +16,8 @@ from rayjobs.diffusion.weights import Weights
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import resolve
+from rayjobs.generation.spec.draft import open_draft
 from rayjobs.generation.spec.lock import config_of
-from rayjobs.generation.spec.segments import open_draft
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 from tests import headers

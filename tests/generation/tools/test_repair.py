@@ -15,7 +15,7 @@ from rayjobs.dataset import manifest as manifests
 from rayjobs.dataset.manifest import Damaged, Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.spec import segments
+from rayjobs.generation.spec import draft
 from rayjobs.generation.tools.verify import verify
 
 pytestmark = pytest.mark.model
@@ -178,7 +178,7 @@ def test_what_cannot_be_repaired_is_told(
         job.make_again(config, job.read_lock(uri), {4: {}})  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="would change what is made"):
         job.repair(uri, ["sampler.steps=3"])
-    monkeypatch.setattr(segments, "list_pictures", lambda uri: ["another.png"])
+    monkeypatch.setattr(draft, "list_pictures", lambda uri: ["another.png"])
     (root / "prompts" / "segment-001-init.parquet").unlink()
     with pytest.raises(BadInput, match=r"cannot be made again: init\.uri, .*, is not what it was"):
         job.repair(uri, [])
