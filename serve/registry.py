@@ -13,7 +13,7 @@ from typing import Literal
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.facts import adapter_usual, file_name
-from rayjobs.diffusion.weights import first_line
+from rayjobs.diffusion.files.header import first_line
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.models.facts import ModelFacts, is_folder, read_facts

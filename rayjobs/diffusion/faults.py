@@ -5,7 +5,7 @@ Owns that distinction. Knows nothing of rows or of what is done about a fault.
 
 import torch
 
-from rayjobs.diffusion.weights import first_line
+from rayjobs.diffusion.files.header import first_line
 
 _BROKEN = ("CUDA error", "device-side assert", "uncorrectable ECC", "Xid", "NVML", "cuDNN error")
 

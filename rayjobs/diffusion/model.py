@@ -14,11 +14,12 @@ from transformers.utils import logging as transformers_logging
 
 from rayjobs.diffusion import facts
 from rayjobs.diffusion.facts import FAMILIES, Usual
+from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.modules import onednn
 from rayjobs.diffusion.modules.pipeline import load_pipeline, prediction_of, scheduler_config
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.sampler_names import Prediction
-from rayjobs.diffusion.weights import Source, first_line, locate
+from rayjobs.diffusion.weights import Source, locate
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

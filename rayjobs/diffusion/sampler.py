@@ -12,8 +12,8 @@ from typing import Any
 import diffusers
 import torch
 
+from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.sampler_names import EPSILON, LIBRARY, SAMPLERS, Prediction, check_name
-from rayjobs.diffusion.weights import first_line
 
 __all__ = ["SAMPLERS", "Sampler", "resolve"]
 

@@ -6,7 +6,6 @@ no storage beyond local paths and the Hugging Face hub, and imports no torch.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,36 +26,22 @@ from rayjobs.diffusion.files.folder import (
     refuse_pickles,
 )
 from rayjobs.diffusion.files.header import is_safetensors, read_header
+from rayjobs.diffusion.files.hub import download
 from rayjobs.diffusion.files.single import Single, read_single
+from rayjobs.diffusion.files.versions import (
+    CONFIGS,
+    DDIM,
+    EULER,
+    OWN_SAMPLERS,
+    SIDES,
+    V_CONFIGS,
+    V_SIDES,
+)
 from rayjobs.diffusion.sampler_names import Prediction
 
 STARTER = Path(__file__).parents[1] / "starter" / "model"
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 IDENTITY = {".json", ".txt", ".safetensors", ".model"}
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
-SIDES = {"sd1": 512, "sd2": 512}
-"""Pixels by the version of a single file; 1024 of others."""
-CONFIGS = {
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "ssd-1b": "segmind/SSD-1B",
-    "vega": "segmind/Segmind-Vega",
-    "playground": "playgroundai/playground-v2.5-1024px-aesthetic",
-    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2": "stabilityai/stable-diffusion-2-1-base",
-}
-"""Where configurations and tokenizers of single files come from, on the hub."""
-V_CONFIGS = {"sd2": "stabilityai/stable-diffusion-2-1"}
-V_SIDES = {"sd2": 768}
-"""The same for those that predict v, where it makes a difference."""
-
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-TABLES = BETAS | {"num_train_timesteps": 1000, "steps_offset": 1, "set_alpha_to_one": False}
-EULER = TABLES | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
-PNDM = TABLES | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
-DDIM = TABLES | {"_class_name": "DDIMScheduler", "clip_sample": False}
-EDM = {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}
-OWN_SAMPLERS = {"sd1": PNDM, "sd2": DDIM, "playground": EDM}
-"""As on the hub, for single files; Euler's for the versions of SDXL."""
 
 
 @dataclass(frozen=True)
@@ -285,10 +270,6 @@ def locate(source: str | Source) -> Weights:
     return found
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 def _single_file(path: Path) -> Weights:
     if path.suffix != ".safetensors":
         if is_safetensors(path):
@@ -378,82 +359,6 @@ def _check_prediction(weights: Weights) -> None:
         )
 
 
-def download(hub_id: str, revision: str | None, *, weights: bool = True) -> Path:
-    """The local copy of a repository of the hub, with or without its weights.
-
-    HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are the hub's own variables. Raises ValueError
-    when it cannot be had.
-    """
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id):
-        raise ValueError(
-            f"model {hub_id!r} does not exist; give `starter`, a diffusers folder, a .safetensors "
-            "file or a hub id"
-        )
-    try:
-        return _snapshot(hub_id, revision, []) if not weights else _with_weights(hub_id, revision)
-    except Exception as error:
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise ValueError(
-            f"model {hub_id!r}{at} is no local path and cannot be had from the hub: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _with_weights(hub_id: str, revision: str | None) -> Path:
-    """A pipeline, or where there is none in the repository, a UNet."""
-    from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    pinned = {} if revision is None else {"revision": revision}
-    try:
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **pinned))
-    except LocalEntryNotFoundError:  # the hub cannot be reached
-        raise
-    except EntryNotFoundError:
-        return _snapshot(hub_id, revision, ["diffusion_pytorch_model*.safetensors"])
-
-
-def _snapshot(hub_id: str, revision: str | None, weights: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "*.model", *weights]
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-
-
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def lora_file(path: Path) -> Path:
-    """The adapter's file: `path`, or the one in it: diffusers', peft's, or the only one.
-
-    Raises ValueError where there is none.
-    """
-    if path.is_dir():
-        named = [path / name for name in LORA_FILES if (path / name).is_file()]
-        found = named[:1] or sorted(path.glob("*.safetensors"))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise ValueError(f"LoRA {path} is a folder of {names}; name the file")
-        path = found[0] if found else path / LORA_FILES[0]
-    if not path.is_file():
-        raise ValueError(f"LoRA {path} does not exist")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
-    return path
-
-
-def word_file(path: Path) -> Path:
-    """The file of learned embeddings: `path` or the one in it. Raises ValueError for no such."""
-    path = path / "learned_embeds.safetensors" if path.is_dir() else path
-    if path.suffix in PICKLES and path.is_file():
-        raise ValueError(
-            f"learned words {path} are a pickle, which can run code when it is opened. Convert it "
-            f"once where you trust it: held = torch.load({str(path)!r}, weights_only=True); "
-            "safetensors.torch.save_file({'emb_params': held['string_to_param']['*'].detach()}, "
-            f"{path.with_suffix('.safetensors').name!r})"
-        )
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"learned words {path}: no such .safetensors file")
-    return path

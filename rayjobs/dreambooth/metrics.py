@@ -16,7 +16,7 @@ from transformers import AutoModel
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import refuse_pickles
+from rayjobs.diffusion.files.folder import refuse_pickles
 from rayjobs.dreambooth.config import EncodersConfig
 from rayjobs.quality import pretrained
 from rayjobs.starter import likeness

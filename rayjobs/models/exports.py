@@ -14,7 +14,8 @@ from typing import Any
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import canonical_json
-from rayjobs.diffusion.weights import sha256_of, word_file
+from rayjobs.diffusion.files.beside import word_file
+from rayjobs.diffusion.weights import sha256_of
 from rayjobs.models.facts import is_folder
 from rayjobs.models.options import LoraConfig, ModelConfig, SourceConfig, WordConfig
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
 
-from rayjobs.diffusion.weights import first_line, refuse_pickles
+from rayjobs.diffusion.files.folder import refuse_pickles
+from rayjobs.diffusion.files.header import first_line
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rayjobs.config import BadInput
-from rayjobs.diffusion.weights import PICKLES, first_line
+from rayjobs.diffusion.files.folder import PICKLES
+from rayjobs.diffusion.files.header import first_line
 from rayjobs.quality.pretrained import Clip
 from rayjobs.quality.safety import Safety
 

@@ -23,8 +23,9 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.files.beside import lora_file
+from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.weights import first_line, lora_file
 from rayjobs.models.exports import words_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach

@@ -16,8 +16,8 @@ from PIL.Image import Image
 
 from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
+from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.request import Result
-from rayjobs.diffusion.weights import first_line
 from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast, Key
 from serve.engine.models import LoadedModel, ModelCache

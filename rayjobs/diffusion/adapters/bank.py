@@ -16,8 +16,8 @@ from rayjobs.diffusion.adapters.layer import AdaptedLayer, Group, Uses
 from rayjobs.diffusion.adapters.names import Layer, Layers
 from rayjobs.diffusion.adapters.reader import Adapter, read
 from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.weights import lora_file
 
 LoraUse = tuple[tuple[str, float], ...]
 """A row's adapters: (SHA-256 of the file, scale), in order."""

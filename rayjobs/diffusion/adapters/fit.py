@@ -13,8 +13,9 @@ from diffusers import UNet2DConditionModel
 
 from rayjobs.diffusion.adapters.names import Layers
 from rayjobs.diffusion.adapters.reader import read
+from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.files.folder import read_json
-from rayjobs.diffusion.weights import Weights, lora_file
+from rayjobs.diffusion.weights import Weights
 
 
 def check(paths: Sequence[Path], weights: Weights) -> None:

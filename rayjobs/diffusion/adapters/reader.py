@@ -22,7 +22,7 @@ from rayjobs.diffusion.adapters.deltas import (
 )
 from rayjobs.diffusion.adapters.names import Layer, Layers, family_of
 from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
-from rayjobs.diffusion.weights import first_line
+from rayjobs.diffusion.files.header import first_line
 
 Tensors = Mapping[str, torch.Tensor]
 FAMILY_NAMES = {"sdxl": "SDXL", "sd": "Stable Diffusion 1.x or 2.x"}

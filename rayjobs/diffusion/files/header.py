@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header:
             (length,) = struct.unpack("<Q", file.read(8))
             values: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise ValueError(_reason(path) or f"{path} cannot be read: {_line(error)}") from None
+        raise ValueError(_reason(path) or f"{path} cannot be read: {first_line(error)}") from None
     metadata = values.pop("__metadata__", None) or {}
     tensors = {
         name: Tensor(each["dtype"], tuple(each["shape"]), tuple(each["data_offsets"]))
@@ -115,5 +115,5 @@ def _reason(path: Path) -> str | None:
     return None if what is None else f"{path} {what}"
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__

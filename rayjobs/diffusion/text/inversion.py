@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AddedToken
 
+from rayjobs.diffusion.files.beside import word_file
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.weights import word_file
 
 SDXL_NAMES = ("clip_l", "clip_g")
 A1111_NAME = "emb_params"

@@ -24,6 +24,7 @@ from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters import notes
 from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
+from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.files.header import read_header
 from rayjobs.diffusion.request import check_strength
 from rayjobs.generation.config import GenerateConfig
@@ -163,7 +164,7 @@ def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[
     _named("model.loras", lambda: fit.check(paths, model))
     said, known = [], []
     for lora, path in zip(config.model.loras, paths, strict=True):
-        file = weights.lora_file(path)
+        file = lora_file(path)
         said.append(f"{notes.file_sha256(file)} x {lora.scale:g}")
         title = notes.title_of(read_header(file).metadata)
         known.append(adapter_usual(f"{file_name(lora.uri)} {title}"))

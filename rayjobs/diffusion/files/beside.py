@@ -1,0 +1,44 @@
+"""Files beside a model: adapters and learned words, where they are named or in their folders.
+
+Knows nothing of what is in them.
+"""
+
+from pathlib import Path
+
+from rayjobs.diffusion.files.folder import PICKLES
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+
+
+def lora_file(path: Path) -> Path:
+    """The adapter's file: `path`, or the one in it: diffusers', peft's, or the only one.
+
+    Raises ValueError where there is none.
+    """
+    if path.is_dir():
+        named = [path / name for name in LORA_FILES if (path / name).is_file()]
+        found = named[:1] or sorted(path.glob("*.safetensors"))
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"LoRA {path} is a folder of {names}; name the file")
+        path = found[0] if found else path / LORA_FILES[0]
+    if not path.is_file():
+        raise ValueError(f"LoRA {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
+    return path
+
+
+def word_file(path: Path) -> Path:
+    """The file of learned embeddings: `path` or the one in it. Raises ValueError for no such."""
+    path = path / "learned_embeds.safetensors" if path.is_dir() else path
+    if path.suffix in PICKLES and path.is_file():
+        raise ValueError(
+            f"learned words {path} are a pickle, which can run code when it is opened. Convert it "
+            f"once where you trust it: held = torch.load({str(path)!r}, weights_only=True); "
+            "safetensors.torch.save_file({'emb_params': held['string_to_param']['*'].detach()}, "
+            f"{path.with_suffix('.safetensors').name!r})"
+        )
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"learned words {path}: no such .safetensors file")
+    return path
