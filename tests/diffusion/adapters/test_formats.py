@@ -1,5 +1,6 @@
 """Every adapter format that tools write: right to the formula in a mixed batch, or refused."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.row import prepare_row
 from rayjobs.diffusion.weights import sha256_of
-from tests.diffusion.adapters import formats
-from tests.diffusion.adapters.formats import CONV, FORMATS, QUERY, Made, kohya, merged, random
+from tests.diffusion.adapters import formats_kohya, formats_peft
+from tests.diffusion.adapters.formats import FORMATS
+from tests.diffusion.adapters.made import CONV, QUERY, SGM, Made, kohya, merged, random
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def write(made: Made, folder: Path, name: str = "adapter.safetensors") -> str:
     if made.config is not None:
         folder = folder / "peft"
         folder.mkdir()
-        (folder / "adapter_config.json").write_text(formats.json.dumps(made.config))
+        (folder / "adapter_config.json").write_text(json.dumps(made.config))
         name = "adapter_model.safetensors"
     save_file(made.tensors, folder / name, made.header or None)
     return str(folder if made.config is not None else folder / name)
@@ -58,11 +60,11 @@ def test_a_format_is_right_in_a_mixed_batch(
 ) -> None:
     """Alone at 1 and at 0.5, beside another adapter, and none, each slot as by its formula."""
     first = make(tiny, kind)
-    second = make(tiny, formats.kohya_every_outer_layer, seed=1)
+    second = make(tiny, formats_kohya.kohya_every_outer_layer, seed=1)
     for layer in first.weights.keys() | first.biases.keys():  # a neighbour on the same layers
         weight = first.modules[layer].weight
         if weight.ndim > 1 and layer not in second.weights:
-            formats.put_kohya(second, layer[1], _name(*layer), part=layer[0])
+            formats_kohya.put_kohya(second, layer[1], _name(*layer), part=layer[0])
     a = bank.load(write(first, tmp_path))
     b = bank.load(write(second, tmp_path, "second.safetensors"))
     uses = [((a, 1.0),), (), ((a, 0.5), (b, 2.0)), ((b, 1.0),)]
@@ -105,7 +107,7 @@ def _input(module: Any, num: int) -> torch.Tensor:
 
 def damaged(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Made], None]:
     def kind(made: Made) -> None:
-        formats.put_kohya(made, QUERY, kohya(QUERY))
+        formats_kohya.put_kohya(made, QUERY, kohya(QUERY))
         change(made.tensors)
 
     return kind
@@ -120,15 +122,15 @@ def only(**tensors: torch.Tensor) -> Callable[[Made], None]:
 
 def of_another(header: dict[str, str]) -> Callable[[Made], None]:
     def kind(made: Made) -> None:
-        formats.kohya_text_encoders(made)
+        formats_kohya.kohya_text_encoders(made)
         made.header = header
 
     return kind
 
 
 def twice(made: Made) -> None:
-    formats.put_kohya(made, QUERY, kohya(QUERY))
-    formats.put_kohya(made, QUERY, f"lora_unet_{formats.SGM[QUERY]}")
+    formats_kohya.put_kohya(made, QUERY, kohya(QUERY))
+    formats_kohya.put_kohya(made, QUERY, f"lora_unet_{SGM[QUERY]}")
 
 
 Q = kohya(QUERY)
@@ -226,30 +228,30 @@ def test_what_cannot_be_used_is_refused_with_a_way_out(
 
 
 def test_a_cut_file_is_refused(tiny: Model, bank: LoraBank, tmp_path: Path) -> None:
-    path = Path(write(make(tiny, formats.dora), tmp_path))
+    path = Path(write(make(tiny, formats_kohya.dora), tmp_path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
         bank.load(str(path))
 
 
 def test_what_is_used_but_not_as_meant_is_said(tiny: Model, bank: LoraBank, tmp_path: Path) -> None:
-    dora = bank.load(write(make(tiny, formats.dora), tmp_path, "dora.safetensors"))
+    dora = bank.load(write(make(tiny, formats_kohya.dora), tmp_path, "dora.safetensors"))
     assert bank.warnings(((dora, 1.0),)) == ()
     (warning,) = bank.warnings(((dora, 0.5),))
     assert "dora.safetensors is a DoRA, whose effect is not linear in its scale" in warning
-    bundle = bank.load(write(make(tiny, formats.bundled_embeddings), tmp_path))
+    bundle = bank.load(write(make(tiny, formats_kohya.bundled_embeddings), tmp_path))
     assert "embeddings of sks, which are not used" in bank.warnings(((bundle, 1.0),))[0]
 
 
 def test_a_replaced_file_is_read_again(tiny: Model, bank: LoraBank, tmp_path: Path) -> None:
-    first = bank.load(write(make(tiny, formats.lokr), tmp_path))
-    path = write(make(tiny, formats.dora), tmp_path)
+    first = bank.load(write(make(tiny, formats_kohya.lokr), tmp_path))
+    path = write(make(tiny, formats_kohya.dora), tmp_path)
     second = bank.load(path)
     assert second != first
     assert bank.load(path) == second
 
 
-@pytest.mark.parametrize("folder", [formats.peft_folder, formats.kohya_conv])
+@pytest.mark.parametrize("folder", [formats_peft.peft_folder, formats_kohya.kohya_conv])
 def test_settings_beside_a_file_are_part_of_its_identity(
     folder: Callable[[Made], None], tiny: Model, bank: LoraBank, tmp_path: Path
 ) -> None:
@@ -259,7 +261,7 @@ def test_settings_beside_a_file_are_part_of_its_identity(
     if made.config is None:
         assert before == sha256_of(path)
         return
-    (path / "adapter_config.json").write_text(formats.json.dumps(made.config | {"lora_alpha": 1}))
+    (path / "adapter_config.json").write_text(json.dumps(made.config | {"lora_alpha": 1}))
     assert notes.file_sha256(path / "adapter_model.safetensors") != before
 
 
@@ -269,7 +271,8 @@ def test_kinds_that_are_no_plain_factors_draw_as_merged_weights_do(
 ) -> None:
     """Whole pictures, rows of one batch: a LoKr, a DoRA at 0.5 with a LoHa beside it, none."""
     model = load_model(str(folders["sdxl"]))
-    made = [make(model, kind) for kind in (formats.lokr, formats.dora, formats.loha)]
+    kinds = (formats_kohya.lokr, formats_kohya.dora, formats_kohya.loha)
+    made = [make(model, kind) for kind in kinds]
     lokr, dora, loha = (
         write(one, tmp_path, f"{number}.safetensors") for number, one in enumerate(made)
     )
@@ -325,7 +328,7 @@ def test_kinds_that_are_no_plain_factors_draw_as_merged_weights_do(
 def test_an_adapter_of_few_steps_is_known_by_what_it_is_called(
     tiny: Model, bank: LoraBank, tmp_path: Path, path: str, title: str, steps: int | None
 ) -> None:
-    made = make(tiny, formats.kohya_diffusers_names)
+    made = make(tiny, formats_kohya.kohya_diffusers_names)
     made.header = {"modelspec.title": title}
     file = tmp_path / path
     file.parent.mkdir(exist_ok=True)
