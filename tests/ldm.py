@@ -11,25 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from rayjobs.diffusion.adapters import ldm
 from tests import families
 
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-OUTER = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -66,34 +50,11 @@ def save(path: Path, weights: Tensors, metadata: Mapping[str, str] | None = None
 
 
 def _unet(unet: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    each = unet.config.layers_per_block + 1
-    crossed = [kind.startswith("CrossAttn") for kind in unet.config.up_block_types]
+    """By names that `test_names` holds against diffusers' converter."""
+    blocks = ldm.block_names(unet)
     for name, tensor in unet.state_dict().items():
-        part = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name)
-        mid = re.match(r"mid_block\.(\w+)\.(\d+)\.(.*)", name)
-        if part:
-            side, block, kind, layer, rest = part[1], int(part[2]), part[3], int(part[4]), part[5]
-            if side == "down":
-                place = 1 + block * each + (each - 1 if kind == "downsamplers" else layer)
-                sub = {"resnets": "0.", "attentions": "1.", "downsamplers": "0.op."}[kind]
-                inner = rest.removeprefix("conv.") if kind == "downsamplers" else _inner(rest)
-                yield f"input_blocks.{place}.{sub}{inner}", tensor
-            else:
-                place = block * each + (each - 1 if kind == "upsamplers" else layer)
-                last = "2." if crossed[block] else "1."
-                sub = {"resnets": "0.", "attentions": "1.", "upsamplers": last}[kind]
-                yield f"output_blocks.{place}.{sub}{_inner(rest)}", tensor
-        elif mid:
-            place = 1 if mid[1] == "attentions" else 2 * int(mid[2])
-            yield f"middle_block.{place}.{_inner(mid[3])}", tensor
-        else:
-            stem, _, end = name.rpartition(".")
-            yield f"{OUTER[stem]}.{end}", tensor
-
-
-def _inner(name: str) -> str:
-    stem, _, end = name.rpartition(".")
-    return f"{RESNET.get(stem, stem)}.{end}"
+        layer, _, end = name.rpartition(".")
+        yield f"{ldm.original_name(layer, blocks)}.{end}", tensor
 
 
 def _vae(vae: Any) -> Iterator[tuple[str, torch.Tensor]]:
