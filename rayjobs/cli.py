@@ -4,6 +4,7 @@ Owns the commands and the exit codes. Imports a job only to run it, so that `--h
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(signal.SIGHUP, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    gc.set_threshold(50_000)  # importing torch makes a million objects, and no garbage
     from rayjobs.config import BadInput, JobFailed
     from rayjobs.storage import StorageError
 

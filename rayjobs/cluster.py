@@ -1,6 +1,7 @@
 """The Ray session of a job, and the error of a failed worker.
 
-Owns which cluster is used and when it is shut down. Knows nothing of what runs there.
+Owns which cluster is used and when it is shut down. Knows nothing of what runs there. Ray takes a
+good part of a second to import, and is imported only where a session opens: a preview has none.
 """
 
 import logging
@@ -16,10 +17,6 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
-
-import ray
-import ray.exceptions
-from ray._private import worker as ray_worker
 
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
@@ -43,6 +40,8 @@ def session(num_cpus: float) -> Generator[None]:
     for name in ("ray", "ray.data", "ray.train"):
         # What they say of a worker's failure is in Ray's logs; the failure itself is raised.
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    import ray
+
     global _owned
     own = is_own()
     if not ray.is_initialized():
@@ -78,6 +77,8 @@ def local(num_cpus: int) -> dict[str, Any]:
 
 def remember_address() -> None:
     """In a worker: Ray's state API is to ask this cluster, not the one that was started last."""
+    import ray
+
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
@@ -88,7 +89,9 @@ def is_owned() -> bool:
 
 def is_own() -> bool:
     """Whether the session will be, or is, a local one that only this job uses."""
-    return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    ray = sys.modules.get("ray")
+    is_joined = ray is not None and ray.is_initialized()
+    return not is_joined and not os.environ.get("RAY_ADDRESS")
 
 
 def unwrap_error(error: Exception) -> Exception:
@@ -141,16 +144,22 @@ def check_answers(address: str) -> None:
 
 def _refusal(error: Exception) -> str:
     """Why Ray does not start or let this process in, in one line."""
+    from ray.exceptions import AuthenticationError
+
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "AF_UNIX" in str(error):
         return f"Ray cannot start: {first}; set RAY_TMPDIR to a short path, such as /tmp"
-    if isinstance(error, ray.exceptions.AuthenticationError):
+    if isinstance(error, AuthenticationError):
         return f"the cluster asks for a token: {first}; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
     return f"Ray cannot start: {first}"
 
 
 def _init(options: dict[str, Any]) -> None:
     """Start or join Ray, keeping the caller's SIGTERM handler, which Ray replaces."""
+    import ray
+    from ray._private import worker as ray_worker
+    from ray.exceptions import RayError
+
     on_term = signal.getsignal(signal.SIGTERM)
     if "address" not in options:
         check_answers(os.environ.get("RAY_ADDRESS", ""))
@@ -158,7 +167,7 @@ def _init(options: dict[str, Any]) -> None:
     ray_worker.print_to_stdstream = _remember  # ty: ignore[invalid-assignment]
     try:
         ray.init(**options)
-    except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+    except (RayError, RuntimeError, OSError, ValueError) as error:
         raise BadInput(_refusal(error)) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)

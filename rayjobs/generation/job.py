@@ -190,12 +190,14 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 def measure_rate(config: GenerateConfig) -> float:
     """Images per second of one worker, measured where a worker would run."""
     config = resolve(config)
-    from rayjobs.generation.worker import pool
+    from rayjobs.generation.worker.rate import measure_rate as measure
 
     if cluster.is_own():
-        return pool.measure_rate(config)
+        return measure(config)
+    from rayjobs.generation.worker import pool
+
     with pool.session(config.workers):
-        return pool.run_on_worker(config, pool.measure_rate)
+        return pool.run_on_worker(config, measure)
 
 
 def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:

@@ -134,6 +134,8 @@ class ColumnTypes:
 def _inferred(values: list[Any]) -> pa.DataType:
     """Arrow's own guess, but for truth values among numbers, which it would take for 0 and 1."""
     types = {type(value) for value in values} - {type(None)}
+    if types == {str}:
+        return pa.string()  # Arrow imports pandas to find out: most of a second of a small job
     if bool in types and len(types) > 1:
         raise pa.ArrowTypeError("truth values and others")
     return pa.infer_type(values)

@@ -1,17 +1,14 @@
 """Workers on Ray: Ray Data carries shard numbers to them and their entries back.
 
-Owns the pool, the blocks of shard numbers, and the measurement of how fast one worker is. Knows
-nothing of how shards are made; no pixel passes through here. The engine is imported where it works,
-so that a driver starts without it.
+Owns the pool and the blocks of shard numbers. Knows nothing of how shards are made; no pixel passes
+through here. The engine is imported where it works, so that a driver starts without it.
 """
 
 import logging
 import os
-import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from itertools import cycle
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,13 +17,11 @@ import ray.data
 import ray.exceptions
 
 from rayjobs import cluster, storage
-from rayjobs.config import BadInput, Workers
+from rayjobs.config import Workers
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
-from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.draft import JobDraft, open_draft
 from rayjobs.generation.spec.records import Redo
 from rayjobs.progress import Progress
 from rayjobs.room import await_room
@@ -36,8 +31,6 @@ MAX_SHARDS_PER_BLOCK = 64
 STORAGE_PATIENCE_S = 900.0
 """How long workers wait for a storage server that is away."""
 MAX_DEATHS_AT_START = 3
-PROBE_BATCHES = 3
-MIN_PROBE_S = 2.0
 
 
 class RayShardWorker:
@@ -156,34 +149,3 @@ def run_on_worker(config: ResolvedConfig, function: Callable[[ResolvedConfig], T
     except ray.exceptions.RayError as error:
         raise cluster.unwrap_error(error) from None
     return result
-
-
-def measure_rate(config: ResolvedConfig) -> float:
-    """Images per second of one worker in this process, once it is warm; they are thrown away.
-
-    Raises BadInput or StorageError when the job cannot be.
-    """
-    determinism.pin(config.workers)
-    with open_draft(config, confirmed=True) as draft:
-        return _measure(draft)
-
-
-def _measure(draft: JobDraft) -> float:
-    from rayjobs.generation.worker.generator import RecordGenerator
-
-    config, spec = draft.config, draft.spec()
-    generator = RecordGenerator(config, draft.segment.model_name, draft.segment.guided)
-    size = config.engine.batch_size
-    # Spread over the job, which may have slower parts; again and again when it is a small one.
-    step = max(1, spec.num_records // (PROBE_BATCHES * size))
-    numbers = [n % spec.num_records for n in range(0, PROBE_BATCHES * size * step, step)]
-    warm_up = generator.generate(map(spec.record, numbers[:size]))
-    if not sum(row["status"] == "ok" for _, row in warm_up):
-        raise BadInput("no image made for the measurement is good; try generate --limit 1")
-    made, started = 0, time.monotonic()
-    for _ in generator.generate(map(spec.record, cycle(numbers))):
-        made += 1
-        seconds = time.monotonic() - started
-        if made >= len(numbers) and seconds > MIN_PROBE_S:
-            break
-    return made / seconds
