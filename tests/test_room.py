@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray._private import worker as ray_worker
+from ray.exceptions import AuthenticationError
 
 from rayjobs import cluster, room
 from rayjobs.config import BadInput, JobFailed, Workers
@@ -133,7 +136,7 @@ def test_a_cluster_that_does_not_answer_is_told_in_time() -> None:
             "Ray cannot start: The client is older",
         ),
         (
-            cluster.ray.exceptions.AuthenticationError("no token"),
+            AuthenticationError("no token"),
             "asks for a token: .*RAY_AUTH_TOKEN",
         ),
     ],
@@ -144,7 +147,7 @@ def test_ray_that_does_not_start_is_one_line(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cluster.ray, "init", fail)
+    monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(BadInput, match=told) as caught:
         cluster._init({"address": "local"})
     assert "\n" not in str(caught.value)
@@ -154,9 +157,9 @@ def test_the_rest_of_a_failure_is_in_a_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line is told; Ray's own tracebacks are not printed, but kept."""
-    monkeypatch.setattr(cluster.ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
     cluster._init({"address": "local"})
-    cluster.ray_worker.print_to_stdstream(
+    ray_worker.print_to_stdstream(
         {"lines": ["Traceback of a worker"], "pid": "raylet", "is_err": False}, ignore_prefix=False
     )
     assert capsys.readouterr().out == ""
