@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(signal.SIGHUP, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from rayjobs.config import BadInput, JobFailed
     from rayjobs.storage import StorageError
 

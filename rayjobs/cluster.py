@@ -21,6 +21,7 @@ import ray
 import ray.exceptions
 from ray._private import worker as ray_worker
 
+from rayjobs import noise
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
 
@@ -157,8 +158,9 @@ def _init(options: dict[str, Any]) -> None:
     # Ray prints the whole traceback of every worker's failure, whatever `log_to_driver` is.
     ray_worker.print_to_stdstream = _remember  # ty: ignore[invalid-assignment]
     try:
-        ray.init(**options)
-    except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+        with noise.quiet():
+            ray.init(**options)
+    except Exception as error:  # where a node does not come up in time, Ray raises a bare one
         raise BadInput(_refusal(error)) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)
