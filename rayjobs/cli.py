@@ -31,7 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(signal.SIGHUP, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     gc.set_threshold(50_000)  # importing torch makes a million objects, and no garbage
     from rayjobs.config import BadInput, JobFailed
     from rayjobs.storage import StorageError
@@ -174,8 +173,11 @@ def _repair(options: argparse.Namespace) -> int:
 
 def _tell(summary: Any) -> int:
     if summary.num_made:
-        rate = summary.num_made / summary.seconds
-        done = f"made {summary.num_made:,} images in {summary.seconds:.0f} s ({rate:.2f}/s)"
+        from rayjobs.reports import figures
+
+        rate = figures.rate(summary.num_made / max(summary.making_s, 1e-3))
+        in_all = f"{summary.seconds:.0f} s with the start and the page"
+        done = f"made {summary.num_made:,} images in {summary.making_s:.1f} s ({rate}/s); {in_all}"
     else:
         done = "nothing to do"
     failed = f", {summary.num_failed:,} failed" if summary.num_failed else ""

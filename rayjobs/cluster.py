@@ -18,6 +18,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from rayjobs import noise
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
 
@@ -158,7 +159,6 @@ def _init(options: dict[str, Any]) -> None:
     """Start or join Ray, keeping the caller's SIGTERM handler, which Ray replaces."""
     import ray
     from ray._private import worker as ray_worker
-    from ray.exceptions import RayError
 
     on_term = signal.getsignal(signal.SIGTERM)
     if "address" not in options:
@@ -166,8 +166,9 @@ def _init(options: dict[str, Any]) -> None:
     # Ray prints the whole traceback of every worker's failure, whatever `log_to_driver` is.
     ray_worker.print_to_stdstream = _remember  # ty: ignore[invalid-assignment]
     try:
-        ray.init(**options)
-    except (RayError, RuntimeError, OSError, ValueError) as error:
+        with noise.quiet():
+            ray.init(**options)
+    except Exception as error:  # where a node does not come up in time, Ray raises a bare one
         raise BadInput(_refusal(error)) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)

@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 POLL_S = 0.5
 LOG_EVERY_S = 10.0
+SHORTEST_S = 1e-3
+BEGAN, LAST = "began", "last"
+"""The notes with the unix seconds at which work on the first began, and the last was done."""
 FATAL = "fatal"
 """The note with an error that ends the work."""
 DOING = "doing"
@@ -27,18 +30,43 @@ class Counter:
         self.done = 0
         self.notes: dict[str, Any] = {}
 
+    def begin(self) -> None:
+        """Work on the first has begun: what was before is the start."""
+        self.notes.setdefault(BEGAN, time.time())
+
     def add(self, done: int, failed: int = 0) -> None:
         self.done += done
+        self.notes[LAST] = time.time()
         if failed:
             self.notes["failed"] = self.notes.get("failed", 0) + failed
 
     def set(self, done: int, **notes: Any) -> None:
         """For work that may go back to an earlier point."""
         self.done = done
-        self.notes |= notes
+        self.notes |= notes | {LAST: time.time()}
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self.done, self.notes
+
+
+class Bar(tqdm):
+    """A bar whose rate is that of all that was done, since work on the first of it began."""
+
+    def __init__(self, total: int, unit: str, began: float, initial: int = 0):
+        self.began = began
+        """In unix seconds."""
+        self.worked_s: float | None = None
+        """How long it all took, once that is known."""
+        # A terminal has a bar that moves; a log gets a line now and then.
+        every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
+        super().__init__(
+            total=total, initial=initial, unit=f" {unit}", file=sys.stderr, mininterval=every_s
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        worked_s = time.time() - self.began if self.worked_s is None else self.worked_s
+        return super().format_dict | {"elapsed": max(worked_s, SHORTEST_S), "rate": None}
 
 
 class Progress:
@@ -46,6 +74,8 @@ class Progress:
 
     def __init__(self, total: int, unit: str, initial: int = 0):
         self.total, self.unit, self.initial = total, unit, initial
+        self.worked_s: float | None = None
+        """How long the work took, without the start: known at the end, or told by its owner."""
         # Without CPUs of its own it can always be placed, and here no other node's end ends it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor = ray.remote(Counter).options(num_cpus=0, scheduling_strategy=here)
@@ -60,33 +90,27 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        notes = self.read()[1]
+        if self.worked_s is None and BEGAN in notes and LAST in notes:
+            self.worked_s = max(notes[LAST] - notes[BEGAN], SHORTEST_S)
         self._stop.set()
         self._thread.join(timeout=5)
 
     def _follow(self) -> None:
-        # The rate is that of what follows the first ones: when these began is not known, and the
-        # workers' start is not slowness.
         told = 0.0
-        while not (read := self._read())[0] and not self._stop.wait(POLL_S):
+        while not (read := self.read())[0] and not self._stop.wait(POLL_S):
             if DOING in read[1] and time.monotonic() > told + LOG_EVERY_S:
                 print(read[1][DOING], file=sys.stderr, flush=True)
                 told = time.monotonic()
-        # A terminal has a bar that moves; a log gets a line now and then.
-        every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
-        with tqdm(
-            total=self.total,
-            initial=max(self.initial, min(read[0], self.total)),
-            unit=f" {self.unit}",
-            file=sys.stderr,
-            smoothing=0.1,
-            mininterval=every_s,
-        ) as bar:
+        began = read[1].get(BEGAN, time.time())
+        with Bar(self.total, self.unit, began, self.initial) as bar:
             while not self._stop.wait(POLL_S):
                 self._show(bar)
+            bar.worked_s = self.worked_s
             self._show(bar)
 
-    def _show(self, bar: tqdm) -> None:
-        done, notes = self._read()
+    def _show(self, bar: Bar) -> None:
+        done, notes = self.read()
         shown = {
             name: note
             for name, note in notes.items()
@@ -100,7 +124,8 @@ class Progress:
         elif done and new < 0:
             bar.n = done
 
-    def _read(self) -> tuple[int, dict[str, Any]]:
+    def read(self) -> tuple[int, dict[str, Any]]:
+        """What is done, and the notes."""
         try:
             read: tuple[int, dict[str, Any]] = ray.get(
                 self.counter.read.remote(), timeout=4 * POLL_S

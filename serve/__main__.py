@@ -117,9 +117,11 @@ def _drain(options: argparse.Namespace) -> int:
 
     import ray
 
+    from rayjobs import noise
     from serve.running import drain
 
-    ray.init("auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+    with noise.quiet():
+        ray.init("auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
     return _told(drain(options.seconds, _tell))
 
 

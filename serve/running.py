@@ -17,6 +17,7 @@ from ray._private import worker as ray_worker
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from rayjobs import noise
 from rayjobs.config import BadInput, JobFailed
 from serve.app import check, with_absolute_paths
 from serve.file import ServeFile, check_port
@@ -49,7 +50,8 @@ class Server:
         """Start the applications. Raises BadInput, or JobFailed where one cannot start."""
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+        with noise.quiet():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
         if _get_global_client(raise_if_no_controller_running=False) is not None:
             raise BadInput(
                 "Ray Serve runs on this cluster already; use `serve deploy` to change it"

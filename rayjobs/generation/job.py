@@ -25,6 +25,8 @@ from rayjobs.generation.spec.segments import ensure_segment, restore_snapshots
 from rayjobs.generation.worker import here
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
+from rayjobs.reports.history import History
+from rayjobs.reports.live import LivePage
 
 MAX_DEDUPLICATED = 100_000
 """Records up to which near-duplicates are searched for at the end of each run."""
@@ -39,6 +41,19 @@ class Summary:
     num_failed: int
     seconds: float
     output_uri: str
+    making_s: float = 0.0
+    """Of the seconds, those in which workers made images."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Images, and the seconds in which workers made them."""
+
+    images: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "_Made") -> "_Made":
+        return _Made(self.images + other.images, self.seconds + other.seconds)
 
 
 @dataclass(frozen=True)
@@ -151,17 +166,19 @@ def _make_all(
     manifest: Manifest,
     work: list[_Work],
     stack: ExitStack | None,
-) -> int:
+) -> _Made:
     """Have all of it made by workers that last as long as the stack, without one in this process.
 
-    Returns the images made.
+    Meanwhile the page follows.
     """
     if work and stack is not None:
         stack.enter_context(_session(config))
-    made = 0
+    made = _Made()
+    to_make = sum(part.num_images for part in work)
     try:
-        for part in work:
-            made += _make(config, lock, manifest, part, on_ray=stack is not None)
+        with LivePage(config.output.uri, lock.num_shards, to_make) as page:
+            for part in work:
+                made += _make(config, lock, manifest, part, page, on_ray=stack is not None)
     except (KeyboardInterrupt, JobFailed):
         # These workers did not die of what they were making.
         if stack is not None:
@@ -184,7 +201,9 @@ def make_again(config: GenerateConfig, lock: Lock, redo: Redo) -> int:
 
     manifest = Manifest(config.output.uri, lock.format)
     with pool.session(config.workers):
-        return sum(_make(config, lock, manifest, work) for work in _redo(lock, redo))
+        made = sum((_make(config, lock, manifest, work) for work in _redo(lock, redo)), _Made())
+    dataset_report.write(config.output.uri)
+    return made.images
 
 
 def measure_rate(config: GenerateConfig) -> float:
@@ -219,9 +238,17 @@ def _lock(config: ResolvedConfig, extend: bool, stack: ExitStack) -> Lock:
 
 
 def _make(
-    config: GenerateConfig, lock: Lock, manifest: Manifest, work: _Work, on_ray: bool = True
-) -> int:
-    """Have it made; gathers entries a thousand at a time on the way. Returns the images made."""
+    config: GenerateConfig,
+    lock: Lock,
+    manifest: Manifest,
+    work: _Work,
+    page: LivePage | None = None,
+    on_ray: bool = True,
+) -> _Made:
+    """Have it made; gathers entries a thousand at a time on the way, and shows them on the page.
+
+    What is made again is shown at the end.
+    """
     make = here.make
     if on_ray:
         from rayjobs.generation.worker import pool
@@ -230,14 +257,18 @@ def _make(
     segment = lock.segments[work.segment]
     mine = config_of(segment, config.output.uri, config)
     done = manifest.committed(lock.num_shards)
-    made = 0
+    made = History()
     for entry in make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
-        made += entry["rows"] * bool(entry["made"])
+        if entry["made"]:
+            made.add(entry)
+        if page is not None and work.redo is None:
+            page.add(entry)
         done[entry["shard"]] = True
         group = entry["shard"] // GROUP
         if work.redo is None and done[group * GROUP : (group + 1) * GROUP].sum() == GROUP:
             manifest.compact([group])
-    return made if work.redo is None else work.num_images
+    images = made.total("rows") if work.redo is None else work.num_images
+    return _Made(images, made.active_s)
 
 
 def _unfinished(
@@ -277,16 +308,16 @@ def _check_snapshots(uri: str, lock: Lock) -> None:
         raise BadInput(f"{uri}: {fault.text}; `rayjobs repair {uri}` writes it again")
 
 
-def _write_card(config: GenerateConfig, lock: Lock) -> None:
+def _write_card(config: GenerateConfig, lock: Lock, history: History | None = None) -> None:
     uri = config.output.uri
-    card.write(uri, config.model.uri, lock, data_set_schema(uri, lock))
+    card.write(uri, config.model.uri, lock, data_set_schema(uri, lock), history)
 
 
 def _finish(
-    config: GenerateConfig, lock: Lock, manifest: Manifest, made: int, started: float
+    config: GenerateConfig, lock: Lock, manifest: Manifest, made: _Made, started: float
 ) -> Summary:
     uri = config.output.uri
-    failed = sum(entry["failed"] for entry in manifest.entries())
+    history = dataset_report.read_history(uri)
     damage = None
     try:
         if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
@@ -295,7 +326,8 @@ def _finish(
         raise
     except dataset_report.BROKEN as error:
         damage = error
-    dataset_report.write(uri)
+    dataset_report.write(uri, history=history)
+    _write_card(config, lock, history)
     if damage is not None:
         raise BadInput(
             f"a shard is damaged: {damage}; `rayjobs verify {uri}` says what else is, and "
@@ -303,4 +335,5 @@ def _finish(
         )
     if manifest.committed(lock.num_shards).all():
         manifest.clean()
-    return Summary(lock.num_records, made, failed, time.monotonic() - started, uri)
+    failed, seconds = history.total("failed"), time.monotonic() - started
+    return Summary(lock.num_records, made.images, failed, seconds, uri, made.seconds)

@@ -12,6 +12,8 @@ import yaml
 from rayjobs import storage
 from rayjobs.dataset.formats import FORMATS
 from rayjobs.dataset.lock import Lock
+from rayjobs.reports import figures
+from rayjobs.reports.history import History
 
 TEXT = """---
 {header}---
@@ -24,7 +26,7 @@ TEXT = """---
 * `status` is `ok` or `failed`; a failed record says why in `error` and has no image.
 * `manifest/` holds the SHA-256 of every finished shard; `spec.lock.json` the exact job.
 * Model: `{model}` (SHA-256 `{model_sha256}`). Its licence says what these images may be used for.
-
+{speed}
 ## Recipe
 
 ```yaml
@@ -42,8 +44,13 @@ EXPORTED = """---
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (10**6, "100K<n<1M"))
 
 
-def write(output_uri: str, model_uri: str, lock: Lock, schema: pa.Schema) -> None:
-    """Write the card of a data set whose records have `schema`."""
+def write(
+    output_uri: str, model_uri: str, lock: Lock, schema: pa.Schema, history: History | None = None
+) -> None:
+    """Write the card of a data set whose records have `schema`.
+
+    It has the speed where the finished shards' `history` is given.
+    """
     last = lock.segments[-1]
     output = last.job["output"]
     header: dict[str, Any] = {
@@ -58,9 +65,18 @@ def write(output_uri: str, model_uri: str, lock: Lock, schema: pa.Schema) -> Non
         num_records=lock.num_records,
         model=model_uri,
         model_sha256=last.model_sha256,
+        speed=_speed(history) if history is not None and history.active_s else "",
         recipe=yaml.safe_dump(last.job, sort_keys=False, allow_unicode=True),
     )
     storage.write_bytes(storage.join(output_uri, "README.md"), text.encode())
+
+
+def _speed(history: History) -> str:
+    hours = float(history.busy_s.sum()) / 3600
+    return (
+        f"* Made at {figures.rate(history.rate)} images/s in {figures.duration(history.active_s)}, "
+        f"{hours:,.3g} device-hours.\n"
+    )
 
 
 def write_exported(

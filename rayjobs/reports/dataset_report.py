@@ -22,12 +22,14 @@ from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.reports import contact_sheet
 from rayjobs.reports.history import History, rows_shown
-from rayjobs.reports.page import Facts, render
+from rayjobs.reports.page import Facts, Running, render
 
 MAX_PICTURES = 20_000
 """Of a larger data set a sample is shown, spread evenly over its shards."""
 MAX_FAILED_SHARDS = 2_000
 """Shards that are read for the reasons of their failures alone."""
+READ_WHILE_RUNNING = 64
+"""The same while the job runs: then the report is written often."""
 MAX_REASONS = 1_000
 READERS = 4
 PROMPTS_PER_FILE = 5_000
@@ -40,25 +42,34 @@ BROKEN = (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException)
 Sheets = dict[str, dict[str, Any]]
 
 
-def write(output_uri: str, max_pictures: int = MAX_PICTURES) -> str:
+def write(
+    output_uri: str,
+    max_pictures: int = MAX_PICTURES,
+    history: History | None = None,
+    running: Running | None = None,
+) -> str:
     """Write the report of what is finished of the data set; return the URI of its index.html.
 
     Made again after a resume, it reads only shards that it has not read. A data set with more than
-    `max_pictures` is shown by a sample.
+    `max_pictures` is shown by a sample. `history` is the manifest's, where that was read already.
+    That of a `running` job looks for no duplicates, and into few shards for failures' reasons.
     """
-    history = History()
-    for entry in Manifest(output_uri).entries():
-        history.add(entry)
+    history = read_history(output_uri) if history is None else history
     folder = storage.join(output_uri, "report")
     existing = set(storage.list_files(folder)) if storage.is_folder(folder) else set()
-    sheets, unreadable = _read(output_uri, _plan(history, max_pictures), existing, history.suffix)
+    plan = _plan(
+        history, max_pictures, MAX_FAILED_SHARDS if running is None else READ_WHILE_RUNNING
+    )
+    sheets, unreadable = _read(output_uri, plan, existing, history.suffix, running is None)
     pages = list(_pages(sheets))
     lock = read_lock(output_uri)
-    alike, largest = _duplicates(output_uri, history.suffix, existing)
+    alike, largest = None, None
+    if running is None:
+        alike, largest = _duplicates(output_uri, history.suffix, existing)
     index = _write_prompts(folder, sheets, pages, existing)
     data = index | {"pages": pages, "suffix": history.suffix, "duplicates": largest}
     facts = _facts(output_uri, lock, sheets, pages)
-    facts |= {"alike": alike, "unreadable": unreadable}
+    facts |= {"alike": alike, "unreadable": unreadable, "running": running}
     html = render(history, Facts(**facts), contact_sheet.as_json(data))
     uri = storage.join(output_uri, "index.html")
     storage.write_bytes(uri, html.encode())
@@ -66,7 +77,15 @@ def write(output_uri: str, max_pictures: int = MAX_PICTURES) -> str:
     return uri
 
 
-def _plan(history: History, max_pictures: int) -> dict[str, tuple[int, int, int]]:
+def read_history(output_uri: str) -> History:
+    """All finished shards of the data set, as its manifest has them."""
+    history = History()
+    for entry in Manifest(output_uri).entries():
+        history.add(entry)
+    return history
+
+
+def _plan(history: History, max_pictures: int, max_failed: int) -> dict[str, tuple[int, int, int]]:
     """What to read, by the name of what will come of it: shard, rows shown, rows."""
     total = history.total("rows")
     shards, digests = history.column("shard"), history.column("digest")
@@ -80,15 +99,18 @@ def _plan(history: History, max_pictures: int) -> dict[str, tuple[int, int, int]
         name = f"{shards[at]:08d}-{part}{digests[at]:016x}-v{contact_sheet.VERSION}"
         plan[name] = (int(shards[at]), shown, int(rows[at]))
     only_failed = np.setdiff1d(np.flatnonzero(failed), pictured, assume_unique=True)
-    evenly = only_failed[:: max(1, -(-len(only_failed) // MAX_FAILED_SHARDS))]
-    for at in evenly:
+    for at in history.some(only_failed, max_failed):
         name = f"{shards[at]:08d}-failures-{digests[at]:016x}-v{contact_sheet.VERSION}"
         plan[name] = (int(shards[at]), 0, int(rows[at]))
     return plan
 
 
 def _read(
-    output_uri: str, plan: dict[str, tuple[int, int, int]], existing: set[str], suffix: str
+    output_uri: str,
+    plan: dict[str, tuple[int, int, int]],
+    existing: set[str],
+    suffix: str,
+    tells: bool,
 ) -> tuple[Sheets, list[str]]:
     """Each planned shard's sheet, from an earlier report or read now; and errors of reading."""
     known = _known(output_uri) if "state.json" in existing else {}
@@ -115,9 +137,8 @@ def _read(
     every_s = 0.5 if sys.stderr.isatty() else 10
     try:
         done = pool.map(read, missing)
-        for _ in tqdm(
-            done, "report", len(missing), unit=" shards", delay=every_s, mininterval=every_s
-        ):
+        bar: dict[str, Any] = {"unit": " shards", "delay": every_s, "mininterval": every_s}
+        for _ in tqdm(done, "report", len(missing), disable=not tells, **bar):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

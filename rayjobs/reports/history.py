@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-IDLE_S = 60.0
-"""A longer time in which no worker had a shard is a pause between runs, not slowness."""
+PAUSE_S = 2.0
+"""A longer time in which no worker had a shard is a pause, as between two runs, not slowness."""
 SHORTEST_S = 1e-3
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 KINDS = {
     "shard": "q",
     "digest": "Q",
@@ -72,10 +73,17 @@ class History:
         rows = self.column("rows")
         if rows.sum() <= max_images:
             return np.arange(len(self))
-        golden = np.uint64(0x9E3779B97F4A7C15)
-        order = np.argsort(self.column("shard").astype(np.uint64) * golden, kind="stable")
+        order = self._scattered(np.arange(len(self)))
         shown = np.cumsum(np.minimum(rows[order], rows_shown(max_images)))
         return np.sort(order[: max(1, int(np.searchsorted(shown, max_images, "right")))])
+
+    def some(self, positions: np.ndarray, most: int) -> np.ndarray:
+        """At most so many of these positions, chosen in the same way."""
+        return np.sort(self._scattered(positions)[:most])
+
+    def _scattered(self, positions: np.ndarray) -> np.ndarray:
+        shards = self.column("shard")[positions].astype(np.uint64)
+        return positions[np.argsort(shards * GOLDEN, kind="stable")]
 
     @property
     def span(self) -> tuple[float, float] | None:
@@ -87,14 +95,27 @@ class History:
 
     @property
     def active_s(self) -> float:
-        """Seconds from the first shard to the last, without pauses between runs."""
+        """Seconds in which workers made images: from the first shard to the last, less pauses."""
         if self.span is None:
             return 0.0
+        return self.span[1] - self.span[0] - sum(until - since for since, until in self.pauses)
+
+    @property
+    def rate(self) -> float:
+        """Images/s of all workers together, over the time in which they made any."""
+        return self.total("rows") / self.active_s if self.active_s else 0.0
+
+    @property
+    def pauses(self) -> list[tuple[float, float]]:
+        """From when to when no worker had a shard, in unix seconds."""
+        if self.span is None:
+            return []
         starts = self.column("finished_at") - self.column("seconds")
         order = np.argsort(starts)
-        until = np.maximum.accumulate(self.column("finished_at")[order])
-        gaps = starts[order][1:] - until[:-1]
-        return self.span[1] - self.span[0] - float(gaps[gaps > IDLE_S].sum())
+        until = np.maximum.accumulate(self.column("finished_at")[order])[:-1]
+        after = starts[order][1:]
+        long = after - until > PAUSE_S
+        return list(zip(until[long].tolist(), after[long].tolist(), strict=True))
 
     def speed(self, bins: int, where: np.ndarray | None = None) -> np.ndarray:
         """Images/s in each of `bins` equal parts of the span; a shard's images are spread over it.
@@ -118,13 +139,30 @@ class History:
         done = [float((amount * np.clip((t - starts) / seconds, 0, 1)).sum()) for t in edges]
         return np.maximum(np.diff(done), 0) / (edges[1] - edges[0])
 
+    @property
+    def busy_s(self) -> np.ndarray:
+        """By worker, the seconds in which it had shards; it may have several at a time."""
+        ends, seconds = self.column("finished_at"), self.column("seconds")
+        if self.span is None:
+            return np.bincount(self.column("worker"), seconds, len(self._workers))
+        order = np.lexsort((ends - seconds, self.column("worker")))
+        worker = self.column("worker")[order]
+        # Each worker's times are moved behind those of the one before, so that one pass does.
+        moved = worker * (self.span[1] - self.span[0] + 1.0) - self.span[0]
+        ends, starts = ends[order] + moved, (ends - seconds)[order] + moved
+        covered = np.concatenate(([-np.inf], np.maximum.accumulate(ends)[:-1]))
+        return np.bincount(
+            worker, np.maximum(ends - np.maximum(starts, covered), 0), len(self._workers)
+        )
+
     def workers(self) -> list[dict[str, Any]]:
         """Each worker's totals, those that failed most first, then the slowest."""
         worker = self.column("worker")
         sums = {
             name: np.bincount(worker, self.column(name), len(self._workers))
-            for name in ("rows", "failed", "seconds")
+            for name in ("rows", "failed")
         }
+        busy_s = np.maximum(self.busy_s, SHORTEST_S)
         shards = np.bincount(worker, minlength=len(self._workers))
         totals = [
             {
@@ -134,7 +172,8 @@ class History:
                 "shards": int(shards[number]),
                 "images": int(sums["rows"][number]),
                 "failed": int(sums["failed"][number]),
-                "images_per_s": float(sums["rows"][number] / sums["seconds"][number]),
+                "busy_s": float(busy_s[number]),
+                "images_per_s": float(sums["rows"][number] / busy_s[number]),
             }
             for (node, name), number in self._workers.items()
         ]

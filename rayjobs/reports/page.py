@@ -3,7 +3,6 @@
 Owns the HTML. Knows nothing of storage or of shards' contents.
 """
 
-import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rayjobs.reports import figures
 from rayjobs.reports.history import History
 
 BINS = 120
@@ -44,20 +44,36 @@ class Facts:
     """What could not be read, and why."""
     made_by: Mapping[str, str]
     """The model, the machine and the like, by name."""
+    running: "Running | None" = None
+    """The job that makes it, unless that has ended as it should."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """How far a run of the job was when the page was written, which is `at` in unix seconds."""
+
+    at: float
+    again_by: float | None
+    """When it will be written again at the latest; None after an interruption."""
+    made: int
+    """Images of this run, in finished shards."""
+    to_make: int
+    rate: float
+    """Images/s of this run."""
 
 
 def render(history: History, facts: Facts, data: str) -> str:
     """The whole page; `data` is the JSON that its script works from."""
     here = files("rayjobs.reports")
     parts = {name: (here / f"page.{name}").read_text() for name in ("html", "css", "js")}
-    summary = _tiles(history, facts) + _look(history, facts)
+    summary = _now(facts.running) + _tiles(history, facts) + _look(history, facts)
     work = (_duplicates(facts), _reasons(history, facts), _speed(history), _workers(history))
     return Template(parts["html"]).substitute(
         title=escape(facts.title),
         recipe=escape(facts.recipe),
         summary=summary,
         work="\n".join(work),
-        made_by=_made_by(facts),
+        made_by=_made_by(history, facts),
         shown=escape(_what_is_shown(history, facts)),
         data=data,
         style=parts["css"],
@@ -65,11 +81,35 @@ def render(history: History, facts: Facts, data: str) -> str:
     )
 
 
+def _now(running: Running | None) -> str:
+    """How the job goes, until it has ended; a page that nobody writes again says so by its time."""
+    if running is None:
+        return ""
+    of = f"{running.made:,} of {running.to_make:,} images of this run"
+    if running.again_by is None:
+        state = "Interrupted"
+        rest = f"at {figures.moment(running.at)} UTC, after {of}. The same command continues."
+    else:
+        state = "In progress"
+        left = (running.to_make - running.made) / running.rate if running.rate else 0.0
+        pace = (
+            f", {figures.rate(running.rate)} images/s, {figures.duration(left)} left"
+            if left
+            else ""
+        )
+        rest = (
+            f"at {figures.moment(running.at)} UTC: {of}{pace}. This page is written again by "
+            f"{figures.moment(running.again_by)[11:]}; one that is much older is of a job that was "
+            "cut off, and the same command continues it."
+        )
+    return f'<p class="now"><b>{state}</b> {rest}</p>'
+
+
 def _tiles(history: History, facts: Facts) -> str:
     images, failed, shards = history.total("rows"), history.total("failed"), len(history)
     tiles = [(f"{images:,}", "images finished" if _is_partial(history, facts) else "images", "")]
     tiles.append(
-        (f"{failed:,}", f"failed ({_percent(failed, images)})", "bad" if failed else "good")
+        (f"{failed:,}", f"failed ({figures.percent(failed, images)})", "bad" if failed else "good")
     )
     of = f" of {facts.expected[1]:,}" if facts.expected else ""
     bar = (
@@ -79,11 +119,13 @@ def _tiles(history: History, facts: Facts) -> str:
     )
     tiles.append((f"{shards:,}{of}", f"shards{bar}", ""))
     if history.active_s:
-        tiles.append((_number(images / history.active_s), "images/s", ""))
-        tiles.append((_duration(history.active_s), "from first to last, pauses left out", ""))
-        workers, busy_s = len(history.workers()), float(history.column("seconds").sum())
-        tiles.append((_duration(busy_s), f"of work of {_count(workers, 'worker')}", ""))
-    tiles.append((_size(history.total("bytes")), "in all", ""))
+        tiles.append((figures.rate(history.rate), "images/s", ""))
+        tiles.append((figures.duration(history.active_s), "of making images", ""))
+        if history.pauses:
+            paused_s = sum(until - since for since, until in history.pauses)
+            pauses = figures.count(len(history.pauses), "pause")
+            tiles.append((figures.duration(paused_s), f"in {pauses}, not counted", ""))
+    tiles.append((figures.size(history.total("bytes")), "in all", ""))
     if facts.alike:
         tiles.append(
             (f"{facts.alike[0]:,}", "groups of near-duplicates", "bad" if facts.alike[0] else "")
@@ -95,9 +137,15 @@ def _tiles(history: History, facts: Facts) -> str:
     return f'<section class="tiles" aria-label="Counts">{"".join(cells)}</section>'
 
 
-def _made_by(facts: Facts) -> str:
+def _made_by(history: History, facts: Facts) -> str:
+    """What made the pictures, and what that cost."""
+    terms = dict(facts.made_by)
+    if history.active_s:
+        workers = figures.count(len(history.busy_s), "worker")
+        hours = float(history.busy_s.sum()) / 3600
+        terms["Cost"] = f"{hours:,.3g} device-hours, as each of {workers} had a device for itself"
     items = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.made_by.items()
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in terms.items()
     )
     return f'<h2>Made by</h2><dl class="made">{items}</dl>' if items else ""
 
@@ -134,20 +182,40 @@ def _speed(history: History) -> str:
     if history.span is None:
         return ""
     speed, failures = history.speed(BINS), history.failures(BINS)
-    ends = f"<span>{_moment(history.span[0])}</span><span>{_moment(history.span[1])} UTC</span>"
+    first, last = map(figures.moment, history.span)
+    ends = f"<span>{first}</span><span>{last} UTC</span>"
     note = "images/s"
     note += f"; in red {history.total('failed'):,} failures" if failures.any() else ""
+    note += "; grey where nothing was made" if history.pauses else ""
     top = float(speed.max() or 1)
-    scale = "".join(f"<span>{_number(value)}</span>" for value in (top, top / 2, 0))
+    scale = "".join(f"<span>{figures.number(value)}</span>" for value in (top, top / 2, 0))
+    label = f"images per second over time, at most {figures.number(top)}"
     return (
         '<h2>Speed and failures over time</h2><figure class="chart">'
         f'<div class="plot"><div class="scale" aria-hidden="true">{scale}</div>'
-        f"{_chart(speed, failures, 'images per second over time, at most ' + _number(top))}</div>"
+        f"{_chart(speed, failures, label, pauses=_pauses(history))}</div>"
         f"<figcaption>{ends}</figcaption><figcaption>{note}</figcaption></figure>"
     )
 
 
-def _chart(speed: np.ndarray, failures: np.ndarray, label: str, top: float | None = None) -> str:
+def _pauses(history: History) -> str:
+    """Each pause as a part of the chart's width."""
+    assert history.span is not None
+    first, per_s = history.span[0], BINS / (history.span[1] - history.span[0])
+    return "".join(
+        f"M{(since - first) * per_s:.2f} 0h{(until - since) * per_s:.2f}V100"
+        f"h{(since - until) * per_s:.2f}z"
+        for since, until in history.pauses
+    )
+
+
+def _chart(
+    speed: np.ndarray,
+    failures: np.ndarray,
+    label: str,
+    top: float | None = None,
+    pauses: str = "",
+) -> str:
     """Bars without gaps, one for each part of the time, as one path; failures hang from the top."""
     height, high = 100, float(top or speed.max() or 1)
     steps = [f"V{height - height * min(value / high, 1) * 0.92:.1f}h1" for value in speed]
@@ -155,7 +223,8 @@ def _chart(speed: np.ndarray, failures: np.ndarray, label: str, top: float | Non
     drops = [f"V{(6 + 24 * count / highest) * (count > 0):.1f}h1" for count in failures]
     return (
         f'<svg viewBox="0 0 {len(speed)} {height}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{label}"><path class="half" d="M0 54h{len(speed)}"/>'
+        f'aria-label="{label}"><path class="pauses" d="{pauses}"/>'
+        f'<path class="half" d="M0 54h{len(speed)}"/>'
         f'<path class="speed" d="M0 {height}{"".join(steps)}V{height}z"/>'
         f'<path class="failures" d="M0 0{"".join(drops)}V0z"/></svg>'
     )
@@ -210,7 +279,7 @@ def _workers(history: History) -> str:
         lines.append(
             f"<tr><td>{escape(one['worker'])}</td><td>{escape(one['node'])}</td>"
             f"<td>{one['shards']:,}</td><td>{one['images']:,}</td><td{bad}>{one['failed']:,}</td>"
-            f"<td>{_number(one['images_per_s'])}</td><td>{chart}</td></tr>"
+            f"<td>{figures.rate(one['images_per_s'])}</td><td>{chart}</td></tr>"
         )
     rest = len(workers) - len(drawn)
     more = (
@@ -247,7 +316,7 @@ def _what_is_shown(history: History, facts: Facts) -> str:
     if facts.shown >= total:
         return f"All {total:,} images are shown."
     return (
-        f"A sample: {facts.shown:,} of {total:,} images ({_percent(facts.shown, total)}), "
+        f"A sample: {facts.shown:,} of {total:,} images ({figures.percent(facts.shown, total)}), "
         "from shards spread evenly over the data set."
     )
 
@@ -259,41 +328,3 @@ def _is_partial(history: History, facts: Facts) -> bool:
 def _slow(history: History) -> int:
     speeds = [one["images_per_s"] for one in history.workers()] if history.span else []
     return sum(speed < SLOW * float(np.median(speeds)) for speed in speeds)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _percent(part: int, whole: int) -> str:
-    share = part / whole if whole else 0.0
-    return f"{share:.0%}" if share in (0.0, 1.0) else f"{share:.2%}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{_number(num_bytes)} {unit}"
-        num_bytes /= 1000
-    return f"{_number(num_bytes)} TB"
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = seconds / 3600, seconds / 60
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return (
-        f"{hours:.1f} h"
-        if hours >= 2
-        else f"{minutes:.1f} min"
-        if minutes >= 2
-        else f"{seconds:.1f} s"
-    )
-
-
-def _moment(unix_s: float) -> str:
-    return dt.datetime.fromtimestamp(unix_s, dt.UTC).strftime("%Y-%m-%d %H:%M:%S")

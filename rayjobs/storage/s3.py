@@ -15,8 +15,15 @@ TIMEOUT_S = 6
 NEVER = '"00000000000000000000000000000000"'
 MAX_REMOVED_AT_ONCE = 1000
 UNMET = ("PreconditionFailed", "412", "NoSuchKey", "404")
+ROLE = "AWS_ROLE_ARN"
 HOW_TO_ALLOW = (
-    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and what they are allowed to do there"
+    "check what these credentials may do there: AWS_ACCESS_KEY_ID's where that is set, else the "
+    "profile's or the IAM role's of this machine or pod"
+)
+HOW_TO_IDENTIFY = (
+    "give this machine or pod an IAM role (an instance profile, or a web identity such as IRSA: "
+    "AWS_ROLE_ARN and AWS_WEB_IDENTITY_TOKEN_FILE), or set AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 )
 
 
@@ -44,7 +51,7 @@ def check(uri: str, write: bool = False) -> None:
         connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
     )
     session = botocore.session.get_session()
-    region = session.get_config_variable("region") or "us-east-1"
+    region = _asked(uri, lambda: session.get_config_variable("region")) or "us-east-1"
     client = _asked(uri, lambda: session.create_client("s3", region_name=region, config=timeouts))
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     _asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
@@ -96,13 +103,28 @@ def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:
 def _asked(uri: str, question: Any) -> Any:
     import botocore.exceptions as s3_errors
 
+    nobody = (
+        s3_errors.NoCredentialsError,
+        s3_errors.PartialCredentialsError,
+        s3_errors.CredentialRetrievalError,
+        s3_errors.MetadataRetrievalError,
+        s3_errors.TokenRetrievalError,
+        s3_errors.SSOError,
+        s3_errors.ProfileNotFound,
+        FileNotFoundError,  # of a web identity's token
+    )
     try:
         return question()
-    except s3_errors.NoCredentialsError:
-        raise StorageError(
-            f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from None
+    except nobody as error:
+        why = "" if isinstance(error, s3_errors.NoCredentialsError) else f" ({error})"
+        raise StorageError(f"{uri}: no credentials{why}; {HOW_TO_IDENTIFY}") from None
     except s3_errors.ClientError as error:
+        if error.operation_name.startswith("AssumeRole"):
+            code, role = error.response.get("Error", {}).get("Code", ""), os.environ.get(ROLE, "")
+            raise StorageError(
+                f"{uri}: the IAM role {role} may not be taken here ({code}); check its trust "
+                "policy, and AWS_WEB_IDENTITY_TOKEN_FILE"
+            ) from None
         raise _refusal(uri, error.response) from None
     except (s3_errors.BotoCoreError, s3_errors.HTTPClientError, ValueError) as error:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

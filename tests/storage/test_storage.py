@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from fsspec.implementations.local import LocalFileSystem
 
 from rayjobs import storage
-from rayjobs.storage import StorageError, join
+from rayjobs.storage import StorageError, join, s3
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -65,7 +66,9 @@ def test_fetch_copies_once_and_again_when_changed(
     assert storage.fetch(str(tmp_path)) == tmp_path
 
 
-def test_unusable_storage_is_told_in_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_storage_is_told_in_time(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage.check(bucket)
     with pytest.raises(StorageError, match="bucket 'absent' does not exist"):
         storage.check("s3://absent/x")
@@ -78,9 +81,36 @@ def test_unusable_storage_is_told_in_time(bucket: str, monkeypatch: pytest.Monke
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    with pytest.raises(StorageError, match="no credentials; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match=r"no credentials; .* IAM role .*instance profile"):
+        storage.check(bucket)
+    token = str(tmp_path / "token")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", token)
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::1:role/jobs")
+    with pytest.raises(StorageError, match=rf"no credentials \(.*{token}.*\); .*IRSA"):
+        storage.check(bucket)
+    monkeypatch.delenv("AWS_WEB_IDENTITY_TOKEN_FILE")
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with pytest.raises(StorageError, match=r"no credentials \(.*absent.*\); .*AWS_PROFILE"):
         storage.check(bucket)
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("operation", "told"),
+    [
+        ("ListObjectsV2", r"access refused \(AccessDenied: no\); .*IAM role's of this machine"),
+        ("AssumeRoleWithWebIdentity", r"IAM role \S*role/jobs may not be taken .* trust policy"),
+    ],
+)
+def test_what_a_role_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, operation: str, told: str
+) -> None:
+    def refused() -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, operation)
+
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::1:role/jobs")
+    with pytest.raises(StorageError, match=told):
+        s3._asked("s3://here/x", refused)
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])

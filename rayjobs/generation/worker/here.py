@@ -5,10 +5,10 @@ behind, the job is for workers on Ray, which find it out.
 """
 
 import sys
+import time
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from rayjobs import storage
 from rayjobs.config import BadInput, JobFailed
@@ -16,6 +16,8 @@ from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.records import Redo
+from rayjobs.progress import Bar
+from rayjobs.reports.history import History
 
 MAX_IMAGES = 64
 
@@ -42,14 +44,19 @@ def make(
     from rayjobs.generation.worker.shards import ShardWorker
 
     print(f"{num_images:,} images to make; loading the model", file=sys.stderr, flush=True)
-    with tqdm(total=num_images, unit=" images", file=sys.stderr, disable=None) as bar:
-        try:
-            worker = ShardWorker(
-                config, lock, segment, redo=redo, report=lambda images, _: bar.update(images)
-            )
-            yield from worker.make(map(int, shards))
-        except (BadInput, JobFailed):
-            raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise JobFailed(f"{type(error).__name__}: {reason}") from error
+    try:
+        worker = ShardWorker(
+            config, lock, segment, redo=redo, report=lambda images, _: bar.update(images)
+        )
+        with Bar(num_images, "images", time.time()) as bar:
+            made = History()
+            for entry in worker.make(map(int, shards)):
+                if entry["made"]:
+                    made.add(entry)
+                yield entry
+            bar.worked_s = made.active_s or None
+    except (BadInput, JobFailed):
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JobFailed(f"{type(error).__name__}: {reason}") from error

@@ -24,6 +24,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Redo
 from rayjobs.progress import Progress
+from rayjobs.reports.history import History
 from rayjobs.room import await_room
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class RayShardWorker:
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        self.progress.begin.remote()
         with exit_if_device_lost():
             for entry in self.worker.make(int(n) for shards in batch["shards"] for n in shards):
                 yield {key: np.array([value]) for key, value in entry.items()}
@@ -89,7 +91,7 @@ def make(
 ) -> Iterator[Entry]:
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
-    max_workers = min(workers.max_workers, len(shards))
+    max_workers, made = min(workers.max_workers, len(shards)), History()
     with Progress(num_images, "images") as progress:
         rows = blocks(shards, max_workers).map_batches(
             RayShardWorker,
@@ -108,9 +110,14 @@ def make(
             num_gpus=workers.num_gpus or None,
         )
         try:
-            yield from rows.iter_rows()
+            for entry in rows.iter_rows():
+                if entry["made"]:
+                    made.add(entry)
+                yield entry
         except ray.exceptions.RayError as error:
             raise cluster.unwrap_error(error) from None
+        finally:
+            progress.worked_s = made.active_s or None
 
 
 def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
