@@ -128,19 +128,41 @@ def _free_port() -> int:
 
 
 def check_answers(address: str) -> None:
-    """Raise BadInput within seconds when nobody listens there: Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Raise BadInput within seconds when no Ray answers there: Ray would try for minutes."""
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
     if not port.isdecimal():
         return  # "auto" and the like, which Ray looks up
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S):
             pass
+        told = _code_of_an_answer(place)
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
-        raise BadInput(
-            f"RAY_ADDRESS is {address}, where no cluster answers ({reason}); start it, correct the "
-            "address, or unset RAY_ADDRESS to use this machine alone"
-        ) from None
+    else:
+        # Ray itself says what is wrong with a token. A client's port knows no such question.
+        understood = {"OK", "UNAUTHENTICATED", "PERMISSION_DENIED"}
+        if told in understood or (told == "UNIMPLEMENTED" and place != address):
+            return
+        reason = f"something listens there, but no Ray: {told.lower().replace('_', ' ')}"
+    raise BadInput(
+        f"RAY_ADDRESS is {address}, where no cluster answers ({reason}); start it, correct the "
+        "address, or unset RAY_ADDRESS to use this machine alone"
+    )
+
+
+def _code_of_an_answer(place: str) -> str:
+    """What comes of asking whether nodes are alive, by gRPC's name."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    with init_grpc_channel(place) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            ask(b"", timeout=ANSWER_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            return str(error.code().name)  # ty: ignore[unresolved-attribute]
+    return "OK"
 
 
 def _refusal(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """The command line: bad input is one message and exit code 2, before anything is started."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,20 @@ def test_other_kinds_are_planned(
     assert told in capsys.readouterr().out
     assert main(["plan", path, "--probe"]) == 2
     assert f"is for {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_ends_a_job_from_outside_interrupts_it(
+    number: int,
+    config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(job, "run", lambda *_, **__: os.kill(os.getpid(), number))
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert config() == 130
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert "continues where this stopped" in capsys.readouterr().err

@@ -113,7 +113,9 @@ def test_waiting_is_told_and_ends(
     assert capsys.readouterr().err == ""
 
 
-def test_a_cluster_that_does_not_answer_is_told_in_time() -> None:
+def test_a_cluster_that_does_not_answer_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where something takes the connection and then says nothing."""
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.3)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
@@ -121,7 +123,9 @@ def test_a_cluster_that_does_not_answer_is_told_in_time() -> None:
             with pytest.raises(BadInput, match=f"RAY_ADDRESS is {address}, where no cluster"):
                 cluster.check_answers(address)
         listening.listen()
-        cluster.check_answers(f"127.0.0.1:{port}")
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+            with pytest.raises(BadInput, match="something listens there, but no Ray"):
+                cluster.check_answers(address)
     cluster.check_answers("auto")
     with pytest.raises(BadInput, match="where no cluster answers"):
         cluster.check_answers("no-such-host.invalid:6379")

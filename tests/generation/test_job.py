@@ -10,6 +10,7 @@ import ray
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.worker import pool
 from tests.conftest import jobs_in_process
 
 # Ray Data 2.60 reads its own deprecated switches.
@@ -73,6 +74,28 @@ def test_a_limit_makes_the_first_records_and_more_later(tmp_path: Path, in_proce
         assert job.run(config, limit=4).num_made == 6  # whole shards
     assert job.run(config).num_made == 6
     assert job.run(config).num_made == 0
+
+
+@pytest.mark.model
+def test_two_drivers_at_once_share_what_they_claim(
+    tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins while the first is making shards, and is done before it goes on."""
+    config = configure(tmp_path / "out", 1)
+    make: Any = pool.make
+    others: list[job.Summary] = []
+
+    def make_beside(*args: Any) -> Iterator[Any]:
+        entries = make(*args)
+        yield next(entries)
+        monkeypatch.setattr(pool, "make", make)
+        others.append(job.run(config))
+        yield from entries
+
+    monkeypatch.setattr(pool, "make", make_beside)
+    made = [job.run(config).num_made, others[0].num_made]
+    assert sum(made) == 12
+    assert min(made) > 0
 
 
 @pytest.mark.ray
