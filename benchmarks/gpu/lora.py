@@ -10,9 +10,10 @@ from benchmarks.gpu import paths, timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import call, unet_inputs
 from rayjobs.diffusion.adapters.bank import LoraBank
+from rayjobs.diffusion.adapters.change import Change
 from rayjobs.diffusion.adapters.deltas import LowRank
 from rayjobs.diffusion.adapters.names import Layer
-from rayjobs.diffusion.adapters.reader import Adapter, Change
+from rayjobs.diffusion.adapters.reader import Adapter
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ROWS = 8

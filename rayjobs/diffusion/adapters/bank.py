@@ -158,8 +158,8 @@ class LoraBank:
         members: dict[tuple[int, float, int], list[int]] = {}
         for slot, use in enumerate(slots):
             for position, (sha256, scale) in enumerate(use):
-                if self._numbers[sha256] not in self._grouped:
-                    continue
+                if not scale or self._numbers[sha256] not in self._grouped:
+                    continue  # at 0 a DoRA too is as if it were not there
                 nth = use[:position].count((sha256, scale))
                 members.setdefault((self._numbers[sha256], scale, nth), []).append(slot)
         return tuple(

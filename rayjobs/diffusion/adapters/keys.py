@@ -8,7 +8,7 @@ import re
 
 FIELDS = {
     "down": r"[._]lora(?:_linear_layer)?[._]down(?:\.default)?\.weight"
-    r"|\.lora_A(?:\.\w+)??(?:\.weight)?",
+    r"|\.lora_A(?:\.(?!bias)\w+)??(?:\.weight)?",
     "up": r"[._]lora(?:_linear_layer)?[._]up(?:\.default)?\.weight"
     r"|\.lora_B(?:\.(?!bias)\w+)??(?:\.weight)?",
     "up_bias": r"[._]lora(?:_linear_layer)?[._]up(?:\.default)?\.bias|\.lora_B(?:\.\w+)?\.bias",

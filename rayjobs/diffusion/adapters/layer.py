@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rayjobs.diffusion.adapters.change import Change
 from rayjobs.diffusion.adapters.deltas import LowRank, layer_output
-from rayjobs.diffusion.adapters.reader import Change
 
 
 @dataclass(frozen=True)

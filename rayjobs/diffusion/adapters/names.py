@@ -5,7 +5,7 @@ or the original ones with underscores, so that one table serves them all. Knows 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,10 @@ PREFIXES = (
 )
 FAMILY_OF_PREFIX = {"lora_te_": "sd", "lora_te1_": "sdxl", "lora_te2_": "sdxl"}
 """kohya's names of text encoders, which tell the families apart where the shapes do not."""
+
+BLOCK = re.compile(
+    r"(?P<attention>down_blocks\.\d+\.attentions\.\d+)\.transformer_blocks\.(?P<number>\d+)\."
+)
 
 KINDS: dict[type, Literal["linear", "conv", "norm"]] = {
     torch.nn.Linear: "linear",
@@ -66,6 +70,24 @@ class Layers:
         """The layer that a tool calls `name`; None if this model has no such layer."""
         part, rest = split_prefix(name)
         return self._tables.get(part, {}).get(_spelled(rest))
+
+    @property
+    def of_unet(self) -> Collection[Layer]:
+        return self._tables["unet"].values()
+
+
+def blocks(layers: Iterable[Layer]) -> dict[str, set[int]]:
+    """Numbers of the transformer blocks of each attention on the UNet's way down."""
+    found: dict[str, set[int]] = {}
+    for layer in layers:
+        if match := BLOCK.match(layer.name):
+            found.setdefault(match["attention"], set()).add(int(match["number"]))
+    return found
+
+
+def size_tells_family(layer: Layer) -> bool:
+    """Whether the size of a layer, which reads texts, is that of one family alone."""
+    return layer.part == "unet" and layer.name.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
 def split_prefix(name: str) -> tuple[str, str]:

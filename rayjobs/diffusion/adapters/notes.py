@@ -16,6 +16,16 @@ from rayjobs.diffusion.weights import sha256_of
 
 DIFFUSERS = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"
+READ_TYPES = ("LORA", "LOHA", "LOKR")
+"""peft's kinds of adapters whose tensors mean what the reader takes them for."""
+CHANGED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights` that changed the model's own weights as well."""
+VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"),
+    *("monteclora_config", "target_parameters", "trainable_token_indices"),
+    *("use_bdlora", "use_qalora", "velora_config"),
+)
+"""Settings by which the same tensors of a LoRA mean something else."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Notes:
         """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732): alpha from the layer's
         own tensor, else by peft's rules; 1 where nothing says it. `rank` None asks the settings.
         """
-        settings = self.parts.get(part, self.parts.get("", {}))
+        settings = self._of(part)
         names = (name, f"{part}.{name}", f"{part}.text_model.{name}")
         size: float | None = rank
         if size is None:
@@ -47,6 +57,13 @@ class Notes:
     def tells_strength(self) -> bool:
         return bool(self.parts)
 
+    def needs_magnitude(self, part: str) -> bool:
+        """Whether its settings say that it is a DoRA."""
+        return bool(self._of(part).get("use_dora"))
+
+    def _of(self, part: str) -> Mapping[str, Any]:
+        return self.parts.get(part, self.parts.get("", {}))
+
 
 def read(file: Path, header: Mapping[str, str]) -> Notes:
     """The notes of an adapter file with this `header` of metadata.
@@ -55,11 +72,13 @@ def read(file: Path, header: Mapping[str, str]) -> Notes:
     """
     config = peft_config(file)
     if config is not None:
-        parts = {"": json.loads(config.read_text())}
+        parts = {"": _object(PEFT_CONFIG, config.read_text())}
     elif DIFFUSERS in header:
-        parts = _by_part(json.loads(header[DIFFUSERS]))
+        parts = _by_part(_object(DIFFUSERS, header[DIFFUSERS]))
     else:
         parts = {}
+    for settings in parts.values():
+        _check(settings)
     return Notes(_family(header), parts, title_of(header))
 
 
@@ -80,6 +99,32 @@ def peft_config(file: Path) -> Path | None:
     """The settings that peft saves beside `file`, without which its strength is unknown."""
     config = file.parent / PEFT_CONFIG
     return config if file.name.startswith("adapter_model") and config.is_file() else None
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"its {name} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} is no JSON object")
+    return value
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings of peft under which the tensors are not what they look like."""
+    kind = settings.get("peft_type") or READ_TYPES[0]
+    if kind not in READ_TYPES:
+        raise ValueError(f"peft_type {kind} is not read; merge it into the model with peft")
+    start = str(settings.get("init_lora_weights"))
+    if start.lower().startswith(CHANGED_STARTS):
+        raise ValueError(
+            f"was begun with init_lora_weights={start!r}, which changed the model's own weights; "
+            "save it with peft's path_initial_model_for_weight_conversion, or merge it"
+        )
+    for name in VARIANTS:
+        if settings.get(name):
+            raise ValueError(f"peft's {name} is not read; merge it into the model with peft")
 
 
 def _by_part(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -199,6 +199,18 @@ def loha_tucker(made: Made) -> None:
     made.adds(CONV, sides[0] * sides[1] / rank)
 
 
+def loha_of_onetrainer(made: Made) -> None:
+    """Factors of a convolution as convolutions."""
+    weight, rank, name = made.weight(CONV), 2, kohya(CONV)
+    sides = []
+    for number in (1, 2):
+        a, b = random(len(weight), rank, 1, 1), random(rank, *weight.shape[1:])
+        made.tensors |= {f"{name}.hada_w{number}_a": a, f"{name}.hada_w{number}_b": b}
+        sides.append(product(b, a))
+    made.tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    made.adds(CONV, sides[0] * sides[1] / rank)
+
+
 def loha_dora(made: Made) -> None:
     put_loha(made, QUERY, kohya(QUERY), strength=1.0)
     weight = made.weight(QUERY)
@@ -242,6 +254,12 @@ def put_lokr(
 def lokr(made: Made) -> None:
     for layer in (QUERY, CONV):
         put_lokr(made, layer, kohya(layer), alpha=9)  # whole sides have no scale
+
+
+def lokr_whole_of_a_huge_rank(made: Made) -> None:
+    """LyCORIS' rank 100000 for whole sides, as alpha, is more than fp16 holds."""
+    put_lokr(made, QUERY, kohya(QUERY))
+    made.tensors[f"{kohya(QUERY)}.alpha"] = torch.tensor(100_000.0).half()
 
 
 def lokr_factored(made: Made) -> None:

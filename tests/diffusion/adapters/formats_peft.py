@@ -167,6 +167,12 @@ def peft_folder(made: Made) -> None:
     made.config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6.0, "use_rslora": True}
 
 
+def onetrainer_original(made: Made) -> None:
+    name = "input_blocks.3.1.transformer_blocks.0.attn1.to_q"
+    put_peft(made, QUERY, name, alpha=6.0)
+    made.tensors[f"{name}.alpha"] = torch.tensor(6.0)
+
+
 def peft_loha_folder(made: Made) -> None:
     put_loha(made, QUERY, f"base_model.model.{QUERY}", strength=4.0)
     made.config = {"peft_type": "LOHA", "r": 2, "alpha": 8.0}

@@ -1,11 +1,16 @@
 """An adapter file, and what its format says of the weights, as functions of the scale."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from rayjobs.diffusion.model import Model
 
 Changed = Callable[[float], torch.Tensor]
 
@@ -103,3 +108,26 @@ def merged(module: Any, weight: torch.Tensor, bias: torch.Tensor | None, x: torc
     if isinstance(module, torch.nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     return F.linear(x, weight, bias)
+
+
+def of(model: Model) -> dict[tuple[str, str], Any]:
+    encoders = zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False)
+    parts = {"unet": model.unet, **dict(encoders)}
+    return {(part, name): m for part, root in parts.items() for name, m in root.named_modules()}
+
+
+def make(model: Model, kind: Callable[[Made], None], seed: int = 0) -> Made:
+    torch.manual_seed(seed)
+    made = Made(of(model))
+    kind(made)
+    return made
+
+
+def write(made: Made, folder: Path, name: str = "adapter.safetensors") -> str:
+    if made.config is not None:
+        folder = folder / "peft"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(made.config))
+        name = "adapter_model.safetensors"
+    save_file(made.tensors, folder / name, made.header or None)
+    return str(folder if made.config is not None else folder / name)

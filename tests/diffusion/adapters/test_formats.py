@@ -1,18 +1,19 @@
 """Every adapter format that tools write: right to the formula in a mixed batch, or refused."""
 
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 from rayjobs.diffusion.adapters import notes
 from rayjobs.diffusion.adapters.bank import LoraBank
+from rayjobs.diffusion.adapters.names import Layers
+from rayjobs.diffusion.adapters.reader import read
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
@@ -20,37 +21,9 @@ from rayjobs.diffusion.row import prepare_row
 from rayjobs.diffusion.weights import sha256_of
 from tests.diffusion.adapters import formats_kohya, formats_peft
 from tests.diffusion.adapters.formats import FORMATS
-from tests.diffusion.adapters.made import CONV, QUERY, SGM, Made, kohya, merged, random
+from tests.diffusion.adapters.made import Made, kohya, make, merged, write
 
-
-@pytest.fixture
-def bank(tiny: Model) -> Iterator[LoraBank]:
-    bank = LoraBank(tiny)
-    yield bank
-    bank.detach()
-
-
-def of(model: Model) -> dict[tuple[str, str], Any]:
-    encoders = zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False)
-    parts = {"unet": model.unet, **dict(encoders)}
-    return {(part, name): m for part, root in parts.items() for name, m in root.named_modules()}
-
-
-def make(model: Model, kind: Callable[[Made], None], seed: int = 0) -> Made:
-    torch.manual_seed(seed)
-    made = Made(of(model))
-    kind(made)
-    return made
-
-
-def write(made: Made, folder: Path, name: str = "adapter.safetensors") -> str:
-    if made.config is not None:
-        folder = folder / "peft"
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps(made.config))
-        name = "adapter_model.safetensors"
-    save_file(made.tensors, folder / name, made.header or None)
-    return str(folder if made.config is not None else folder / name)
+KEY = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 @torch.no_grad()
@@ -105,135 +78,6 @@ def _input(module: Any, num: int) -> torch.Tensor:
     return torch.randn(num, 5, size)
 
 
-def damaged(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Made], None]:
-    def kind(made: Made) -> None:
-        formats_kohya.put_kohya(made, QUERY, kohya(QUERY))
-        change(made.tensors)
-
-    return kind
-
-
-def only(**tensors: torch.Tensor) -> Callable[[Made], None]:
-    def kind(made: Made) -> None:
-        made.tensors = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-
-    return kind
-
-
-def of_another(header: dict[str, str]) -> Callable[[Made], None]:
-    def kind(made: Made) -> None:
-        formats_kohya.kohya_text_encoders(made)
-        made.header = header
-
-    return kind
-
-
-def twice(made: Made) -> None:
-    formats_kohya.put_kohya(made, QUERY, kohya(QUERY))
-    formats_kohya.put_kohya(made, QUERY, f"lora_unet_{SGM[QUERY]}")
-
-
-Q = kohya(QUERY)
-TE = "text_model_encoder_layers_1_self_attn_q_proj"
-REFUSED: dict[str, tuple[Callable[[Made], None], str]] = {
-    "no up factor": (damaged(lambda t: t.pop(f"{Q}.lora_up.weight")), "its up is missing"),
-    "no down factor": (damaged(lambda t: t.pop(f"{Q}.lora_down.weight")), "its down is missing"),
-    "alpha alone": (
-        damaged(lambda t: t.update({f"{kohya(CONV)}.alpha": torch.ones(())})),
-        "unet.down_blocks.1.resnets.0.conv1: its factors are missing",
-    ),
-    "magnitude alone": (only(**{f"{Q}__dora_scale": random(32, 1)}), "its factors are missing"),
-    "half a LoHa": (only(**{f"{Q}__hada_w1_a": random(32, 2)}), "its hada_w1_b is missing"),
-    "half a LoKr": (only(**{f"{Q}__lokr_w1": random(4, 4)}), "its lokr_w2_a is missing"),
-    "NaN": (damaged(lambda t: t[f"{Q}.lora_up.weight"].fill_(float("nan"))), "NaN or infinity"),
-    "int8": (
-        damaged(lambda t: t.update({f"{Q}.lora_up.weight": torch.ones(32, 3).char()})),
-        "is quantized",
-    ),
-    "scaled fp8": (
-        damaged(lambda t: t.update({f"{Q}.scale_weight": random(2)})),
-        "save it in fp16",
-    ),
-    "an unknown tensor": (
-        damaged(lambda t: t.update({f"{Q}.lora_magic": random(2)})),
-        "lora_magic' is of no known adapter format",
-    ),
-    "a layer named twice": (twice, "are both for unet.down_blocks.1"),
-    "an unknown layer": (
-        damaged(lambda t: t.update({"lora_unet_down_blocks_7_conv.alpha": random(1)})),
-        "has no layer for",
-    ),
-    "another width": (
-        only(**{f"{Q}__lora_down__weight": random(2, 40), f"{Q}__lora_up__weight": random(40, 2)}),
-        "do not fit a weight",
-    ),
-    "another width of a LoHa": (
-        only(
-            **{
-                f"{Q}__hada_w{n}_{s}": random(*size)
-                for n in (1, 2)
-                for s, size in (("a", (16, 2)), ("b", (2, 64)))
-            }
-        ),
-        "do not fit",
-    ),
-    "another width of a LoKr": (
-        only(**{f"{Q}__lokr_w1": random(4, 4), f"{Q}__lokr_w2": random(9, 9)}),
-        "do not fit a weight",
-    ),
-    "another width of a difference": (only(**{f"{Q}__diff": random(16, 64)}), "do not fit"),
-    "text encoder of SD 1": (
-        only(
-            **{
-                f"lora_te_{TE}__lora_down__weight": random(2, 32),
-                f"lora_te_{TE}__lora_up__weight": random(32, 2),
-            }
-        ),
-        "an adapter for Stable Diffusion 1.x or 2.x; this model is SDXL",
-    ),
-    "SD 1 by its header": (of_another({"ss_base_model_version": "sd_v1"}), "this model is SDXL"),
-    "SD 1 by the specification": (
-        of_another({"modelspec.architecture": "stable-diffusion-v1/lora"}),
-        "this model is SDXL",
-    ),
-    "OFT": (only(**{f"{Q}__oft_blocks": random(4, 8, 8)}), "an OFT (orthogonal) adapter; merge it"),
-    "BOFT": (only(**{f"{Q}__boft_R": random(4, 8, 8)}), "BOFT"),
-    "(IA)3": (only(**{f"{Q}__weight": random(32), f"{Q}__on_input": torch.tensor(0)}), "(IA)3"),
-    "GLoRA": (only(**{f"{Q}__a1__weight": random(2, 2)}), "a GLoRA adapter; merge it"),
-    "FLUX": (
-        only(**{"lora_unet_double_blocks_0_img_attn_proj__lora_down__weight": random(2, 2)}),
-        "of a transformer model",
-    ),
-    "SD3": (
-        only(**{"transformer__transformer_blocks__0__attn__to_q__lora_A__weight": random(2, 2)}),
-        "of a transformer model",
-    ),
-    "a textual inversion": (only(emb_params=random(2, 32)), "a textual inversion, no LoRA"),
-    "a whole model": (
-        only(**{"model__diffusion_model__out__2__weight": random(4, 16, 3, 3)}),
-        "give the file as the model",
-    ),
-    "nothing": (only(), "it holds no tensors"),
-}
-
-
-@pytest.mark.parametrize(("kind", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_used_is_refused_with_a_way_out(
-    kind: Callable[[Made], None], reason: str, tiny: Model, bank: LoraBank, tmp_path: Path
-) -> None:
-    path = write(make(tiny, kind), tmp_path)
-    with pytest.raises(ValueError, match=f"^LoRA adapter.safetensors: .*{re.escape(reason)}"):
-        bank.load(path)
-    assert bank.num_bytes == 0
-
-
-def test_a_cut_file_is_refused(tiny: Model, bank: LoraBank, tmp_path: Path) -> None:
-    path = Path(write(make(tiny, formats_kohya.dora), tmp_path))
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be read"):
-        bank.load(str(path))
-
-
 def test_what_is_used_but_not_as_meant_is_said(tiny: Model, bank: LoraBank, tmp_path: Path) -> None:
     dora = bank.load(write(make(tiny, formats_kohya.dora), tmp_path, "dora.safetensors"))
     assert bank.warnings(((dora, 1.0),)) == ()
@@ -241,6 +85,61 @@ def test_what_is_used_but_not_as_meant_is_said(tiny: Model, bank: LoraBank, tmp_
     assert "dora.safetensors is a DoRA, whose effect is not linear in its scale" in warning
     bundle = bank.load(write(make(tiny, formats_kohya.bundled_embeddings), tmp_path))
     assert "embeddings of sks, which are not used" in bank.warnings(((bundle, 1.0),))[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [formats_kohya.dora, formats_kohya.lokr, formats_kohya.norm_layers]
+)
+def test_an_adapter_at_scale_0_is_as_none(
+    kind: Callable[[Made], None], tiny: Model, bank: LoraBank, tmp_path: Path
+) -> None:
+    made = make(tiny, kind)
+    use = ((bank.load(write(made, tmp_path)), 0.0),)
+    for part, name in made.weights:
+        x = _input(made.modules[part, name], 2)
+        with bank.applied([use, ()]):
+            changed = made.modules[part, name](x)
+        assert torch.equal(changed, made.modules[part, name](x))
+
+
+def test_metadata_that_the_tensors_belie_is_said_and_passed_over(
+    tiny: Model, bank: LoraBank, tmp_path: Path
+) -> None:
+    def kind(made: Made) -> None:
+        formats_kohya.put_kohya(made, KEY, kohya(KEY))
+        made.header = {"ss_base_model_version": "sd_v1"}
+
+    adapter = bank.load(write(make(tiny, kind), tmp_path))
+    (warning,) = bank.warnings(((adapter, 1.0),))
+    assert "says in its metadata that it is for Stable Diffusion 1.x" in warning
+
+
+def test_an_adapter_of_fewer_blocks_may_be_of_a_distilled_model(tmp_path: Path) -> None:
+    """All layers of SSD-1B are SDXL's too: 4 of its 10 transformer blocks."""
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 10),
+            attention_head_dim=4,
+            cross_attention_dim=8,
+        )
+    layers = Layers("sdxl", {"unet": unet})
+    for number, covered in enumerate((4, 10)):
+        tensors = {}
+        for block in range(covered):
+            name = f"down_blocks.1.attentions.0.transformer_blocks.{block}.attn1.to_q"
+            tensors |= {f"{kohya(name)}.lora_down.weight": torch.ones(2, 32)}
+            tensors |= {f"{kohya(name)}.lora_up.weight": torch.ones(32, 2)}
+        file = tmp_path / f"{number}.safetensors"
+        save_file(tensors, file)
+        said = read(str(file), file, layers).warnings
+        assert ["the first 4 of 10 transformer blocks" in warning for warning in said] == (
+            [True] if covered == 4 else []
+        )
 
 
 def test_a_replaced_file_is_read_again(tiny: Model, bank: LoraBank, tmp_path: Path) -> None:
