@@ -18,7 +18,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from rayjobs import noise
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.storage import StorageError
 
@@ -161,7 +160,7 @@ def _code_of_an_answer(place: str) -> str:
         try:
             ask(b"", timeout=ANSWER_S, wait_for_ready=True)
         except grpc.RpcError as error:
-            return str(error.code().name)  # ty: ignore[unresolved-attribute]
+            return str(error.code().name)  # ty: ignore[missing-attribute]
     return "OK"
 
 
@@ -181,6 +180,8 @@ def _init(options: dict[str, Any]) -> None:
     """Start or join Ray, keeping the caller's SIGTERM handler, which Ray replaces."""
     import ray
     from ray._private import worker as ray_worker
+
+    from rayjobs import noise
 
     on_term = signal.getsignal(signal.SIGTERM)
     if "address" not in options:
