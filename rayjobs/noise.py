@@ -36,7 +36,7 @@ def quiet() -> Generator[None]:
         finally:
             del os.environ[LEVEL]
 
-    ray_worker.connect = connect_quietly  # ty: ignore[invalid-assignment]
+    ray_worker.connect = connect_quietly
     try:
         yield
     finally:
