@@ -209,10 +209,13 @@ def _dreambooth(options: argparse.Namespace) -> int:
     if done.was_finished:
         print(f"nothing to do; the weights are in {done.export_uri}")
         return DONE
-    rate = done.steps / done.seconds
+    from rayjobs.reports import figures
+
+    rate = figures.rate(done.steps / max(done.training_s, 1e-3))
     print(
-        f"{done.steps:,} steps in {done.seconds:.0f} s ({rate:.2f}/s); the weights are in "
-        f"{done.export_uri}; look at {done.report_uri.rstrip('/')}/index.html"
+        f"{done.steps:,} steps in {done.training_s:.1f} s ({rate}/s); {done.seconds:.0f} s with "
+        f"the start and the export; the weights are in {done.export_uri}; look at "
+        f"{done.report_uri.rstrip('/')}/index.html"
     )
     return DONE
 

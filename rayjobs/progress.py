@@ -19,6 +19,8 @@ BEGAN, LAST = "began", "last"
 """The notes with the unix seconds at which work on the first began, and the last was done."""
 FATAL = "fatal"
 """The note with an error that ends the work."""
+DEVICE = "device"
+"""The note with the workers' device, in words."""
 DOING = "doing"
 """The note with what is done before anything can be counted."""
 
@@ -30,9 +32,9 @@ class Counter:
         self.done = 0
         self.notes: dict[str, Any] = {}
 
-    def begin(self) -> None:
+    def begin(self, **notes: Any) -> None:
         """Work on the first has begun: what was before is the start."""
-        self.notes.setdefault(BEGAN, time.time())
+        self.notes |= {BEGAN: time.time()} | notes | self.notes
 
     def add(self, done: int, failed: int = 0) -> None:
         self.done += done
@@ -114,7 +116,7 @@ class Progress:
         shown = {
             name: note
             for name, note in notes.items()
-            if isinstance(note, (int, str)) and name != DOING
+            if isinstance(note, (int, str)) and name not in (DOING, DEVICE)
         }
         if shown:
             bar.set_postfix(shown, refresh=False)

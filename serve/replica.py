@@ -47,6 +47,7 @@ class EngineReplica:
             "replica": ray_serve.get_replica_context().replica_tag,
             "names": self.loop.names(),
             "facts": self.loop.facts(),
+            "load": self.loop.load(),
             "pending_s": self.loop.pending_s(),
             "metrics": self.loop.metrics.text(),
             "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

@@ -29,7 +29,10 @@ from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.validation import ValidationLoop
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
-from rayjobs.progress import FATAL, Progress
+from rayjobs.progress import BEGAN, DEVICE, FATAL, LAST, Progress
+from rayjobs.reports import figures
+from rayjobs.reports.rewriter import Rewriter
+from rayjobs.reports.running import Running
 from rayjobs.room import await_room
 
 
@@ -41,6 +44,8 @@ class Summary:
     seconds: float
     export_uri: str
     report_uri: str
+    training_s: float = 0.0
+    """Of the seconds, those from the first step's beginning to the last one's end."""
     was_finished: bool = False
     """Whether it was there already, and nothing at all was done."""
 
@@ -90,11 +95,12 @@ def run(run: ResolvedRun) -> Summary:
     has_ended = finished or _has_stopped(run, checkpoints)
     first = config.train.steps if has_ended else _num_steps_done(run, checkpoints)
     num_left = config.train.steps - first
+    page = _Page(run, num_left)
     with cluster.session(num_cpus(config)):
-        with ValidationLoop(run) as looks:
+        with page, ValidationLoop(run) as looks:
             if num_left:
                 await_room(config.workers, config.workers.min, cluster.is_owned())
-                _train(run, first)
+                _train(run, first, page)
         for step, reason in looks.failures.items():
             print(
                 f"warning: the pictures after step {step} could not be made: {reason}",
@@ -104,10 +110,50 @@ def run(run: ResolvedRun) -> Summary:
         if note is None or not finished or looks.num_made or not _has_outputs(run, note):
             keeps_step = note is not None and finished and not looks.num_made
             _export(run, checkpoints, note.step if note is not None and keeps_step else None)
-    report.write(run)
-    seconds = time.monotonic() - started
     made = min(num_left, max(0, _last_step(checkpoints) - first))
-    return Summary(made, seconds, run.export_uri, config.output.uri)
+    report.write(run, work=page.work(made))
+    seconds = time.monotonic() - started
+    return Summary(made, seconds, run.export_uri, config.output.uri, page.training_s)
+
+
+class _Page(Rewriter):
+    """The run's page, which follows the training as its progress tells it."""
+
+    def __init__(self, run: ResolvedRun, num_left: int):
+        super().__init__(self._write_page)
+        self.progress: Progress | None = None
+        self._run, self._num_left = run, num_left
+        self._done, self._notes = 0, dict[str, Any]()
+
+    def _write_page(self, again_by: float | None) -> None:
+        self.look()
+        rate = self._done / self.training_s if self.training_s else 0.0
+        running = Running(time.time(), again_by, self._done, self._num_left, rate, "steps")
+        report.write(self._run, running, self.work(self._done))
+
+    def look(self) -> None:
+        """Take in the progress; once its workers are gone what was seen last stays."""
+        if self.progress is not None and (read := self.progress.read())[1]:
+            self._done, self._notes = max(0, read[0] - self.progress.initial), read[1]
+
+    @property
+    def training_s(self) -> float:
+        if self.progress is not None and self.progress.worked_s is not None:
+            return self.progress.worked_s
+        return self._notes.get(LAST, 0.0) - self._notes.get(BEGAN, 0.0) if self._done else 0.0
+
+    def work(self, steps: int) -> dict[str, str]:
+        """How the steps of this run were made, for its page."""
+        if not steps or not self.training_s:
+            return {}
+        speed = f"{figures.rate(steps / self.training_s)} steps/s"
+        workers = figures.count(self._notes.get("workers", 1), "worker")
+        hours = self.training_s * self._notes.get("workers", 1) / 3600
+        return {
+            "Speed": f"{speed} over {figures.duration(self.training_s)}, by {workers}",
+            "Device": str(self._notes.get(DEVICE, "")),
+            "Cost": f"{hours:,.3g} device-hours of training",
+        }
 
 
 def _last_step(checkpoints: Checkpoints) -> int:
@@ -161,7 +207,22 @@ def _export(run: ResolvedRun, checkpoints: Checkpoints, step: int | None) -> Non
         ray.get(task.remote(run, step, metrics))
     except ray.exceptions.RayError as error:
         raise cluster.unwrap_error(error) from None
+    if not validated:
+        _draw(run, step)
     checkpoints.prune(results.to_keep(steps, validated, run.config.checkpoint.keep, 0))
+
+
+def _draw(run: ResolvedRun, step: int) -> None:
+    """Have a picture made by what is exported, where workers would fit: nothing depends on it."""
+    workers = run.config.workers
+    if ray.cluster_resources().get("GPU", 0) < workers.num_gpus:
+        return
+    task = ray.remote(_draw_in_task).options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
+    try:
+        ray.get(task.remote(run, step))
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        print(f"warning: no picture of the export could be made: {reason}", file=sys.stderr)
 
 
 def _choose(run: ResolvedRun, checkpoints: Checkpoints, validated: list[Result]) -> int:
@@ -182,12 +243,13 @@ def _choose(run: ResolvedRun, checkpoints: Checkpoints, validated: list[Result])
     return run.config.train.steps
 
 
-def _train(run: ResolvedRun, first: int) -> None:
+def _train(run: ResolvedRun, first: int, page: _Page) -> None:
     config = run.config
     with (
         Progress(config.train.steps, "steps", first) as progress,
         tempfile.TemporaryDirectory(prefix="rayjobs-train-") as ray_files,
     ):
+        page.progress = progress
         settings = {"run": run, "counter": progress.counter}
         trainer = TorchTrainer(
             _train_worker,
@@ -204,6 +266,7 @@ def _train(run: ResolvedRun, first: int) -> None:
             _fit(trainer)
         except (TrainingFailedError, ray.exceptions.RayError) as error:
             raise cluster.unwrap_error(error) from None
+        page.look()
         notes: dict[str, Any] = ray.get(progress.counter.read.remote())[1]
         if FATAL in notes:
             raise JobFailed(notes[FATAL])
@@ -219,6 +282,12 @@ def _write_export(run: ResolvedRun, step: int, metrics: dict[str, float]) -> Non
     from rayjobs.dreambooth import export
 
     export.write(run, step, metrics)
+
+
+def _draw_in_task(run: ResolvedRun, step: int) -> None:
+    from rayjobs.dreambooth import samples
+
+    samples.draw(run, step)
 
 
 def _fit(trainer: TorchTrainer) -> None:

@@ -11,7 +11,8 @@ from rayjobs.storage import NotThere, join
 
 METRICS = "metrics.jsonl"
 """One line a step."""
-
+EXPORTED = "export.jpg"
+"""A picture by the export, where no checkpoint was validated."""
 
 ROUNDING = 1e-6
 """Of a loss, relative: what two computations of the same may differ by."""

@@ -21,7 +21,7 @@ from rayjobs.dreambooth.results import Result
 from rayjobs.dreambooth.training import worker
 
 MAX_ROWS = 8
-GRID_SIDE = 256
+GRID_SIDE = 512
 """Pixels of a picture in a grid, at most."""
 
 
@@ -29,7 +29,7 @@ def validate(run: ResolvedRun, step: int) -> None:
     """Generate and measure images of the model as it is after a step, and store the result."""
     config = run.config
     torch.set_num_threads(max(1, int(config.validation.num_cpus)))
-    model = _model(run, step)
+    model = _model(run, step, "cuda" if config.validation.num_gpus else "cpu")
     subjects = run.subjects
     prompts = list(config.validation.prompts or [subject.prompt for subject in subjects])
     class_prompts = [subject.class_prompt for subject in subjects if subject.class_prompt]
@@ -45,6 +45,16 @@ def validate(run: ResolvedRun, step: int) -> None:
     before = next((r.metrics for r in results.read(config.output.uri) if r.step == 0), None)
     score = metrics.joint_score(values, before or values) if values else None
     results.write(config.output.uri, Result(step, score, values, grids))
+
+
+def draw(run: ResolvedRun, step: int) -> None:
+    """Generate a few images of what is exported, for the page of a run without validation."""
+    config, has_gpu = run.config, run.config.workers.num_gpus > 0
+    model = _model(run, step, "cuda" if has_gpu else "cpu")
+    count = config.validation.num_images if has_gpu else 1
+    (pictures,) = generate(model, config, [config.instance.prompt], count).values()
+    place = storage.join(results.folder(config.output.uri), results.EXPORTED)
+    storage.write_bytes(place, grid(pictures))
 
 
 def generate(
@@ -110,8 +120,7 @@ def grid(pictures: metrics.Pictures) -> bytes:
     return buffer.getvalue()
 
 
-def _model(run: ResolvedRun, step: int) -> Model:
-    device = "cuda" if run.config.validation.num_gpus else "cpu"
+def _model(run: ResolvedRun, step: int, device: str) -> Model:
     precision = run.config.train.precision
     # What trains in half precision may be looked at on a CPU.
     precision = "fp32" if precision == "fp16" and device == "cpu" else precision

@@ -22,7 +22,8 @@ from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.reports import contact_sheet
 from rayjobs.reports.history import History, rows_shown
-from rayjobs.reports.page import Facts, Running, render
+from rayjobs.reports.page import Facts, render
+from rayjobs.reports.running import Running
 
 MAX_PICTURES = 20_000
 """Of a larger data set a sample is shown, spread evenly over its shards."""

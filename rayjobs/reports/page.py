@@ -14,6 +14,7 @@ import numpy as np
 
 from rayjobs.reports import figures
 from rayjobs.reports.history import History
+from rayjobs.reports.running import Running, tell
 
 BINS = 120
 WORKER_BINS = 48
@@ -44,29 +45,15 @@ class Facts:
     """What could not be read, and why."""
     made_by: Mapping[str, str]
     """The model, the machine and the like, by name."""
-    running: "Running | None" = None
+    running: Running | None = None
     """The job that makes it, unless that has ended as it should."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """How far a run of the job was when the page was written, which is `at` in unix seconds."""
-
-    at: float
-    again_by: float | None
-    """When it will be written again at the latest; None after an interruption."""
-    made: int
-    """Images of this run, in finished shards."""
-    to_make: int
-    rate: float
-    """Images/s of this run."""
 
 
 def render(history: History, facts: Facts, data: str) -> str:
     """The whole page; `data` is the JSON that its script works from."""
     here = files("rayjobs.reports")
     parts = {name: (here / f"page.{name}").read_text() for name in ("html", "css", "js")}
-    summary = _now(facts.running) + _tiles(history, facts) + _look(history, facts)
+    summary = tell(facts.running) + _tiles(history, facts) + _look(history, facts)
     work = (_duplicates(facts), _reasons(history, facts), _speed(history), _workers(history))
     return Template(parts["html"]).substitute(
         title=escape(facts.title),
@@ -79,30 +66,6 @@ def render(history: History, facts: Facts, data: str) -> str:
         style=parts["css"],
         script=parts["js"],
     )
-
-
-def _now(running: Running | None) -> str:
-    """How the job goes, until it has ended; a page that nobody writes again says so by its time."""
-    if running is None:
-        return ""
-    of = f"{running.made:,} of {running.to_make:,} images of this run"
-    if running.again_by is None:
-        state = "Interrupted"
-        rest = f"at {figures.moment(running.at)} UTC, after {of}. The same command continues."
-    else:
-        state = "In progress"
-        left = (running.to_make - running.made) / running.rate if running.rate else 0.0
-        pace = (
-            f", {figures.rate(running.rate)} images/s, {figures.duration(left)} left"
-            if left
-            else ""
-        )
-        rest = (
-            f"at {figures.moment(running.at)} UTC: {of}{pace}. This page is written again by "
-            f"{figures.moment(running.again_by)[11:]}; one that is much older is of a job that was "
-            "cut off, and the same command continues it."
-        )
-    return f'<p class="now"><b>{state}</b> {rest}</p>'
 
 
 def _tiles(history: History, facts: Facts) -> str:

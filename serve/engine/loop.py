@@ -91,6 +91,18 @@ class EngineLoop:
         """Seconds until all current requests are done."""
         return self.stepper.pending_s() + sum(self._preparing.values())
 
+    def load(self) -> dict[str, tuple[int, int]]:
+        """Images in progress and waiting, by model."""
+        load: dict[str, tuple[int, int]] = {}
+        active = list(self.stepper.states)
+        rows = [(s.request, len(s.images), 0) for s in active if s.started]
+        rows += [(s.request, 0, len(s.request.seeds)) for s in active if not s.started]
+        rows += [(request, 0, len(request.seeds)) for request in list(self._preparing)]
+        for request, started, waiting in rows:
+            before = load.get(request.model, (0, 0))
+            load[request.model] = (before[0] + started, before[1] + waiting)
+        return load
+
     def names(self) -> list[str]:
         """Names of models and adapters that are in memory."""
         loaded_models = dict(self.models.loaded)

@@ -35,7 +35,7 @@ def create_app(config: ServeConfig, api: ImagesApi, adds_ids: bool = True) -> Fa
 
     Ray Serve's proxy adds the request id to responses itself: then `adds_ids` is False.
     """
-    app = FastAPI(title="rayjobs", version="1", docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="rayjobs", version="1", docs_url=None, redoc_url=None)
     if "text-to-image" in config.serves:
         _add_generations(app, api)
     if "image-to-image" in config.serves:
@@ -100,6 +100,12 @@ def _add_models(app: FastAPI, api: ImagesApi) -> None:
         api.identify(request)
         return await api.model(model)
 
+    @app.get("/v1/load", responses=ERRORS)
+    async def load(request: Request) -> dict[str, Any]:
+        """Pictures in progress and waiting, and replicas that have it in memory, by model."""
+        api.identify(request)
+        return {"object": "list", "data": await api.load()}
+
 
 def _add_operations(app: FastAPI, api: ImagesApi) -> None:
     @app.get("/health")
@@ -129,6 +135,10 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(WEB / "index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(WEB / "docs.html")
 
     app.mount("/web", StaticFiles(directory=WEB), name="web")
 

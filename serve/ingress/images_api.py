@@ -32,6 +32,7 @@ from serve.registry import Registry
 
 UPLOADS_AT_ONCE = 2
 """Uploads decoded at once; each takes a process of its own, and its pixels memory here."""
+LOAD_EVERY_S = 1.0
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 Asked = tuple[GenerateBody, ImagesRequest]
@@ -60,6 +61,8 @@ class ImagesApi:
         self.active = 0
         """Requests for images that are being answered."""
         self.is_draining = False
+        self._load: tuple[float, list[dict[str, Any]]] | None = None
+        """When the replicas were asked for their load, and their states."""
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="lookups")
         self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="uploads")
         self._sandboxes = SandboxPool(UPLOADS_AT_ONCE)
@@ -95,6 +98,28 @@ class ImagesApi:
         for state in states.values():
             self.registry.add_facts(state["facts"])
         return {name for state in states.values() for name in state["names"]}
+
+    async def load(self) -> list[dict[str, Any]]:
+        """By model or adapter, pictures in progress and waiting, and replicas that have it.
+
+        Many pages ask: the replicas are asked once in a while.
+        """
+        now_s = asyncio.get_running_loop().time()
+        if self._load is None or now_s > self._load[0] + LOAD_EVERY_S:
+            self._load = (now_s, list((await self.engines.states()).values()))
+        states = self._load[1]
+        found = []
+        for name in sorted(entry.name for entry in self.registry.entries()):
+            rows = [state["load"].get(name, (0, 0)) for state in states]
+            found.append(
+                {
+                    "id": name,
+                    "in_progress": sum(in_progress for in_progress, _ in rows),
+                    "waiting": sum(waiting for _, waiting in rows),
+                    "replicas": sum(name in state["names"] for state in states),
+                }
+            )
+        return found
 
     async def look_up(self, name: str | None) -> None:
         """Look for a name that is not known yet, on storage that may be slow to answer."""

@@ -21,6 +21,10 @@ export async function loadModels() {
   return (await (await call("v1/models")).json()).data ?? [];
 }
 
+export async function loadOf() {
+  return (await (await call("v1/load")).json()).data ?? [];
+}
+
 /** Path and options of a fetch. `input` is {picture, mask}, two blobs; mask may be null. */
 function buildRequest(fields, input) {
   const all = { ...fields, stream: true, partial_images: 3, progress: true, output_format: "png" };

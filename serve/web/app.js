@@ -5,6 +5,7 @@ import { $ } from "./dom.js";
 import * as form from "./form.js";
 import { setupInput } from "./input.js";
 import { askForKey, setupKey } from "./api-key.js";
+import { setupLoad } from "./load.js";
 import { setupPainter } from "./painter.js";
 import { cancel, generate, isRunning, shapeOf } from "./generate.js";
 import * as stage from "./stage.js";
@@ -15,6 +16,7 @@ async function open() {
     form.fillModels(await loadModels());
     form.restoreForm();
     emptyStage();
+    setupLoad();
   } catch (error) {
     if (error.status === 401) return askForKey(open);
     stage.showError(error, open);

@@ -1,12 +1,15 @@
 """The job on a real Ray cluster of one machine."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import yaml
 
+from rayjobs.cli import main
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
@@ -96,6 +99,26 @@ def test_two_drivers_at_once_share_what_they_claim(
     made = [job.run(config).num_made, others[0].num_made]
     assert sum(made) == 12
     assert min(made) > 0
+
+
+@pytest.mark.model
+def test_one_rate_is_told_everywhere(
+    tmp_path: Path, in_process: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Images over the time in which they were made: on the bar, at the end, on page and card."""
+    output, written = tmp_path / "out", tmp_path / "job.yaml"
+    values = configure(output, 1).model_dump(mode="json", exclude_unset=True)
+    written.write_text(yaml.safe_dump(values))
+    assert main(["generate", str(written), "--limit", "6"]) == 0
+    told = capfd.readouterr()
+    (said,) = re.findall(
+        r"made 6 images in [\d.]+ s \(([\d.]+)/s\); \d+ s with the start", told.out
+    )
+    bar, unit = re.findall(r"([\d.]+)( images/s|s/ images)\]", told.err)[-1]
+    shown = float(bar) if unit == " images/s" else 1 / float(bar)
+    assert shown == pytest.approx(float(said), rel=0.01)
+    assert f"<b>{said}</b><span>images/s" in (output / "index.html").read_text()
+    assert f"Made at {said} images/s in " in (output / "README.md").read_text()
 
 
 @pytest.mark.ray

@@ -286,6 +286,20 @@ def test_speed_counts_every_image_once_and_no_pause() -> None:
     assert history.failures(7).sum() == pytest.approx(10)
     assert [one["failed"] for one in history.workers()] == [10, 0]
     assert history.workers()[0]["images_per_s"] == pytest.approx(2.0)
+    assert history.pauses == [(1e9 + 500, 1e9 + 10_500)]
+    assert history.rate == pytest.approx(2.0)
+
+
+def test_a_worker_s_time_counts_once_however_many_shards_it_has_open() -> None:
+    history = History()
+    for shard, (worker, ends_at, seconds) in enumerate(
+        [("a", 100, 50), ("a", 120, 50), ("b", 90, 30), ("b", 200, 10)]
+    ):
+        entry = {"shard": shard, "sha256": "f" * 64, "file": "x.tar", "rows": 10, "failed": 0}
+        history.add(entry | {"finished_at": 1.8e9 + ends_at, "seconds": seconds, "worker": worker})
+    assert history.busy_s.tolist() == pytest.approx([70, 40], rel=1e-6)
+    assert history.active_s == pytest.approx(80)  # 50 to 120, and 190 to 200
+    assert [one["images_per_s"] for one in history.workers()] == pytest.approx([20 / 70, 20 / 40])
 
 
 def test_on_s3(bucket: str, small: Callable[[int], bytes]) -> None:

@@ -37,7 +37,7 @@ from rayjobs.dreambooth.training.objective import build_objective
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
-from rayjobs.progress import DOING, FATAL
+from rayjobs.progress import DEVICE, DOING, FATAL
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
@@ -189,12 +189,20 @@ class _ProgressCallback(pl.Callback):
     def __init__(self, counter: Any):
         self._counter = counter
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero and self._counter is not None:
+            self._counter.begin.remote(**{DEVICE: _name_of(pl_module.device)})
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.is_global_zero and self._counter is not None:
             loss = f"{pl_module.metrics['loss']:.4f}"
             self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def _tell_encoding(counter: Any, done: int, total: int) -> None:

@@ -122,7 +122,9 @@ def test_a_caller_who_leaves_takes_the_rows_along() -> None:
                     break
             (loaded,) = loop.models.loaded.values()
             assert len(loaded.engine.rows) == 3
+            assert loop.load() == {"starter": (3, 0)}
             await stream.aclose()
+            await eventually(lambda: not loop.load())
             await eventually(lambda: not loaded.engine.rows)
             await eventually(lambda: loaded.users == 0)
             assert 'outcome="cancelled"} 1.0' in loop.metrics.text()

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -284,3 +285,35 @@ def test_those_refused_together_do_not_come_again_together() -> None:
     waits = {ApiError(429, "", retry_after_s=10.0).headers["retry-after-ms"] for _ in range(20)}
     assert len(waits) > 10
     assert all(10_000 <= int(wait) <= 15_000 for wait in waits)
+
+
+class LoadedEngines(QuickEngines):
+    """Two replicas, of which one is idle."""
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        await super().states()
+        idle: dict[str, Any] = {"facts": {}, "names": [], "load": {}}
+        busy = idle | {"names": ["starter"], "load": {"starter": (3, 2)}}
+        return {"a": busy, "b": idle}
+
+
+def test_the_load_of_each_model_is_told_and_seldom_asked_for() -> None:
+    engines = LoadedEngines()
+    with serving(engines) as url:
+        answers = [ask(url, "/v1/load", method="GET") for _ in range(3)]
+    assert [status for status, _, _ in answers] == [200] * 3
+    (model,) = answers[0][2]["data"]
+    assert model == {"id": "starter", "in_progress": 3, "waiting": 2, "replicas": 1}
+    assert engines.looks == 1
+
+
+def test_the_description_of_the_api_needs_no_network(url: str) -> None:
+    """Its files name none but this server's, and they are there."""
+    status, headers, page = ask(url, "/docs", method="GET")
+    assert (status, headers["x-frame-options"]) == (200, "DENY")
+    named = re.findall(r'(?:src|href)="([^"]+)"', page.decode())
+    assert {"openapi.json", "web/docs.js", "web/docs.css"} <= set(named)
+    for name in set(named) - {"./"}:
+        status, _, file = ask(url, f"/{name}", method="GET")
+        assert status == 200
+        assert b"https://" not in (file if isinstance(file, bytes) else b"")
