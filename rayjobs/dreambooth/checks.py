@@ -9,22 +9,16 @@ import importlib.util
 import inspect
 import json
 import os
-import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.text import syntax
 from rayjobs.diffusion.weights import Weights
 from rayjobs.dreambooth.config import DreamBoothConfig, EncodersConfig
-from rayjobs.dreambooth.data.photos import Photo, shortened
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 OFFLINE = ("offline", "disabled", "dryrun")
-MAX_CAPTION_TOKENS = 3500
-"""Of a caption in any syntax but plain: it fits into the chunks that a prompt may have."""
 
 
 def check_packages(config: DreamBoothConfig) -> None:
@@ -80,81 +74,6 @@ def check_token(config: DreamBoothConfig, tokenizer: Any) -> None:
             f"inversion.token: the model's tokenizer knows {word!r} already; take another, such as "
             f"<{word.strip('<>')}2>, in instance.prompt too"
         )
-
-
-def check_captions(
-    config: DreamBoothConfig, photos: Sequence[Photo], identifier: str, tokenizer: Any
-) -> list[str]:
-    """Warnings for captions that are perhaps not taken as they were meant.
-
-    Raises BadInput for those that cannot be taken at all. Without a tokenizer none is measured.
-    """
-    check_syntax(config, photos)
-    words = [word.lower() for word in identifier.split()]
-    warnings = _tell(
-        f"captions without the identifier {identifier!r} teach nothing of it",
-        (
-            p.name
-            for p in photos
-            if not all(w in text.lower() for text in p.captions for w in words)
-        ),
-    )
-    how = config.train.caption_syntax
-    if how == "plain":
-        warnings += _tell(
-            "weights such as (word:1.3) are taken as plain text, and train.caption_syntax=a1111 "
-            "reads them",
-            (p.name for p in photos if any(map(syntax.looks_weighted, p.captions))),
-        )
-    else:
-        warnings += _tell(
-            f"words in brackets are weighted, as {how} has it; a backslash before each bracket "
-            "makes it text",
-            (p.name for p in photos if any(map(_weighs, p.captions))),
-        )
-    for photo in () if tokenizer is None else photos:
-        longest = max(len(ids) - 2 for ids in tokenizer(list(photo.captions)).input_ids)
-        most = tokenizer.model_max_length - 2
-        if how == "plain" and longest > most:
-            warnings.append(
-                f"{photo.name}: its caption has {longest} tokens, of which the model reads {most}; "
-                "train.caption_syntax=a1111 reads all"
-            )
-        if longest > MAX_CAPTION_TOKENS:
-            raise BadInput(f"{photo.name}: its caption has {longest} tokens; make it shorter")
-    return warnings
-
-
-def check_syntax(config: DreamBoothConfig, photos: Sequence[Photo]) -> None:
-    """Refuse captions that ask for what their syntax has and we have not."""
-    train = config.train
-    if train.caption_syntax == "plain":
-        return
-    shuffles = train.shuffle_tags or train.tag_dropout
-    for caption, name in {text: photo.name for photo in photos for text in photo.captions}.items():
-        try:
-            syntax.check_syntax(f"{name}: its caption", caption, train.caption_syntax)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
-        if shuffles and _weighs(caption) and any(map(_is_open, caption.split(","))):
-            raise BadInput(
-                f"{name}: its caption has brackets around several tags, which train.shuffle_tags "
-                "and train.tag_dropout would tear apart; give each tag its own"
-            )
-
-
-def _weighs(caption: str) -> bool:
-    return any(part.weight != 1 for section in syntax.parse(caption) for part in section)
-
-
-def _is_open(tag: str) -> bool:
-    bare = re.sub(r"\\.", "", tag)
-    return any(bare.count(opens) != bare.count(closes) for opens, closes in ("()", "[]"))
-
-
-def _tell(what: str, names: Iterable[str]) -> list[str]:
-    found = list(names)
-    return [f"{what}: {shortened(found)}"] if found else []
 
 
 def check_encoders(encoders: EncodersConfig, key: str) -> None:

@@ -18,6 +18,7 @@ from rayjobs.dreambooth.config import (
     TrainConfig,
     identifier_in,
 )
+from rayjobs.dreambooth.data import wording
 from rayjobs.dreambooth.data.photos import (
     A_MASK,
     Photo,
@@ -85,7 +86,7 @@ class ResolvedRun:
     def with_class_images(self, images: dict[str, list[Photo]]) -> "ResolvedRun":
         """The run with class images, by their places."""
         for found in images.values():
-            checks.check_syntax(self.config, found)
+            wording.check_syntax(self.config, found)
         uri = self.class_images_uri
         prior = self.config.prior.model_copy(update={"uri": uri})
         config = self.config.model_copy(update={"prior": prior})
@@ -128,12 +129,12 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     warn(_check_masks(run))
     for subject in run.subjects:
         word = config.identifier if config.inversion.num_vectors else _identifier(subject)
-        warn(checks.check_captions(config, subject.photos, word, _tokenizer(weights)))
+        warn(wording.check_captions(config, subject.photos, word, _tokenizer(weights)))
         warn([] if config.inversion.num_vectors else _check_identifier(word, weights))
         warn(check_sizes(subject.photos, config.train.resolution or weights.default_side))
     warn(_check_average(config.train))
     run = _with_held_out(run)
-    checks.check_syntax(config, run.held_out)
+    wording.check_syntax(config, run.held_out)
     for name in ("min_snr_gamma", "debiased"):
         if weights.is_edm and getattr(config.train, name):
             raise BadInput(

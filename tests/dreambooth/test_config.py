@@ -219,7 +219,7 @@ def test_captions_in_a_prompt_s_syntax(tmp_path: Path, capsys: pytest.CaptureFix
     a1111 = "train.caption_syntax=a1111"
     assert f"taken as plain text, and {a1111} reads them: {first.name}" in told("a (sks:1.2) star")
     weighted = told("a (sks:1.2) star", a1111)
-    assert "words in brackets are weighted, as a1111 has it" in weighted
+    assert "words in brackets are weighted" in weighted
     assert told("a sks star, " + "red " * 90, a1111) == ""
     assert told(r"a sks star \(of mine\)", a1111, "train.shuffle_tags=true") == ""
     assert told("sks star, (red, pink:1.2), small", a1111, "train.shuffle_tags=true").startswith(
