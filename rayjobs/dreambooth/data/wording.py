@@ -53,7 +53,9 @@ def check_captions(
 def _check_lengths(photos: Sequence[Photo], how: str, tokenizer: Any) -> list[str]:
     warnings, most = [], tokenizer.model_max_length - 2
     for photo in photos:
-        longest = max(len(ids) - 2 for ids in tokenizer(list(photo.captions)).input_ids)
+        longest = max(
+            len(ids) - 2 for ids in tokenizer(list(photo.captions), verbose=False).input_ids
+        )
         if how != "plain" and longest > MAX_TOKENS:
             raise BadInput(f"{photo.name}: its caption has {longest} tokens; make it shorter")
         if how == "plain" and longest > most:
