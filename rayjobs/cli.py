@@ -229,7 +229,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     done = composition.evaluate(config)
     for name, value in {**done.metrics, "joint_score": done.score}.items():
-        print(f"{results.with_direction(name):38} {value:.3f}")
+        print(f"{results.with_scale(name):46} {value:.3f}")
     print(f"of {done.num_pictures:,} pictures; they are in {done.output_uri}")
     return DONE
 

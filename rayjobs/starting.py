@@ -66,6 +66,7 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
         "openai/clip-vit-large-patch14.",
         {
             "model": {"uri": "runs/first/export"},
+            "before": {"uri": "starter"},
             "subject": {"uri": "photos", "identifier": "sks", "class_word": "star"},
             "prompts": {"inline": ["a photo of a {0} {1} on a green background"]},
             "encoders": {"subject": "starter", "prompt": "starter"},

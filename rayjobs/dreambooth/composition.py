@@ -17,7 +17,7 @@ from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.reader import Reader
 from rayjobs.dreambooth import checks, job, lock
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.config.evaluate import EvaluateConfig, read_prompts
+from rayjobs.dreambooth.config.evaluate import EvaluateConfig, ModelConfig, read_prompts
 from rayjobs.dreambooth.data.photos import (
     Photo,
     Subject,
@@ -36,6 +36,7 @@ from rayjobs.room import await_room, check_shared
 
 METRICS = "metrics.json"
 IMAGES_PER_SHARD = 16
+ByPrompt = dict[str, list[Image.Image]]
 
 
 def train(config: DreamBoothConfig) -> job.Summary:
@@ -75,9 +76,13 @@ def describe_evaluation(config: EvaluateConfig) -> str:
     find_weights(config.model)
     prompts = len(read_prompts(config))
     whole = prompts * config.num_images + config.num_class_images
+    twice = ""
+    if config.before is not None:
+        find_weights(config.before)
+        whole, twice = 2 * whole, "; as many before training"
     return (
         f"{whole:,} pictures: {prompts:,} prompts x {config.num_images:,}, and "
-        f"{config.num_class_images:,} of the class"
+        f"{config.num_class_images:,} of the class{twice}"
     )
 
 
@@ -175,27 +180,39 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     prompts = read_prompts(config)
     photos = find_photos(config.subject.uri, "")
-    class_prompt = f"a photo of a {config.subject.class_word}"
-    images = _generate(config, prompts, config.num_images, "pictures")
-    class_images = _generate(config, [class_prompt], config.num_class_images, "class")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject, prompt = metrics.load_encoders(config.encoders, device)
     assert subject is not None
     real = [photo.open() for photo in photos]
+    images, class_images = _make(config, config.model, config.output.uri, prompts)
     values = metrics.measure(subject, prompt, real, images, class_images)
-    score = metrics.joint_score(values)
+    before = None
+    if config.before is not None:
+        uri = storage.join(config.output.uri, "before")
+        made = _make(config, config.before, uri, prompts)
+        before = metrics.measure(subject, prompt, real, *made)
+    score = metrics.joint_score(values, before)
     data = json.dumps({**values, "joint_score": score}, indent=1)
     storage.write_bytes(storage.join(config.output.uri, METRICS), data.encode())
     return Evaluation(values, score, sum(map(len, images.values())), config.output.uri)
 
 
+def _make(
+    config: EvaluateConfig, model: ModelConfig, uri: str, prompts: list[str]
+) -> tuple[ByPrompt, ByPrompt]:
+    """Pictures of the subject and of its class, made where they are missing."""
+    class_prompt = config.subject.class_prompt or f"a photo of a {config.subject.class_word}"
+    of_subject, of_class = storage.join(uri, "pictures"), storage.join(uri, "class")
+    images = _generate(config, model, prompts, config.num_images, of_subject)
+    return images, _generate(config, model, [class_prompt], config.num_class_images, of_class)
+
+
 def _generate(
-    config: EvaluateConfig, prompts: list[str], count: int, name: str
-) -> dict[str, list[Image.Image]]:
+    config: EvaluateConfig, model: ModelConfig, prompts: list[str], count: int, uri: str
+) -> ByPrompt:
     """Images by prompt, made by the generation job in a folder of their own."""
-    uri = storage.join(config.output.uri, name)
     values = {
-        "model": config.model.model_dump(),
+        "model": model.model_dump(),
         "prompts": {"inline": prompts},
         "seeds": {"count": count},
         "sampler": {"steps": config.steps, "guidance_scale": config.guidance_scale},

@@ -148,6 +148,7 @@ def describe(run: ResolvedRun, model: Model, step: int, metrics: dict[str, float
         step=step,
         steps=config.train.steps,
         dtype=config.output.dtype,
+        caption_syntax=config.train.caption_syntax,
         seed=config.train.seed,
         files={},
         photos=lock.photo_names(run, lambda photo: photo.sha256),

@@ -5,7 +5,6 @@ further in looks for photographs, class images or paths again. Knows no torch an
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from rayjobs.dreambooth.config import (
     TrainConfig,
     identifier_in,
 )
+from rayjobs.dreambooth.data import wording
 from rayjobs.dreambooth.data.photos import (
     A_MASK,
     Photo,
@@ -85,6 +85,8 @@ class ResolvedRun:
 
     def with_class_images(self, images: dict[str, list[Photo]]) -> "ResolvedRun":
         """The run with class images, by their places."""
+        for found in images.values():
+            wording.check_syntax(self.config, found)
         uri = self.class_images_uri
         prior = self.config.prior.model_copy(update={"uri": uri})
         config = self.config.model_copy(update={"prior": prior})
@@ -127,11 +129,12 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     warn(_check_masks(run))
     for subject in run.subjects:
         word = config.identifier if config.inversion.num_vectors else _identifier(subject)
-        warn(_check_captions(subject.photos, word, weights))
+        warn(wording.check_captions(config, subject.photos, word, _tokenizer(weights)))
         warn([] if config.inversion.num_vectors else _check_identifier(word, weights))
         warn(check_sizes(subject.photos, config.train.resolution or weights.default_side))
     warn(_check_average(config.train))
     run = _with_held_out(run)
+    wording.check_syntax(config, run.held_out)
     for name in ("min_snr_gamma", "debiased"):
         if weights.is_edm and getattr(config.train, name):
             raise BadInput(
@@ -227,32 +230,6 @@ def _check_identifier(word: str, weights: Weights) -> list[str]:
     if len(ids) == 1 and ids[0] < COMMON_SHARE * len(tokenizer):
         return [f"the identifier {word!r} is a common word, whose meaning would be overwritten"]
     return []
-
-
-def _check_captions(photos: Sequence[Photo], identifier: str, weights: Weights) -> list[str]:
-    """Warnings for captions that do not name the subject, or are too long for the model."""
-    warnings, words = [], identifier.split()
-    nameless = [
-        photo.name
-        for photo in photos
-        if not all(word.lower() in text.lower() for text in photo.captions for word in words)
-    ]
-    if nameless:
-        warnings.append(
-            f"captions without the identifier {identifier!r} teach nothing of it: "
-            f"{shortened(nameless)}"
-        )
-    tokenizer = _tokenizer(weights)
-    if tokenizer is None:
-        return warnings
-    most = tokenizer.model_max_length - 2
-    for photo in photos:
-        longest = max(len(ids) - 2 for ids in tokenizer(list(photo.captions)).input_ids)
-        if longest > most:
-            warnings.append(
-                f"{photo.name}: its caption has {longest} tokens, of which the model reads {most}"
-            )
-    return warnings
 
 
 def _tokenizer(weights: Weights) -> Any:

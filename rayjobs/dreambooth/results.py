@@ -16,13 +16,18 @@ EXPORTED = "export.jpg"
 
 ROUNDING = 1e-6
 """Of a loss, relative: what two computations of the same may differ by."""
-BETTER = {"preservation": "lower"}
-"""Which way a metric is better; all others when they are higher."""
+SCALES = {
+    "subject_likeness": "up to 1, higher is better",
+    "prompt_likeness": "up to 1, higher is better",
+    "preservation": "up to 1, lower is better",
+    "diversity": "from 0, higher is better",
+    "joint_score": "0 to 1, higher is better",
+}
 
 
-def with_direction(name: str) -> str:
-    """A metric's name for people, and whether more of it is better or less."""
-    return f"{name.replace('_', ' ')} ({BETTER.get(name, 'higher')} is better)"
+def with_scale(name: str) -> str:
+    """A metric's name for people, its scale, and whether more of it is better or less."""
+    return f"{name.replace('_', ' ')} ({SCALES[name]})"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def validate(run: ResolvedRun, step: int) -> None:
     class_prompts = [subject.class_prompt for subject in subjects if subject.class_prompt]
     class_prompts = list(dict.fromkeys(class_prompts))
     images = generate(model, config, prompts, config.validation.num_images)
-    class_images = generate(model, config, class_prompts, 2 * config.validation.num_images)
+    class_images = generate(model, config, class_prompts, config.validation.num_class_images)
     grids = {}
     for number, (prompt, pictures) in enumerate((images | class_images).items()):
         name = f"step-{step:08d}-{number:02d}.jpg"

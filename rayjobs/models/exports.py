@@ -53,6 +53,8 @@ class ExportNote:
     """Whether the model of a `full` export has the words in its own text encoders."""
     steps: int = 0
     """The run's steps, of which `step` is the exported one; 0 in notes of older versions."""
+    caption_syntax: str = "plain"
+    """How the captions were written that it was trained with, as `prompt_syntax` of prompts."""
     dtype: str = ""
     """Of a whole model's weights; empty in notes of older versions."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -66,6 +68,8 @@ def write(uri: str, note: ExportNote) -> None:
     values = asdict(note)
     if not note.source:
         del values["source"]
+    if note.caption_syntax == "plain":
+        del values["caption_syntax"]  # which earlier versions do not know
     data = json.dumps(values, indent=1, ensure_ascii=False).encode()
     storage.write_bytes(storage.join(uri, FILE), data)
 

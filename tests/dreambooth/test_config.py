@@ -197,8 +197,36 @@ def test_captions_that_teach_less_than_they_seem_to(
     told = capsys.readouterr().err
     assert f"captions without the identifier 'sks' teach nothing of it: {nameless.name}\n" in told
     assert re.search(rf"{long.name}: its caption has \d+ tokens, of which the model reads 75", told)
+    assert "train.caption_syntax=a1111 reads all" in told
     assert "passed over, a caption of no picture: notes.txt" in told
     assert "notes.txt (a caption of no picture)" in _skipped(run.skipped)
+
+
+def test_captions_in_a_prompt_s_syntax(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What their syntax cannot have, and what of them is not as it was perhaps meant."""
+    photos = tmp_path / "photos"
+    shutil.copytree(Path(CONFIG).parent / "subject", photos)
+    first = min(path for path in photos.iterdir() if path.suffix == ".png")
+
+    def told(caption: str, *changes: str) -> str:
+        first.with_suffix(".txt").write_text(caption)
+        try:
+            resolve(config(tmp_path, f"instance.uri={photos}", *changes))
+        except BadInput as error:
+            return f"refused: {error}"
+        return capsys.readouterr().err
+
+    a1111 = "train.caption_syntax=a1111"
+    assert f"taken as plain text, and {a1111} reads them: {first.name}" in told("a (sks:1.2) star")
+    weighted = told("a (sks:1.2) star", a1111)
+    assert "words in brackets are weighted" in weighted
+    assert told("a sks star, " + "red " * 90, a1111) == ""
+    assert told(r"a sks star \(of mine\)", a1111, "train.shuffle_tags=true") == ""
+    assert told("sks star, (red, pink:1.2), small", a1111, "train.shuffle_tags=true").startswith(
+        f"refused: {first.name}: its caption has brackets around several tags"
+    )
+    assert "[red:pink:0.5]" in told("a sks star [red:pink:0.5]", a1111)
+    assert "make it shorter" in told("a sks star" + " red" * 3600, a1111)
 
 
 def test_several_subjects(tmp_path: Path, picture: Callable[[int], Image.Image]) -> None:

@@ -298,6 +298,7 @@ def test_pictures_metrics_and_the_page(ray_cluster: None, priors: Path, tmp_path
         "every_n_steps": 2,
         "prompts": ["a sks star on a red background"],
         "num_images": 2,
+        "num_class_images": 4,
         "steps": 2,
         "encoders": {"subject": "starter", "prompt": "starter"},
     }
@@ -322,6 +323,6 @@ def test_pictures_metrics_and_the_page(ray_cluster: None, priors: Path, tmp_path
     assert len(shown) == 8
     assert all(Path(output, name).stat().st_size > 1000 for name in shown)
     assert "a sks star on a red background" in page
-    assert "preservation (lower is better)" in page
+    assert "preservation (up to 1, lower is better)" in page
     (events,) = Path(output, "logs").iterdir()
     assert b"train/loss" in events.read_bytes()

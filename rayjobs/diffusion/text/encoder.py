@@ -91,28 +91,11 @@ class PromptEncoder:
     def _encode(self, pieces: list[_Piece]) -> list[Embedding]:
         padding = self.batch - len(pieces) if self.fixed_shape else 0
         padded = pieces + [pieces[-1]] * padding
-        states, pooled_BD = [], None
         with self.loras.applied([piece.loras for piece in padded]):
-            for number, encoder in enumerate(self.model.text_encoders):
-                tokens = torch.tensor([piece.chunk.tokens[number] for piece in padded])
-                output = encoder(tokens.to(self.model.device), output_hidden_states=True)
-                state_BLD = self._pick_state(encoder, output, pieces[0].clip_skip)
-                weighted = zip(state_BLD[: len(pieces)], pieces, strict=True)
-                states.append(torch.stack([_weighted(s, p.chunk, number) for s, p in weighted]))
-                pooled_BD = output[0] if output[0].ndim == 2 else pooled_BD
-        text_BLD = torch.cat(states, dim=-1).to(self.model.dtype)
+            chunks = [piece.chunk for piece in padded]
+            text_BLD, pooled_BD = encode_chunks(self.model, chunks, pieces[0].clip_skip)
+        text_BLD = text_BLD.to(self.model.dtype)
         return [self._embedding(i, text_BLD, pooled_BD) for i in range(len(pieces))]
-
-    def _pick_state(self, encoder: Any, output: Any, clip_skip: int | None) -> torch.Tensor:
-        """SDXL reads the last layer but one; SD the last, or an earlier one normed again."""
-        if self.model.family == "sdxl":
-            state: torch.Tensor = output.hidden_states[-(2 + (clip_skip or 0))]
-            return state
-        if clip_skip is None:
-            return output[0]
-        # transformers 5.6 and later have no `text_model` inside CLIPTextModel.
-        norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        return norm(output.hidden_states[-(clip_skip + 1)])
 
     def _embedding(
         self, row: int, text_BLD: torch.Tensor, pooled_BD: torch.Tensor | None
@@ -121,6 +104,33 @@ class PromptEncoder:
         if self.model.family == "sdxl" and pooled_BD is not None:
             pooled_1D = pooled_BD[row : row + 1].to(self.model.dtype)
         return Embedding(text_BLD[row : row + 1].clone(), pooled_1D)
+
+
+def encode_chunks(
+    model: Model, chunks: Sequence[Chunk], clip_skip: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States (N, 77, D) of N chunks, and SDXL's pooled vectors (N, P): a call of each encoder."""
+    states, pooled_NP = [], None
+    for number, encoder in enumerate(model.text_encoders):
+        tokens_NL = torch.tensor([chunk.tokens[number] for chunk in chunks])
+        output = encoder(tokens_NL.to(model.device), output_hidden_states=True)
+        state_NLD = _pick_state(model.family, encoder, output, clip_skip)
+        weighted = zip(state_NLD, chunks, strict=True)
+        states.append(torch.stack([_weighted(state, chunk, number) for state, chunk in weighted]))
+        pooled_NP = output[0] if output[0].ndim == 2 else pooled_NP
+    return torch.cat(states, dim=-1), pooled_NP
+
+
+def _pick_state(family: str, encoder: Any, output: Any, clip_skip: int | None) -> torch.Tensor:
+    """SDXL reads the last layer but one; SD the last, or an earlier one normed again."""
+    if family == "sdxl":
+        state: torch.Tensor = output.hidden_states[-(2 + (clip_skip or 0))]
+        return state
+    if clip_skip is None:
+        return output[0]
+    # transformers 5.6 and later have no `text_model` inside CLIPTextModel.
+    norm = getattr(encoder, "text_model", encoder).final_layer_norm
+    return norm(output.hidden_states[-(clip_skip + 1)])
 
 
 def _weighted(state_LD: torch.Tensor, chunk: Chunk, encoder: int) -> torch.Tensor:

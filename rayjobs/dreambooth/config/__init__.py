@@ -154,9 +154,11 @@ class ValidationConfig(Config):
     prompts: tuple[str, ...] = ()
     """Prompts with the identifier; without them instance.prompt."""
     prompt_syntax: PromptSyntax = "plain"
-    """How these prompts are written; captions and class prompts are plain."""
+    """How these prompts are written; instance.prompt and class prompts are drawn as plain texts."""
     num_images: int = Field(default=4, ge=1)
     """Pictures of each prompt, with seeds 0, 1, ..."""
+    num_class_images: int = Field(default=32, ge=2)
+    """Pictures of the class without identifier, for preservation and diversity."""
     steps: int | None = Field(default=None, ge=1, le=1000)
     """Denoising steps of a picture."""
     guidance_scale: float | None = Field(default=None, ge=0)

@@ -25,6 +25,8 @@ class SubjectConfig(Config):
     """The word that the model was taught, as in sks."""
     class_word: str
     """What the subject is, as in dog."""
+    class_prompt: str | None = None
+    """Of pictures of the class, as prior.prompt of a run; without it "a photo of a CLASS_WORD"."""
 
 
 class PromptsConfig(Config):
@@ -57,10 +59,12 @@ class OutputConfig(Config):
 
 class EvaluateConfig(Config):
     model: ModelConfig
+    before: ModelConfig | None = None
+    """The model before training, from which the joint score then counts, as on a run's page."""
     subject: SubjectConfig
     prompts: PromptsConfig
     num_images: int = Field(default=4, ge=1)
-    """Pictures of each prompt; the paper has 4."""
+    """Pictures of each prompt, with seeds 0, 1, ...; the paper has 4."""
     num_class_images: int = Field(default=32, ge=2)
     """Pictures of the class without identifier, for preservation and diversity."""
     steps: int | None = Field(default=None, ge=1, le=1000)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config
+from rayjobs.diffusion.text.syntax import PromptSyntax
 
 BLOCKS = (
     "conv_in",
@@ -69,6 +70,9 @@ class TrainConfig(Config):
     """Different crops of a photograph, where its shape leaves something to choose."""
     flip: bool = False
     """Mirror every other picture. Not for subjects with writing or a left and a right."""
+    caption_syntax: PromptSyntax = "plain"
+    """How captions are written, as prompts.syntax of jobs: plain ones are cut at 77 tokens; a1111
+    takes longer ones, in chunks of 75, and its weights."""
     caption_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of pictures trained without their text."""
     shuffle_tags: bool = False

@@ -33,11 +33,11 @@ NO_VALIDATION = (
 )
 NO_PICTURES = '<p class="quiet">No pictures were made yet.</p>'
 ABOUT_METRICS = (
-    "All from 0 to 1. Preservation is how much pictures of the class without the identifier look "
-    "like the subject; diversity is how much they differ from each other. The joint score counts "
-    "from the untrained model (step 0). Measured on {of_subject} pictures of each prompt and "
-    "{of_class} of the class, at {steps}; `rayjobs evaluate` with other numbers, or other "
-    "seeds, gives somewhat other values."
+    "Likenesses and preservation are cosines or shares; 1 is the same. Preservation is how much "
+    "pictures of the class without the identifier look like the subject; diversity is how much "
+    "they differ from each other. The joint score counts from the untrained model (step 0). "
+    "Measured on {of_subject} pictures of each prompt and {of_class} of the class, with seeds 0, "
+    "1, ... and {steps}; `rayjobs evaluate` with these numbers gives these values."
 )
 MAX_SKIPPED = 100
 PHOTO_HEIGHT = 256
@@ -98,7 +98,7 @@ def _tiles(
     shown = best if export is None else export.step
     chosen = next((result for result in validated if result.step == shown), None)
     for name, value in chosen.metrics.items() if chosen is not None else ():
-        tiles.append((f"{value:.3f}", results.with_direction(name)))
+        tiles.append((f"{value:.3f}", results.with_scale(name)))
     return "".join(
         f"<div><b>{html.escape(b)}</b><span>{html.escape(s)}</span></div>" for b, s in tiles
     )
@@ -226,10 +226,11 @@ def _table(validated: list[Result], settings: ValidationConfig) -> str:
     best = results.best_step(validated)
     about = ABOUT_METRICS.format(
         of_subject=settings.num_images,
-        of_class=2 * settings.num_images,
+        of_class=settings.num_class_images,
         steps=f"{settings.steps} steps" if settings.steps else "the model's usual steps",
     )
-    head = "".join(f"<th>{results.with_direction(name)}</th>" for name in names)
+    score_name = results.with_scale("joint_score")
+    head = "".join(f"<th>{results.with_scale(name)}</th>" for name in names)
     body = ""
     for result in validated:
         cells = "".join(f"<td>{result.metrics.get(name, float('nan')):.3f}</td>" for name in names)
@@ -238,5 +239,5 @@ def _table(validated: list[Result], settings: ValidationConfig) -> str:
         body += f"<tr{mark}><td>{result.step:,}</td>{cells}<td>{score}</td></tr>"
     return (
         f'<h2>Metrics</h2><p class="quiet">{about}</p><div class="scroll"><table>'
-        f"<tr><th>step</th>{head}<th>joint score (higher is better)</th></tr>{body}</table></div>"
+        f"<tr><th>step</th>{head}<th>{score_name}</th></tr>{body}</table></div>"
     )

@@ -20,7 +20,7 @@ from rayjobs.dreambooth.data import bucketing
 from rayjobs.dreambooth.data.cache import Cache, Tensors
 from rayjobs.dreambooth.data.schedule import BatchSchedule, Row, View, micro_batches
 from rayjobs.dreambooth.training.objective import Objective
-from rayjobs.dreambooth.training.tuned_model import Text, TunedModel
+from rayjobs.dreambooth.training.tuned_model import Text, TunedModel, joined
 
 MAX_TEXTS = 64
 TELL_EVERY = 10
@@ -54,9 +54,7 @@ class Batch:
             if isinstance(value, torch.Tensor)
         }
         if self.text is not None:
-            pooled_BP = self.text.pooled_BP
-            pooled_BP = None if pooled_BP is None else pooled_BP.to(device)
-            moved["text"] = Text(self.text.states_BLD.to(device), pooled_BP)
+            moved["text"] = self.text.map(lambda tensor: tensor.to(device))
         return replace(self, **moved)
 
 
@@ -102,7 +100,7 @@ class Batches:
         if self.tuned.trains_text:
             return
         captions: list[str | None] = [None, *sorted(self._cached_captions)]
-        texts = {_text_name(caption): caption for caption in captions}
+        texts = {self._text_name(caption): caption for caption in captions}
         for name in self.cache.missing(list(texts)[rank::num_workers]):
             self.cache.put(name, self._states(texts[name]))
 
@@ -229,7 +227,7 @@ class Batches:
 
     def _cached_states(self, caption: str | None) -> Tensors:
         if self.cache is not None and (caption is None or caption in self._cached_captions):
-            return self.cache.get(_text_name(caption))
+            return self.cache.get(self._text_name(caption))
         if caption not in self._texts:
             if len(self._texts) == MAX_TEXTS:
                 self._texts.clear()
@@ -238,10 +236,11 @@ class Batches:
 
     def _text(self, rows: list[Row]) -> Text:
         texts = [self._cached_states(row.caption) for row in rows]
-        pooled = [text["pooled"] for text in texts if "pooled" in text]
-        states_BLD = torch.stack([text["states"] for text in texts])
-        return Text(states_BLD, torch.stack(pooled) if pooled else None)
+        pooled = [text["pooled"][None] if "pooled" in text else None for text in texts]
+        states = [text["states"][None] for text in texts]
+        return joined([Text(*each) for each in zip(states, pooled, strict=True)])
 
-
-def _text_name(caption: str | None) -> str:
-    return "no text" if caption is None else f"text-{caption}"
+    def _text_name(self, caption: str | None) -> str:
+        syntax = self.schedule.config.caption_syntax
+        known = "" if syntax == "plain" else f"{syntax}\0"
+        return "no text" if caption is None else f"text-{known}{caption}"

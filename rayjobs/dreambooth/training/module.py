@@ -116,9 +116,8 @@ class DreamBooth(pl.LightningModule):
 
     def _errors_and_weights(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.lora.dropout:
-            for _, network in self.tuned.parts():
-                lora.set_dropout_keys(network, batch.dropout_keys_B)
-        text = batch.text or self.tuned.encode(batch.captions)
+            lora.set_dropout_keys(self.tuned.unet, batch.dropout_keys_B)
+        text = batch.text or self.tuned.encode(batch.captions, batch.dropout_keys_B)
         x_BCHW, timesteps_B = self.objective.inputs(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
         target_BCHW = self.objective.target(batch.z_BCHW, batch.noise_BCHW, batch.levels_B)
         if self.config.prior.mode == "teacher" and batch.has_prior:

@@ -6,23 +6,30 @@ Knows nothing of data, optimizers or workers. Legend: B rows, L tokens, D P widt
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.text import inversion
-from rayjobs.diffusion.text.inversion import expand_words
+from rayjobs.diffusion.text.chunks import Chunk, tokenize
+from rayjobs.diffusion.text.encoder import encode_chunks
 from rayjobs.diffusion.unet_batch import KERNELS
 from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.data import rng
 from rayjobs.dreambooth.training import lora
 
 NO_KERNEL = ("No available kernel", "No viable backend")
 """In torch's messages, on CUDA and on a CPU, when the kernel does not take these tensors."""
+
+
+Said = tuple[Chunk, ...]
+"""A caption in chunks."""
 
 
 class Text(NamedTuple):
@@ -30,6 +37,13 @@ class Text(NamedTuple):
 
     states_BLD: torch.Tensor
     pooled_BP: torch.Tensor | None
+    own_BL: torch.Tensor | None = None
+    """Which states are a row's own, and no padding; None where all are."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Text":
+        """The same with all tensors changed, as by a move to another device."""
+        others = (self.pooled_BP, self.own_BL)
+        return Text(change(self.states_BLD), *(None if x is None else change(x) for x in others))
 
 
 class TunedModel(torch.nn.Module):
@@ -45,6 +59,7 @@ class TunedModel(torch.nn.Module):
         """Whether nothing but learned tokens is trained."""
         self.trains_text = config.train.text_encoders or config.inversion.num_vectors > 0
         """Whether captions must be encoded again at every step."""
+        self.caption_syntax = config.train.caption_syntax
         self.averaged = config.train.ema_decay is not None
         self.compute = compute
         self.unet = model.unet
@@ -90,9 +105,20 @@ class TunedModel(torch.nn.Module):
         """Every trained parameter by its name in checkpoints."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def encode(self, captions: Sequence[str | None]) -> Text:
+    def encode(
+        self, captions: Sequence[str | None], dropout_keys_B: torch.Tensor | None = None
+    ) -> Text:
+        said = self._chunks(captions)
+        if dropout_keys_B is not None:
+            keys_N = _keys_of_chunks(dropout_keys_B, said)
+            for encoder in self.text_encoders:
+                lora.set_dropout_keys(encoder, keys_N)
         with self._autocast():
-            return encode(self.model, captions)
+            return encode(self.model, said, [caption is not None for caption in captions])
+
+    def _chunks(self, captions: Sequence[str | None]) -> list[Said]:
+        syntax = self.caption_syntax
+        return [tokenize(self.model, caption or "", syntax).chunks for caption in captions]
 
     def predict(
         self, x_BCHW: torch.Tensor, timesteps_B: torch.Tensor, text: Text, time_ids_B6: torch.Tensor
@@ -119,7 +145,10 @@ class TunedModel(torch.nn.Module):
             if not self._teacher:
                 for _, network in self.parts():
                     stack.enter_context(lora.disabled(network))
-            teachers_text = encode(teacher, captions) if self.trains_text else text
+            teachers_text = text
+            if self.trains_text:
+                has_text = [caption is not None for caption in captions]
+                teachers_text = encode(teacher, self._chunks(captions), has_text)
             return predict(teacher, x_BCHW, timesteps_B, teachers_text, time_ids_B6)
 
     def _autocast(self) -> Any:
@@ -136,30 +165,46 @@ class TunedModel(torch.nn.Module):
             encoder.enable_input_require_grads()
 
 
-def encode(model: Model, captions: Sequence[str | None]) -> Text:
-    """Text conditioning of captions; None is no text, encoded as in the model's own training.
+def encode(model: Model, said: Sequence[Said], has_text: Sequence[bool]) -> Text:
+    """The conditioning of captions in chunks; those without text as in the model's own training."""
+    states_NLD, pooled_NP = encode_chunks(model, [chunk for chunks in said for chunk in chunks])
+    counts = [len(chunks) for chunks in said]
+    states = [part.flatten(0, 1)[None] for part in states_NLD.split(counts)]
+    pooled = [None] * len(said)
+    if model.family == "sdxl" and pooled_NP is not None:
+        pooled = [part[:1] for part in pooled_NP.split(counts)]
+    texts = [Text(*each) for each in zip(states, pooled, strict=True)]
+    return joined(
+        [
+            text if has or not model.force_zeros else text.map(torch.zeros_like)
+            for text, has in zip(texts, has_text, strict=True)
+        ]
+    )
 
-    SDXL: the last hidden states but one of both encoders, concatenated, and the second's pooled
-    vector, zeros for no text; Stable Diffusion: the last states, normalised.
-    """
-    sdxl, states, pooled_BP = model.family == "sdxl", [], None
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        tokens_BL = tokenizer(
-            [expand_words(caption or "", tokenizer) for caption in captions],
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        output = encoder(tokens_BL.to(model.device), output_hidden_states=True)
-        states.append(output.hidden_states[-2] if sdxl else output[0])
-        pooled_BP = output[0] if sdxl and output[0].ndim == 2 else pooled_BP
-    states_BLD = torch.cat(states, dim=-1)
-    if model.force_zeros:
-        has_text_B = torch.tensor([caption is not None for caption in captions]).to(model.device)
-        states_BLD = states_BLD * has_text_B[:, None, None]
-        pooled_BP = None if pooled_BP is None else pooled_BP * has_text_B[:, None]
-    return Text(states_BLD, pooled_BP)
+
+def joined(texts: Sequence[Text]) -> Text:
+    """Conditionings of a row each as one, padded to the longest."""
+    lengths = [text.states_BLD.shape[1] for text in texts]
+    longest = max(lengths)
+    padded = [
+        F.pad(text.states_BLD, (0, 0, 0, longest - length))
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+    pooled = [text.pooled_BP for text in texts if text.pooled_BP is not None]
+    own_BL = None
+    if min(lengths) < longest:
+        own_BL = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        own_BL = own_BL.to(padded[0].device)
+    return Text(torch.cat(padded), torch.cat(pooled) if pooled else None, own_BL)
+
+
+def _keys_of_chunks(keys_B: torch.Tensor, said: Sequence[Said]) -> torch.Tensor:
+    """(N,): a key for each chunk, of which the first has its row's."""
+    counts = torch.tensor([len(chunks) for chunks in said], device=keys_B.device)
+    salts = [
+        rng.key("chunk", number) if number else 0 for each in said for number in range(len(each))
+    ]
+    return keys_B.repeat_interleave(counts) ^ torch.tensor(salts, device=keys_B.device)
 
 
 def predict(
@@ -181,6 +226,7 @@ def predict(
         x_BCHW.to(dtype),
         timesteps_B,
         encoder_hidden_states=text.states_BLD.to(dtype),
+        encoder_attention_mask=text.own_BL,
         added_cond_kwargs=added,
         return_dict=False,
     )[0]
