@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(signal.SIGHUP, _interrupt)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from rayjobs.config import BadInput, JobFailed
     from rayjobs.storage import StorageError
 
@@ -49,8 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _interrupt(*_: object) -> None:
-    """What ends a job from outside is an interruption, like Ctrl-C."""
+def _interrupt(number: int, _: object) -> None:
+    """What ends a job from outside is an interruption, like Ctrl-C.
+
+    Once: `timeout` and others send it to the process and then to its group, while this ends.
+    """
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
