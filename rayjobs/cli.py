@@ -50,8 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _interrupt(*_: object) -> None:
-    """What ends a job from outside is an interruption, like Ctrl-C."""
+def _interrupt(number: int, _: object) -> None:
+    """What ends a job from outside is an interruption, like Ctrl-C.
+
+    Once: `timeout` and others send it to the process and then to its group, while this ends.
+    """
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

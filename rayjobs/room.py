@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayjobs import storage
@@ -46,6 +47,17 @@ def await_room(workers: Workers, count: int, is_own: bool) -> None:
         time.sleep(POLL_S)
     if _on(workers, ray.available_resources()) < 1:
         print("all that fits is in use by others; waiting for it", file=sys.stderr, flush=True)
+
+
+def check_machine(workers: Workers) -> None:
+    """Raise BadInput at once when a worker needs more GPUs than this machine has.
+
+    For a cluster of this process's own, before it is started.
+    """
+    here = {"CPU": os.cpu_count() or 1, "GPU": ResourceAndLabelSpec().resolve(True).num_gpus}
+    if workers.num_gpus > (here["GPU"] or 0):
+        lack = describe_lack(workers, 1, 0, [{"Alive": True, "Resources": here}])
+        raise BadInput(f"{lack}; {_way_out(workers)}")
 
 
 def check_shared(uri: str, key: str = "output.uri") -> None:

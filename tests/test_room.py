@@ -113,6 +113,15 @@ def test_waiting_is_told_and_ends(
     assert capsys.readouterr().err == ""
 
 
+def test_a_machine_without_gpus_is_told_before_a_cluster_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2, "GPU": 1}')
+    room.check_machine(Workers(num_gpus=1, num_cpus=64))
+    with pytest.raises(BadInput, match=r"asks for 1 CPUs and 2 GPUs; there is \d+ CPUs and 1 GPUs"):
+        room.check_machine(Workers(num_gpus=2))
+
+
 def test_a_cluster_that_does_not_answer_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where something takes the connection and then says nothing."""
     monkeypatch.setattr(cluster, "ANSWER_S", 0.3)

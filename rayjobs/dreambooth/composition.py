@@ -32,7 +32,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prior import PriorConfig
 from rayjobs.models.facts import find_weights
 from rayjobs.models.options import SourceConfig
-from rayjobs.room import await_room, check_shared
+from rayjobs.room import await_room, check_machine, check_shared
 
 METRICS = "metrics.json"
 IMAGES_PER_SHARD = 16
@@ -50,6 +50,8 @@ def train(config: DreamBoothConfig) -> job.Summary:
     finished = job.is_finished(run)
     if finished and job.is_complete(run):
         return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
+    if cluster.is_own() and not finished:
+        check_machine(run.config.workers)
     with cluster.session(job.num_cpus(run.config)):
         check_shared(run.config.output.uri)
         if not finished:

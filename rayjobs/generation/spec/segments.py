@@ -49,9 +49,9 @@ def ensure_segment(
 ) -> Lock:
     """The data set's lock with the draft's job in it: it was there, or is created or appended.
 
-    A job of which nothing was made yet gives way to another. `determinism()` gives the class of a
-    new data set. Raises BadInput with the difference when there is another job and it is not to be
-    extended.
+    A job of which nothing was made yet gives way to another, and to other workers. `determinism()`
+    gives the class of a new data set. Raises BadInput with the difference when there is another job
+    and it is not to be extended.
     """
     uri = draft.config.output.uri
     mark = storage.etag(lock_uri(uri))
@@ -62,10 +62,11 @@ def ensure_segment(
             f"{uri} holds shards, but {lock_uri(uri)}, which says of which job, is gone; put it "
             "back, or choose another output.uri"
         )
-    if before is None or (untouched and not _is_there(before, draft)):
+    mine = determinism() if untouched else {}
+    if before is None or (untouched and not _is_there(before, draft, mine)):
         _check_twins(draft.config)
         storage.remove_folder(storage.join(uri, "prompts"))
-        lock = Lock(segments=(draft.segment,), determinism=determinism())
+        lock = Lock(segments=(draft.segment,), determinism=mine)
         stored = replace_lock(lock, mark, uri) if mark else create_lock(lock, uri)
         if not stored:
             return ensure_segment(draft, determinism, extend)
@@ -92,8 +93,10 @@ def _check_twins(config: GenerateConfig) -> None:
             )
 
 
-def _is_there(lock: Lock, draft: JobDraft) -> bool:
-    return any(segment.identity() == draft.segment.identity() for segment in lock.segments)
+def _is_there(lock: Lock, draft: JobDraft, determinism: dict[str, Any]) -> bool:
+    mine = draft.segment.identity()
+    is_one = any(segment.identity() == mine for segment in lock.segments)
+    return is_one and lock.determinism == determinism
 
 
 def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> tuple[JobDraft, int | None]:

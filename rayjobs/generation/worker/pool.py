@@ -25,7 +25,7 @@ from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Redo
 from rayjobs.progress import Progress
 from rayjobs.reports.history import History
-from rayjobs.room import await_room
+from rayjobs.room import await_room, check_machine
 
 T = TypeVar("T")
 MAX_SHARDS_PER_BLOCK = 64
@@ -137,6 +137,8 @@ def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
 @contextmanager
 def session(workers: Workers) -> Generator[None]:
     """The cluster to run on, as `cluster.session`, with Ray Data set for long jobs."""
+    if cluster.is_own():
+        check_machine(workers)
     with cluster.session(workers.max_workers * workers.num_cpus):
         await_room(workers, 1, cluster.is_owned())
         context = ray.data.DataContext.get_current()

@@ -277,8 +277,9 @@ class ShardWorker:
         """Until a first marker is there, another job may take the place of this one."""
         if self._lock is None:
             return
-        there, mine = read_lock(self.config.output.uri), self._lock.segments
-        if there is None or there.segments[: len(mine)] != mine:
+        there, mine = read_lock(self.config.output.uri), self._lock
+        same = there is not None and there.segments[: len(mine.segments)] == mine.segments
+        if there is None or not same or there.determinism != mine.determinism:
             raise BadInput(f"another run began another job in {self.config.output.uri}; this ends")
         self._lock = None
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.lock import Lock, Segment, read_lock
+from rayjobs.dataset.lock import Lock, Segment, lock_uri, read_lock, replace_lock
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.diffusion.weights import Weights
 from rayjobs.generation import job
@@ -165,6 +166,18 @@ def test_a_job_that_made_nothing_gives_way_to_another(tmp_path: Path) -> None:
         job.prepare(config)
 
 
+def test_a_job_that_made_nothing_takes_other_workers(tmp_path: Path) -> None:
+    """Threads decide bits; a first try may have asked for more CPUs than there are."""
+    config = configure(tmp_path / "out", ["a"], {"count": 1}, workers={"num_cpus": 8})
+    begun = job.prepare(config)
+    smaller = configure(tmp_path / "out", ["a"], {"count": 1})
+    assert job.prepare(smaller).determinism["threads"] == 1
+    with pytest.raises(BadInput, match="another run began"):
+        list(ShardWorker(config, begun).make([0]))
+    grow(smaller)
+    assert job.prepare(config).determinism["threads"] == 1
+
+
 def test_a_job_moved_elsewhere_is_the_same_job(tmp_path: Path) -> None:
     output = tmp_path / "out"
     prompts = tmp_path / "a" / "prompts.txt"
@@ -193,6 +206,8 @@ def test_another_class_is_refused_or_marked(
     config = configure(output, ["a"], {"count": 2})
     lock = job.prepare(config)
     older = lock.model_copy(update={"determinism": lock.determinism | {"torch": "1.0"}})
+    uri = str(output)
+    assert replace_lock(older, storage.etag(lock_uri(uri)) or "", uri)
     with pytest.raises(BadInput, match=r'torch: "1.0" there'):
         ShardWorker(config, older)
     allowed = config.model_copy(
