@@ -25,11 +25,19 @@ MOST_FEW_STEPS = 12
 MOST_FEW_GUIDANCE = 2.0
 LCM_GUIDANCE = 8.0
 NAMES = re.compile(
-    r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper(?=[-_ ]?(?:sd|\d+[-_ ]?step)))(?![a-rt-z])"
+    r"(?<![a-z])(turbo|lightning|lcm|tcd|pcm|dmd2?|hyper(?=[-_ ]?(?:sd|\d+[-_ ]?step)))"
+    r"(?![a-rt-z])"
 )
 """Names of distilled models, as makers put them into titles and ids."""
 NUMBER = re.compile(r"(?<!\d)(\d)[-_ ]?steps?(?![a-z])")
+ONE_STEP = re.compile(r"(?<!\d)1[-_ ]?steps?(?![a-z])")
+X0 = re.compile(r"(?<![a-z0-9])x0(?![a-z0-9])")
 MADE_FOR = re.compile(r"\d[-_ ]?steps?(?![a-z])|sd[-_ ]?xl|sd[-_ ]?(?:1\.?5|15|turbo)")
+OWN_SAMPLERS = {
+    **dict.fromkeys(("LCM", "DMD", "DMD2"), "LCMScheduler"),
+    **dict.fromkeys(("TCD", "PCM"), "TCDScheduler"),
+}
+"""Of distilled models, by kind."""
 SAME_FOR_ALL = ("pytorch_lora_weights", "adapter_model")
 LABELS = {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM", "hyper": "Hyper"}
 
@@ -77,6 +85,13 @@ def as_told(scheduler: Mapping[str, Any], prediction_type: str) -> dict[str, Any
     return {**scheduler, **told}
 
 
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a sampler's configuration is that of a model of flow matching."""
+    named = str(scheduler.get("_class_name")).startswith("FlowMatch")
+    said = str(scheduler.get("prediction_type")).startswith(("flow", "rectified_flow"))
+    return named or said or bool(scheduler.get("use_flow_sigmas"))
+
+
 def names_of(*configs: Mapping[str, Any]) -> str:
     """The last parts of the names that configurations were saved under."""
     names = (str(config.get("_name_or_path") or "") for config in configs)
@@ -110,10 +125,36 @@ def adapter_usual(names: str) -> Usual | None:
     too: with these the name must also tell the steps or the base model.
     """
     kind = distilled_name(names)
-    is_subject = kind in ("Turbo", "Lightning") and not MADE_FOR.search(names.lower())
+    is_subject = kind in ("Turbo", "Lightning") and not MADE_FOR.search(_spaced(names))
     if is_subject:
         return None
     return None if kind is None else Usual(_named_steps(names), 1.0, kind)
+
+
+def model_hint(name: str) -> str:
+    """A model's file name, where it tells that the model is a distilled one; else nothing.
+
+    As of adapters: the name must tell the base model or the steps besides, or be of no subject.
+    """
+    kind, spaced = distilled_name(name), _spaced(name)
+    is_subject = kind in ("Turbo", "Lightning") and not re.search(r"\dstep|xl|sd", spaced)
+    return "" if kind is None or (is_subject and not MADE_FOR.search(spaced)) else name
+
+
+def one_step(name: str) -> str | None:
+    """What the UNet of a distilled model for one step predicts, by its file's name.
+
+    Raises ValueError for those that begin at a noise level of their own.
+    """
+    if not ONE_STEP.search(_spaced(name)):
+        return None
+    kind = distilled_name(name)
+    if kind in ("Hyper", "DMD", "DMD2"):
+        raise ValueError(
+            f"is {kind}'s for one step, which begins at a noise level of its own that cannot be "
+            "asked for; take the file for 2 or more steps"
+        )
+    return "sample" if kind == "Lightning" and X0.search(name) else None
 
 
 def file_name(uri: str) -> str:
@@ -126,22 +167,27 @@ def file_name(uri: str) -> str:
 def distilled_sampler(kind: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """What a distilled model of that kind changes of a sampler that is meant for many steps.
 
-    LCM and DMD2 come with a sampler of their own; the others begin at the last noise level.
+    Some come with a sampler of their own; the others begin at the last noise level.
     """
     if Prediction.of(scheduler).is_edm or _distilled(scheduler, "") is not None:
         return {}
-    trailing = {"timestep_spacing": "trailing"}
-    return {"_class_name": "LCMScheduler"} if kind in ("LCM", "DMD", "DMD2") else trailing
+    own = OWN_SAMPLERS.get(kind)
+    return {"timestep_spacing": "trailing"} if own is None else {"_class_name": own}
 
 
 def distilled_name(titles: str) -> str | None:
     """The kind of distilled model that a title names."""
-    named = NAMES.search(titles.lower())
+    named = NAMES.search(_spaced(titles))
     return LABELS.get(named[1], named[1].upper()) if named else None
 
 
+def _spaced(names: str) -> str:
+    """Names in small letters, their words apart: `realvisXLLightning` is `realvis_xl_lightning`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", names).lower()
+
+
 def _named_steps(names: str) -> int:
-    number = NUMBER.search(names.lower())
+    number = NUMBER.search(_spaced(names))
     return int(number[1]) if number and int(number[1]) else FEW_STEPS
 
 

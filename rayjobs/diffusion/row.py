@@ -133,7 +133,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     sampler = Sampler(
         request.sampler,
         request.sampler_options,
-        model.scheduler,
+        loras.sampler_config(use),
         steps,
         None if image is None else request.strength,
         generator,

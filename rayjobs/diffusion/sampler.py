@@ -59,6 +59,7 @@ def _require_library(name: str, class_name: str) -> None:
 class Sampler:
     """One row's sampler: its schedule tables stay on the CPU, so that no step waits for a device.
 
+    `config` is that of the model's own sampler, with its class as `_class_name`.
     `timesteps` are the UNet calls left to make at the start: 7 steps are 13 for Heun, 16 for PNDM.
     `strength` below 1 starts late, as diffusers' image-to-image pipelines do.
 
@@ -69,15 +70,13 @@ class Sampler:
         self,
         name: str | None,
         options: Mapping[str, Any],
-        model_scheduler: Any,
+        config: Mapping[str, Any],
         steps: int,
         strength: float | None,
         generator: torch.Generator,
     ):
-        config = model_scheduler.config
-        own = type(model_scheduler).__name__
-        prediction = Prediction.of({**config, "_class_name": own})
-        sampler_class, options = resolve(name or own, options, prediction)
+        own = config["_class_name"]
+        sampler_class, options = resolve(name or own, options, Prediction.of(config))
         self.eta = options.pop("eta", 0.0)
         if "noise_sampler_seed" in _parameters(sampler_class.__init__):
             # Left to itself this class draws its seed from the process's global random state.

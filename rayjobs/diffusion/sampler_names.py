@@ -65,6 +65,9 @@ ZERO_SNR = frozenset(
 ONLY_EPSILON = frozenset({"IPNDMScheduler"})
 """Those without the option `prediction_type`."""
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a UNet may predict: the noise, the velocity, or the picture itself."""
+
 
 @dataclass(frozen=True)
 class Prediction:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayjobs.diffusion import facts
 from rayjobs.diffusion.facts import FAMILIES, Usual
-from rayjobs.diffusion.files import foreign
+from rayjobs.diffusion.files import beside, foreign
 from rayjobs.diffusion.files.folder import (
     PARTS,
     PICKLES,
@@ -37,7 +37,7 @@ from rayjobs.diffusion.files.versions import (
     V_CONFIGS,
     V_SIDES,
 )
-from rayjobs.diffusion.sampler_names import Prediction
+from rayjobs.diffusion.sampler_names import PREDICTIONS, Prediction
 
 STARTER = Path(__file__).parents[1] / "starter" / "model"
 IDENTITY = {".json", ".txt", ".safetensors", ".model"}
@@ -265,8 +265,8 @@ def locate(source: str | Source) -> Weights:
     )
     if found.single is not None:
         _check_rest(found)
-        _check_prediction(found)
-        found.check_config()
+    _check_prediction(found)
+    found.check_config()
     return found
 
 
@@ -278,7 +278,14 @@ def _single_file(path: Path) -> Weights:
             raise ValueError(pickle_message(path))
         raise ValueError(f"{path} is not a model: expected a .safetensors file or a folder")
     single = read_single(read_header(path))
-    return Weights(path, PIPELINES[single.family], single, names=single.titles)
+    try:
+        told = facts.one_step(path.stem) or beside.prediction(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    if told is not None and "prediction_type" not in single.scheduler:
+        single = replace(single, scheduler={**single.scheduler, "prediction_type": told})
+    names = f"{single.titles} {facts.model_hint(path.stem)}"
+    return Weights(path, PIPELINES[single.family], single, names=names)
 
 
 def _unet_folder(folder: Path) -> Weights:
@@ -352,7 +359,16 @@ def _check_rest(weights: Weights) -> None:
 
 
 def _check_prediction(weights: Weights) -> None:
-    if weights.prediction == Prediction("epsilon", zero_snr=True):
+    """Raise ValueError for a model of whose prediction no sampler here makes a picture."""
+    scheduler, kind = weights.scheduler, weights.prediction.kind
+    if facts.is_flow(scheduler):
+        raise ValueError(f"{weights.path} is a model of flow matching, which is not drawn here")
+    if kind not in PREDICTIONS:
+        raise ValueError(
+            f"{weights.path} says that it predicts {kind!r}, which is none of "
+            f"{', '.join(PREDICTIONS)}; give model.prediction_type where that is wrong"
+        )
+    if weights.single is not None and weights.prediction == Prediction("epsilon", zero_snr=True):
         raise ValueError(
             f"{weights.path} says zero terminal SNR and not v-prediction, which noise cannot be "
             "predicted at; give model.prediction_type=v_prediction, or epsilon to pass over it"

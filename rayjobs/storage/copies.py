@@ -33,6 +33,7 @@ def fetch(uri: str) -> Path:
 
     The copy is made under a lock, so that many workers fetch once, and has a name of its own for
     each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
+    In it the file or folder is called as it is there, since names tell what adapters are for.
     """
     if not is_remote(uri):
         return Path(uri.removeprefix("file://")).expanduser()
@@ -41,17 +42,17 @@ def fetch(uri: str) -> Path:
     if not found:
         raise StorageError(f"{uri}: nothing is there")
     state = sorted((name, info["size"], str(info.get("ETag"))) for name, info in found.items())
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr(("named", state)).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
-    target = cache / key
+    target, name = cache / key, os.path.basename(path.rstrip("/"))
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             partial = Path(tempfile.mkdtemp(dir=cache))
-            _download(fs, path, found, partial)
+            _download(fs, path, found, partial if list(found) == [path] else partial / name)
             partial.rename(target)
-    return target / os.path.basename(path) if list(found) == [path] else target
+    return target / name
 
 
 def _download(fs: Any, root: str, found: dict[str, Any], folder: Path) -> None:

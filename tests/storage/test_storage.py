@@ -55,6 +55,7 @@ def test_fetch_copies_once_and_again_when_changed(
     storage.write_bytes(join(uri, "index"), b"{}")
     first = storage.fetch(uri)
     assert (first / "unet" / "w").read_bytes() == b"weights"
+    assert first.name == "model"
     assert storage.fetch(uri) == first
     storage.write_bytes(join(uri, "unet", "w"), b"others!")
     again = storage.fetch(uri)

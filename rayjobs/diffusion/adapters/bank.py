@@ -15,9 +15,10 @@ import torch
 from rayjobs.diffusion.adapters.layer import AdaptedLayer, Group, Uses
 from rayjobs.diffusion.adapters.names import Layer, Layers
 from rayjobs.diffusion.adapters.reader import Adapter, read
-from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.facts import Usual, distilled_sampler
 from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.pipeline import scheduler_config
 
 LoraUse = tuple[tuple[str, float], ...]
 """A row's adapters: (SHA-256 of the file, scale), in order."""
@@ -97,8 +98,20 @@ class LoraBank:
 
     def usual(self, use: LoraUse) -> Usual:
         """What to ask for with a row's adapters: that of a distilled one, else the model's."""
-        found = [self._adapters[sha256].usual for sha256, scale in use if scale]
-        return next(filter(None, found), self.model.usual)
+        return self._distilled(use) or self.model.usual
+
+    def sampler_changes(self, use: LoraUse) -> dict[str, Any]:
+        """What a row's adapters change of the configuration of the model's own sampler."""
+        usual = self._distilled(use)
+        if usual is None or usual.kind is None:
+            return {}
+        return distilled_sampler(usual.kind, scheduler_config(self.model.scheduler))
+
+    def sampler_config(self, use: LoraUse) -> dict[str, Any]:
+        """The configuration of the model's own sampler, as a row's adapters change it."""
+        config, changes = scheduler_config(self.model.scheduler), self.sampler_changes(use)
+        defaults = [key for key in config.get("_use_default_values", []) if key not in changes]
+        return config | changes | {"_use_default_values": defaults}
 
     @property
     def num_bytes(self) -> int:
@@ -132,6 +145,10 @@ class LoraBank:
     def _parts(self) -> dict[str, Any]:
         encoders = zip(("text_encoder", "text_encoder_2"), self.model.text_encoders, strict=False)
         return {"unet": self.model.unet, **dict(encoders)}
+
+    def _distilled(self, use: LoraUse) -> Usual | None:
+        found = [self._adapters[sha256].usual for sha256, scale in use if scale]
+        return next(filter(None, found), None)
 
     def _release(self, number: int) -> None:
         for layer in self._layers.values():

@@ -1,12 +1,14 @@
-"""Files beside a model: adapters and learned words, where they are named or in their folders.
+"""Files beside a model: adapters, learned words and settings, where they are named or in folders.
 
-Knows nothing of what is in them.
+Knows nothing of what is in the first two.
 """
 
+import re
 from pathlib import Path
 
 from rayjobs.diffusion.files.folder import PICKLES
 
+V_SETTING = re.compile(r"""^\s*parameterization\s*:\s*["']?v["']?\s*(#.*)?$""", re.MULTILINE)
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
@@ -42,3 +44,16 @@ def word_file(path: Path) -> Path:
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(f"learned words {path}: no such .safetensors file")
     return path
+
+
+def prediction(model: Path) -> str | None:
+    """What the settings of latent diffusion beside a single file say of it: v-prediction, if so.
+
+    The web UI takes them from a file of the same name that ends in `.yaml`.
+    """
+    settings = model.with_suffix(".yaml")
+    try:
+        text = settings.read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return "v_prediction" if V_SETTING.search(text) else None

@@ -26,6 +26,12 @@ PREDICTION_METADATA = (
     "ss_prediction_type",
     "prediction_type",
 )
+PREDICTION_WORDS = {
+    **dict.fromkeys(("v", "v_pred", "vpred", "velocity"), "v_prediction"),
+    **dict.fromkeys(("eps", "noise"), "epsilon"),
+    **dict.fromkeys(("x0", "x", "original_sample"), "sample"),
+}
+"""What tools call it, by diffusers' words."""
 V_METADATA = ("ss_v_parameterization", "v_parameterization", "ss_v_pred", "v_pred")
 ZERO_SNR_METADATA = ("ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "modelspec.ztsnr")
 TITLES = ("modelspec.title", "modelspec.tags", "modelspec.merged_from", "ss_output_name")
@@ -251,11 +257,9 @@ def _prediction(header: Header) -> str | None:
     if V_KEYS & header.names or _says(header, V_METADATA):
         return "v_prediction"
     for key in PREDICTION_METADATA:
-        said = str(header.metadata.get(key, "")).lower().replace("-", "_")
-        if said in ("v", "v_pred", "vpred", "v_prediction", "velocity"):
-            return "v_prediction"
-        if said in ("epsilon", "eps", "noise"):
-            return "epsilon"
+        said = re.sub(r"[\s-]+", "_", str(header.metadata.get(key, "")).strip().lower())
+        if said not in ("", "none"):
+            return PREDICTION_WORDS.get(said, said)
     architecture = str(header.metadata.get("modelspec.architecture", ""))
     model = str(header.metadata.get("ss_base_model_version", ""))
     if "v2-768-v" in architecture or "v2_768_v" in model:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.text.inversion import expand_words
-from rayjobs.diffusion.text.syntax import Part, looks_weighted, parse, weighs_whole
+from rayjobs.diffusion.text.syntax import Part, foreign, looks_weighted, parse, weighs_whole
 
 COMMA_REACH = 20
 """A chunk that ends in the middle of a phrase ends at a comma instead, at most so many tokens
@@ -49,14 +49,14 @@ def tokenize(model: Model, text: str, syntax: str, *, negative: bool = False) ->
             f"a prompt takes {max(map(len, each))} chunks of 75 tokens; at most {MAX_CHUNKS} are "
             "taken, so make it shorter"
         )
-    warnings = ()
+    warnings = foreign(text)
     if weighs_whole(text) and not negative:
-        warnings = ("a number after a colon at the prompt's end is taken as plain text",)
+        warnings.append("a number after a colon at the prompt's end is taken as plain text")
     chunks = tuple(
         _chunk(model, parts, syntax != "a1111-no-norm")
         for parts in zip_longest(*each, fillvalue=[])
     )
-    return Tokens(chunks, warnings)
+    return Tokens(chunks, tuple(warnings))
 
 
 def padded(model: Model, chunks: tuple[Chunk, ...], count: int) -> tuple[Chunk, ...]:
@@ -74,7 +74,7 @@ def _plain(model: Model, text: str) -> Tokens:
         tokens.append(tuple(cut))
         if len(tokenizer(said).input_ids) > most:
             kept.append(most - 2)
-    warnings = []
+    warnings = foreign(text)
     if kept:
         warnings.append(
             f"prompt cut after {min(kept)} tokens, the text encoder's limit; prompt_syntax a1111 "

@@ -23,9 +23,21 @@ NUMBER_AT_END = re.compile(r":\s*[+-]?(\d+\.?\d*|\.\d+)\s*$")
 SCHEDULES = "schedules such as [a:b:0.5] and [a|b]"
 LOOKS_WEIGHTED = re.compile(
     r"\([^()]+:\s*[+-]?[.\d]+\s*\)|\(\(.*\)\)|\[[^\[\]]+\]|\\[()\[\]]|\bBREAK\b"
-    r"|(^|,)\s*\([^()]+\)\s*(,|$)|" + NETWORK.pattern,
+    r"|(^|,)\s*\([^()]+\)\s*(,|$)",
     re.DOTALL,
 )
+FOREIGN = (
+    (NETWORK.pattern, "name the file under loras, and remove it from the prompt"),
+    (r"\bembedding:\S+", "name the file under words, and write the word alone"),
+    (r"\{[^{}]*\|[^{}]*\}", "write one of the texts; a job's templates and axes make all of them"),
+    (r"(?<!\w)__\w[\w/*-]*__(?!\w)", "wildcards are not filled in; a job's templates and axes are"),
+    (
+        r"\)(\++|--+)(?!\w)|[a-z]{2}\++(?=[\s,)]|$)|\)\d?\.\d+",
+        "(word:1.1) weighs it, with prompt_syntax a1111",
+    ),
+    (r"(?<!\S)--(ar|chaos|iw|niji|no|q|seed|stylize|style|s|v)(?= \S)", "give it as a setting"),
+)
+"""What other programs read in a prompt, and what is to be done here."""
 CLOSES = {")": ("(", 1.1), "]": ("[", 1 / 1.1)}
 """What a bracket closes, and the weight that it gives."""
 _Section = list[tuple[str, list[float]]]
@@ -42,6 +54,16 @@ class Part(NamedTuple):
 def looks_weighted(text: str) -> bool:
     """Whether a text is perhaps meant for a syntax with weights."""
     return LOOKS_WEIGHTED.search(text) is not None
+
+
+def foreign(text: str) -> list[str]:
+    """Warnings of what other programs read and this one draws as text."""
+    found = ((re.search(pattern, text), way_out) for pattern, way_out in FOREIGN)
+    return [
+        f"{match[0].strip()!r:.60} is taken as plain text: {way_out}"
+        for match, way_out in found
+        if match
+    ]
 
 
 def weighs_whole(text: str) -> bool:

@@ -58,7 +58,9 @@ class RecordGenerator:
         self.loras = tuple(
             Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
-        self.lora_ids = [[self.engine.loras.load(lora.path), lora.scale] for lora in self.loras]
+        use = tuple((self.engine.loras.load(lora.path), lora.scale) for lora in self.loras)
+        self.lora_ids = [list(each) for each in use]
+        self._changes = self.engine.loras.sampler_changes(use)
         self.scorer = load_scorer(config.quality, self.model)
         self._ahead = BATCHES_AHEAD * size
         self._init = lru_cache(maxsize=4)(partial(read_init, sandbox=Sandbox()))
@@ -82,8 +84,10 @@ class RecordGenerator:
     def image_id(self, record: Record, init_sha256: str | None) -> str:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
-        name = record.sampler or type(self.model.scheduler).__name__
-        sampler_class, options = resolve(name, sampler.options, self.model.prediction)
+        sampler_class, options = resolve(
+            self._sampler(record), sampler.options, self.model.prediction
+        )
+        changes = {key: value for key, value in self._changes.items() if key != "_class_name"}
         side = self.model.default_side if init_sha256 is None else None
         syntax = record.prompt_syntax or "plain"
         return image_id(
@@ -93,7 +97,7 @@ class RecordGenerator:
                 "negative_prompt": record.negative_prompt,
                 "seed": record.seed,
                 "sampler": sampler_class.__name__,
-                "sampler_options": options,
+                "sampler_options": changes | options,
                 "steps": self._steps(record),
                 "guidance_scale": self._guidance(record),
                 "guidance_rescale": record.guidance_rescale,
@@ -189,7 +193,7 @@ class RecordGenerator:
             "prompt": record.prompt,
             "negative_prompt": record.negative_prompt,
             "seed": record.seed,
-            "sampler": record.sampler or type(self.model.scheduler).__name__,
+            "sampler": self._sampler(record),
             "steps": self._steps(record),
             "guidance_scale": self._guidance(record),
             "guidance_rescale": record.guidance_rescale,
@@ -205,6 +209,10 @@ class RecordGenerator:
             **({SYNTAX.name: record.prompt_syntax} if record.prompt_syntax else {}),
             **record.passed_through,
         }
+
+    def _sampler(self, record: Record) -> str:
+        own = self._changes.get("_class_name", type(self.model.scheduler).__name__)
+        return record.sampler or own
 
     def _steps(self, record: Record) -> int:
         return self.model.usual.steps if record.steps is None else record.steps

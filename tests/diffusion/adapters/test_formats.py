@@ -17,7 +17,6 @@ from rayjobs.diffusion.adapters.reader import read
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.diffusion.row import prepare_row
 from rayjobs.diffusion.weights import sha256_of
 from tests.diffusion.adapters import formats_kohya, formats_peft
 from tests.diffusion.adapters.formats import FORMATS
@@ -210,34 +209,3 @@ def test_kinds_that_are_no_plain_factors_draw_as_merged_weights_do(
             output_type="pt",
         ).images[0]
         assert (found[seed].pixels - expected).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize(
-    ("path", "title", "steps"),
-    [
-        ("lcm-lora-sdxl/pytorch_lora_weights.safetensors", "", 4),
-        ("sdxl_lightning_8step_lora.safetensors", "", 8),
-        ("fast.safetensors", "DMD2 4 step LoRA", 4),
-        ("turbo/style.safetensors", "", None),
-        ("porsche-911-turbo.safetensors", "", None),
-        ("sd_xl_turbo_lora_v1.safetensors", "", 4),
-        ("hypersonic-jets.safetensors", "", None),
-    ],
-)
-def test_an_adapter_of_few_steps_is_known_by_what_it_is_called(
-    tiny: Model, bank: LoraBank, tmp_path: Path, path: str, title: str, steps: int | None
-) -> None:
-    made = make(tiny, formats_kohya.kohya_diffusers_names)
-    made.header = {"modelspec.title": title}
-    file = tmp_path / path
-    file.parent.mkdir(exist_ok=True)
-    use = ((bank.load(write(made, file.parent, file.name)), 1.0),)
-    usual = bank.usual(use)
-    assert (
-        usual == tiny.usual if steps is None else (usual.steps, usual.guidance_scale) == (steps, 1)
-    )
-    row = prepare_row(0, Request(prompt="x", seed=0, loras=(Lora(path=str(file)),)), tiny, bank)
-    assert (len(row.texts) == 1) == (steps is not None)
-    assert not row.warnings
-    asked = Request(prompt="x", seed=0, steps=30, loras=(Lora(path=str(file)),))
-    assert bool(prepare_row(0, asked, tiny, bank).warnings) == (steps is not None)

@@ -74,6 +74,7 @@ def swapped_shards(folder: Path) -> None:
 
 def damage(folder: Path, kind: str) -> None:
     unet, index = folder / "unet", folder / "model_index.json"
+    sampler = folder / "scheduler" / "scheduler_config.json"
     lora = {"unet.down_blocks.1.attentions.0.proj_in.lora_A.weight": torch.zeros(4, 8)}
 
     def only_lora(tensors: dict[str, Any]) -> None:
@@ -108,6 +109,9 @@ def damage(folder: Path, kind: str) -> None:
         "other autoencoder": lambda: change(folder / "vae" / "config.json", latent_channels=16),
         "no sampler": lambda: (folder / "scheduler" / "scheduler_config.json").unlink(),
         "two variants": lambda: two_variants(unet),
+        "flow": lambda: change(sampler, _class_name="FlowMatchEulerDiscreteScheduler"),
+        "flow's sigmas": lambda: change(sampler, use_flow_sigmas=True),
+        "another aim": lambda: change(sampler, prediction_type="score"),
     }[kind]()
 
 
@@ -138,6 +142,9 @@ REFUSED = {
     "other encoders": "its text encoders give 64 numbers a token, its UNet reads 768",
     "other autoencoder": "its autoencoder has 16 channels, its UNet 4",
     "no sampler": "scheduler_config.json is missing",
+    "flow": "is a model of flow matching",
+    "flow's sigmas": "is a model of flow matching",
+    "another aim": "says that it predicts 'score', which is none of epsilon, v_prediction, sample",
     "two variants": "exists in the variants bf16, fp16; keep one of them",
 }
 

@@ -217,3 +217,60 @@ def test_distilled_models_are_known_by_their_titles(
 def test_a_unet_that_takes_guidance_is_of_lcm(file: Path) -> None:
     usual = locate(write(file, XL | {f"{UNET}time_embed.cond_proj.weight": (8, 8)})).usual
     assert (usual.kind, usual.steps, usual.guidance_scale) == ("LCM", 4, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "steps"),
+    [
+        ("sdxl_lightning_8step_unet", "Lightning", 8),
+        ("dreamshaperXL_lightningDPMSDE", "Lightning", 4),
+        ("juggernautXL_v9Rdphoto2Lightning", "Lightning", 4),
+        ("sd_xl_turbo_1.0_fp16", "Turbo", 4),
+        ("Hyper-SDXL-2steps", "Hyper", 2),
+        ("porsche-911-turbo", None, 30),
+        ("hyperrealXL", None, 30),
+    ],
+)
+def test_distilled_models_are_known_by_their_file_names(
+    tmp_path: Path, name: str, kind: str | None, steps: int
+) -> None:
+    found = locate(write(tmp_path / f"{name}.safetensors", XL))
+    assert (found.usual.kind, found.usual.steps) == (kind, steps)
+    assert found.prediction == Prediction()
+
+
+def test_models_for_one_step(tmp_path: Path) -> None:
+    lightning = write(tmp_path / "sdxl_lightning_1step_x0.safetensors", XL)
+    assert locate(lightning).prediction == Prediction("sample")
+    for name in ("Hyper-SDXL-1step-Unet", "dmd2_sdxl_1step_unet_fp16"):
+        with pytest.raises(ValueError, match=r"for one step, .* take the file for 2 or more steps"):
+            locate(write(tmp_path / f"{name}.safetensors", XL))
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ('model:\n  params:\n    parameterization: "v"\n', "v_prediction"),
+        ("    parameterization: v  # as trained\n", "v_prediction"),
+        ("    parameterization: eps\n", "epsilon"),
+        ("    # parameterization: v\n", "epsilon"),
+    ],
+)
+def test_settings_beside_a_file_are_read(file: Path, setting: str, kind: str) -> None:
+    uri = write(file, SD1)
+    plain = locate(uri).sha256
+    file.with_suffix(".yaml").write_text(setting)
+    assert locate(uri).prediction == Prediction(kind)
+    assert (locate(uri).sha256 == plain) == (kind == "epsilon")
+    told = write(file, SD1, {"modelspec.prediction_type": "epsilon"})
+    assert locate(told).prediction == Prediction(), "the file's own word counts before"
+
+
+def test_what_no_sampler_draws_is_refused(file: Path) -> None:
+    uri = write(file, XL, {"modelspec.prediction_type": "rectified flow"})
+    with pytest.raises(ValueError, match="is a model of flow matching"):
+        locate(uri)
+    uri = write(file, XL, {"modelspec.predict_key": "score"})
+    with pytest.raises(ValueError, match=r"says that it predicts 'score', .* model.prediction_typ"):
+        locate(uri)
+    assert locate(Source(uri=uri, prediction_type="epsilon")).prediction == Prediction()

@@ -285,7 +285,6 @@ def test_a_prompt_of_too_many_chunks_fails_alone(tiny: Model) -> None:
         ("a [red] star", True),
         (r"miku \(vocaloid\)", True),
         ("a star BREAK a ring", True),
-        ("a <lora:style:1> star", True),
         ("a crane (bird) in 16:9", False),
         ("BREAKFAST for two, (with tea) or not", False),
     ],
@@ -295,6 +294,30 @@ def test_plain_texts_that_look_weighted_are_warned_about(
 ) -> None:
     warned = [w for w in tokenize(tiny, text, "plain").warnings if "prompt_syntax a1111" in w]
     assert len(warned) == is_weighted
+
+
+@pytest.mark.parametrize("syntax", ["plain", "a1111"])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a <lora:style:1> star", "'<lora:style:1>' is taken as plain text: name the file under"),
+        ("a star, embedding:bad-hands-5", "'embedding:bad-hands-5' is taken as plain text: name"),
+        ("a {red|blue} star", "'{red|blue}' is taken as plain text: write one of the texts"),
+        ("a __colour/bright__ star", "'__colour/bright__' is taken as plain text: wildcards"),
+        ("a (red)++ star", "')++' is taken as plain text: (word:1.1)"),
+        ("a red+ star", "'ed+' is taken as plain text: (word:1.1)"),
+        ("a (red)1.3 star", "')1.3' is taken as plain text: (word:1.1)"),
+        ("a star --no red", "'--no' is taken as plain text: give it as a setting"),
+        ("a star in C++ of A+, snake__case, {one} -- no (2) 3+", None),
+    ],
+)
+def test_what_other_programs_read_is_told(
+    tiny: Model, text: str, told: str | None, syntax: str
+) -> None:
+    if syntax == "a1111" and "<lora" in text:
+        return  # refused before
+    said = tokenize(tiny, text, syntax).warnings
+    assert [warning[: len(told or "")] for warning in said] == ([] if told is None else [told])
 
 
 def test_what_a_prompt_says_has_neither_weights_nor_breaks() -> None:
