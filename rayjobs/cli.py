@@ -216,9 +216,10 @@ def _dreambooth(options: argparse.Namespace) -> int:
     from rayjobs.reports import figures
 
     rate = figures.rate(done.steps / max(done.training_s, 1e-3))
+    trained = f"{done.steps:,} steps in {done.training_s:.1f} s ({rate}/s)"
     print(
-        f"{done.steps:,} steps in {done.training_s:.1f} s ({rate}/s); {done.seconds:.0f} s with "
-        f"the start and the export; the weights are in {done.export_uri}; look at "
+        f"{trained if done.steps else 'no step was left'}; {done.seconds:.0f} s with the start and "
+        f"the export; the weights are in {done.export_uri}; look at "
         f"{done.report_uri.rstrip('/')}/index.html"
     )
     return DONE

@@ -44,8 +44,10 @@ class Counter:
 
     def set(self, done: int, **notes: Any) -> None:
         """For work that may go back to an earlier point."""
+        if done > self.done:
+            self.notes[LAST] = time.time()
         self.done = done
-        self.notes |= notes | {LAST: time.time()}
+        self.notes |= notes
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self.done, self.notes

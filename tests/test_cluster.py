@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._private import worker as ray_worker
 
+from rayjobs import noise
 from rayjobs.cluster import REMEMBER_ADDRESS, local
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,32 @@ def test_a_local_cluster_has_a_dashboard_s_address_of_its_own() -> None:
     options = [local(num_cpus=1) for _ in range(2)]
     assert len({8265} | {each["dashboard_port"] for each in options}) == 3
     assert all(each["runtime_env"] == REMEMBER_ADDRESS for each in options)
+
+
+def test_ray_s_start_is_silent_but_for_what_matters(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its nodes, which are started before it connects, keep their own level of logging."""
+    levels: list[str | None] = []
+
+    def connect() -> None:
+        levels.append(os.environ.get(noise.LEVEL))
+        os.write(2, noise.ECHO + b" RAY_BACKEND_LOG_LEVEL to 3\nthe cluster burns\n")
+
+    monkeypatch.setattr(ray_worker, "connect", connect)
+    monkeypatch.delenv(noise.LEVEL, raising=False)
+    with noise.quiet():
+        levels.append(os.environ.get(noise.LEVEL))
+        ray_worker.connect()  # ty: ignore[missing-argument]
+    assert levels == [None, "fatal"]
+    assert os.environ.get(noise.LEVEL) is None
+    assert ray_worker.connect is connect
+    assert capfd.readouterr().err == "the cluster burns\n"
+    monkeypatch.setenv(noise.LEVEL, "debug")  # whoever asks for it hears all
+    with noise.quiet():
+        ray_worker.connect()  # ty: ignore[missing-argument]
+    assert levels[-1] == "debug"
+    assert noise.ECHO.decode() in capfd.readouterr().err
 
 
 @pytest.mark.ray

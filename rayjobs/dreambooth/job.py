@@ -96,8 +96,8 @@ def run(run: ResolvedRun) -> Summary:
     first = config.train.steps if has_ended else _num_steps_done(run, checkpoints)
     num_left = config.train.steps - first
     page = _Page(run, num_left)
-    with cluster.session(num_cpus(config)):
-        with page, ValidationLoop(run) as looks:
+    with cluster.session(num_cpus(config)), page:
+        with ValidationLoop(run) as looks:
             if num_left:
                 await_room(config.workers, config.workers.min, cluster.is_owned())
                 _train(run, first, page)

@@ -106,7 +106,7 @@ def _made_by(history: History, facts: Facts) -> str:
     if history.active_s:
         workers = figures.count(len(history.busy_s), "worker")
         hours = float(history.busy_s.sum()) / 3600
-        terms["Cost"] = f"{hours:,.3g} device-hours, as each of {workers} had a device for itself"
+        terms["Cost"] = f"{hours:,.3g} device-hours: the time of {workers}, each with a device"
     items = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in terms.items()
     )

@@ -29,6 +29,7 @@ def tell(running: Running | None) -> str:
     if running is None:
         return ""
     of = f"{running.made:,} of {running.to_make:,} {running.unit} of this run"
+    of = of if running.to_make else "what was missing is made"
     at = f"at {figures.moment(running.at)} UTC"
     if running.again_by is None:
         return _paragraph("Interrupted", f"{at}, after {of}. The same command continues.")

@@ -22,10 +22,14 @@ export async function showLoad() {
   $("load").textContent = text;
 }
 
+let timer = null;
+
+/** Keeps it fresh from now on, while the page is looked at. */
 export function setupLoad() {
+  if (timer) return;
   const look = () => document.visibilityState === "visible" && showLoad();
   $("model").addEventListener("change", look);
   document.addEventListener("visibilitychange", look);
-  setInterval(look, EVERY_MS);
+  timer = setInterval(look, EVERY_MS);
   look();
 }

@@ -33,6 +33,12 @@ def configure(output: Path, workers: int) -> GenerateConfig:
     return GenerateConfig.model_validate(values)
 
 
+def bar_rate(told: str) -> float:
+    """The images/s at the end of the last bar."""
+    rate, unit = re.findall(r"([\d.]+)( images/s|s/ images)\]", told)[-1]
+    return float(rate) if unit == " images/s" else 1 / float(rate)
+
+
 @pytest.fixture
 def two_cpus(ray_cluster: None) -> Iterator[None]:
     """The cluster with all CPUs but two taken by another."""
@@ -48,13 +54,16 @@ class Other:
 
 
 @pytest.mark.ray
-def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path, two_cpus: None) -> None:
+def test_any_number_of_workers_makes_the_same_bytes(
+    tmp_path: Path, two_cpus: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """One without Ray, a preview before it, and more than there are CPUs for."""
     with jobs_in_process():
         assert job.run(configure(tmp_path / "1", 1), limit=3).num_made == 3
         job.run(configure(tmp_path / "1", 1))
     summary = job.run(configure(tmp_path / "4", 4))
     assert (summary.num_made, summary.num_failed) == (12, 0)
+    assert bar_rate(capfd.readouterr().err) == pytest.approx(12 / summary.making_s, rel=0.01)
     hashes = []
     for output in (tmp_path / "1", tmp_path / "4"):
         hashes.append([entry["sha256"] for entry in Manifest(str(output)).entries()])
@@ -110,13 +119,9 @@ def test_one_rate_is_told_everywhere(
     values = configure(output, 1).model_dump(mode="json", exclude_unset=True)
     written.write_text(yaml.safe_dump(values))
     assert main(["generate", str(written), "--limit", "6"]) == 0
-    told = capfd.readouterr()
-    (said,) = re.findall(
-        r"made 6 images in [\d.]+ s \(([\d.]+)/s\); \d+ s with the start", told.out
-    )
-    bar, unit = re.findall(r"([\d.]+)( images/s|s/ images)\]", told.err)[-1]
-    shown = float(bar) if unit == " images/s" else 1 / float(bar)
-    assert shown == pytest.approx(float(said), rel=0.01)
+    out, err = capfd.readouterr()
+    (said,) = re.findall(r"made 6 images in [\d.]+ s \(([\d.]+)/s\); \d+ s with the start", out)
+    assert bar_rate(err) == pytest.approx(float(said), rel=0.01)
     assert f"<b>{said}</b><span>images/s" in (output / "index.html").read_text()
     assert f"Made at {said} images/s in " in (output / "README.md").read_text()
 

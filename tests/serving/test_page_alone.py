@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -24,6 +25,10 @@ HINTS = ["a red star", "a blue ring", "a green heart", "two crosses", "a fifth"]
 
 class Told(QuickEngines):
     """Answers by the prompt: `full`, `half` and then nothing, `slow`, else an image."""
+
+    async def states(self) -> dict[str, dict[str, Any]]:
+        load = {"starter": (2, 1)}
+        return {"one": {"facts": {}, "names": ["starter", "plain"], "load": load}}
 
     async def events(self, request: ImagesRequest, streamed: bool) -> AsyncIterator[Event]:
         if request.prompt == "full":
@@ -93,6 +98,13 @@ def test_what_a_model_can_draw_is_shown(browser: Browser) -> None:
     assert browser.evaluate("document.getElementById('prompt').value") == HINTS[1]
     browser.fill(model="plain")
     assert len(browser.evaluate(chips)) == 4
+
+
+def test_the_load_of_the_chosen_model_is_told(browser: Browser) -> None:
+    browser.wait_for("document.getElementById('load').innerText")
+    assert browser.text("#load") == "2 pictures in progress, 1 waiting, 1 replica"
+    browser.fill(model="plain")
+    browser.wait_for("document.getElementById('load').innerText.startsWith('Idle')")
 
 
 def test_a_full_server_is_told_of_once(browser: Browser) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 CURVE_POINTS = 400
 SMOOTHED_OVER = 0.05
 """Share of the run that the bold curve averages over."""
+FEWEST = 10
+"""Steps that it averages over in a run that is long enough."""
 HEADROOM = 1.3
 """How far the scale goes beyond the averages; single steps above it are cut off."""
 WIDTH, HEIGHT = 1000.0, 200.0
@@ -18,7 +20,7 @@ def draw(losses: Sequence[float], measured: Sequence[tuple[int, float]] = ()) ->
     """The training loss of steps 1, 2, ..., and the losses `measured` at fixed noise, by step."""
     if len(losses) < 2:
         return '<p class="quiet">The curve begins with the second step of a checkpoint.</p>'
-    window = max(1, int(len(losses) * SMOOTHED_OVER))
+    window = max(int(len(losses) * SMOOTHED_OVER), min(FEWEST, len(losses) // 2), 1)
     smooth = _means(losses, window)
     top = _round(max([*smooth, *(loss for _, loss in measured)]) * HEADROOM)
     steps = range(1, len(losses) + 1)
