@@ -22,7 +22,7 @@ from rayjobs.dataset.lock import lock_uri
 from rayjobs.dataset.reader import Reader
 from rayjobs.dataset.records import SYNTAX
 from rayjobs.diffusion.text.syntax import spoken
-from rayjobs.dreambooth.data.captions import Captions, find_masks, read_beside
+from rayjobs.dreambooth.data.captions import Captions, find_masks, folders_with_repeats, read_beside
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.decode import Picture, decode
 from rayjobs.images.sandbox import Sandbox
@@ -173,13 +173,13 @@ def look_for_photos(uri: str, caption: str) -> Found:
         known = " ".join(sorted(SUFFIXES))
         raise BadInput(f"{uri}: no pictures in it (looked for {known})")
     beside = read_beside(folder, [name for name in files if name not in masks], pictures)
-    mask_of = {picture: mask for mask, picture in masks.items()}
+    mask_of = {picture: mask for mask, owners in masks.items() for picture in owners}
     photos = [
         _describe(uri, name, folder, beside.captions.get(name, (caption,)), mask_of.get(name, ""))
         for name in pictures
     ]
     passed_over = dict.fromkeys(masks, A_MASK) | dict.fromkeys(broken, "a broken link")
-    return Found(photos, beside.skipped | passed_over)
+    return Found(photos, beside.skipped | passed_over | folders_with_repeats(pictures))
 
 
 def tell_skipped(skipped: dict[str, str]) -> list[str]:
