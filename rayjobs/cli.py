@@ -206,9 +206,10 @@ def _dreambooth(options: argparse.Namespace) -> int:
         print(f"nothing to do; the weights are in {done.export_uri}")
         return DONE
     rate = done.steps / done.seconds
+    page = "" if done.report_uri is None else f"; look at {done.report_uri}"
     print(
         f"{done.steps:,} steps in {done.seconds:.0f} s ({rate:.2f}/s); the weights are in "
-        f"{done.export_uri}; look at {done.report_uri.rstrip('/')}/index.html"
+        f"{done.export_uri}{page}"
     )
     return DONE
 

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayjobs import cluster
+from rayjobs import cluster, storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import lock, report, results, validation
 from rayjobs.dreambooth.checkpoints import Checkpoints
@@ -31,6 +31,7 @@ from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.progress import FATAL, Progress
 from rayjobs.room import await_room
+from rayjobs.storage import StorageError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Summary:
     steps: int
     seconds: float
     export_uri: str
-    report_uri: str
+    report_uri: str | None
+    """Of the run's page; None where it could not be written."""
     was_finished: bool = False
     """Whether it was there already, and nothing at all was done."""
 
@@ -58,7 +60,9 @@ def is_finished(run: ResolvedRun) -> bool:
 def is_complete(run: ResolvedRun) -> bool:
     """Whether a finished run has all the outputs, and was looked at, as its settings ask for."""
     note = exports.read(run.export_uri)
-    return note is not None and _has_outputs(run, note) and validation.due_step(run) is None
+    has_page = storage.exists(report.page_uri(run))
+    is_whole = note is not None and _has_outputs(run, note) and has_page
+    return is_whole and validation.due_step(run) is None
 
 
 def _has_outputs(run: ResolvedRun, note: ExportNote) -> bool:
@@ -104,10 +108,19 @@ def run(run: ResolvedRun) -> Summary:
         if note is None or not finished or looks.num_made or not _has_outputs(run, note):
             keeps_step = note is not None and finished and not looks.num_made
             _export(run, checkpoints, note.step if note is not None and keeps_step else None)
-    report.write(run)
+    page = _write_page(run)
     seconds = time.monotonic() - started
     made = min(num_left, max(0, _last_step(checkpoints) - first))
-    return Summary(made, seconds, run.export_uri, config.output.uri)
+    return Summary(made, seconds, run.export_uri, page)
+
+
+def _write_page(run: ResolvedRun) -> str | None:
+    """The page's URI. Without it a run is done all the same; the same command tries again."""
+    try:
+        return report.write(run)
+    except (BadInput, StorageError) as error:
+        print(f"warning: the run's page could not be written: {error}", file=sys.stderr)
+        return None
 
 
 def _last_step(checkpoints: Checkpoints) -> int:

@@ -57,9 +57,12 @@ def write(run: ResolvedRun) -> str:
         table=_table(validated, config.validation),
         settings=html.escape(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)),
     )
-    uri = storage.join(config.output.uri, "index.html")
-    storage.write_bytes(uri, filled.encode())
-    return uri
+    storage.write_bytes(page_uri(run), filled.encode())
+    return page_uri(run)
+
+
+def page_uri(run: ResolvedRun) -> str:
+    return storage.join(run.config.output.uri, "index.html")
 
 
 def _metrics(output_uri: str) -> list[dict[str, float]]:
