@@ -36,7 +36,9 @@ def describe(
         values.setdefault(section, {})[name] = value
     config = DreamBoothConfig.model_validate(values)
     instance = photos or [photo("a.png"), photo("b.png")]
-    run = ResolvedRun(config, sha256, tuple(instance), tuple(priors or [photo("p.png")]))
+    run = ResolvedRun(
+        config, sha256, tuple(instance), tuple(priors or [photo("p.png", "a photo of dog")])
+    )
     return lock.describe(run)
 
 
@@ -123,7 +125,14 @@ def test_what_moves_no_weight_may_change(changed: dict[str, Any], tmp_path: Path
             {"photos": [photo("a.png"), photo("b.png", sha256="other")]},
             '  photos.b.png: ["b.png", "a sks dog"] there, ["other", "a sks dog"] now',
         ),
-        ({"priors": [photo("q.png")]}, '  priors: ["p.png"] there, ["q.png"] now'),
+        (
+            {"priors": [photo("q.png", "a photo of dog")]},
+            '  priors: ["p.png"] there, ["q.png"] now',
+        ),
+        (
+            {"priors": [photo("p.png", "a black dog")]},
+            '  priors: ["p.png"] there, ["p.png a black dog"] now',
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

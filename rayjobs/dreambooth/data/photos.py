@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageChops
 
 from rayjobs import storage
 from rayjobs.config import BadInput
@@ -81,13 +81,15 @@ class Photo:
         return _decode(self.read(), self.name, decode).alpha
 
     def open_mask(self) -> Image.Image | None:
-        """The mask's file (L), upright; None without one."""
+        """The mask's file (L), upright; None without one. What is transparent is not painted."""
         if not self.mask:
             return None
         data = (_local_copy(self.folder) / self.mask).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.mask_sha256:
             raise BadInput(f"{self.mask}: changed while the run uses it; restore it")
-        return _decode(data, self.mask, decode).on_white().convert("L")
+        picture = _decode(data, self.mask, decode)
+        bright = picture.colours.convert("L")
+        return bright if picture.alpha is None else ImageChops.multiply(bright, picture.alpha)
 
 
 @dataclass(frozen=True)
