@@ -217,10 +217,10 @@ def _dreambooth(options: argparse.Namespace) -> int:
 
     rate = figures.rate(done.steps / max(done.training_s, 1e-3))
     trained = f"{done.steps:,} steps in {done.training_s:.1f} s ({rate}/s)"
+    page = "" if done.report_uri is None else f"; look at {done.report_uri}"
     print(
         f"{trained if done.steps else 'no step was left'}; {done.seconds:.0f} s with the start and "
-        f"the export; the weights are in {done.export_uri}; look at "
-        f"{done.report_uri.rstrip('/')}/index.html"
+        f"the export; the weights are in {done.export_uri}{page}"
     )
     return DONE
 

@@ -70,12 +70,28 @@ def differences(before: Any, after: Any, now: str = "now", key: str = "") -> lis
                 before.get(name), after.get(name), now, f"{key}.{name}" if key else name
             )
         ]
-    return [] if before == after else [f"  {key}: {_short(before)} there, {_short(after)} {now}"]
+    if _are_tables(before) and _are_tables(after) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [x for n, pair in pairs for x in differences(*pair, now, f"{key}[{n}]")]
+    if before == after:
+        return []
+    texts = [json.dumps(value, ensure_ascii=False, default=str) for value in (before, after)]
+    letters = enumerate(zip(*texts, strict=False))
+    same = next((at for at, (one, other) in letters if one != other), 0)
+    was, is_now = (_short(text, max(0, same - 20)) for text in texts)
+    return [f"  {key}: {was} there, {is_now} {now}"]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _are_tables(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(v, dict) for v in values)
+
+
+def _short(text: str, start: int) -> str:
+    """A text, of a long one what is near `start`."""
+    if len(text) <= 80:
+        return text
+    cut = text[start : start + 77]
+    return ("..." if start else "") + cut + ("..." if text[start + 77 :] else "")
 
 
 C = TypeVar("C", bound=Config)

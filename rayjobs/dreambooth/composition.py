@@ -25,6 +25,7 @@ from rayjobs.dreambooth.data.photos import (
     look_for_photos,
     tell_skipped,
 )
+from rayjobs.dreambooth.report import page_uri
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve, warn
 from rayjobs.generation import job as generation_job
 from rayjobs.generation import prior as prior_job
@@ -49,7 +50,7 @@ def train(config: DreamBoothConfig) -> job.Summary:
     lock.compare(run.config.output.uri, lock.describe(run), without=("priors",))
     finished = job.is_finished(run)
     if finished and job.is_complete(run):
-        return job.Summary(0, 0.0, run.export_uri, run.config.output.uri, was_finished=True)
+        return job.Summary(0, 0.0, run.export_uri, page_uri(run), was_finished=True)
     if cluster.is_own() and not finished:
         check_machine(run.config.workers)
     with cluster.session(job.num_cpus(run.config)):

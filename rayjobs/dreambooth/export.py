@@ -4,6 +4,7 @@ Owns file names and the manifest beside them. Reads checkpoints through `callbac
 """
 
 import dataclasses
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -96,6 +97,10 @@ def _save_whole(tuned: TunedModel, dtype: torch.dtype, folder: Path) -> None:
             _fuse(network)
     inversion.settle_words(tuned.model)
     pipeline(tuned.model).to(dtype).save_pretrained(folder)
+    for path in folder.glob("*/config.json"):
+        values = json.loads(path.read_text())
+        if values.pop("_name_or_path", None) is not None:  # a folder of this machine
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def pipeline(model: Model) -> Any:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayjobs import cluster
+from rayjobs import cluster, storage
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import lock, report, results, validation
 from rayjobs.dreambooth.checkpoints import Checkpoints
@@ -34,6 +34,7 @@ from rayjobs.reports import figures
 from rayjobs.reports.rewriter import Rewriter
 from rayjobs.reports.running import Running
 from rayjobs.room import await_room
+from rayjobs.storage import StorageError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Summary:
     steps: int
     seconds: float
     export_uri: str
-    report_uri: str
+    report_uri: str | None
+    """Of the run's page; None where it could not be written."""
     training_s: float = 0.0
     """Of the seconds, those from the first step's beginning to the last one's end."""
     was_finished: bool = False
@@ -63,7 +65,8 @@ def is_finished(run: ResolvedRun) -> bool:
 def is_complete(run: ResolvedRun) -> bool:
     """Whether a finished run has all the outputs, and was looked at, as its settings ask for."""
     note = exports.read(run.export_uri)
-    return note is not None and _has_outputs(run, note) and validation.due_step(run) is None
+    is_whole = note is not None and _has_outputs(run, note) and report.is_written(run)
+    return is_whole and validation.due_step(run) is None
 
 
 def _has_outputs(run: ResolvedRun, note: ExportNote) -> bool:
@@ -111,9 +114,9 @@ def run(run: ResolvedRun) -> Summary:
             keeps_step = note is not None and finished and not looks.num_made
             _export(run, checkpoints, note.step if note is not None and keeps_step else None)
     made = min(num_left, max(0, _last_step(checkpoints) - first))
-    report.write(run, work=page.work(made))
+    page_uri = _write_page(run, page.work(made))
     seconds = time.monotonic() - started
-    return Summary(made, seconds, run.export_uri, config.output.uri, page.training_s)
+    return Summary(made, seconds, run.export_uri, page_uri, page.training_s)
 
 
 class _Page(Rewriter):
@@ -154,6 +157,15 @@ class _Page(Rewriter):
             "Device": str(self._notes.get(DEVICE, "")),
             "Cost": f"{hours:,.3g} device-hours of training",
         }
+
+
+def _write_page(run: ResolvedRun, work: dict[str, str]) -> str | None:
+    """The page's URI. Without it a run is done all the same; the same command tries again."""
+    try:
+        return report.write(run, work=work)
+    except (BadInput, StorageError) as error:
+        print(f"warning: the run's page could not be written: {error}", file=sys.stderr)
+        return None
 
 
 def _last_step(checkpoints: Checkpoints) -> int:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rayjobs import storage
 from rayjobs.config import BadInput, differences
 from rayjobs.dreambooth.config import DreamBoothConfig
-from rayjobs.dreambooth.data.photos import Photo
+from rayjobs.dreambooth.data.photos import Photo, Subject
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.models import exports
 
@@ -48,9 +48,15 @@ def describe(run: ResolvedRun) -> dict[str, Any]:
         "model_sha256": run.model_sha256,
         "photos": photo_names(run, lambda photo: [photo.sha256, *photo.captions]),
         "priors": sorted(
-            image.sha256 for subject in run.subjects for image in subject.class_images
+            _prior(image, subject) for subject in run.subjects for image in subject.class_images
         ),
     }
+
+
+def _prior(image: Photo, subject: Subject) -> str:
+    """A class image, with its captions where they are its own."""
+    own = [caption for caption in image.captions if caption != subject.class_prompt]
+    return " ".join([image.sha256, *(image.captions if own else ())])
 
 
 def photo_names(run: ResolvedRun, fact: Callable[[Photo], T]) -> dict[str, T]:

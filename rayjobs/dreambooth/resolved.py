@@ -243,14 +243,20 @@ def _tokenizer(weights: Weights) -> Any:
 
 
 def _check_masks(run: ResolvedRun) -> list[str]:
-    """A warning for photographs whose loss counts everywhere although masks are asked for."""
+    """Warnings for photographs whose loss counts everywhere although masks are asked for, or
+    nowhere."""
     kind = run.config.train.masks
-    photos = [photo for subject in run.subjects for photo in subject.photos]
-    if kind == "files":
-        bare = [photo.name for photo in photos if not photo.mask]
-    else:
-        bare = [photo.name for photo in photos if kind == "alpha" and photo.open_alpha() is None]
-    return [f"train.masks={kind}: no mask, all of it counts: {shortened(bare)}"] if bare else []
+    if kind == "none":
+        return []
+    bare, black = [], []
+    for photo in (photo for subject in run.subjects for photo in subject.photos):
+        mask = photo.open_mask() if kind == "files" else photo.open_alpha()
+        if mask is None:
+            bare.append(photo.name)
+        elif mask.getextrema()[1] == 0:
+            black.append(photo.name)
+    warnings = {"no mask, all of it counts": bare, "a mask without any white": black}
+    return [f"train.masks={kind}: {x}: {shortened(y)}" for x, y in warnings.items() if y]
 
 
 def _check_average(train: TrainConfig) -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rayjobs.reports import figures
 
+MARK = '<p class="now">'
+
 
 @dataclass(frozen=True)
 class Running:
@@ -44,5 +46,10 @@ def tell(running: Running | None) -> str:
     )
 
 
+def is_running(page: str) -> bool:
+    """Whether a page says that its job goes on, or was interrupted."""
+    return MARK in page
+
+
 def _paragraph(state: str, rest: str) -> str:
-    return f'<p class="now"><b>{state}</b> {rest}</p>'
+    return f"{MARK}<b>{state}</b> {rest}</p>"

@@ -82,7 +82,7 @@ def test_captions_of_metadata(
 
 def test_captions_of_other_trainers(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
     """kohya's .caption, names with both suffixes, a csv, lists, names as a shell writes them."""
-    for name in ("a.jfif", "b.png", "c.png", "d.png", "e.png", "f.png"):
+    for name in ("a.jfif", "b.png", "c.png", "d.png", "e.png", "f.png", "g.png", "ge\u0301.png"):
         picture(0).save(tmp_path / name, "JPEG" if name.endswith("jfif") else "PNG")
     (tmp_path / "a.caption").write_text("one")
     (tmp_path / "b.png.txt").write_text("two")
@@ -91,7 +91,10 @@ def test_captions_of_other_trainers(picture: Callable[[int], Image.Image], tmp_p
         {"file_name": "./d.png", "text": ["four", "4"]},
         {"file_name": "e.png", "text": None, "caption": "five"},
         {"file_name": "f.png", "text": None},
+        {"file_name": "g.png", "text": "six"},
+        {"file_name": "g.png", "text": "6"},
     ]
+    (tmp_path / "g\u00e9.txt").write_text("un\u2028\u00e9t\u00e9")
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = look_for_photos(str(tmp_path), SKS)
     assert {photo.name: photo.captions for photo in found.photos} == {
@@ -101,12 +104,31 @@ def test_captions_of_other_trainers(picture: Callable[[int], Image.Image], tmp_p
         "d.png": ("four", "4"),
         "e.png": ("five",),
         "f.png": (SKS,),
+        "g.png": ("six", "6"),
+        "ge\u0301.png": ("un \u00e9t\u00e9",),
     }
     assert found.skipped == {}
 
 
+def test_pictures_and_masks_of_one_name(
+    picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
+    """What belongs to a name belongs to each picture of it; only a name of masks makes one."""
+    for number, name in enumerate(("a.jpg", "a.png", "a-mask.png", "b.png", "masks/b.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(number).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("both")
+    found = look_for_photos(str(tmp_path), SKS)
+    assert {photo.name: (*photo.captions, photo.mask) for photo in found.photos} == {
+        "a.jpg": ("both", "a-mask.png"),
+        "a.png": ("both", "a-mask.png"),
+        "b.png": (SKS, "masks/b.png"),
+    }
+
+
 def test_what_is_passed_over_is_told(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
-    for name in ("dog.png", "dog-masklabel.png", "owl.png", "a-mask.png"):
+    for name in ("dog.png", "dog-masklabel.png", "owl.png", "a-mask.png", "9_sks dog/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         picture(0).save(tmp_path / name)
     (tmp_path / "dog.txt").write_text("a sks dog")
     (tmp_path / "dog.caption").write_text("another")
@@ -115,19 +137,22 @@ def test_what_is_passed_over_is_told(picture: Callable[[int], Image.Image], tmp_
     (tmp_path / "notes.md").touch()
     (tmp_path / ".DS_Store").touch()
     (tmp_path / "gone.png").symlink_to(tmp_path / "absent.png")
-    names = ["dog.png", "cat.png"]
-    rows = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+    cells = {"dog.png": "text", "cat.png": "text", "owl.png": "description"}
+    rows = [json.dumps({"file_name": name, column: "x"}) for name, column in cells.items()]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     found = look_for_photos(str(tmp_path), SKS)
     # A mask is one only beside its picture.
-    assert [photo.name for photo in found.photos] == ["a-mask.png", "dog.png", "owl.png"]
-    assert found.photos[1].captions == ("a sks dog",)
+    names = [photo.name for photo in found.photos]
+    assert names == ["9_sks dog/x.png", "a-mask.png", "dog.png", "owl.png"]
+    assert found.photos[2].captions == ("a sks dog",)
     assert found.skipped == {
         "dog.caption": "its picture has another caption",
         "Owl.txt": "a caption of no picture",
         "readme.txt": "a caption of no picture",
         "metadata.jsonl: dog.png": "its picture has another caption",
         "metadata.jsonl: cat.png": "no such picture",
+        "metadata.jsonl: owl.png": "a row without text, caption, prompt",
+        "9_sks dog/": "repeats and words in a folder's name are not read; use repeats and prompt",
         "notes.md": "neither a picture nor a caption",
         "dog-masklabel.png": "a mask; train.masks=files uses it",
         "gone.png": "a broken link",
@@ -143,6 +168,7 @@ def test_what_is_passed_over_is_told(picture: Callable[[int], Image.Image], tmp_
     [
         ("name,text\na.png,x\n", "its columns are name, text, not file_name and text"),
         ('file_name,text\na.png,"x\n', "no file_name and text"),
+        ("file_name,text\na.png,a sks dog, red\n", "line 2: more cells than columns"),
     ],
 )
 def test_a_table_that_cannot_be_read(
@@ -177,7 +203,14 @@ def test_a_bad_line_of_metadata_is_told_by_number(
         find_photos(str(tmp_path), SKS)
 
 
-@pytest.mark.parametrize(("data", "told"), [(b" \n", "empty"), (b"\xe9t\xe9", "not UTF-8")])
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b" \n", "empty"),
+        (b"\xe9t\xe9", "not UTF-8"),
+        ("a dog".encode("utf-16-le"), "not UTF-8"),
+    ],
+)
 def test_an_unusable_caption_is_refused(
     data: bytes, told: str, picture: Callable[[int], Image.Image], tmp_path: Path
 ) -> None:

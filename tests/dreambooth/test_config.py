@@ -261,6 +261,11 @@ def test_photographs_without_a_mask(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "train.masks=alpha: no mask, all of it counts: black.png, red" in capsys.readouterr().err
     resolve(config(tmp_path, "train.masks=files"))
     assert "train.masks=files: no mask, all of it counts" in capsys.readouterr().err
+    photos = tmp_path / "photos"
+    shutil.copytree(Path(CONFIG).parent / "subject", photos)
+    Image.new("L", (64, 64)).save(photos / "red-mask.png")
+    resolve(config(tmp_path, f"instance.uri={photos}", "train.masks=files"))
+    assert "train.masks=files: a mask without any white: red.png" in capsys.readouterr().err
 
 
 def test_an_average_that_reaches_further_back_than_the_run(

@@ -110,6 +110,8 @@ def test_every_export_is_loaded_back(
     assert differ(trained, draw(opened(base))) > 1e-3
     export.save(config, model, tmp_path)
     exports.write(str(tmp_path), export.describe(resolved(config), model.model, 1, {}))
+    for path in tmp_path.rglob("*.json"):
+        assert path.name == exports.FILE or str(base) not in path.read_text(), "of this machine"
     kind = config.export_kind
     assert differ(draw_uri(tmp_path), trained) <= 1e-4
     if kind == "full":

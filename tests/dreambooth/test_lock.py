@@ -24,7 +24,7 @@ def describe(
     **changed: Any,
 ) -> dict[str, Any]:
     """The run of a small configuration; `train__seed=1` changes one of its keys."""
-    values: dict[str, dict[str, Any]] = {
+    values: dict[str, Any] = {
         "model": {"uri": "starter"},
         "instance": {"uri": "dogs", "prompt": "a photo of sks dog"},
         "prior": {"prompt": "a photo of dog"},
@@ -32,11 +32,13 @@ def describe(
         "output": {"uri": "runs/first"},
     }
     for key, value in changed.items():
-        section, name = key.split("__")
-        values.setdefault(section, {})[name] = value
+        section, _, name = key.partition("__")
+        values[section] = values.get(section, {}) | {name: value} if name else value
     config = DreamBoothConfig.model_validate(values)
     instance = photos or [photo("a.png"), photo("b.png")]
-    run = ResolvedRun(config, sha256, tuple(instance), tuple(priors or [photo("p.png")]))
+    run = ResolvedRun(
+        config, sha256, tuple(instance), tuple(priors or [photo("p.png", "a photo of dog")])
+    )
     return lock.describe(run)
 
 
@@ -123,7 +125,14 @@ def test_what_moves_no_weight_may_change(changed: dict[str, Any], tmp_path: Path
             {"photos": [photo("a.png"), photo("b.png", sha256="other")]},
             '  photos.b.png: ["b.png", "a sks dog"] there, ["other", "a sks dog"] now',
         ),
-        ({"priors": [photo("q.png")]}, '  priors: ["p.png"] there, ["q.png"] now'),
+        (
+            {"priors": [photo("q.png", "a photo of dog")]},
+            '  priors: ["p.png"] there, ["q.png"] now',
+        ),
+        (
+            {"priors": [photo("p.png", "a black dog")]},
+            '  priors: ["p.png"] there, ["p.png a black dog"] now',
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -143,6 +152,16 @@ def test_long_differences_are_told_short(tmp_path: Path) -> None:
     (difference,) = refusal(str(tmp_path), describe()).splitlines()[1:]
     assert len(difference) < 150
     assert difference.startswith('  instance.prompt: "a photo of sks dog xxx')
+    other = describe(instance__prompt="a photo of sks dog " + "x" * 500 + "y")
+    (difference,) = refusal(str(tmp_path), other).splitlines()[1:]
+    assert difference.endswith('x" there, ...xxxxxxxxxxxxxxxxxxxxy" now'), "where they differ"
+
+
+def test_a_difference_of_a_concept_is_told_by_its_key(tmp_path: Path) -> None:
+    cat = {"uri": "cats", "prompt": "a photo of ab cat", "class_prompt": "a photo of cat"}
+    lock.enter(checkpointed(tmp_path), describe(concepts=[cat]))
+    told = refusal(str(tmp_path), describe(concepts=[cat | {"repeats": 2}]))
+    assert told.splitlines()[1:] == ["  concepts[0].repeats: 1 there, 2 now"]
 
 
 def test_a_run_gets_more_steps(uri: str) -> None:

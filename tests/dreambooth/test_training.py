@@ -24,11 +24,12 @@ from safetensors.torch import load, load_file
 from rayjobs import storage
 from rayjobs.cli import main
 from rayjobs.config import BadInput, JobFailed
-from rayjobs.dreambooth import composition, export, job, results
+from rayjobs.dreambooth import composition, export, job, report, results
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import ResolvedRun, resolve
 from rayjobs.models import exports
+from rayjobs.storage import StorageError
 from tests.dreambooth import fitting
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
@@ -206,6 +207,32 @@ def test_a_changed_run_is_refused(spread: str, priors: Path) -> None:
             composition.train(config)
         with pytest.raises(BadInput, match=told):
             job.run(resolved(spread, priors, **changed))
+
+
+def test_a_page_that_cannot_be_written_costs_no_export(
+    spread: str,
+    priors: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is told, and the same command makes it later."""
+
+    def fail(run: ResolvedRun) -> str:
+        raise StorageError("full")
+
+    config, page = (
+        DreamBoothConfig.model_validate(values(spread, priors)),
+        Path(spread, "index.html"),
+    )
+    page.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", fail)
+        assert composition.train(config).report_uri is None
+    assert "the run's page could not be written: full" in capsys.readouterr().err
+    assert not page.exists()
+    assert composition.train(config).report_uri == str(page)
+    assert page.is_file()
+    assert composition.train(config).was_finished
 
 
 def test_what_a_finished_run_lacks_is_made(spread: str, priors: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageChops
 
 from rayjobs import storage
 from rayjobs.config import BadInput
@@ -22,7 +22,7 @@ from rayjobs.dataset.lock import lock_uri
 from rayjobs.dataset.reader import Reader
 from rayjobs.dataset.records import SYNTAX
 from rayjobs.diffusion.text.syntax import spoken
-from rayjobs.dreambooth.data.captions import Captions, find_masks, read_beside
+from rayjobs.dreambooth.data.captions import Captions, find_masks, folders_with_repeats, read_beside
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.decode import Picture, decode
 from rayjobs.images.sandbox import Sandbox
@@ -81,13 +81,15 @@ class Photo:
         return _decode(self.read(), self.name, decode).alpha
 
     def open_mask(self) -> Image.Image | None:
-        """The mask's file (L), upright; None without one."""
+        """The mask's file (L), upright; None without one. What is transparent is not painted."""
         if not self.mask:
             return None
         data = (_local_copy(self.folder) / self.mask).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.mask_sha256:
             raise BadInput(f"{self.mask}: changed while the run uses it; restore it")
-        return _decode(data, self.mask, decode).on_white().convert("L")
+        picture = _decode(data, self.mask, decode)
+        bright = picture.colours.convert("L")
+        return bright if picture.alpha is None else ImageChops.multiply(bright, picture.alpha)
 
 
 @dataclass(frozen=True)
@@ -173,13 +175,13 @@ def look_for_photos(uri: str, caption: str) -> Found:
         known = " ".join(sorted(SUFFIXES))
         raise BadInput(f"{uri}: no pictures in it (looked for {known})")
     beside = read_beside(folder, [name for name in files if name not in masks], pictures)
-    mask_of = {picture: mask for mask, picture in masks.items()}
+    mask_of = {picture: mask for mask, owners in masks.items() for picture in owners}
     photos = [
         _describe(uri, name, folder, beside.captions.get(name, (caption,)), mask_of.get(name, ""))
         for name in pictures
     ]
     passed_over = dict.fromkeys(masks, A_MASK) | dict.fromkeys(broken, "a broken link")
-    return Found(photos, beside.skipped | passed_over)
+    return Found(photos, beside.skipped | passed_over | folders_with_repeats(pictures))
 
 
 def tell_skipped(skipped: dict[str, str]) -> list[str]:

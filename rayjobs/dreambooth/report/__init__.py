@@ -24,7 +24,7 @@ from rayjobs.dreambooth.results import Result
 from rayjobs.models import exports
 from rayjobs.models.exports import ExportNote
 from rayjobs.reports import figures
-from rayjobs.reports.running import Running, tell
+from rayjobs.reports.running import Running, is_running, tell
 
 MAX_PHOTOS = 24
 NO_VALIDATION = (
@@ -72,9 +72,20 @@ def write(
         facts=_facts(run, export, work or {}),
         settings=html.escape(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)),
     )
-    uri = storage.join(config.output.uri, "index.html")
-    storage.write_bytes(uri, filled.encode())
-    return uri
+    storage.write_bytes(page_uri(run), filled.encode())
+    return page_uri(run)
+
+
+def page_uri(run: ResolvedRun) -> str:
+    return storage.join(run.config.output.uri, "index.html")
+
+
+def is_written(run: ResolvedRun) -> bool:
+    """Whether the page is there, and tells of the run's end."""
+    try:
+        return not is_running(storage.read_bytes(page_uri(run)).decode())
+    except storage.NotThere:
+        return False
 
 
 def _metrics(output_uri: str) -> list[dict[str, float]]:

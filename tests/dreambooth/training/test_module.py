@@ -72,7 +72,9 @@ def test_the_loss_counts_inside_of_a_mask(
         picture.putalpha(mask)
         picture.save(tmp_path / "subject" / "0.png")
     else:
-        mask.save(tmp_path / "subject" / "0-masklabel.png")
+        painted = Image.new("LA", picture.size, 255)  # white, on what is transparent
+        painted.putalpha(mask)
+        painted.save(tmp_path / "subject" / "0-masklabel.png")
     config = settings(folders["sdxl"], tmp_path, masks=kind, mask_floor=0.2, global_batch_size=2)
     run = resolved(config)
     assert [photo.name for photo in run.photos] == ["0.png", "1.png"]
