@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rayjobs.cluster import REMEMBER_ADDRESS, local
+from rayjobs.cluster import LAST_WORDS, REMEMBER_ADDRESS, local
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +43,20 @@ def test_a_local_cluster_has_a_dashboard_s_address_of_its_own() -> None:
     options = [local(num_cpus=1) for _ in range(2)]
     assert len({8265} | {each["dashboard_port"] for each in options}) == 3
     assert all(each["runtime_env"] == REMEMBER_ADDRESS for each in options)
+
+
+@pytest.mark.parametrize("kills", [True, False])
+def test_a_driver_that_ends_at_once_leaves_a_word(kills: bool) -> None:
+    """As Ray ends it when the head is gone."""
+    code = f"""
+import os
+from rayjobs import cluster
+with cluster._last_words():
+    if {kills}:
+        os._exit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == f"{LAST_WORDS}\n" * kills
 
 
 @pytest.mark.ray
