@@ -10,12 +10,13 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rayjobs.config import BadInput, JobFailed
@@ -24,6 +25,10 @@ from rayjobs.storage import StorageError
 ANSWER_S = 5.0
 REMEMBER_ADDRESS = {"worker_process_setup_hook": "rayjobs.cluster.remember_address"}
 """The runtime environment of a cluster beside which there may be another one on the machine."""
+LAST_WORDS = (
+    "error: this process was ended, or the Ray cluster that it was part of; what is finished is "
+    "kept; the same command continues"
+)
 MAX_LINES_KEPT = 1000
 _told: deque[str] = deque(maxlen=MAX_LINES_KEPT)
 """What Ray said of failures of this session's workers."""
@@ -43,8 +48,8 @@ def session(num_cpus: float) -> Generator[None]:
     import ray
 
     global _owned
-    own = is_own()
-    if not ray.is_initialized():
+    own, first = is_own(), not ray.is_initialized()
+    if first:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if own:
             cpus = max(os.cpu_count() or 1, math.ceil(num_cpus) + 1)
@@ -52,11 +57,27 @@ def session(num_cpus: float) -> Generator[None]:
         _init(quiet)
     _owned = _owned or own
     try:
-        yield
+        with _last_words() if first else nullcontext():
+            yield
     finally:
         if own:
             _owned = False
             ray.shutdown()
+
+
+@contextmanager
+def _last_words() -> Generator[None]:
+    """Have a shell say that this process is no more, if it ends before this context does.
+
+    Ray's C++ ends a driver without a word when its node or the head is gone.
+    """
+    words = ["sh", "-c", 'read -r _ || echo "$0" >&2', LAST_WORDS]
+    # Out of reach of Ctrl-C, which the whole group hears.
+    heir = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        heir.communicate(b"\n")
 
 
 def local(num_cpus: int) -> dict[str, Any]:
@@ -127,7 +148,7 @@ def _free_port() -> int:
 
 
 def check_answers(address: str) -> None:
-    """Raise BadInput within seconds when no Ray answers there: Ray would try for minutes."""
+    """Raise BadInput within seconds when no Ray answers there: Ray itself would try for minutes."""
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
     if not port.isdecimal():
@@ -139,9 +160,13 @@ def check_answers(address: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
     else:
-        # Ray itself says what is wrong with a token. A client's port knows no such question.
-        understood = {"OK", "UNAUTHENTICATED", "PERMISSION_DENIED"}
-        if told in understood or (told == "UNIMPLEMENTED" and place != address):
+        if told in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise BadInput(
+                f"the cluster at {address} does not let this process in; set RAY_AUTH_MODE=token "
+                "and RAY_AUTH_TOKEN to its token"
+            )
+        # The port of Ray Client does not know this question.
+        if told == "OK" or (told == "UNIMPLEMENTED" and place != address):
             return
         reason = f"something listens there, but no Ray: {told.lower().replace('_', ' ')}"
     raise BadInput(
@@ -154,13 +179,17 @@ def _code_of_an_answer(place: str) -> str:
     """What comes of asking whether nodes are alive, by gRPC's name."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
+    from ray.exceptions import AuthenticationError
 
-    with init_grpc_channel(place) as channel:
-        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
-        try:
+    try:
+        with init_grpc_channel(place) as channel:
+            ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
             ask(b"", timeout=ANSWER_S, wait_for_ready=True)
-        except grpc.RpcError as error:
-            return str(error.code().name)  # ty: ignore[missing-attribute]
+    except grpc.RpcError as error:
+        failed: Any = error
+        return str(failed.code().name)
+    except AuthenticationError:  # no token here
+        return "UNAUTHENTICATED"
     return "OK"
 
 

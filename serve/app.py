@@ -28,6 +28,8 @@ MAX_ONGOING_REQUESTS = 4096
 """Of one replica: the engine's own queue decides when to answer 429, so this is never reached."""
 SHUTDOWN_MARGIN_S = 30.0
 """A replica that is stopped has this and the longest deadline to finish its requests."""
+RESULTS_ANSWER_S = 3.0
+"""How long a start waits for the storage of results; it is asked by `serve run` and by Ray."""
 M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
 """glibc's option, and the size from which a block of memory is one of its own."""
 
@@ -81,7 +83,7 @@ def check(config: ServeConfig) -> None:
     Registry(config)
     if config.results.uri is not None:
         try:
-            storage.check(config.results.uri, write=True)
+            storage.check(config.results.uri, write=True, timeout_s=RESULTS_ANSWER_S)
         except storage.Unavailable as error:  # it may be back when a link is asked for
             logging.getLogger("rayjobs").warning("results.uri: %s", error)
         except StorageError as error:

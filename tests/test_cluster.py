@@ -9,7 +9,7 @@ import pytest
 from ray._private import worker as ray_worker
 
 from rayjobs import noise
-from rayjobs.cluster import REMEMBER_ADDRESS, local
+from rayjobs.cluster import LAST_WORDS, REMEMBER_ADDRESS, local
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +71,20 @@ def test_ray_s_start_is_silent_but_for_what_matters(
         ray_worker.connect()  # ty: ignore[missing-argument]
     assert levels[-1] == "debug"
     assert noise.ECHO.decode() in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kills", [True, False])
+def test_a_driver_that_ends_at_once_leaves_a_word(kills: bool) -> None:
+    """As Ray ends it when the head is gone."""
+    code = f"""
+import os
+from rayjobs import cluster
+with cluster._last_words():
+    if {kills}:
+        os._exit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == f"{LAST_WORDS}\n" * kills
 
 
 @pytest.mark.ray

@@ -98,8 +98,8 @@ def _shard_faults(manifest: Manifest, entry: Entry, numbers: Numbers) -> Iterato
 
 
 def _shard_texts(manifest: Manifest, entry: Entry, numbers: range | None) -> Iterator[str]:
-    shard = entry["shard"]
-    if not entry["rows"]:  # of an export's, which has nothing of this shard
+    shard, failed = entry["shard"], 0
+    if not entry["rows"] and numbers is None:  # of an export's, which has nothing of this shard
         return
     sha256 = manifest.sha256(shard)
     if sha256 is None:
@@ -112,6 +112,7 @@ def _shard_texts(manifest: Manifest, entry: Entry, numbers: range | None) -> Ite
     try:
         for row in manifest.format.read(manifest.data, shard, COLUMNS):
             seen.append(row["record"])
+            failed += row["status"] != "ok"
             yield from (f"shard {shard}, record {row['record']}: {f}" for f in _row_faults(row))
     except Exception as error:  # damaged bytes break a reader in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -121,6 +122,8 @@ def _shard_texts(manifest: Manifest, entry: Entry, numbers: range | None) -> Ite
         yield f"shard {shard}: holds records {_span(seen)}, not {numbers[0]} .. {numbers[-1]}"
     elif len(seen) != entry["rows"]:
         yield f"shard {shard}: holds {len(seen)} records, not {entry['rows']}"
+    elif numbers is not None and failed != entry["failed"]:
+        yield f"shard {shard}: holds {failed} failed records, not {entry['failed']}"
 
 
 def _row_faults(row: dict[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ compaction of a thousand entries into one file. Knows nothing of what is in a sh
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,9 +47,6 @@ Entry = dict[str, Any]
 READERS = 16
 FOREIGN = ("Thumbs.db", "desktop.ini")
 """Beside names that begin with a dot, what file managers leave wherever they look."""
-
-
-NEEDED = {"shard", "generation", "file", "sha256", "rows", "failed"}
 
 
 class Damaged(BadInput):
@@ -158,17 +156,30 @@ class Manifest:
     def _read_entry(self, shard: int) -> Entry:
         with self._whole(self.entry_uri(shard)):
             entry: Entry = json.loads(storage.read_bytes(self.entry_uri(shard)))
-            if entry["shard"] != shard or not entry.keys() >= NEEDED:
-                raise ValueError
+            self._check_entry(entry, shard)
             return entry
 
     def _read_compact(self, group: int) -> dict[int, Entry]:
         data = storage.read_bytes(self.compact_uri(group))
         with self._whole(self.compact_uri(group)):
             rows = pq.read_table(io.BytesIO(data)).to_pylist()
-            if [row["shard"] for row in rows] != list(range(group * GROUP, (group + 1) * GROUP)):
-                raise ValueError
+            for shard, row in zip(range(group * GROUP, (group + 1) * GROUP), rows, strict=True):
+                self._check_entry(row, shard)
             return {row["shard"]: row for row in rows}
+
+    def _check_entry(self, entry: Entry, shard: int) -> None:
+        """Raise ValueError, KeyError or TypeError for what no worker writes of this shard."""
+        name = re.fullmatch(r"data/[^/]*?(\d{8})[^/]*", entry["file"])
+        is_its = entry["shard"] == shard and name is not None and int(name[1]) == shard
+        counts = (entry["generation"], entry["failed"], entry["rows"])
+        is_right = all(type(count) is int and count >= 0 for count in counts)
+        if (
+            not is_its
+            or not is_right
+            or entry["failed"] > entry["rows"]
+            or type(entry["sha256"]) is not str
+        ):
+            raise ValueError
 
     @contextmanager
     def _whole(self, uri: str) -> Generator[None]:

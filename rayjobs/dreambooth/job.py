@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from rayjobs import cluster, storage
+from rayjobs import cluster
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dreambooth import lock, report, results, validation
 from rayjobs.dreambooth.checkpoints import Checkpoints

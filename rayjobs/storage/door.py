@@ -79,13 +79,13 @@ def absolute_if_path(uri: str) -> str:
     return absolute(uri) if not is_remote(uri) and os.path.exists(absolute(uri)) else uri
 
 
-def check(uri: str, write: bool = False) -> None:
-    """Raise StorageError within 15 s unless `uri`'s place can be reached, and written if asked."""
+def check(uri: str, write: bool = False, timeout_s: float = s3.TIMEOUT_S) -> None:
+    """Raise StorageError unless `uri`'s place can be reached, and written if asked, in time."""
     scheme = uri.split("://")[0] if is_remote(uri) else ""
     if scheme not in ("", "s3"):
         raise StorageError(f"{uri}: unknown kind of storage {scheme!r}; use a path or s3://")
     if scheme == "s3":
-        s3.check(uri, write)
+        s3.check(uri, write, timeout_s)
     elif write:
         local.check_writable(absolute(uri))
 

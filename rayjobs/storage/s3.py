@@ -39,16 +39,16 @@ class Unavailable(StorageError):
     """The storage does not answer now; it may later."""
 
 
-def check(uri: str, write: bool = False) -> None:
-    """Raise StorageError within 15 s unless objects below `uri` can be listed and, if asked, made.
+def check(uri: str, write: bool = False, timeout_s: float = TIMEOUT_S) -> None:
+    """Raise StorageError unless objects below `uri` can be listed and, if asked, made.
 
-    Nothing is written for it.
+    Nothing is written for it. Each of the two questions may take `timeout_s`.
     """
     import botocore.session
     from botocore.config import Config
 
     timeouts = Config(
-        connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
+        connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1}
     )
     session = botocore.session.get_session()
     region = _asked(uri, lambda: session.get_config_variable("region")) or "us-east-1"

@@ -1,5 +1,6 @@
 """Damage of every kind: each is found, and made good by the command that verify names."""
 
+import json
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -43,6 +44,16 @@ def flip(name: str, at: int) -> Callable[[Path], Any]:
 
 def copy(name: str, to: str) -> Callable[[Path], Any]:
     return lambda root: shutil.copy(root / name, root / to)
+
+
+def change(name: str, **values: Any) -> Callable[[Path], Any]:
+    """Of an entry."""
+
+    def write(root: Path) -> None:
+        entry = json.loads((root / name).read_text()) | values
+        (root / name).write_text(json.dumps(entry))
+
+    return write
 
 
 def empty(name: str) -> Callable[[Path], Any]:
@@ -159,6 +170,26 @@ def test_each_damage_is_found_and_repaired(
     assert {n: d for n, d in data(uri).items() if n[0] != "." and "Thumbs" not in n} == before
     assert job.repair(uri, []).num_made == 0
     assert not (root / "attempts").exists()
+
+
+def test_an_entry_that_no_worker_wrote_is_found_and_repaired(whole: Callable[[str], str]) -> None:
+    uri, name = whole("parquet"), "manifest/00000005.json"
+    root, before = Path(uri), data(uri)
+    for values in (
+        *({"file": "../../etc/passwd"}, {"file": "data/shard-00000004.parquet"}),
+        *({"rows": None}, {"rows": "2"}, {"sha256": None}, {"failed": 7}, {"generation": -1}),
+    ):
+        change(name, **values)(root)
+        assert verify(uri).faults == [f"{name}: cannot be read"]
+    assert job.repair(uri, []).num_made == 2
+    for values, text in (
+        ({"failed": 1}, "shard 5: holds 0 failed records, not 1"),
+        ({"rows": 0}, "shard 5: holds 2 records, not 0"),
+    ):
+        change(name, **values)(root)
+        assert verify(uri).faults == [text]
+        assert job.repair(uri, []).num_made == 2
+    assert (verify(uri).faults, data(uri)) == ([], before)
 
 
 def test_what_cannot_be_repaired_is_told(

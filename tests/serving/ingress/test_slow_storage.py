@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from rayjobs import storage
+from serve.config import ServeConfig
 from serve.ingress import results
 from tests.serving.asking import PROMPT, ask
 from tests.serving.in_process import QuickEngines, serving
@@ -48,6 +49,25 @@ def test_a_storage_that_never_answers_delays_only_links(monkeypatch: pytest.Monk
 
 def _nothing_wrong(store: results.ResultsStore) -> None:
     store._checked_s = time.monotonic()
+
+
+# Ray Serve's own models.
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+def test_a_start_does_not_wait_long_for_results(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twice: `serve run` asks, and Ray where it builds the application."""
+    from serve import app
+
+    assert 2 * app.RESULTS_ANSWER_S < 8
+    monkeypatch.setattr(app, "RESULTS_ANSWER_S", 0.3)
+    models = [{"name": "starter", "uri": "starter"}]
+    config = ServeConfig.model_validate({"models": models, "results": {"uri": "s3://bucket/x"}})
+    with black_hole():
+        started = time.monotonic()
+        app.check(config)
+    assert time.monotonic() - started < 3
+    assert "results.uri: s3://bucket/x: cannot reach" in caplog.text
 
 
 def test_a_storage_that_is_away_is_told_before_an_image_is_made(
