@@ -5,6 +5,7 @@ Reads the header and a few numbers. Knows nothing of how weights become modules.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -86,9 +87,10 @@ class Single:
         return [name for name in wanted if name not in self.parts]
 
     def check_config(self, unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
-        """Raise ValueError unless the file's tensors are as many as these configurations ask for.
+        """Raise ValueError unless the file's tensors are those that these configurations ask for.
 
-        The layouts have other names for the same tensors, so that their number tells.
+        The layouts have other names for the same tensors, so that their number and their shapes
+        tell; a projection is a layer of the one and a convolution of a pixel of the other.
         """
         width, reads = _width(self.header), unet.get("cross_attention_dim", 1280)
         if width and isinstance(reads, int) and width != reads:
@@ -101,12 +103,26 @@ class Single:
             found["autoencoder"] = (VAE, "", layout.vae(vae))
         for part, (pattern, prefix, wanted) in found.items():
             mine = re.compile(re.escape(prefix) + pattern)
-            number = sum(1 for name in self.header.names if mine.match(name))
-            if wanted is not None and number != len(wanted):
+            found_here = [t.shape for name, t in self.header.tensors.items() if mine.match(name)]
+            if wanted is None:
+                continue
+            way_out = "it is damaged, or give model.config a folder of its own kind"
+            if len(found_here) != len(wanted):
                 raise ValueError(
-                    f"{self.header.path}: its {part} has {number} tensors, that of {source} "
-                    f"{len(wanted)}; it is damaged, or give model.config a folder of its own kind"
+                    f"{self.header.path}: its {part} has {len(found_here)} tensors, that of "
+                    f"{source} {len(wanted)}; {way_out}"
                 )
+            others = Counter(map(_core, found_here)) - Counter(map(_core, wanted.values()))
+            if others:
+                raise ValueError(
+                    f"{self.header.path}: its {part} has {others.total()} tensors of another shape "
+                    f"than that of {source}, such as {next(iter(others))}; {way_out}"
+                )
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without a kernel of one pixel."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 UNET = (
