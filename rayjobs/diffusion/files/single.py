@@ -262,7 +262,7 @@ def _scheduler(header: Header, version: Version) -> dict[str, Any]:
     kind = _prediction(header)
     if kind is not None:
         decided["prediction_type"] = kind
-    if ZERO_SNR_KEYS & names or _says(header, ZERO_SNR_METADATA):
+    if ZERO_SNR_KEYS & names or _says(header.metadata, ZERO_SNR_METADATA):
         decided["rescale_betas_zero_snr"] = True
     return decided
 
@@ -270,21 +270,26 @@ def _scheduler(header: Header, version: Version) -> dict[str, Any]:
 def _prediction(header: Header) -> str | None:
     """What the file says that the UNet predicts; a mark among the tensors counts before metadata,
     where trainers and mergers often leave what they began with."""
-    if V_KEYS & header.names or _says(header, V_METADATA):
+    return "v_prediction" if V_KEYS & header.names else told_prediction(header.metadata)
+
+
+def told_prediction(metadata: Mapping[str, str]) -> str | None:
+    """What the metadata of a model, or of an adapter for it, says that the UNet predicts."""
+    if _says(metadata, V_METADATA):
         return "v_prediction"
     for key in PREDICTION_METADATA:
-        said = re.sub(r"[\s-]+", "_", str(header.metadata.get(key, "")).strip().lower())
+        said = re.sub(r"[\s-]+", "_", str(metadata.get(key, "")).strip().lower())
         if said not in ("", "none"):
             return PREDICTION_WORDS.get(said, said)
-    architecture = str(header.metadata.get("modelspec.architecture", ""))
-    model = str(header.metadata.get("ss_base_model_version", ""))
+    architecture = str(metadata.get("modelspec.architecture", ""))
+    model = str(metadata.get("ss_base_model_version", ""))
     if "v2-768-v" in architecture or "v2_768_v" in model:
         return "v_prediction"
     return "epsilon" if "v2-512" in architecture or "v2_512" in model else None
 
 
-def _says(header: Header, keys: tuple[str, ...]) -> bool:
-    return any(str(header.metadata.get(key)).lower() in ("true", "1", "yes") for key in keys)
+def _says(metadata: Mapping[str, str], keys: tuple[str, ...]) -> bool:
+    return any(str(metadata.get(key)).lower() in ("true", "1", "yes") for key in keys)
 
 
 def _guess(header: Header, version: Version, prefix: str | None) -> str:
