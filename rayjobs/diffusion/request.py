@@ -6,6 +6,7 @@ a front end can build requests without loading either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ class Lora:
 
     path: str
     scale: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for a scale that is no number."""
+        if not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
+            raise ValueError(f"the scale of a LoRA is {self.scale!r}; it must be a number")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,6 +88,8 @@ class Request:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
         for name in ("width", "height"):
             check_side(name, getattr(self, name))
+        for lora in self.loras:
+            lora.check()
         for name in ("guidance_scale", "guidance_rescale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):

@@ -64,7 +64,7 @@ class LoadOptions(Config):
 class LoraConfig(Config):
     uri: str
     """A safetensors LoRA file or its folder, local or s3://."""
-    scale: float = 1.0
+    scale: float = Field(default=1.0, allow_inf_nan=False)
     """How strongly it acts; 1 is as trained."""
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request
+from rayjobs.diffusion.request import Lora, Request
 
 
 def ask(**changes: Any) -> Request:
@@ -52,6 +52,7 @@ def test_an_init_image_decides_the_size_when_none_is_asked_for(tiny: Model) -> N
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**63}, "seed is"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"loras": (Lora(path="x", scale=float("inf")),)}, "the scale of a LoRA is inf"),
         ({"clip_skip": 9}, "clip_skip is 9; this model allows at most 2"),
         ({"init_image": b"no picture"}, "no picture in a format that is read here"),
         ({"init_image": "/no/such.png"}, "no such file"),

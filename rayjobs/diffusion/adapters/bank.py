@@ -89,6 +89,9 @@ class LoraBank:
         for sha256, scale in use:
             adapter = self._adapters[sha256]
             said += adapter.warnings
+            told, own = adapter.prediction, self.model.prediction.kind
+            if told not in (None, own):
+                said.append(f"LoRA {adapter.file.name} was trained for {told}, the model is {own}")
             if adapter.is_dora and scale not in (0, 1):
                 said.append(
                     f"LoRA {adapter.file.name} is a DoRA, whose effect is not linear in its scale: "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayjobs.diffusion.files.single import told_prediction
 from rayjobs.diffusion.weights import sha256_of
 
 DIFFUSERS = "lora_adapter_metadata"
@@ -36,6 +37,8 @@ class Notes:
     """Of the model that it was trained for, where the file says so."""
     parts: Mapping[str, Mapping[str, Any]]
     title: str = ""
+    prediction: str | None = None
+    """What the model predicts that it was trained for, as diffusers spells it."""
 
     def strength(self, part: str, name: str, rank: int | None, alpha: float | None) -> float:
         """alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732): alpha from the layer's
@@ -79,7 +82,7 @@ def read(file: Path, header: Mapping[str, str]) -> Notes:
         parts = {}
     for settings in parts.values():
         _check(settings)
-    return Notes(_family(header), parts, title_of(header))
+    return Notes(_family(header), parts, title_of(header), told_prediction(header))
 
 
 def title_of(header: Mapping[str, str]) -> str:

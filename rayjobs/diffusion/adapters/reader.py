@@ -39,6 +39,8 @@ class Adapter:
     is_dora: bool = False
     usual: Usual | None = None
     """What to ask for with an adapter that makes the model a distilled one."""
+    prediction: str | None = None
+    """What the model predicts that it was trained for, where the file says so."""
     warnings: tuple[str, ...] = ()
 
     def without_tensors(self) -> "Adapter":
@@ -82,7 +84,8 @@ def _read(path: str, file: Path, layers: Layers) -> Adapter:
     warnings = tuple(f"LoRA {file.name} {what}" for what, is_so in said.items() if is_so)
     usual = adapter_usual(f"{file_name(path)} {told.title}")
     is_dora = any(change.magnitude is not None for change in changes.values())
-    return Adapter(path, file, notes.file_sha256(file), changes, is_dora, usual, warnings)
+    sha256 = notes.file_sha256(file)
+    return Adapter(path, file, sha256, changes, is_dora, usual, told.prediction, warnings)
 
 
 def _changes(

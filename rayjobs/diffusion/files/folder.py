@@ -35,17 +35,18 @@ def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> dict[st
         for file in (folder / name).glob("*.safetensors"):
             read_header(file)
     _check_index(folder, family, index)
-    variants, configs = {}, {}
+    configs = {}
     for name in PARTS[family]:
-        part = folder / name
         if name.startswith("tokenizer"):
-            check_tokenizer(part)
-            continue
-        configs[name] = read_json(part / "config.json")
-        variants[name] = _check_weights(part, configs[name], str(index[name][1]))
+            check_tokenizer(folder / name)
+        else:
+            configs[name] = read_json(folder / name / "config.json")
     check_unet(folder, configs["unet"])
     _check_fit(folder, configs)
-    return variants
+    return {
+        name: _check_weights(folder / name, config, str(index[name][1]))
+        for name, config in configs.items()
+    }
 
 
 def check_unet(folder: Path, config: Mapping[str, Any]) -> None:
@@ -124,7 +125,8 @@ def _check_weights(folder: Path, config: Mapping[str, Any], kind: str) -> str | 
         quantized = foreign.quantization(header)
         if quantized is not None:
             raise ValueError(f"{header.path} holds weights that are {quantized}")
-    _check_names(folder, config, kind, {name for header in chosen for name in header.names})
+    tensors = {name: it.shape for header in chosen for name, it in header.tensors.items()}
+    _check_tensors(folder, config, kind, tensors)
     return variant
 
 
@@ -169,33 +171,43 @@ def read_names(path: Path) -> frozenset[str]:
     return read_header(path).names
 
 
-def _check_names(folder: Path, config: Mapping[str, Any], kind: str, names: set[str]) -> None:
+def _check_tensors(
+    folder: Path, config: Mapping[str, Any], kind: str, tensors: Mapping[str, layout.Shape]
+) -> None:
     """Raise ValueError unless the tensors are those that the configuration asks for."""
+    optional = {"embeddings.position_ids", "text_projection.weight"}
     if kind in LAYOUTS:
         wanted = LAYOUTS[kind](config)
     elif kind.startswith("CLIPTextModel"):
-        projection = {"text_projection.weight"} if kind.endswith("WithProjection") else set()
-        wanted = layout.text_encoder(config) | projection
-        names = {name.removeprefix("text_model.") for name in names}
+        wanted = layout.text_encoder(config)
+        if not kind.endswith("WithProjection"):
+            del wanted["text_projection.weight"]
+        tensors = {name.removeprefix("text_model."): shape for name, shape in tensors.items()}
     else:
         return
     if wanted is None:
         return
     if kind == "AutoencoderKL":
-        names = {_modern(name) for name in names}
-    missing = sorted(wanted - names)
+        tensors = {_modern(name): shape for name, shape in tensors.items()}
+    names = tensors.keys()
+    missing = sorted(wanted.keys() - names)
     if missing:
         what = foreign.name_of(names)
         raise ValueError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its config.json asks "
             f"for: {_some(missing)}" + (f"; it is {what}" if what else "")
         )
-    known = {"embeddings.position_ids", "text_projection.weight"}
-    extra = sorted(names - wanted - known)
+    extra = sorted(names - wanted.keys() - optional)
     if extra:
         raise ValueError(
             f"{folder} has {len(extra)} tensors that its config.json has no place for: "
             f"{_some(extra)}"
+        )
+    other = [name for name, shape in wanted.items() if tensors[name] != shape]
+    if other:
+        raise ValueError(
+            f"{folder} has {len(other)} tensors of another shape than its config.json asks for: "
+            f"{other[0]} is {tensors[other[0]]}, not {wanted[other[0]]}"
         )
 
 

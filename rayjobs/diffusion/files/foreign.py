@@ -42,6 +42,7 @@ MARKS = (
 """Patterns of tensors' names, and what a file with one of them is; the first that fits counts."""
 
 PARTS = (
+    (r"^model_ema\.", "a file of averaged weights (EMA) under names of their own"),
     (r"^(first_stage_model|vae)\.", "an autoencoder alone"),
     (r"^(encoder|decoder|quant_conv|post_quant_conv)\.", "an autoencoder alone"),
     (r"^(conditioner|cond_stage_model|text_encoders?)\.", "text encoders alone"),

@@ -1,84 +1,65 @@
-"""The tensors that a part's configuration asks for, by name, without building the part.
+"""The tensors that a part's configuration asks for, names and shapes, without building the part.
 
 Owns the layouts of diffusers' UNet and autoencoder and of transformers' CLIP text model, as far as
 models of the families have them. A test compares them with the modules themselves. Knows no file.
+Legend: C channels, T width of the time embedding, D width of the texts.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Config = Mapping[str, Any]
+Shape = tuple[int, ...]
+Named = Iterator[tuple[str, Shape]]
 
-RESNET = ("norm1", "conv1", "norm2", "conv2")
-ATTENTION = ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
 UNUSUAL = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")
 UNUSUAL += ("dual_cross_attention", "only_cross_attention", "reverse_transformer_layers_per_block")
+UNUSUAL += ("time_embedding_dim", "resnet_skip_time_act", "cross_attention_norm")
 MIDDLE = "UNetMidBlock2DCrossAttn"
 PLAIN_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 
 
-def unet(config: Config) -> set[str] | None:
+class _Widths(NamedTuple):
+    """What all blocks of a UNet have in common."""
+
+    time: int
+    text: int
+    is_linear: bool
+    """Whether projections around attentions are linear layers, not convolutions of a pixel."""
+
+
+def unet(config: Config) -> dict[str, Shape] | None:
     """Of a UNet2DConditionModel; None for a configuration that is beyond this module."""
-    channels, depths = config.get("block_out_channels") or (), _depths(config)
-    if depths is None:
-        return None
-    outer = ["time_embedding.linear_1", "time_embedding.linear_2", "conv_in", "conv_out"]
-    outer.append("conv_norm_out")
-    if config.get("addition_embed_type") == "text_time":
-        outer += ["add_embedding.linear_1", "add_embedding.linear_2"]
-    names = {*_both(outer), *_middle(config, depths[-1])}
-    if config.get("time_cond_proj_dim") is not None:
-        names.add("time_embedding.cond_proj.weight")
-    last, layers = len(channels) - 1, config.get("layers_per_block", 2)
-    for n, kind in enumerate(config["down_block_types"]):
-        widens = channels[max(n - 1, 0)] != channels[n]
-        names.update(_block(f"down_blocks.{n}", kind, depths[n], [widens] + [False] * (layers - 1)))
-        if n < last:
-            names.update(_both([f"down_blocks.{n}.downsamplers.0.conv"]))
-    for n, kind in enumerate(config["up_block_types"]):
-        names.update(_block(f"up_blocks.{n}", kind, depths[last - n], [True] * (layers + 1)))
-        if n < last:
-            names.update(_both([f"up_blocks.{n}.upsamplers.0.conv"]))
-    return names
+    depths = _depths(config)
+    return None if depths is None else dict(_unet(config, depths))
 
 
-def vae(config: Config) -> set[str] | None:
+def vae(config: Config) -> dict[str, Shape] | None:
     """Of an AutoencoderKL; None for a configuration that is beyond this module."""
-    channels, layers = config.get("block_out_channels") or (), config.get("layers_per_block", 1)
     kinds = {*config.get("down_block_types", ()), *config.get("up_block_types", ())}
-    if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"} or not channels:
-        return None
-    names = {name for name in ("quant_conv", "post_quant_conv") if config.get(f"use_{name}", True)}
-    attention = config.get("mid_block_add_attention", True)
-    for half, blocks, scaler, order, num in (
-        ("encoder", "down_blocks", "downsamplers", channels, layers),
-        ("decoder", "up_blocks", "upsamplers", channels[::-1], layers + 1),
-    ):
-        names.update(f"{half}.{end}" for end in ("conv_in", "conv_out", "conv_norm_out"))
-        names.update(_vae_middle(f"{half}.mid_block", attention))
-        for n in range(len(order)):
-            resnets = [f"{half}.{blocks}.{n}.resnets.{layer}" for layer in range(num)]
-            names.update(f"{resnet}.{part}" for resnet in resnets for part in RESNET)
-            if order[max(n - 1, 0)] != order[n]:
-                names.add(f"{resnets[0]}.conv_shortcut")
-            if n < len(order) - 1:
-                names.add(f"{half}.{blocks}.{n}.{scaler}.0.conv")
-    return set(_both(names))
+    plain = kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+    return dict(_vae(config)) if plain and config.get("block_out_channels") else None
 
 
-def text_encoder(config: Config) -> set[str]:
-    """Of a CLIP text model, without the projection that some have."""
-    names = {"final_layer_norm"}
+def text_encoder(config: Config) -> dict[str, Shape]:
+    """Of a CLIP text model, the projection that some have included."""
+    width, inner = int(config.get("hidden_size", 512)), int(config.get("intermediate_size", 2048))
+    vocabulary, places = config.get("vocab_size", 49408), config.get("max_position_embeddings", 77)
+    named: dict[str, Shape] = {
+        "embeddings.token_embedding.weight": (int(vocabulary), width),
+        "embeddings.position_embedding.weight": (int(places), width),
+        "text_projection.weight": (int(config.get("projection_dim", 512)), width),
+        **dict(_norm("final_layer_norm", width)),
+    }
     for n in range(int(config.get("num_hidden_layers", 12))):
         layer = f"encoder.layers.{n}"
-        names.update(f"{layer}.self_attn.{each}_proj" for each in ("q", "k", "v", "out"))
-        names.update(f"{layer}.{each}" for each in ("layer_norm1", "layer_norm2"))
-        names.update(f"{layer}.mlp.{each}" for each in ("fc1", "fc2"))
-    return {
-        "embeddings.token_embedding.weight",
-        "embeddings.position_embedding.weight",
-        *_both(names),
-    }
+        for each in ("q", "k", "v", "out"):
+            named |= _layer(f"{layer}.self_attn.{each}_proj", width, width)
+        named |= _layer(f"{layer}.mlp.fc1", inner, width)
+        named |= _layer(f"{layer}.mlp.fc2", width, inner)
+        named |= dict(_norm(f"{layer}.layer_norm1", width))
+        named |= dict(_norm(f"{layer}.layer_norm2", width))
+    return named
 
 
 def _depths(config: Config) -> list[int] | None:
@@ -91,51 +72,150 @@ def _depths(config: Config) -> list[int] | None:
         and not any(config.get(key) for key in UNUSUAL)
         and config.get("addition_embed_type") in (None, "text_time")
         and config.get("attention_type", "default") == "default"
+        and config.get("resnet_time_scale_shift", "default") == "default"
+        and config.get("time_embedding_type", "positional") == "positional"
         and config.get("mid_block_type", MIDDLE) in (MIDDLE, "UNetMidBlock2D")
         and isinstance(config.get("layers_per_block", 2), int)
+        and isinstance(config.get("cross_attention_dim", 1280), int)
         and all(isinstance(depth, int) for depth in depths)
         and levels == len(ups) == len(depths) == len(config.get("block_out_channels") or ()) > 0
     )
     return depths if plain else None
 
 
-def _middle(config: Config, depth: int) -> Iterator[str]:
-    yield from _resnet("mid_block.resnets.0", False)
+def _unet(config: Config, depths: list[int]) -> Named:
+    channels, layers = list(config["block_out_channels"]), config.get("layers_per_block", 2)
+    first, last, levels = channels[0], channels[-1], len(channels)
+    widths = _Widths(
+        4 * first,
+        config.get("cross_attention_dim", 1280),
+        bool(config.get("use_linear_projection", False)),
+    )
+    yield from _conv(
+        "conv_in", first, config.get("in_channels", 4), config.get("conv_in_kernel", 3)
+    )
+    yield from _conv(
+        "conv_out", config.get("out_channels", 4), first, config.get("conv_out_kernel", 3)
+    )
+    yield from _norm("conv_norm_out", first)
+    yield from _embedding("time_embedding", widths.time, first)
+    if config.get("addition_embed_type") == "text_time":
+        size = config.get("projection_class_embeddings_input_dim") or 0
+        yield from _embedding("add_embedding", widths.time, size)
+    if config.get("time_cond_proj_dim") is not None:
+        yield "time_embedding.cond_proj.weight", (first, config["time_cond_proj_dim"])
+    for n, kind in enumerate(config["down_block_types"]):
+        inputs = [channels[max(n - 1, 0)], *[channels[n]] * (layers - 1)]
+        yield from _block(f"down_blocks.{n}", kind, depths[n], inputs, channels[n], widths)
+        if n < levels - 1:
+            yield from _conv(f"down_blocks.{n}.downsamplers.0.conv", channels[n], channels[n])
+    yield from _resnet("mid_block.resnets.0", last, last, widths.time)
     if config.get("mid_block_type", MIDDLE) == MIDDLE:
-        yield from _resnet("mid_block.resnets.1", False)
-        yield from _transformer("mid_block.attentions.0", depth)
+        yield from _resnet("mid_block.resnets.1", last, last, widths.time)
+        yield from _transformer("mid_block.attentions.0", depths[-1], last, widths)
+    back = channels[::-1]
+    for n, kind in enumerate(config["up_block_types"]):
+        mine, before, after = back[n], back[max(n - 1, 0)], back[min(n + 1, levels - 1)]
+        skips = [*[mine] * layers, after]
+        inputs = [
+            given + skip for given, skip in zip([before, *[mine] * layers], skips, strict=True)
+        ]
+        yield from _block(f"up_blocks.{n}", kind, depths[levels - 1 - n], inputs, mine, widths)
+        if n < levels - 1:
+            yield from _conv(f"up_blocks.{n}.upsamplers.0.conv", mine, mine)
 
 
-def _block(prefix: str, kind: str, depth: int, shortcuts: list[bool]) -> Iterator[str]:
-    for layer, shortcut in enumerate(shortcuts):
-        yield from _resnet(f"{prefix}.resnets.{layer}", shortcut)
+def _block(
+    prefix: str, kind: str, depth: int, inputs: list[int], size: int, widths: _Widths
+) -> Named:
+    for layer, given in enumerate(inputs):
+        yield from _resnet(f"{prefix}.resnets.{layer}", given, size, widths.time)
         if kind.startswith("CrossAttn"):
-            yield from _transformer(f"{prefix}.attentions.{layer}", depth)
+            yield from _transformer(f"{prefix}.attentions.{layer}", depth, size, widths)
 
 
-def _vae_middle(prefix: str, attention: bool) -> Iterator[str]:
-    yield from (f"{prefix}.resnets.{n}.{part}" for n in range(2) for part in RESNET)
-    if attention:
-        parts = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")
-        yield from (f"{prefix}.attentions.0.{part}" for part in parts)
+def _resnet(prefix: str, given: int, size: int, time: int | None) -> Named:
+    yield from _norm(f"{prefix}.norm1", given)
+    yield from _conv(f"{prefix}.conv1", size, given)
+    yield from _norm(f"{prefix}.norm2", size)
+    yield from _conv(f"{prefix}.conv2", size, size)
+    if time is not None:
+        yield from _layer(f"{prefix}.time_emb_proj", size, time).items()
+    if given != size:
+        yield from _conv(f"{prefix}.conv_shortcut", size, given, 1)
 
 
-def _resnet(prefix: str, shortcut: bool) -> Iterator[str]:
-    yield from _both(f"{prefix}.{part}" for part in (*RESNET, "time_emb_proj"))
-    if shortcut:
-        yield from _both([f"{prefix}.conv_shortcut"])
-
-
-def _transformer(prefix: str, depth: int) -> Iterator[str]:
-    yield from _both(f"{prefix}.{part}" for part in ("norm", "proj_in", "proj_out"))
+def _transformer(prefix: str, depth: int, size: int, widths: _Widths) -> Named:
+    yield from _norm(f"{prefix}.norm", size)
+    for end in ("proj_in", "proj_out"):
+        if widths.is_linear:
+            yield from _layer(f"{prefix}.{end}", size, size).items()
+        else:
+            yield from _conv(f"{prefix}.{end}", size, size, 1)
     for n in range(depth):
         block = f"{prefix}.transformer_blocks.{n}"
-        parts = ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")
-        yield from _both(f"{block}.{part}" for part in parts)
-        yield from (f"{block}.attn{k}.{part}" for k in (1, 2) for part in ATTENTION)
+        for number in (1, 2, 3):
+            yield from _norm(f"{block}.norm{number}", size)
+        yield from _layer(f"{block}.ff.net.0.proj", 8 * size, size).items()
+        yield from _layer(f"{block}.ff.net.2", size, 4 * size).items()
+        for name, reads in (("attn1", size), ("attn2", widths.text)):
+            yield f"{block}.{name}.to_q.weight", (size, size)
+            yield f"{block}.{name}.to_k.weight", (size, reads)
+            yield f"{block}.{name}.to_v.weight", (size, reads)
+            yield from _layer(f"{block}.{name}.to_out.0", size, size).items()
 
 
-def _both(names: Any) -> Iterator[str]:
-    for name in names:
-        yield f"{name}.weight"
-        yield f"{name}.bias"
+def _vae(config: Config) -> Named:
+    channels, layers = list(config["block_out_channels"]), config.get("layers_per_block", 1)
+    latents, last = config.get("latent_channels", 4), channels[-1]
+    if config.get("use_quant_conv", True):
+        yield from _conv("quant_conv", 2 * latents, 2 * latents, 1)
+    if config.get("use_post_quant_conv", True):
+        yield from _conv("post_quant_conv", latents, latents, 1)
+    for half, blocks, scaler, order, num in (
+        ("encoder", "down_blocks", "downsamplers", channels, layers),
+        ("decoder", "up_blocks", "upsamplers", channels[::-1], layers + 1),
+    ):
+        given = config.get("in_channels", 3) if half == "encoder" else latents
+        made = 2 * latents if half == "encoder" else config.get("out_channels", 3)
+        yield from _conv(f"{half}.conv_in", order[0], given)
+        yield from _norm(f"{half}.conv_norm_out", order[-1])
+        yield from _conv(f"{half}.conv_out", made, order[-1])
+        yield from _vae_middle(
+            f"{half}.mid_block", last, config.get("mid_block_add_attention", True)
+        )
+        for n, size in enumerate(order):
+            inputs = [order[max(n - 1, 0)], *[size] * (num - 1)]
+            for layer, each in enumerate(inputs):
+                yield from _resnet(f"{half}.{blocks}.{n}.resnets.{layer}", each, size, None)
+            if n < len(order) - 1:
+                yield from _conv(f"{half}.{blocks}.{n}.{scaler}.0.conv", size, size)
+
+
+def _vae_middle(prefix: str, size: int, attention: bool) -> Named:
+    for n in range(2):
+        yield from _resnet(f"{prefix}.resnets.{n}", size, size, None)
+    if attention:
+        yield from _norm(f"{prefix}.attentions.0.group_norm", size)
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield from _layer(f"{prefix}.attentions.0.{part}", size, size).items()
+
+
+def _embedding(prefix: str, size: int, given: int) -> Named:
+    yield from _layer(f"{prefix}.linear_1", size, given).items()
+    yield from _layer(f"{prefix}.linear_2", size, size).items()
+
+
+def _conv(name: str, size: int, given: int, kernel: int = 3) -> Named:
+    yield f"{name}.weight", (size, given, kernel, kernel)
+    yield f"{name}.bias", (size,)
+
+
+def _norm(name: str, size: int) -> Named:
+    yield f"{name}.weight", (size,)
+    yield f"{name}.bias", (size,)
+
+
+def _layer(name: str, size: int, given: int) -> dict[str, Shape]:
+    """A linear layer's."""
+    return {f"{name}.weight": (size, given), f"{name}.bias": (size,)}

@@ -5,6 +5,7 @@ Reads the header and a few numbers. Knows nothing of how weights become modules.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -86,9 +87,10 @@ class Single:
         return [name for name in wanted if name not in self.parts]
 
     def check_config(self, unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
-        """Raise ValueError unless the file's tensors are as many as these configurations ask for.
+        """Raise ValueError unless the file's tensors are those that these configurations ask for.
 
-        The layouts have other names for the same tensors, so that their number tells.
+        The layouts have other names for the same tensors, so that their number and their shapes
+        tell; a projection is a layer of the one and a convolution of a pixel of the other.
         """
         width, reads = _width(self.header), unet.get("cross_attention_dim", 1280)
         if width and isinstance(reads, int) and width != reads:
@@ -101,12 +103,26 @@ class Single:
             found["autoencoder"] = (VAE, "", layout.vae(vae))
         for part, (pattern, prefix, wanted) in found.items():
             mine = re.compile(re.escape(prefix) + pattern)
-            number = sum(1 for name in self.header.names if mine.match(name))
-            if wanted is not None and number != len(wanted):
+            found_here = [t.shape for name, t in self.header.tensors.items() if mine.match(name)]
+            if wanted is None:
+                continue
+            way_out = "it is damaged, or give model.config a folder of its own kind"
+            if len(found_here) != len(wanted):
                 raise ValueError(
-                    f"{self.header.path}: its {part} has {number} tensors, that of {source} "
-                    f"{len(wanted)}; it is damaged, or give model.config a folder of its own kind"
+                    f"{self.header.path}: its {part} has {len(found_here)} tensors, that of "
+                    f"{source} {len(wanted)}; {way_out}"
                 )
+            others = Counter(map(_core, found_here)) - Counter(map(_core, wanted.values()))
+            if others:
+                raise ValueError(
+                    f"{self.header.path}: its {part} has {others.total()} tensors of another shape "
+                    f"than that of {source}, such as {next(iter(others))}; {way_out}"
+                )
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without a kernel of one pixel."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 UNET = (
@@ -246,7 +262,7 @@ def _scheduler(header: Header, version: Version) -> dict[str, Any]:
     kind = _prediction(header)
     if kind is not None:
         decided["prediction_type"] = kind
-    if ZERO_SNR_KEYS & names or _says(header, ZERO_SNR_METADATA):
+    if ZERO_SNR_KEYS & names or _says(header.metadata, ZERO_SNR_METADATA):
         decided["rescale_betas_zero_snr"] = True
     return decided
 
@@ -254,21 +270,26 @@ def _scheduler(header: Header, version: Version) -> dict[str, Any]:
 def _prediction(header: Header) -> str | None:
     """What the file says that the UNet predicts; a mark among the tensors counts before metadata,
     where trainers and mergers often leave what they began with."""
-    if V_KEYS & header.names or _says(header, V_METADATA):
+    return "v_prediction" if V_KEYS & header.names else told_prediction(header.metadata)
+
+
+def told_prediction(metadata: Mapping[str, str]) -> str | None:
+    """What the metadata of a model, or of an adapter for it, says that the UNet predicts."""
+    if _says(metadata, V_METADATA):
         return "v_prediction"
     for key in PREDICTION_METADATA:
-        said = re.sub(r"[\s-]+", "_", str(header.metadata.get(key, "")).strip().lower())
+        said = re.sub(r"[\s-]+", "_", str(metadata.get(key, "")).strip().lower())
         if said not in ("", "none"):
             return PREDICTION_WORDS.get(said, said)
-    architecture = str(header.metadata.get("modelspec.architecture", ""))
-    model = str(header.metadata.get("ss_base_model_version", ""))
+    architecture = str(metadata.get("modelspec.architecture", ""))
+    model = str(metadata.get("ss_base_model_version", ""))
     if "v2-768-v" in architecture or "v2_768_v" in model:
         return "v_prediction"
     return "epsilon" if "v2-512" in architecture or "v2_512" in model else None
 
 
-def _says(header: Header, keys: tuple[str, ...]) -> bool:
-    return any(str(header.metadata.get(key)).lower() in ("true", "1", "yes") for key in keys)
+def _says(metadata: Mapping[str, str], keys: tuple[str, ...]) -> bool:
+    return any(str(metadata.get(key)).lower() in ("true", "1", "yes") for key in keys)
 
 
 def _guess(header: Header, version: Version, prefix: str | None) -> str:

@@ -114,6 +114,15 @@ def test_metadata_that_the_tensors_belie_is_said_and_passed_over(
     assert "says in its metadata that it is for Stable Diffusion 1.x" in warning
 
 
+def test_an_adapter_for_another_prediction_is_said(
+    tiny: Model, bank: LoraBank, tmp_path: Path
+) -> None:
+    made = make(tiny, formats_kohya.kohya_conv)
+    made.header = {"modelspec.prediction_type": "v"}
+    use = ((bank.load(write(made, tmp_path)), 1.0),)
+    assert "was trained for v_prediction, the model is epsilon" in bank.warnings(use)[0]
+
+
 def test_an_adapter_of_fewer_blocks_may_be_of_a_distilled_model(tmp_path: Path) -> None:
     """All layers of SSD-1B are SDXL's too: 4 of its 10 transformer blocks."""
     with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,11 @@ def damage(folder: Path, kind: str) -> None:
         "deeper": lambda: rewrite(
             unet, lambda t: t.update({MID.replace("blocks.0.attn", "blocks.1.attn"): t[MID] + 1})
         ),
+        "wider": lambda: rewrite(unet, lambda t: t.update({MID: torch.zeros(8, 8)})),
+        "another kernel": lambda: rewrite(
+            folder / "vae", lambda t: t.update({"decoder.conv_in.weight": torch.zeros(8, 4, 1, 1)})
+        ),
+        "fewer words": lambda: rewrite(folder / "text_encoder", fewer_words),
         "lora as unet": lambda: rewrite(unet, only_lora),
         "inpainting": lambda: change(unet / "config.json", in_channels=9),
         "other encoders": lambda: change(unet / "config.json", cross_attention_dim=768),
@@ -113,6 +118,11 @@ def damage(folder: Path, kind: str) -> None:
         "flow's sigmas": lambda: change(sampler, use_flow_sigmas=True),
         "another aim": lambda: change(sampler, prediction_type="score"),
     }[kind]()
+
+
+def fewer_words(tensors: dict[str, Any]) -> None:
+    (name,) = (name for name in tensors if name.endswith("token_embedding.weight"))
+    tensors[name] = tensors[name][:-5].clone()
 
 
 def two_variants(part: Path) -> None:
@@ -137,6 +147,9 @@ REFUSED = {
     "lost vae tensor": "vae lacks 1 of the .*: decoder.conv_out.bias",
     "lost projection": "text_encoder_2 lacks 1 of the .*: text_projection.weight",
     "deeper": "unet has 1 tensors that its config.json has no place for",
+    "wider": rf"unet has 1 tensors of another shape .*: {MID} is \(8, 8\), not \(32, 32\)",
+    "another kernel": "vae has 1 tensors of another shape .*: decoder.conv_in.weight is",
+    "fewer words": "text_encoder has 1 tensors of another shape .* embeddings.token_embedding",
     "lora as unet": "unet lacks .*; it is a LoRA, .* give it in model.loras",
     "inpainting": "takes 9 channels, not 4",
     "other encoders": "its text encoders give 64 numbers a token, its UNet reads 768",
@@ -196,8 +209,13 @@ def test_each_part_is_read_in_the_variant_that_it_has(
 def test_layouts_are_those_of_the_modules(folders: dict[str, Path], family: str) -> None:
     root = STARTER if family == "starter" else folders[family]
     for part, wanted in (("unet", layout.unet), ("vae", layout.vae)):
-        names = load_file(root / part / f"{WEIGHTS}.safetensors").keys()
-        assert wanted(read_json(root / part / "config.json")) == set(names)
+        assert wanted(read_json(root / part / "config.json")) == shapes(
+            load_file(root / part / f"{WEIGHTS}.safetensors")
+        )
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +224,8 @@ def test_layouts_are_those_of_the_modules(folders: dict[str, Path], family: str)
         {},
         {"transformer_layers_per_block": [0, 2, 4], "mid_block_type": "UNetMidBlock2D"},
         {"time_cond_proj_dim": 256, "layers_per_block": 3},
-        {"use_linear_projection": False, "transformer_layers_per_block": 1},
+        {"use_linear_projection": False, "transformer_layers_per_block": 1, "in_channels": 9},
+        {"block_out_channels": (64, 32, 96), "conv_in_kernel": 5, "attention_head_dim": 4},
     ],
 )
 def test_layouts_of_the_kinds_of_sdxl(changes: dict[str, Any]) -> None:
@@ -225,4 +244,4 @@ def test_layouts_of_the_kinds_of_sdxl(changes: dict[str, Any]) -> None:
     }
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config | changes)
-    assert layout.unet(dict(unet.config)) == set(unet.state_dict())
+    assert layout.unet(dict(unet.config)) == shapes(unet.state_dict())

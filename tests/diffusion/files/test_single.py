@@ -127,6 +127,7 @@ REFUSED: dict[str, tuple[Shapes, str]] = {
         {"controlnet_cond_embedding.conv_in.weight": (8, 8)},
         "is a ControlNet",
     ),
+    "averaged": ({"model_ema.diffusion_modelout0weight": (8,)}, "is a file of averaged weights"),
     "vae": ({"first_stage_model.decoder.conv_in.weight": (8, 4)}, "is an autoencoder alone"),
     "bare vae": ({"decoder.conv_in.weight": (8, 4)}, "is an autoencoder alone"),
     "encoder": ({"text_model.final_layer_norm.weight": (8,)}, "is a text encoder alone"),
