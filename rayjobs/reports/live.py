@@ -34,13 +34,14 @@ class LivePage(Rewriter):
         self._whole = History()
         self._run = History()
 
-    def _write_page(self, again_by: float | None) -> None:
+    def _write_page(self, again_by: float | None) -> bool:
         if not len(self._run):
             self._look(self._seen | self._before)
         if len(self._run):
             self._look(self._seen)
             running = self._running(again_by)
             dataset_report.write(self._manifest.uri, MAX_PICTURES, self._whole, running)
+        return len(self._run) > 0
 
     def _look(self, known: np.ndarray) -> None:
         """Take in what is finished and not `known`: that of earlier runs comes second."""

@@ -121,6 +121,8 @@ def test_a_long_job_s_pages_read_little_and_seldom(
     monkeypatch.setattr(contact_sheet, "rows", read_rows)
     monkeypatch.setattr(live, "MAX_PICTURES", 64)
     page = live_page(uri, 2000)
+    page._write(page._wait_s())
+    assert time.monotonic() < page._next <= time.monotonic() + rewriter.FIRST_S  # nothing yet
     for number in range(10):
         finished = 200 * number + 200
         page._write(page._wait_s())
@@ -133,7 +135,7 @@ def test_a_long_job_s_pages_read_little_and_seldom(
     assert page._wait_s() == 60 / rewriter.MAX_SHARE
     page._cost_s = 0.01
     assert page._wait_s() == rewriter.SHORTEST_S
-    page._began -= 1e6
+    page._first = time.monotonic() - 1e6
     assert page._wait_s() == rewriter.LONGEST_S
 
 
