@@ -143,6 +143,26 @@ class Manifest:
                 for shard in sorted(by_shard):
                     yield by_shard[shard]
 
+    def unseen(self, seen: np.ndarray) -> Iterator[Entry]:
+        """Entries of finished shards that are not `seen`, (num_shards,) bool; others may write.
+
+        One that is gathered at this moment comes the next time.
+        """
+        single, compact = self._names()
+        single = single[single < len(seen)]
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from filter(None, pool.map(self._read_if_there, single[~seen[single]].tolist()))
+        for group in sorted(compact):
+            if not seen[group * GROUP : (group + 1) * GROUP].all():
+                by_shard = self._read_compact(group)
+                yield from (by_shard[shard] for shard in by_shard if not seen[shard])
+
+    def _read_if_there(self, shard: int) -> Entry | None:
+        try:
+            return self._read_entry(shard)
+        except storage.NotThere:
+            return None
+
     def _names(self) -> tuple[np.ndarray, set[int]]:
         """Shards with an entry of their own, sorted, and groups with a compact file."""
         names = storage.list_files(storage.join(self.uri, "manifest"))

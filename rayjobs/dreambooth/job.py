@@ -128,11 +128,12 @@ class _Page(Rewriter):
         self._run, self._num_left = run, num_left
         self._done, self._notes = 0, dict[str, Any]()
 
-    def _write_page(self, again_by: float | None) -> None:
+    def _write_page(self, again_by: float | None) -> bool:
         self.look()
         rate = self._done / self.training_s if self.training_s else 0.0
         running = Running(time.time(), again_by, self._done, self._num_left, rate, "steps")
         report.write(self._run, running, self.work(self._done))
+        return True
 
     def look(self) -> None:
         """Take in the progress; once its workers are gone what was seen last stays."""

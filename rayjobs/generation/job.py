@@ -176,9 +176,9 @@ def _make_all(
     made = _Made()
     to_make = sum(part.num_images for part in work)
     try:
-        with LivePage(config.output.uri, lock.num_shards, to_make) as page:
+        with LivePage(manifest, manifest.committed(lock.num_shards), to_make):
             for part in work:
-                made += _make(config, lock, manifest, part, page, on_ray=stack is not None)
+                made += _make(config, lock, manifest, part, on_ray=stack is not None)
     except (KeyboardInterrupt, JobFailed):
         # These workers did not die of what they were making.
         if stack is not None:
@@ -242,13 +242,9 @@ def _make(
     lock: Lock,
     manifest: Manifest,
     work: _Work,
-    page: LivePage | None = None,
     on_ray: bool = True,
 ) -> _Made:
-    """Have it made; gathers entries a thousand at a time on the way, and shows them on the page.
-
-    What is made again is shown at the end.
-    """
+    """Have it made; gathers entries a thousand at a time on the way."""
     make = here.make
     if on_ray:
         from rayjobs.generation.worker import pool
@@ -261,8 +257,6 @@ def _make(
     for entry in make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
         if entry["made"]:
             made.add(entry)
-        if page is not None and work.redo is None:
-            page.add(entry)
         done[entry["shard"]] = True
         group = entry["shard"] // GROUP
         if work.redo is None and done[group * GROUP : (group + 1) * GROUP].sum() == GROUP:

@@ -106,7 +106,7 @@ def _made_by(history: History, facts: Facts) -> str:
     if history.active_s:
         workers = figures.count(len(history.busy_s), "worker")
         hours = float(history.busy_s.sum()) / 3600
-        terms["Cost"] = f"{hours:,.3g} device-hours: the time of {workers}, each with a device"
+        terms["Cost"] = f"{hours:,.3g} device-hours: the time of {workers}, one device each"
     items = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in terms.items()
     )
@@ -116,7 +116,7 @@ def _made_by(history: History, facts: Facts) -> str:
 def _look(history: History, facts: Facts) -> str:
     """What a person should look at before calling the data set good."""
     points = []
-    if facts.expected and _is_partial(history, facts):
+    if facts.expected and _is_partial(history, facts) and facts.running is None:
         missing = facts.expected[1] - len(history)
         points.append(f"{missing:,} of {facts.expected[1]:,} shards are not finished yet.")
     if history.num_class_changed:

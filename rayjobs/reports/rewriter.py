@@ -14,7 +14,8 @@ from rayjobs.config import BadInput
 
 POLL_S = 0.5
 FIRST_S, SHORTEST_S, LONGEST_S = 5.0, 10.0, 300.0
-"""Before the first page, and between two: as long as the job has run so far, within these."""
+"""Between two looks while there is nothing to show, and between two pages: as long as there has
+been one, within these."""
 MAX_SHARE = 0.02
 """Of the time that may be spent on pages."""
 
@@ -22,20 +23,22 @@ MAX_SHARE = 0.02
 class Rewriter:
     """A context in which `write` is called now and then by a thread.
 
-    It is given the unix seconds at which the page will be written again at the latest. After an
-    interruption or a failure, but not after success, it is called once more, with None. A page is
-    no reason for a job to fail: storage that is away, and errors of the kinds `passed_over`, are.
+    It is given the unix seconds at which the page will be written again at the latest, and says
+    whether there was anything to write. After an interruption or a failure, but not after success,
+    it is called once more, with None. A page is no reason for a job to fail: storage that is away,
+    and errors of the kinds `passed_over`, are passed over.
     """
 
     def __init__(
         self,
-        write: Callable[[float | None], None],
+        write: Callable[[float | None], bool],
         passed_over: tuple[type[Exception], ...] = (),
     ):
         self._page = write
         self._passed_over = (storage.StorageError, *passed_over)
-        self._began = time.monotonic()
-        self._next = self._began + FIRST_S
+        self._first: float | None = None
+        """When there was a page."""
+        self._next = time.monotonic() + FIRST_S
         self._cost_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -57,14 +60,18 @@ class Rewriter:
                 self._write(self._wait_s())
 
     def _wait_s(self) -> float:
-        so_far_s = time.monotonic() - self._began
+        so_far_s = 0.0 if self._first is None else time.monotonic() - self._first
         return max(min(max(so_far_s, SHORTEST_S), LONGEST_S), self._cost_s / MAX_SHARE)
 
     def _write(self, wait_s: float | None) -> None:
         started = time.monotonic()
         margin_s = 2 * (self._cost_s + POLL_S)
+        is_written = False
         with contextlib.suppress(*self._passed_over):
-            self._page(None if wait_s is None else time.time() + wait_s + margin_s)
+            is_written = self._page(None if wait_s is None else time.time() + wait_s + margin_s)
         ended = time.monotonic()
         self._cost_s = ended - started
-        self._next = max(started + (wait_s or 0.0), ended + self._cost_s / MAX_SHARE)
+        if is_written and self._first is None:
+            self._first = ended
+        pause_s = FIRST_S if self._first is None else wait_s or 0.0
+        self._next = max(started + pause_s, ended + self._cost_s / MAX_SHARE)

@@ -114,10 +114,9 @@ def make(
                 if entry["made"]:
                     made.add(entry)
                 yield entry
+            progress.worked_s = made.active_s or None
         except ray.exceptions.RayError as error:
             raise cluster.unwrap_error(error) from None
-        finally:
-            progress.worked_s = made.active_s or None
 
 
 def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
