@@ -300,6 +300,8 @@ class DreamBoothConfig(Config):
             )
         if inversion.alone and not inversion.num_vectors:
             raise ValueError("inversion.alone trains new tokens only; give inversion.num_vectors")
+        if inversion.alone and self.train.block_rates:
+            raise ValueError("inversion.alone trains no block; leave train.block_rates out")
         if not inversion.num_vectors:
             return
         if self.identifier not in self.instance.prompt.split():
