@@ -16,7 +16,8 @@ from PIL import Image
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
 from rayjobs.dreambooth import lock
-from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config.identifier import identifier_in
 from rayjobs.dreambooth.report import _skipped
 from rayjobs.dreambooth.resolved import resolve
 
