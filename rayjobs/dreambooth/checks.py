@@ -54,7 +54,7 @@ def check_objective(weights: Weights) -> None:
 
 
 def check_blocks(config: DreamBoothConfig, weights: Weights) -> None:
-    """Refuse rates of blocks that the UNet does not have."""
+    """Refuse rates of blocks that the UNet does not have, or that have nothing to train."""
     file = weights.path / "unet" / "config.json"
     if not config.train.block_rates or not file.is_file():
         return
@@ -64,6 +64,24 @@ def check_blocks(config: DreamBoothConfig, weights: Weights) -> None:
         count = len(values.get(f"{kind[:-1]}_types", ()))
         if rest and kind in ("down_blocks", "up_blocks") and rest[0] not in map(str, range(count)):
             raise BadInput(f"train.block_rates: {name}: the model's {kind} are 0 .. {count - 1}")
+        if config.train.method == "lora" and not _has_adapter(name, values, config.lora.targets):
+            raise BadInput(
+                f"train.block_rates: {name} has no layer that lora.targets={config.lora.targets} "
+                "trains; leave it out, or give targets that do"
+            )
+
+
+def _has_adapter(name: str, values: dict[str, Any], targets: str) -> bool:
+    """Whether a block of the UNet has layers that get an adapter."""
+    kind, *rest = name.split(".")
+    if kind not in ("down_blocks", "mid_block", "up_blocks"):
+        return False
+    if targets == "convolution":
+        return True
+    of_kind = values.get(f"{kind[:-1]}_types", [values.get("mid_block_type") or "CrossAttn"])
+    types = of_kind[int(rest[0]) :][:1] if kind != "mid_block" and rest else of_kind
+    attends = any("CrossAttn" in each for each in types)
+    return attends and not {"resnets", "downsamplers", "upsamplers"} & set(rest)
 
 
 def check_token(config: DreamBoothConfig, tokenizer: Any) -> None:

@@ -16,8 +16,8 @@ from rayjobs.dreambooth.config import (
     ConceptConfig,
     DreamBoothConfig,
     TrainConfig,
-    identifier_in,
 )
+from rayjobs.dreambooth.config.identifier import identifier_in
 from rayjobs.dreambooth.data import wording
 from rayjobs.dreambooth.data.photos import (
     A_MASK,

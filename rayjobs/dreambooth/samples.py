@@ -14,7 +14,8 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
 from rayjobs.dreambooth import metrics, results
-from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config.identifier import identifier_in
 from rayjobs.dreambooth.export import rebuild
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.results import Result

@@ -16,11 +16,13 @@ from PIL import Image
 from rayjobs.cli import main
 from rayjobs.config import BadInput, load_config
 from rayjobs.dreambooth import lock
-from rayjobs.dreambooth.config import DreamBoothConfig, identifier_in
+from rayjobs.dreambooth.config import DreamBoothConfig
+from rayjobs.dreambooth.config.identifier import identifier_in
 from rayjobs.dreambooth.report import _skipped
 from rayjobs.dreambooth.resolved import resolve
 
 CONFIG = str(Path(__file__).parents[2] / "configs/demo/dreambooth.yaml")
+LORA = "train.method=lora"
 
 MISTAKES = [
     (["train.global_batch_size=3"], "workers.min=2 workers cannot share evenly"),
@@ -107,6 +109,11 @@ def config(folder: Path, *overrides: str) -> DreamBoothConfig:
         (["validation.encoders.prompt=configs"], "configs is no encoder: it has no config.json"),
         (["inversion.num_vectors=2", "inversion.token=star"], "knows 'star' already"),
         (["train.block_rates={up_blocks.7: 2}"], r"up_blocks.7: the model's up_blocks are 0 \.\. "),
+        (
+            ["train.block_rates={conv_in: 2}", LORA],
+            "conv_in has no layer that lora.targets=attention",
+        ),
+        (["train.block_rates={down_blocks.0: 2}", LORA], "down_blocks.0 has no layer that"),
     ],
 )
 def test_a_mistake_seen_only_by_looking(
@@ -190,7 +197,7 @@ def test_captions_that_teach_less_than_they_seem_to(
     photos = tmp_path / "photos"
     shutil.copytree(Path(CONFIG).parent / "subject", photos)
     (nameless, long, *_) = sorted(path for path in photos.iterdir() if path.suffix == ".png")
-    nameless.with_suffix(".txt").write_text("a star on a beach")
+    nameless.with_suffix(".txt").write_text("a star of asks on a beach")
     long.with_suffix(".txt").write_text("an SKS star, " + "red " * 90)
     (photos / "notes.txt").write_text("of mine")
     run = resolve(config(tmp_path, f"instance.uri={photos}"))

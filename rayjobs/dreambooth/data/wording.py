@@ -30,11 +30,11 @@ def check_captions(
     """
     how = config.train.caption_syntax
     check_syntax(config, photos)
-    words = [word.lower() for word in identifier.split()]
+    words = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in identifier.split()]
     nameless, weighted = [], []
     weighs = syntax.looks_weighted if how == "plain" else _weighs
     for photo in photos:
-        if not all(word in text.lower() for text in photo.captions for word in words):
+        if not all(re.search(w, text, re.I) for text in photo.captions for w in words):
             nameless.append(photo.name)
         if any(map(weighs, photo.captions)):
             weighted.append(photo.name)
