@@ -54,7 +54,7 @@ def session(num_cpus: float) -> Generator[None]:
         if own:
             cpus = max(os.cpu_count() or 1, math.ceil(num_cpus) + 1)
             quiet |= local(cpus)
-        _init(quiet)
+        start(quiet)
     _owned = _owned or own
     try:
         with _last_words() if first else nullcontext():
@@ -148,11 +148,18 @@ def _free_port() -> int:
 
 
 def check_answers(address: str) -> None:
-    """Raise BadInput within seconds when no Ray answers there: Ray itself would try for minutes."""
+    """Raise BadInput within seconds when no Ray answers there: Ray itself would try for minutes.
+
+    "auto" is the cluster that was started last on this machine; it may have been killed.
+    """
+    if address == "auto":
+        from ray._private.utils import read_ray_address
+
+        address = read_ray_address() or address
     place = address.removeprefix("ray://")
     host, _, port = place.rpartition(":")
     if not port.isdecimal():
-        return  # "auto" and the like, which Ray looks up
+        return
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S):
             pass
@@ -170,7 +177,7 @@ def check_answers(address: str) -> None:
             return
         reason = f"something listens there, but no Ray: {told.lower().replace('_', ' ')}"
     raise BadInput(
-        f"RAY_ADDRESS is {address}, where no cluster answers ({reason}); start it, correct the "
+        f"Ray's address is {address}, where no cluster answers ({reason}); start it, correct the "
         "address, or unset RAY_ADDRESS to use this machine alone"
     )
 
@@ -205,16 +212,19 @@ def _refusal(error: Exception) -> str:
     return f"Ray cannot start: {first}"
 
 
-def _init(options: dict[str, Any]) -> None:
-    """Start or join Ray, keeping the caller's SIGTERM handler, which Ray replaces."""
+def start(options: dict[str, Any]) -> None:
+    """Start or join Ray, as `ray.init`, keeping the caller's SIGTERM handler, which Ray replaces.
+
+    Raises BadInput, within seconds, when that cannot be.
+    """
     import ray
     from ray._private import worker as ray_worker
 
     from rayjobs import noise
 
     on_term = signal.getsignal(signal.SIGTERM)
-    if "address" not in options:
-        check_answers(os.environ.get("RAY_ADDRESS", ""))
+    if options.get("address") != "local":
+        check_answers(os.environ.get("RAY_ADDRESS") or options.get("address", ""))
     # Ray prints the whole traceback of every worker's failure, whatever `log_to_driver` is.
     ray_worker.print_to_stdstream = _remember  # ty: ignore[invalid-assignment]
     try:

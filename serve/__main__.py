@@ -113,15 +113,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _drain(options: argparse.Namespace) -> int:
-    import logging
+    from rayjobs import cluster
+    from serve.running import QUIET, drain
 
-    import ray
-
-    from rayjobs import noise
-    from serve.running import drain
-
-    with noise.quiet():
-        ray.init("auto", log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+    cluster.start({**QUIET, "address": "auto"})
     return _told(drain(options.seconds, _tell))
 
 

@@ -17,12 +17,17 @@ from ray._private import worker as ray_worker
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from rayjobs import noise
+from rayjobs import cluster
 from rayjobs.config import BadInput, JobFailed
 from serve.app import check, with_absolute_paths
 from serve.file import ServeFile, check_port
 
 LOOK_EVERY_S = 0.5
+QUIET: dict[str, Any] = {
+    "log_to_driver": False,
+    "logging_level": logging.ERROR,
+    "namespace": "serve",
+}
 DRAIN_MARGIN_S = 15.0
 """Over the longest deadline: a last answer is still encoded and sent."""
 FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -50,8 +55,9 @@ class Server:
         """Start the applications. Raises BadInput, or JobFailed where one cannot start."""
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        with noise.quiet():
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="serve")
+        # Without an address Ray would join what runs on this machine, or wait for what ran there.
+        own = {"address": "local"} if self.is_own else {}
+        cluster.start({**QUIET, **own})
         if _get_global_client(raise_if_no_controller_running=False) is not None:
             raise BadInput(
                 "Ray Serve runs on this cluster already; use `serve deploy` to change it"

@@ -129,12 +129,17 @@ def test_a_cluster_that_does_not_answer_is_told_in_time(monkeypatch: pytest.Monk
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-            with pytest.raises(BadInput, match=f"RAY_ADDRESS is {address}, where no cluster"):
+            with pytest.raises(BadInput, match=f"address is {address}, where no cluster"):
                 cluster.check_answers(address)
         listening.listen()
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
             with pytest.raises(BadInput, match="something listens there, but no Ray"):
                 cluster.check_answers(address)
+    cluster.check_answers("somewhere")
+    monkeypatch.setattr(cluster, "read_ray_address", lambda: f"127.0.0.1:{port}")
+    with pytest.raises(BadInput, match="where no cluster answers"):
+        cluster.check_answers("auto")
+    monkeypatch.setattr(cluster, "read_ray_address", lambda: None)
     cluster.check_answers("auto")
     with pytest.raises(BadInput, match="where no cluster answers"):
         cluster.check_answers("no-such-host.invalid:6379")
@@ -162,7 +167,7 @@ def test_ray_that_does_not_start_is_one_line(
 
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(BadInput, match=told) as caught:
-        cluster._init({"address": "local"})
+        cluster.start({"address": "local"})
     assert "\n" not in str(caught.value)
 
 
@@ -171,7 +176,7 @@ def test_the_rest_of_a_failure_is_in_a_file(
 ) -> None:
     """One line is told; Ray's own tracebacks are not printed, but kept."""
     monkeypatch.setattr(ray, "init", lambda **_: None)
-    cluster._init({"address": "local"})
+    cluster.start({"address": "local"})
     ray_worker.print_to_stdstream(
         {"lines": ["Traceback of a worker"], "pid": "raylet", "is_err": False}, ignore_prefix=False
     )

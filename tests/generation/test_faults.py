@@ -1,5 +1,6 @@
 """Processes that die: workers, nodes, drivers, decoders. The data set does not notice."""
 
+import json
 import os
 import signal
 import subprocess
@@ -157,6 +158,42 @@ def test_the_driver_dies_and_is_started_again(
     kill_driver(command, joining, output, 2)
     assert main(command) == 0
     check(output, expected(64), 64)
+
+
+@quiet
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_driver_that_dies_again_and_again_in_one_shard_blames_no_record(
+    tmp_path: Path, joining: dict[str, str]
+) -> None:
+    sampler = {"sampler": {"name": "euler_a", "steps": 60, "guidance_scale": 1.0}}
+    output, calm = str(tmp_path / "out"), str(tmp_path / "calm")
+    config = GenerateConfig.model_validate(values(calm, 8) | sampler)
+    list(ShardWorker(config, job.prepare(config)).make([0]))
+    command = write_job(tmp_path, values(output, 8) | sampler)
+    marker = Path(output, "attempts", "00000000.json")
+
+    def run() -> str | None:
+        """Whose worker makes the shard."""
+        return json.loads(marker.read_text())["run"] if marker.exists() else None
+
+    seen = {None}
+    for _ in range(5):
+        with subprocess.Popen(
+            [sys.executable, "-m", "rayjobs", *command],
+            cwd=ROOT,
+            env=os.environ | joining,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as driver:
+            while run() in seen:
+                assert driver.poll() is None
+                time.sleep(0.05)
+            seen.add(run())
+            driver.kill()
+    assert len(hashes(output)) == 0
+    assert main(command) == 0
+    check(output, hashes(calm), 8)
 
 
 @quiet
