@@ -185,7 +185,7 @@ class Engine:
         embeddings = iter(self.prompts.encode(texts))
         self.side_s += perf_counter() - started_s
         for row in new:
-            row.embeddings = [next(embeddings) for _ in row.texts]
+            row.embeddings = {text: next(embeddings) for text in row.texts}
 
     def _advance(self, rows: list[Row], noise: list[torch.Tensor]) -> None:
         """One step of each row's own sampler; a row whose sampler cannot go on leaves alone."""

@@ -3,6 +3,7 @@
 Owns the request's texts, sampler, generator and latents. Knows nothing of the other rows.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,11 +14,15 @@ from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result, check_side, check_strength
 from rayjobs.diffusion.sampler import Sampler
-from rayjobs.diffusion.text.chunks import padded, tokenize
+from rayjobs.diffusion.text.chunks import Tokens, padded, tokenize
 from rayjobs.diffusion.text.encoder import Embedding, Text
+from rayjobs.diffusion.text.schedule import stages
 from rayjobs.diffusion.vae.inpainting import Inpainting
 from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
 from rayjobs.images.decode import open_image, open_mask
+
+MAX_TEXTS = 64
+"""Of a prompt whose words change from step to step."""
 
 
 class LastStep(NamedTuple):
@@ -30,7 +35,8 @@ class LastStep(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """`shape` is (C, H, W) of the latents; the first of two texts is the negative one.
+    """`shape` is (C, H, W) of the latents. `said` are the texts of each slot, of two the negative
+    ones first: one for all calls, or one for each.
 
     `latents` are None until an init image is encoded; `embeddings` until the prompts are.
     """
@@ -41,13 +47,13 @@ class Row:
     generator: torch.Generator
     guidance_scale: float
     shape: tuple[int, int, int]
-    texts: list[Text]
+    said: list[tuple[Text, ...]]
     loras: LoraUse
     size_ids: list[float]
     init_1CHW: torch.Tensor | None = None
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
-    embeddings: list[Embedding] | None = field(default=None)
+    embeddings: dict[Text, Embedding] | None = field(default=None)
     last_step: LastStep | None = None
     """The last step, for a preview."""
     warnings: tuple[str, ...] = ()
@@ -69,12 +75,28 @@ class Row:
     @property
     def num_slots(self) -> int:
         """UNetBatch in a UNet call: two with guidance, one without."""
-        return len(self.texts)
+        return len(self.said)
+
+    @property
+    def texts(self) -> list[Text]:
+        """All its texts, each once."""
+        return list(dict.fromkeys(text for of_slot in self.said for text in of_slot))
 
     @property
     def num_chunks(self) -> int:
         """Of 77 tokens, in each of its texts."""
-        return len(self.texts[0].chunks)
+        return len(self.said[0][0].chunks)
+
+    @property
+    def stage(self) -> int:
+        """Another number where another of its texts may be said."""
+        return 0 if all(len(of_slot) == 1 for of_slot in self.said) else self.sampler.position
+
+    def embedding(self, slot: int) -> Embedding:
+        """Of what a slot says at this call."""
+        assert self.embeddings is not None
+        of_slot = self.said[slot]
+        return self.embeddings[of_slot[self.sampler.position % len(of_slot)]]
 
     def scaled_latents(self) -> torch.Tensor:
         """What the UNet sees of this row at this step."""
@@ -145,7 +167,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         generator=generator,
         guidance_scale=guidance,
         shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
-        texts=_texts(request, guidance, use, model),
+        said=_said(request, guidance, use, model, len(sampler.timesteps)),
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
         warnings=tuple(filter(None, [usual.warning(steps, guidance), *loras.warnings(use)])),
@@ -174,8 +196,11 @@ def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int
     return width, height
 
 
-def _texts(request: Request, guidance: float, use: LoraUse, model: Model) -> list[Text]:
-    """The negative text, which guidance needs, and the prompt, in as many chunks.
+def _said(
+    request: Request, guidance: float, use: LoraUse, model: Model, num_calls: int
+) -> list[tuple[Text, ...]]:
+    """The negative text, which guidance needs, and the prompt, in as many chunks; in the web UI's
+    syntax perhaps of other words at each of the row's calls.
 
     clip_skip leaves the negative one alone, as in diffusers, but in the web UI's syntax.
     """
@@ -185,15 +210,33 @@ def _texts(request: Request, guidance: float, use: LoraUse, model: Model) -> lis
             f"clip_skip is {request.clip_skip}; this model allows at most {layers - 1}"
         )
     syntax, skip = request.prompt_syntax, request.clip_skip
-    prompt = tokenize(model, request.prompt, syntax)
-    positive = Text(prompt.chunks, skip, use, warnings=prompt.warnings)
+    asked = [(request.prompt, Text((), skip, use))]
     # A UNet distilled with guidance as an input (LCM) takes it there instead.
-    if guidance <= 1 or model.unet.config.time_cond_proj_dim is not None:
-        return [positive]
-    said = tokenize(model, request.negative_prompt or "", syntax, negative=True)
-    is_zero = request.negative_prompt is None and model.force_zeros
-    negative = Text(said.chunks, None if syntax == "plain" else skip, use, is_zero, said.warnings)
-    count = max(len(prompt.chunks), len(said.chunks))
-    return [
-        text._replace(chunks=padded(model, text.chunks, count)) for text in (negative, positive)
+    if guidance > 1 and model.unet.config.time_cond_proj_dim is None:
+        is_zero = request.negative_prompt is None and model.force_zeros
+        negative = Text((), None if syntax == "plain" else skip, use, is_zero)
+        asked.insert(0, (request.negative_prompt or "", negative))
+    told = [
+        _tokens(model, words, syntax, num_calls, negative=like is not asked[-1][1])
+        for words, like in asked
     ]
+    count = max(len(tokens.chunks) for tokens in itertools.chain.from_iterable(told))
+    return [
+        tuple(
+            like._replace(chunks=padded(model, tokens.chunks, count), warnings=tokens.warnings)
+            for tokens in of_slot
+        )
+        for (_, like), of_slot in zip(asked, told, strict=True)
+    ]
+
+
+def _tokens(
+    model: Model, words: str, syntax: str, num_calls: int, *, negative: bool
+) -> list[Tokens]:
+    """A prompt as tokens: once, or for each call where its words change."""
+    texts = [words] if syntax == "plain" else stages(words, num_calls)
+    different = dict.fromkeys(texts)
+    if len(different) > MAX_TEXTS:
+        raise ValueError(f"a prompt says {len(different)} texts by turns; at most {MAX_TEXTS}")
+    made = {text: tokenize(model, text, syntax, negative=negative) for text in different}
+    return [made[text] for text in texts] if len(made) > 1 else [made[texts[0]]]

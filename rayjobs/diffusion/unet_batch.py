@@ -56,7 +56,7 @@ class UNetBatch:
         self.num_slots = 2 if alone else num_slots
         self.fixed_shape = fixed_shape
         self.alone = alone
-        self._conditions_of: tuple[int, ...] = ()
+        self._conditions_of: tuple[tuple[int, int], ...] = ()
         self._conditions: list[dict[str, Any]] = []
 
     def predict_noise(self, rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -98,7 +98,7 @@ class UNetBatch:
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """What the calls of these rows are conditioned on; kept while the rows stay the same."""
-        ids = tuple(row.id for row in rows)
+        ids = tuple((row.id, row.stage) for row in rows)
         if ids != self._conditions_of:
             self._conditions = [self._condition(slots) for slots in self._layout(rows)]
             self._conditions_of = ids
@@ -120,7 +120,7 @@ class UNetBatch:
         num_slots = len(slots)
         if self.fixed_shape and not self.alone:
             slots = slots + [slots[-1]] * (self.num_slots - len(slots))
-        embeddings = [row.embeddings[slot] for row, slot in slots if row.embeddings]
+        embeddings = [row.embedding(slot) for row, slot in slots]
         arguments: dict[str, Any] = {
             "encoder_hidden_states": _same_length([e.text_1LD for e in embeddings])
         }

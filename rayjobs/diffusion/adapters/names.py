@@ -66,10 +66,18 @@ class Layers:
         self.family = family
         self._tables = {part: _table(part, network) for part, network in parts.items()}
 
-    def find(self, name: str) -> Layer | None:
-        """The layer that a tool calls `name`; None if this model has no such layer."""
+    def find(self, name: str, folder: str = "") -> Layer | None:
+        """The layer that a tool calls `name`; None if this model has no such layer.
+
+        peft's names do not tell the part: that is its folder's name, the UNet, or of a model with
+        one text encoder either.
+        """
         part, rest = split_prefix(name)
-        return self._tables.get(part, {}).get(_spelled(rest))
+        parts = [part] if part is not None else [folder] if folder in self._tables else ["unet"]
+        if part is None and folder not in self._tables and len(self._tables) == 2:
+            parts = list(self._tables)
+        found = (self._tables.get(each, {}).get(_spelled(rest)) for each in parts)
+        return next(filter(None, found), None)
 
     @property
     def of_unet(self) -> Collection[Layer]:
@@ -90,13 +98,13 @@ def size_tells_family(layer: Layer) -> bool:
     return layer.part == "unet" and layer.name.endswith((".attn2.to_k", ".attn2.to_v"))
 
 
-def split_prefix(name: str) -> tuple[str, str]:
-    """The part of the model that a name is for, and the name within it."""
+def split_prefix(name: str) -> tuple[str | None, str]:
+    """The part of the model that a name is for, where it tells that, and the name within it."""
     name = _unwrapped(name)
     for part, prefix in PREFIXES:
         if match := prefix.match(name):
             return part, _unwrapped(name[match.end() :])
-    return "unet", name
+    return None, name
 
 
 def family_of(name: str) -> str | None:

@@ -64,7 +64,7 @@ def _read(path: str, file: Path, layers: Layers) -> Adapter:
     told = notes.read(file, header)
     of_model = {key: it for key, it in tensors.items() if not keys.BUNDLED.fullmatch(key)}
     try:
-        by_layer = _by_layer(of_model, layers)
+        by_layer = _by_layer(of_model, layers, file.parent.name)
         changes = _changes(by_layer, told)
     except ValueError:
         _check_family(told.family, layers.family)
@@ -162,7 +162,9 @@ def _checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _by_layer(tensors: Tensors, layers: Layers) -> dict[Layer, dict[str, torch.Tensor]]:
+def _by_layer(
+    tensors: Tensors, layers: Layers, folder: str
+) -> dict[Layer, dict[str, torch.Tensor]]:
     """The tensors of each layer by field. Raises ValueError unless each has its place."""
     parsed = {key: keys.parse(key) for key in tensors}
     unknown = [key for key, found in parsed.items() if found is None]
@@ -174,7 +176,7 @@ def _by_layer(tensors: Tensors, layers: Layers) -> dict[Layer, dict[str, torch.T
     for key, found in parsed.items():
         assert found is not None
         name, kind = found
-        layer = _layer(name, key, layers)
+        layer = _layer(name, key, layers, folder)
         if (layer, kind) in sources:
             raise ValueError(f"{sources[layer, kind]!r} and {key!r} are both for {layer}")
         sources[layer, kind] = key
@@ -182,11 +184,11 @@ def _by_layer(tensors: Tensors, layers: Layers) -> dict[Layer, dict[str, torch.T
     return by_layer
 
 
-def _layer(name: str, key: str, layers: Layers) -> Layer:
+def _layer(name: str, key: str, layers: Layers, folder: str) -> Layer:
     family = family_of(name)
     if family not in (None, layers.family):
         raise ValueError(f"{key!r} is a name of {_other_family(str(family), layers.family)}")
-    layer = layers.find(name)
+    layer = layers.find(name, folder)
     if layer is None:
         for pattern, *_ in keys.FOREIGN:
             if keys.re.search(pattern, key):

@@ -6,7 +6,7 @@ Knows nothing of what is in the first two.
 import re
 from pathlib import Path
 
-from rayjobs.diffusion.files.folder import PICKLES
+from rayjobs.diffusion.files.folder import PICKLES, pickle_message
 
 V_SETTING = re.compile(r"""^\s*parameterization\s*:\s*["']?v["']?\s*(#.*)?$""", re.MULTILINE)
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -23,12 +23,22 @@ def lora_file(path: Path) -> Path:
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
             raise ValueError(f"LoRA {path} is a folder of {names}; name the file")
+        inner = [folder.name for folder in sorted(path.glob("*")) if _has_adapter(folder)]
+        if inner and not found:
+            names = ", ".join(inner)
+            raise ValueError(f"LoRA {path} is a folder of {names}; give each as an adapter")
         path = found[0] if found else path / LORA_FILES[0]
     if not path.is_file():
         raise ValueError(f"LoRA {path} does not exist")
+    if path.suffix in PICKLES:
+        raise ValueError(f"LoRA {pickle_message(path)}")
     if path.suffix != ".safetensors":
-        raise ValueError(f"LoRA {path} is not a .safetensors file; pickles are refused")
+        raise ValueError(f"LoRA {path} is not a .safetensors file; name it so if it is one")
     return path
+
+
+def _has_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in LORA_FILES)
 
 
 def word_file(path: Path) -> Path:

@@ -22,6 +22,8 @@ LAYOUTS = {"UNet2DConditionModel": layout.unet, "AutoencoderKL": layout.vae}
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 OLD_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 """Of an autoencoder's attention, in files that diffusers wrote before 0.18."""
+SIZE_NUMBERS = 6
+"""Sizes and places that SDXL's UNet is told; a refiner's takes five."""
 MOST_NAMED = 3
 
 
@@ -59,6 +61,13 @@ def check_unet(folder: Path, config: Mapping[str, Any]) -> None:
         )
     if config.get("encoder_hid_dim_type") is not None:
         raise ValueError(f"model {str(folder)!r}: its UNet reads the texts of another encoder")
+    other = [key for key in ("class_embed_type", "num_class_embeds") if config.get(key) is not None]
+    if other or config.get("addition_embed_type") not in (None, "text_time"):
+        key = other[0] if other else "addition_embed_type"
+        raise ValueError(
+            f"model {str(folder)!r}: its UNet has {key} {config[key]!r}, an input that upscaling "
+            "and image-guided models have and this engine does not give"
+        )
 
 
 def refuse_pickles(folders: list[Path]) -> None:
@@ -228,11 +237,26 @@ def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
             f"model {str(folder)!r}: its text encoders give {width} numbers a token, its UNet "
             f"reads {reads}; parts of two models are mixed"
         )
+    _check_sizes(folder, unet, configs.get("text_encoder_2", {}))
     channels = configs["vae"].get("latent_channels", 4)
     if channels != unet.get("in_channels", 4):
         raise ValueError(
             f"model {str(folder)!r}: its autoencoder has {channels} channels, its UNet "
             f"{unet.get('in_channels', 4)}; parts of two models are mixed"
+        )
+
+
+def _check_sizes(folder: Path, unet: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
+    """Raise ValueError for a UNet that reads other numbers beside texts than SDXL's does."""
+    reads = unet.get("projection_class_embeddings_input_dim")
+    width, pooled = unet.get("addition_time_embed_dim"), encoder.get("projection_dim")
+    if not (isinstance(reads, int) and isinstance(width, int) and isinstance(pooled, int)):
+        return
+    given = pooled + SIZE_NUMBERS * width
+    if given != reads:
+        raise ValueError(
+            f"model {str(folder)!r}: its UNet reads {reads} numbers of text and size, of which it "
+            f"gets {given}; it is a refiner's, or of another model"
         )
 
 

@@ -8,6 +8,8 @@ import math
 import re
 from typing import Literal, NamedTuple, get_args
 
+from rayjobs.diffusion.text.schedule import read, stages
+
 PromptSyntax = Literal["plain", "a1111", "a1111-no-norm"]
 """`plain` is diffusers': brackets are text, and what is beyond the text encoder's length is cut.
 `a1111` is the web UI's, whose emphasis keeps the mean of the encoder's output; `a1111-no-norm` is
@@ -20,7 +22,6 @@ PIECE = re.compile(
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 NETWORK = re.compile(r"<\w+:[^>]+>")
 NUMBER_AT_END = re.compile(r":\s*[+-]?(\d+\.?\d*|\.\d+)\s*$")
-SCHEDULES = "schedules such as [a:b:0.5] and [a|b]"
 LOOKS_WEIGHTED = re.compile(
     r"\([^()]+:\s*[+-]?[.\d]+\s*\)|\(\(.*\)\)|\[[^\[\]]+\]|\\[()\[\]]|\bBREAK\b"
     r"|(^|,)\s*\([^()]+\)\s*(,|$)",
@@ -38,6 +39,8 @@ FOREIGN = (
     (r"(?<!\S)--(ar|chaos|iw|niji|no|q|seed|stylize|style|s|v)(?= \S)", "give it as a setting"),
 )
 """What other programs read in a prompt, and what is to be done here."""
+MANY_STEPS = 1000
+"""After which a text has no other words to come."""
 CLOSES = {")": ("(", 1.1), "]": ("[", 1 / 1.1)}
 """What a bracket closes, and the weight that it gives."""
 _Section = list[tuple[str, list[float]]]
@@ -72,10 +75,11 @@ def weighs_whole(text: str) -> bool:
 
 
 def spoken(text: str, syntax: str | None) -> str:
-    """What a prompt says, without weights and breaks."""
+    """What a prompt says at last, without weights and breaks."""
     if syntax in (None, "plain"):
         return text
-    return " ".join("".join(part.text for part in section) for section in parse(text))
+    last = stages(text, MANY_STEPS)[-1]
+    return " ".join("".join(part.text for part in section) for section in parse(last))
 
 
 def check_syntax(name: str, text: str, syntax: str, *, negative: bool = False) -> None:
@@ -96,12 +100,8 @@ def check_syntax(name: str, text: str, syntax: str, *, negative: bool = False) -
         raise ValueError(
             f"{name} has AND between prompts, which is not supported; write one of them"
         )
-    if schedule := _find_schedule(text):
-        raise ValueError(
-            f"{name} has {schedule!r:.80}: {SCHEDULES} are not supported; write one of the texts, "
-            "or a backslash before each bracket that is meant as such"
-        )
     try:
+        read(text)
         parse(text)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
@@ -164,25 +164,3 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"has the weight {text!r:.40}, which is too large")
     return number
-
-
-def _find_schedule(text: str) -> str | None:
-    """The first brackets whose words change from step to step."""
-    opened: list[int] = []
-    choices: set[int] = set()
-    escaped = False
-    for at, letter in enumerate(text):
-        if escaped:
-            escaped = False
-        elif letter == "\\":
-            escaped = True
-        elif letter in "([":
-            opened.append(at)
-        elif letter == "|" and opened:
-            choices.add(opened[-1])
-        elif opened and text[opened[-1]] + letter in ("()", "[]"):
-            start = opened.pop()
-            inner = text[start + 1 : at]
-            if letter == "]" and (start in choices or NUMBER_AT_END.search(inner)):
-                return text[start : at + 1]
-    return None

@@ -73,7 +73,7 @@ def test_an_adapter_of_few_steps_is_known_by_what_it_is_called(
         usual == tiny.usual if steps is None else (usual.steps, usual.guidance_scale) == (steps, 1)
     )
     row = prepare_row(0, Request(prompt="x", seed=0, loras=(Lora(path=str(file)),)), tiny, bank)
-    assert (len(row.texts) == 1) == (steps is not None)
+    assert (row.num_slots == 1) == (steps is not None)
     assert not row.warnings
     asked = Request(prompt="x", seed=0, steps=30, loras=(Lora(path=str(file)),))
     assert bool(prepare_row(0, asked, tiny, bank).warnings) == (steps is not None)

@@ -172,6 +172,26 @@ def test_settings_beside_a_file_are_part_of_its_identity(
     assert notes.file_sha256(path / "adapter_model.safetensors") != before
 
 
+def test_peft_s_names_are_of_the_part_that_the_folder_names(
+    tiny: Model, bank: LoraBank, tmp_path: Path
+) -> None:
+    made = make(tiny, lambda _: None)
+    layer = made.text_layer("text_encoder_2")
+    key = f"base_model.model.{layer}.lora_"
+    tensors = {f"{key}A.weight": torch.ones(2, 32), f"{key}B.weight": torch.ones(32, 2)}
+    folder = tmp_path / "peft" / "text_encoder_2"
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+    (found,) = bank.read(str(folder)).changes
+    assert (found.part, found.name) == ("text_encoder_2", layer)
+    with pytest.raises(ValueError, match="is a folder of text_encoder_2; give each as an adapter"):
+        bank.read(str(folder.parent))
+    other = folder.rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="has no layer for"):
+        bank.read(str(other))
+
+
 @torch.no_grad()
 def test_kinds_that_are_no_plain_factors_draw_as_merged_weights_do(
     folders: dict[str, Path], tmp_path: Path

@@ -113,8 +113,8 @@ def test_samplers_and_schedules(tmp_path: Path, facts: str, sampler: str | None)
         (f"a star\n{FACTS}, Refiner: sdxl_refiner", "made with Refiner (sdxl_refiner)"),
         (f'a star\n{FACTS}, Lora hashes: "x: 1a"', "made with Lora hashes (x: 1a)"),
         (f"a star <lora:x:0.8>\n{FACTS}", "picture a.png: prompt has '<lora:x:0.8>'"),
-        (f"a [red:blue:0.5] star\n{FACTS}", "picture a.png: prompt has '[red:blue:0.5]'"),
-        (f"a star\nNegative prompt: [a|b]\n{FACTS}", "negative_prompt has '[a|b]'"),
+        (f"a ([red:blue:0.5] star\n{FACTS}", "picture a.png: prompt has [a:b:0.5] or [a|b] beside"),
+        (f"a star\nNegative prompt: ([a|b]\n{FACTS}", "negative_prompt has [a:b:0.5] or [a|b] be"),
         (f"a star\n{FACTS}, Emphasis: Ignore", "has Emphasis 'Ignore', which is neither"),
         (f"a star\n{FACTS}, Tiling: True", "made with Tiling (True)"),
         (f"a star\n{FACTS}, Eta: 0.5", "made with Eta (0.5)"),
@@ -150,10 +150,10 @@ def test_syntaxes_and_files_of_a_folder(tmp_path: Path) -> None:
 
 def test_prompts_in_a_file_have_a_syntax_too(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a [b|c]"}\n{"prompt": "a (b)", "prompt_syntax": "a1111"}\n')
+    path.write_text('{"prompt": "a <lora:b:1>"}\n{"prompt": "a (b)", "prompt_syntax": "a1111"}\n')
     snapshot = str(tmp_path / "snapshot.parquet")
     assert write_snapshot(PromptsConfig(uri=str(path)), snapshot) == 2
-    with pytest.raises(BadInput, match=r"line 1: prompt has '\[b\|c\]'"):
+    with pytest.raises(BadInput, match=r"line 1: prompt has '<lora:b:1>'"):
         write_snapshot(PromptsConfig(uri=str(path), syntax="a1111"), snapshot)
     path.write_text('{"prompt": "a", "prompt_syntax": "compel"}\n')
     with pytest.raises(BadInput, match=r"line 1: prompt_syntax is 'compel'; it must be one of"):
@@ -163,8 +163,8 @@ def test_prompts_in_a_file_have_a_syntax_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "texts",
     [
-        {"inline": ["a [b:c:0.5]"]},
-        {"templates": ["[{x}|b]"], "axes": {"x": ["a"]}},
+        {"inline": ["a <lora:b:0.5>"]},
+        {"templates": ["<lora:{x}:1>"], "axes": {"x": ["a"]}},
         {"templates": ["a {x}"], "axes": {"x": ["<lora:a:1>"]}},
     ],
 )
