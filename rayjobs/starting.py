@@ -47,16 +47,16 @@ STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dreambooth": (
         "Teach a model a subject from a few photographs: rayjobs dreambooth FILE\n"
-        f"{SDXL},\ntrain.learning_rate 1e-4, train.resolution 1024, "
+        f"{SDXL},\ntrain.steps 500, train.learning_rate 1e-4, train.resolution 1024, "
         "train.gradient_checkpointing true.",
         {
             "model": {"uri": "starter"},
             "instance": {"uri": "photos", "prompt": "a photo of a sks star"},
             "prior": {"prompt": "a photo of a star", "num_images": 48},
-            "train": {"method": "lora", "steps": 500, "learning_rate": 1e-3},
+            "train": {"method": "lora", "steps": 150, "learning_rate": 1e-3},
             "lora": {"rank": 16, "targets": "convolution"},
             "workers": {"min": 1, "num_gpus": 0, "num_cpus": 1},
-            "checkpoint": {"every_n_steps": 100},
+            "checkpoint": {"every_n_steps": 50},
             "run": {"name": "first"},
             "output": {"uri": "runs/first"},
         },
