@@ -148,5 +148,6 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_finished_run_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "runs/sks/index.html").write_text("the run's page, which the fixture is spared")
     assert main(["dreambooth", "dreambooth.yaml"]) == 0
     assert capsys.readouterr().out.startswith("nothing to do")

@@ -81,7 +81,7 @@ def test_the_page_goes_with_the_run(run: ResolvedRun) -> None:
         "validation/0.jpg",
         "validation/1.jpg",
     ]
-    assert "<b>0.600</b><span>preservation (lower is better)</span>" in page_of(run)
+    assert "<b>0.600</b><span>preservation (up to 1, lower is better)</span>" in page_of(run)
     train(run, 20)
     export(run, "full")
     report.write(run, work={"Speed": "2.00 steps/s", "Device": "a device"})

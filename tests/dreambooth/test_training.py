@@ -217,7 +217,7 @@ def test_a_page_that_cannot_be_written_costs_no_export(
 ) -> None:
     """It is told, and the same command makes it later."""
 
-    def fail(run: ResolvedRun) -> str:
+    def fail(run: ResolvedRun, **_: object) -> str:
         raise StorageError("full")
 
     config, page = (
