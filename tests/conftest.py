@@ -37,6 +37,8 @@ __all__ = ["bucket", "ceph", "ceph_bucket", "ceph_server", "s3_server"]
 # that a second thread costs ten times the processor time, and threads that wait must not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray's workers give way to whoever waits for nothing: here, to the tests that run beside theirs.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 SHARED = ("app", "ray_cluster", "ceph")
 """Fixtures that take long to start: under pytest-xdist, all their tests go to one process."""

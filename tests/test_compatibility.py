@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on(
     Its weights are nearly so: their average warms up since.
     """
     assert main(["dreambooth", "dreambooth.yaml", "output.uri=run-unfinished"]) == 0
-    assert capsys.readouterr().out.startswith("3 steps in")
+    assert "3 steps in" in capsys.readouterr().out  # where Ray too may warn
     run, calm = folder / "run-unfinished", folder / "runs" / "sks"
     texts = [(each / "metrics.jsonl").read_text() for each in (run, calm)]
     rows = [[json.loads(line) for line in text.splitlines()] for text in texts]

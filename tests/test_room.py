@@ -136,10 +136,10 @@ def test_a_cluster_that_does_not_answer_is_told_in_time(monkeypatch: pytest.Monk
             with pytest.raises(BadInput, match="something listens there, but no Ray"):
                 cluster.check_answers(address)
     cluster.check_answers("somewhere")
-    monkeypatch.setattr(cluster, "read_ray_address", lambda: f"127.0.0.1:{port}")
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: f"127.0.0.1:{port}")
     with pytest.raises(BadInput, match="where no cluster answers"):
         cluster.check_answers("auto")
-    monkeypatch.setattr(cluster, "read_ray_address", lambda: None)
+    monkeypatch.setattr("ray._private.utils.read_ray_address", lambda: None)
     cluster.check_answers("auto")
     with pytest.raises(BadInput, match="where no cluster answers"):
         cluster.check_answers("no-such-host.invalid:6379")

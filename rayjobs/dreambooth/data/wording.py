@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayjobs.config import BadInput
-from rayjobs.diffusion.text import syntax
+from rayjobs.diffusion.text import schedule, syntax
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data.photos import Photo, shortened
 
@@ -77,6 +77,11 @@ def check_syntax(config: DreamBoothConfig, photos: Sequence[Photo]) -> None:
             syntax.check_syntax(f"{name}: its caption", caption, train.caption_syntax)
         except ValueError as error:
             raise BadInput(str(error)) from None
+        if any(not isinstance(part, str) for part in schedule.read(caption)):
+            raise BadInput(
+                f"{name}: its caption has words that change from step to step, as [a:b:0.5] or "
+                "[a|b], and a step of training has none before it; write what the picture shows"
+            )
         if shuffles and _weighs(caption) and any(map(_is_open, caption.split(","))):
             raise BadInput(
                 f"{name}: its caption has brackets around several tags, which train.shuffle_tags "

@@ -112,7 +112,7 @@ def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
         ({"guidance_scale": 21}, "guidance_scale", "at most 20"),
         ({"prompt": "x" * 21}, "prompt", "21 characters"),
         ({"negative_prompt": "x" * 21}, "negative_prompt", "21 characters"),
-        ({"prompt": "a [b|c]", "prompt_syntax": "a1111"}, "prompt", "prompt has '[b|c]'"),
+        ({"prompt": "a AND b", "prompt_syntax": "a1111"}, "prompt", "prompt has AND"),
         (
             {"negative_prompt": "<lora:x:1>", "prompt_syntax": "a1111"},
             "negative_prompt",
