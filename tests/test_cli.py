@@ -180,7 +180,11 @@ def test_what_ends_a_job_from_outside_interrupts_it(
                 os.kill(os.getpid(), number)
 
     monkeypatch.setattr(job, "run", end)
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {each: signal.getsignal(each) for each in ends}
+    # A shell's background jobs, of which this may be one, are started deaf to some.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert config() == 130
     finally:
