@@ -16,6 +16,7 @@ from rayjobs.diffusion.request import Request
 
 pytestmark = pytest.mark.ray
 PROMPT = "a photo of a red star on a blue background"
+QUICK: dict[str, Any] = {"num_inference_steps": 6}
 Picture = Callable[[int], Image.Image]
 
 
@@ -73,7 +74,7 @@ def test_generations_are_the_engine_s_pictures(client: openai.OpenAI, starter: M
 @pytest.mark.parametrize(("form", "name"), [("jpeg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
 def test_formats(client: openai.OpenAI, form: Any, name: str) -> None:
     answer = client.images.generate(
-        prompt=PROMPT, output_format=form, output_compression=80, extra_body={"seed": 1}
+        prompt=PROMPT, output_format=form, output_compression=80, extra_body=QUICK
     )
     (data,) = answer.data or []
     assert Image.open(io.BytesIO(base64.b64decode(str(data.b64_json)))).format == name
@@ -81,7 +82,13 @@ def test_formats(client: openai.OpenAI, form: Any, name: str) -> None:
 
 def test_what_openai_has_and_diffusion_does_not_is_taken(client: openai.OpenAI) -> None:
     answer = client.images.generate(
-        prompt=PROMPT, quality="high", style="vivid", user="me", moderation="low", size="auto"
+        prompt=PROMPT,
+        quality="high",
+        style="vivid",
+        user="me",
+        moderation="low",
+        size="auto",
+        extra_body=QUICK,
     )
     assert len(answer.data or []) == 1
 
@@ -110,7 +117,7 @@ def test_a_mask_keeps_the_rest(client: openai.OpenAI, picture: Picture) -> None:
 
 def test_streams(client: openai.OpenAI, picture: Picture) -> None:
     stream = client.images.generate(
-        prompt=PROMPT, stream=True, partial_images=2, n=2, extra_body={"seed": 5}
+        prompt=PROMPT, stream=True, partial_images=2, n=2, extra_body=QUICK | {"seed": 5}
     )
     events = list(stream)
     kinds = [event.type.rpartition(".")[2] for event in events]
@@ -118,12 +125,14 @@ def test_streams(client: openai.OpenAI, picture: Picture) -> None:
     assert [e.partial_image_index for e in events if "partial" in e.type] == [0, 1, 0, 1]
     assert all(opened(event.b64_json).shape == (64, 64, 3) for event in events)
     assert events[2].usage.output_tokens == 16
-    edits = client.images.edit(image=png(picture(3)), prompt=PROMPT, stream=True, partial_images=1)
+    edits = client.images.edit(
+        image=png(picture(3)), prompt=PROMPT, stream=True, partial_images=1, extra_body=QUICK
+    )
     assert [e.type for e in edits] == ["image_edit.partial_image", "image_edit.completed"]
 
 
 def test_a_stream_without_partial_images_has_one_event(client: openai.OpenAI) -> None:
-    stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=0)
+    stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=0, extra_body=QUICK)
     assert [event.type for event in stream] == ["image_generation.completed"]
 
 
