@@ -120,6 +120,7 @@ def test_an_interrupted_data_set_goes_on(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     ray_cluster: None, folder: Path, is_same_class: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_shells_on_a_node_know_the_token_and_the_python(
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_the_launcher_starts_every_node_type(s3_server: str, tmp_path: Path) -> None:
     """Ray's own AWS code against moto, which knows EC2 too, in a process and home of its own."""
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
