@@ -1,4 +1,4 @@
-"""Progress while a job runs: a counter that all workers report to, and the driver's bar.
+"""Progress while a job runs: a counter that all workers report to, and what the driver shows of it.
 
 Knows nothing of what is counted.
 """
@@ -10,11 +10,9 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tqdm import tqdm
 
-POLL_S = 0.5
-LOG_EVERY_S = 10.0
-SHORTEST_S = 1e-3
+from rayjobs.bar import LOG_EVERY_S, POLL_S, SHORTEST_S, Bar
+
 BEGAN, LAST = "began", "last"
 """The notes with the unix seconds at which work on the first began, and the last was done."""
 FATAL = "fatal"
@@ -51,26 +49,6 @@ class Counter:
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self.done, self.notes
-
-
-class Bar(tqdm):
-    """A bar whose rate is that of all that was done, since work on the first of it began."""
-
-    def __init__(self, total: int, unit: str, began: float, initial: int = 0):
-        self.began = began
-        """In unix seconds."""
-        self.worked_s: float | None = None
-        """How long it all took, once that is known."""
-        # A terminal has a bar that moves; a log gets a line now and then.
-        every_s = POLL_S if sys.stderr.isatty() else LOG_EVERY_S
-        super().__init__(
-            total=total, initial=initial, unit=f" {unit}", file=sys.stderr, mininterval=every_s
-        )
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        worked_s = time.time() - self.began if self.worked_s is None else self.worked_s
-        return super().format_dict | {"elapsed": max(worked_s, SHORTEST_S), "rate": None}
 
 
 class Progress:

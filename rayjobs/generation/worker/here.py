@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from rayjobs import storage
+from rayjobs.bar import Bar
 from rayjobs.config import BadInput, JobFailed
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.records import Redo
-from rayjobs.progress import Bar
 from rayjobs.reports.history import History
 
 MAX_IMAGES = 64
