@@ -27,6 +27,7 @@ from rayjobs.diffusion.files.folder import (
 )
 from rayjobs.diffusion.files.header import is_safetensors, read_header
 from rayjobs.diffusion.files.hub import download
+from rayjobs.diffusion.files.identity import identity_files, sha256_of
 from rayjobs.diffusion.files.single import Single, read_single
 from rayjobs.diffusion.files.versions import (
     CONFIGS,
@@ -40,7 +41,6 @@ from rayjobs.diffusion.files.versions import (
 from rayjobs.diffusion.sampler_names import PREDICTIONS, Prediction
 
 STARTER = Path(__file__).parents[1] / "starter" / "model"
-IDENTITY = {".json", ".txt", ".safetensors", ".model"}
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
 
 
@@ -171,25 +171,13 @@ class Weights:
         For a single file, what it takes from a base, and a sampler that its configuration does not
         tell, are in the list too.
         """
-        hashes = sorted([name, sha256_of(file)] for name, file in self._files())
+        files = identity_files(self.path, self.single)
+        hashes = sorted([name, sha256_of(file)] for name, file in files)
         if self.base is not None:
             hashes.append(["base", self.base.sha256])
         if _drawing(self.scheduler) != _drawing(self._configured_scheduler):
             hashes.append(["scheduler", _drawing(self.scheduler)])
         return hashlib.sha256(json.dumps(hashes, separators=(",", ":")).encode()).hexdigest()
-
-    def _files(self) -> list[tuple[str, Path]]:
-        if self.path.is_file():
-            return [(self.path.name, self.path)]
-        if self.single is not None:
-            paths = [self.single.header.path, self.path / "config.json"]
-            return [(path.name, path) for path in paths]
-        index = read_json(self.path / "model_index.json")
-        parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0]]
-        paths = [path for part in parts for path in (self.path / part).rglob("*")]
-        paths = [path for path in paths if path.is_file() and path.suffix in IDENTITY]
-        paths.append(self.path / "model_index.json")
-        return [(path.relative_to(self.path).as_posix(), path) for path in paths]
 
     @cached_property
     def _configured_scheduler(self) -> dict[str, Any]:
@@ -373,8 +361,3 @@ def _check_prediction(weights: Weights) -> None:
             f"{weights.path} says zero terminal SNR and not v-prediction, which noise cannot be "
             "predicted at; give model.prediction_type=v_prediction, or epsilon to pass over it"
         )
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

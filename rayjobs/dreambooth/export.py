@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from rayjobs import storage
+from rayjobs.diffusion.files.identity import sha256_of
 from rayjobs.diffusion.model import DTYPES, Model
 from rayjobs.diffusion.text import inversion
-from rayjobs.diffusion.weights import sha256_of
 from rayjobs.dreambooth import lock
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig

@@ -15,7 +15,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import canonical_json
 from rayjobs.diffusion.files.beside import word_file
-from rayjobs.diffusion.weights import sha256_of
+from rayjobs.diffusion.files.identity import sha256_of
 from rayjobs.models.facts import is_folder
 from rayjobs.models.options import LoraConfig, ModelConfig, SourceConfig, WordConfig
 

@@ -75,6 +75,10 @@ MISTAKES = [
     ),
     (["train.debiased=true", "train.min_snr_gamma=5"], "weigh the same steps in opposite ways"),
     (["inversion.alone=true"], "give inversion.num_vectors"),
+    (
+        ["inversion.alone=true", "inversion.num_vectors=2", "train.text_encoders=true"],
+        "leave train.text_encoders out",
+    ),
     (["inversion.num_vectors=1", "inversion.token=<new>"], "lacks the word to learn, '<new>'"),
 ]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayjobs.diffusion.files.identity import sha256_of
 from rayjobs.diffusion.files.single import told_prediction
-from rayjobs.diffusion.weights import sha256_of
 
 DIFFUSERS = "lora_adapter_metadata"
 PEFT_CONFIG = "adapter_config.json"

@@ -289,6 +289,11 @@ class DreamBoothConfig(Config):
             raise ValueError("inversion.alone trains new tokens only; give inversion.num_vectors")
         if inversion.alone and self.train.block_rates:
             raise ValueError("inversion.alone trains no block; leave train.block_rates out")
+        if inversion.alone and self.train.text_encoders:
+            raise ValueError(
+                "inversion.alone trains no layer of a text encoder, only the new tokens; leave "
+                "train.text_encoders out, or inversion.alone"
+            )
         if not inversion.num_vectors:
             return
         if self.identifier not in self.instance.prompt.split():

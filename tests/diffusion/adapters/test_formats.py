@@ -15,9 +15,9 @@ from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.adapters.names import Layers
 from rayjobs.diffusion.adapters.reader import read
 from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.files.identity import sha256_of
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.diffusion.weights import sha256_of
 from tests.diffusion.adapters import formats_kohya, formats_peft
 from tests.diffusion.adapters.formats import FORMATS
 from tests.diffusion.adapters.made import Made, kohya, make, merged, write
