@@ -22,6 +22,7 @@ from serve.file import check_public
 from serve.ingress.api import create_app
 from serve.ingress.images_api import ImagesApi
 from serve.registry import Registry
+from serve.replica import EngineReplica
 from serve.router.fleet import Fleet
 
 MAX_ONGOING_REQUESTS = 4096
@@ -91,9 +92,6 @@ def check(config: ServeConfig) -> None:
 
 
 def _engine(config: ServeConfig) -> Any:
-    # Imported here: the ingress imports this module too, and loads no torch.
-    from serve.replica import EngineReplica
-
     scaling = config.scaling
     return deployment(EngineReplica).options(
         name="Engine",

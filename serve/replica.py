@@ -1,6 +1,8 @@
 """An engine replica: the engine loop, wrapped for Ray Serve.
 
 Owns what Serve calls: events of a request, health, load, models in memory. The loop does the work.
+The engine is imported where a replica begins: whoever deploys it imports this module, too, and
+needs no torch.
 """
 
 import asyncio
@@ -10,12 +12,9 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-import torch
 from ray import serve as ray_serve
 
 from serve.config import ServeConfig
-from serve.engine import safety
-from serve.engine.loop import EngineLoop
 from serve.protocol import Event, ImagesRequest
 from serve.registry import Registry
 from serve.router.autoscaling import PENDING
@@ -25,6 +24,11 @@ class EngineReplica:
     """Answers requests; models with `preload` are loaded and warm before the first one."""
 
     async def __init__(self, config: ServeConfig):
+        import torch
+
+        from serve.engine import safety
+        from serve.engine.loop import EngineLoop
+
         self.config = config
         if not torch.cuda.is_available():
             cores = config.engine.num_threads or max(1, int(config.scaling.num_cpus))

@@ -48,6 +48,7 @@ HEAVY = {"torch", "ray", "diffusers", "transformers", "pydantic", "pyarrow", "nu
         ("from rayjobs import Request", {"torch", "ray", "diffusers"}),
         ("import rayjobs.generation.job", {"torch", "ray", "pandas"}),
         ("import rayjobs.generation.worker.pool", {"torch", "diffusers", "transformers"}),
+        ("import serve.app", {"torch", "diffusers", "transformers"}),
         ("import rayjobs.dreambooth.composition", {"pytorch_lightning", "diffusers"}),
     ],
 )

@@ -3,12 +3,10 @@
 Owns the threshold. Which of a classifier's labels are unsafe is decided in `rayjobs.quality`.
 """
 
-import torch
 from PIL import Image
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.quality import safety
 from serve.config import SafetyConfig
 
 
@@ -16,6 +14,10 @@ class Safety:
     """Raises BadInput when the classifier cannot be loaded or has no unsafe label."""
 
     def __init__(self, uri: str, threshold: float, device: str = "cpu"):
+        import torch
+
+        from rayjobs.quality import safety  # seconds, which a server without a classifier saves
+
         self.threshold = threshold
         try:
             self._classifier = safety.Safety(storage.to_local(uri), device, torch.float32)
@@ -27,5 +29,8 @@ class Safety:
 
 
 def build(config: SafetyConfig) -> Safety | None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return None if config.uri is None else Safety(config.uri, config.threshold, device)
+    if config.uri is None:
+        return None
+    import torch
+
+    return Safety(config.uri, config.threshold, "cuda" if torch.cuda.is_available() else "cpu")

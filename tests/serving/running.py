@@ -26,6 +26,7 @@ import json, sys
 import ray
 from ray import serve as ray_serve
 from ray.cluster_utils import Cluster
+from rayjobs.cluster import REMEMBER_ADDRESS
 from serve.app import build
 from serve.config import ServeConfig
 from tests.warm import use_warm_workers
@@ -35,7 +36,8 @@ config, port, nodes = json.loads(sys.argv[1])
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": nodes[0]})
 for num_cpus in nodes[1:]:
     cluster.add_node(num_cpus=num_cpus)
-ray.init(address=cluster.address, log_to_driver=False)
+# Workers with a runtime environment, whatever it is, can be forks.
+ray.init(address=cluster.address, runtime_env=REMEMBER_ADDRESS, log_to_driver=False)
 print(cluster.address, flush=True)
 http = {"host": "127.0.0.1", "port": port}
 ray_serve.start(proxy_location="HeadOnly", http_options=http)
