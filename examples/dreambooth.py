@@ -26,6 +26,7 @@ def main(photos: str, steps: str) -> None:
             "workers.min=1",
             f"checkpoint.every_n_steps={steps}",
             "validation.every_n_steps=0",
+            "validation.steps=12",
         ]
     )
     if code:

@@ -78,7 +78,10 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Workers of the clusters that tests share start at once."""
-    with warm_workers(tmp_path_factory.mktemp("warm")):
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with warm_workers(folder / "warm"):
         yield
 
 

@@ -35,25 +35,32 @@ MODULES = (
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """What a thread holds when its process forks stays locked, so no library may begin one."""
 POLL_S = 0.1
+_servers: list[subprocess.Popen[bytes]] = []
+"""Whose end nobody waits for."""
 
 
 @contextmanager
 def warm_workers(folder: Path) -> Generator[None]:
-    """Meanwhile the workers of clusters after `use_warm_workers` are forks."""
-    path = str(folder / "warm")
-    command = [sys.executable, __file__, "serve", path]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | NO_THREADS)
+    """Meanwhile the workers of clusters after `use_warm_workers` are forks.
+
+    Processes that test beside each other give the same folder and share the server, which ends
+    with the process that started them.
+    """
+    path, owner = str(folder / "warm"), os.getpid()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        owner = os.getppid()
+    with suppress(FileExistsError):
+        folder.mkdir()
+        # The raylet knows the file by the end of its name.
+        (folder / "setup_worker.py").symlink_to(__file__)
+        command = [sys.executable, __file__, "serve", path, str(owner)]
+        nowhere = subprocess.DEVNULL
+        _servers.append(subprocess.Popen(command, stdin=nowhere, env=os.environ | NO_THREADS))
     os.environ[SOCKET] = path
-    # The raylet knows the file by the end of its name.
-    (folder / "setup_worker.py").symlink_to(__file__)
     try:
-        while not Path(path).exists():
-            assert server.poll() is None
-            time.sleep(0.1)
         yield
     finally:
         del os.environ[SOCKET]
-        server.communicate()
 
 
 def use_warm_workers() -> None:
@@ -65,8 +72,8 @@ def use_warm_workers() -> None:
         ray_constants.SETUP_WORKER_FILENAME = str(Path(path).with_name("setup_worker.py"))
 
 
-def serve(path: str) -> None:
-    """Fork for every connection, until standard input ends; then end all forks."""
+def serve(path: str, owner: int) -> None:
+    """Fork for every connection, as long as the owner lives; then end all forks."""
     for module in MODULES:
         __import__(module)
     assert "ray" not in sys.modules
@@ -74,15 +81,12 @@ def serve(path: str) -> None:
     gc.freeze()
     forks: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
-        listener.bind(path)
+        listener.bind(f"{path}.new")
         listener.listen(64)
+        os.rename(f"{path}.new", path)
         selector.register(listener, selectors.EVENT_READ)
-        selector.register(sys.stdin, selectors.EVENT_READ)
-        while True:
+        while Path(f"/proc/{owner}").exists():
             for key, _ in selector.select(POLL_S):
-                if key.fileobj is sys.stdin:
-                    _end(forks)
-                    return
                 if key.fileobj is not listener:  # Ray has killed what stands for a fork
                     selector.unregister(key.fileobj)
                     with suppress(ProcessLookupError):
@@ -93,6 +97,7 @@ def serve(path: str) -> None:
                 forks[pid] = connection
                 selector.register(connection, selectors.EVENT_READ, pid)
             _reap(forks, selector)
+    _end(forks)
 
 
 def _fork(connection: socket.socket, others: list[socket.socket]) -> int:
@@ -161,8 +166,11 @@ def _end(forks: dict[int, socket.socket]) -> None:
 
 def stand_in(arguments: list[str]) -> int:
     """Have a fork run these arguments; the code that it ends with."""
+    path = os.environ[SOCKET]
+    while not os.path.exists(path):  # it is loading
+        time.sleep(POLL_S)
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(os.environ[SOCKET])
+        connection.connect(path)
         asked = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))
         connection.sendmsg([json.dumps(asked).encode()], [rights])
@@ -173,6 +181,6 @@ def stand_in(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        serve(sys.argv[2])
+        serve(sys.argv[2], int(sys.argv[3]))
     else:
         raise SystemExit(stand_in(sys.argv[1:]))

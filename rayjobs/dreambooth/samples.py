@@ -64,7 +64,7 @@ def generate(
     """Images by prompt, with seeds 0, 1, ...; the same for every step of a run."""
     settings = config.validation
     side = config.train.resolution or model.default_side
-    engine = Engine(model, max_rows=MAX_ROWS)
+    engine = Engine(model, max_rows=min(MAX_ROWS, num_images))
     images: dict[str, metrics.Pictures] = {}
     for prompt in prompts:
         syntax = settings.prompt_syntax if prompt in settings.prompts else "plain"

@@ -60,6 +60,7 @@ def values(output: str, priors: Path, **keys: Any) -> dict[str, Any]:
         "train": SHORT,
         "lora": {"rank": 4, "dropout": 0.2},
         "checkpoint": {"every_n_steps": 3, "keep": 2},
+        "validation": {"steps": 2},
         "run": {"name": "test"},
         "output": {"uri": output},
     } | keys
@@ -143,7 +144,7 @@ def wait_for_checkpoint(output: str, step: int) -> None:
     deadline = time.monotonic() + 120
     while not any(checkpoint.step >= step for checkpoint in checkpoints.list()):
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.4)  # each look costs the S3 server and this process
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,10 @@ def test_a_worker_and_a_node_die(
 def test_the_driver_dies_and_is_started_again(
     output: str, tmp_path: Path, expected: Callable[[int], list[str]], joining: dict[str, str]
 ) -> None:
-    command = write_job(tmp_path, values(output, 64))
-    kill_driver(command, joining, output, 2)
+    command = write_job(tmp_path, values(output, 32))
+    kill_driver(command, joining, output, 1)
     assert main(command) == 0
-    check(output, expected(64), 64)
+    check(output, expected(32), 32)
 
 
 @quiet
