@@ -19,6 +19,9 @@ COLUMNS = ("record", "status", "image", "image_sha256")
 BLOCK = 1 << 20
 Numbers = Callable[[int], range | None]
 """The records that a shard has to hold, where that is known."""
+ORIGIN = ("prompt", "model_sha256")
+Doubt = Callable[[dict[str, Any]], str | None]
+"""Why a row with its `ORIGIN` is none of the job's, if it is none."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Fault:
 
 
 def inspect(
-    manifest: Manifest, num_shards: int, numbers: Numbers
+    manifest: Manifest, num_shards: int, numbers: Numbers, doubt: Doubt | None = None
 ) -> Iterator[tuple[Entry | None, list[Fault]]]:
     """Read every finished shard: its entry and what is wrong, first what belongs to no shard.
 
@@ -51,7 +54,7 @@ def inspect(
     yield None, [*beside, *_strays(manifest, shards)]
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(
-            lambda entry: (entry, list(_shard_faults(manifest, entry, numbers))), entries
+            lambda entry: (entry, list(_shard_faults(manifest, entry, numbers, doubt))), entries
         )
 
 
@@ -92,12 +95,16 @@ def _strays(manifest: Manifest, shards: Container[int]) -> Iterator[Fault]:
             yield Fault(f"data/{name}: is of no shard, but others would read it; remove it")
 
 
-def _shard_faults(manifest: Manifest, entry: Entry, numbers: Numbers) -> Iterator[Fault]:
-    for text in _shard_texts(manifest, entry, numbers(entry["shard"])):
+def _shard_faults(
+    manifest: Manifest, entry: Entry, numbers: Numbers, doubt: Doubt | None
+) -> Iterator[Fault]:
+    for text in _shard_texts(manifest, entry, numbers(entry["shard"]), doubt):
         yield Fault(text, entry["shard"])
 
 
-def _shard_texts(manifest: Manifest, entry: Entry, numbers: range | None) -> Iterator[str]:
+def _shard_texts(
+    manifest: Manifest, entry: Entry, numbers: range | None, doubt: Doubt | None
+) -> Iterator[str]:
     shard, failed = entry["shard"], 0
     if not entry["rows"] and numbers is None:  # of an export's, which has nothing of this shard
         return
@@ -108,12 +115,15 @@ def _shard_texts(manifest: Manifest, entry: Entry, numbers: range | None) -> Ite
     if sha256 != entry["sha256"]:
         difference = f"has SHA-256 {sha256[:12]}, not {entry['sha256'][:12]}"
         yield f"shard {shard}: {entry['file']} {difference}"
-    seen = []
+    seen, is_doubtful = [], False
     try:
-        for row in manifest.format.read(manifest.data, shard, COLUMNS):
+        for row in manifest.format.read(manifest.data, shard, COLUMNS + ORIGIN * bool(doubt)):
             seen.append(row["record"])
             failed += row["status"] != "ok"
             yield from (f"shard {shard}, record {row['record']}: {f}" for f in _row_faults(row))
+            if doubt and not is_doubtful and (why := doubt(row)):
+                is_doubtful = True  # the others are of that job, too
+                yield f"shard {shard}, record {row['record']}: {why}"
     except Exception as error:  # damaged bytes break a reader in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield f"shard {shard}: cannot be read on after record {seen[-1] if seen else '-'}: {reason}"

@@ -20,6 +20,7 @@ from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.draft import open_draft
 from rayjobs.generation.spec.lock import config_again, config_of, data_set_schema
+from rayjobs.generation.spec.origin import Origin
 from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import ensure_segment, restore_snapshots
 from rayjobs.generation.worker import here
@@ -139,7 +140,8 @@ def _damaged(lock: Lock, manifest: Manifest) -> list[_Work]:
     """Damaged shards; files of the manifest that cannot be read are removed."""
     redo: dict[int, dict[int, int | None]] = {}
     lost: set[int] = set()
-    for _, faults in inspect(manifest, lock.num_shards, lock.records_of):
+    doubt = Origin(manifest.uri, lock).doubt
+    for _, faults in inspect(manifest, lock.num_shards, lock.records_of, doubt):
         for fault in faults:
             if fault.manifest_file is not None:
                 storage.remove(manifest.file_uri(fault.manifest_file))

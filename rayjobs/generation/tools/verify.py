@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.inspection import Numbers, inspect, inspect_snapshots
+from rayjobs.dataset.inspection import Doubt, Numbers, inspect, inspect_snapshots
 from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.lock import config_again, open_spec, record_of, record_schema
+from rayjobs.generation.spec.origin import Origin
 from rayjobs.generation.tools import export
 
 MAX_FAULTS_SHOWN = 100
@@ -49,7 +50,9 @@ def verify(uri: str, regenerate: int = 0, seed: int | None = None) -> Findings:
         _check_class(uri, lock)
     findings = Findings(way_out=f"rayjobs repair {uri}")
     findings.faults += [fault.text for fault in inspect_snapshots(uri, lock)]
-    entries = _inspect(Manifest(uri, lock.format), lock.num_shards, lock.records_of, findings)
+    doubt = None if findings.faults else Origin(uri, lock).doubt
+    manifest = Manifest(uri, lock.format)
+    entries = _inspect(manifest, lock.num_shards, lock.records_of, findings, doubt)
     findings.num_missing = lock.num_shards - len(entries)
     if regenerate and entries and not findings.faults:
         rng = random.Random(seed)
@@ -73,11 +76,15 @@ def _verify_export(uri: str, regenerate: int) -> Findings:
 
 
 def _inspect(
-    manifest: Manifest, num_shards: int, numbers: Numbers, findings: Findings
+    manifest: Manifest,
+    num_shards: int,
+    numbers: Numbers,
+    findings: Findings,
+    doubt: Doubt | None = None,
 ) -> list[Entry]:
     """The entries of finished shards, with all that is wrong in the findings."""
     entries = []
-    checked = inspect(manifest, num_shards, numbers)
+    checked = inspect(manifest, num_shards, numbers, doubt)
     for entry, faults in tqdm(checked, "shards", num_shards or None, file=sys.stderr, disable=None):
         findings.faults += [fault.text for fault in faults]
         if entry is not None:

@@ -1,5 +1,6 @@
 """Damage of every kind: each is found, and made good by the command that verify names."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -56,6 +59,16 @@ def change(name: str, **values: Any) -> Callable[[Path], Any]:
     return write
 
 
+def of_another_job(root: Path) -> None:
+    """Shard 4 and its entry are those of a job with another prompt."""
+    shard, entry = root / "data/shard-00000004.parquet", root / "manifest/00000004.json"
+    table = pq.read_table(shard)
+    at = table.schema.get_field_index("prompt")
+    prompts = pa.array(["a blue star"] * len(table))
+    pq.write_table(table.set_column(at, "prompt", prompts), shard)
+    change(entry.name, sha256=hashlib.sha256(shard.read_bytes()).hexdigest())(entry.parent)
+
+
 def empty(name: str) -> Callable[[Path], Any]:
     return lambda root: (root / name).write_bytes(b"")
 
@@ -75,6 +88,7 @@ DAMAGES: dict[str, list[Damage]] = {
         (cut("data/shard-00000002.parquet"), "shard 2: cannot be read on after record -"),
         (flip("data/shard-00000003.parquet", 3000), "shard 3: data/shard-00000003.parquet has SHA"),
         (empty("manifest/00000005.json"), "manifest/00000005.json: cannot be read"),
+        (of_another_job, "record 8: has the prompt 'a blue star', where the job has 'a red star'"),
         *BESIDE,
     ],
     "webdataset": [

@@ -1,0 +1,39 @@
+"""Whether a record is of its data set's own job, told by its prompt and its model.
+
+Owns the comparison with the snapshots. Pixels are not looked at: to make a record again shows them.
+"""
+
+import threading
+from typing import Any
+
+from rayjobs.dataset.lock import Lock
+from rayjobs.generation.spec.lock import config_of, open_spec, record_of
+from rayjobs.generation.spec.records import Spec
+
+
+class Origin:
+    """What the lock and the snapshots of a data set say of its records. For several threads."""
+
+    def __init__(self, uri: str, lock: Lock):
+        self.uri = uri
+        self.lock = lock
+        self._specs: dict[int, Spec] = {}
+        self._turn = threading.Lock()
+
+    def doubt(self, row: dict[str, Any]) -> str | None:
+        """Why a row is of another job, if it is. Its seed may be a later one than the job's."""
+        for number, segment in enumerate(self.lock.segments):
+            if row["record"] in segment.records:
+                break
+        else:
+            return None
+        if row["model_sha256"] != segment.model_sha256:
+            return f"is by another model than the job's ({str(row['model_sha256'])[:12]})"
+        with self._turn:
+            if number not in self._specs:
+                config = config_of(segment, self.uri)
+                self._specs[number] = open_spec(config, segment, number)
+            prompt = record_of(self._specs[number], segment, row["record"]).prompt
+        if row["prompt"] != prompt:
+            return f"has the prompt {row['prompt']!r}, where the job has {prompt!r}"
+        return None
