@@ -58,6 +58,11 @@ class RegistryConfig(Config):
 class EngineConfig(Config):
     max_rows: int = Field(default=8, ge=1)
     """Images of one size that can share a step."""
+    deterministic: bool = False
+    """Give a request the same bits whatever else is asked for: those that `generate` makes with
+    guidance, `engine.batch_size` as max_rows, and threads as many as num_threads. Calls then have
+    one shape, and take as long for one image as for max_rows; on a GPU each image has calls of its
+    own."""
     max_step_s: float = Field(default=2.0, gt=0)
     """Seconds; batches are kept small enough, and sizes beyond a model's own whose single step
     takes longer are refused. A new request waits as long before it can join."""

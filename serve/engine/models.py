@@ -204,7 +204,7 @@ class ModelCache:
             model,
             self.config.max_rows,
             slots=self.forecast.max_slots,
-            fixed_shape=False,
+            fixed_shape=self.config.deterministic,
             batcher=batcher,
             isolate_oom=True,
         )

@@ -22,11 +22,11 @@ class Origin:
 
     def doubt(self, row: dict[str, Any]) -> str | None:
         """Why a row is of another job, if it is. Its seed may be a later one than the job's."""
-        for number, segment in enumerate(self.lock.segments):
-            if row["record"] in segment.records:
-                break
-        else:
+        numbered = enumerate(self.lock.segments)
+        its = next((pair for pair in numbered if row["record"] in pair[1].records), None)
+        if its is None:
             return None
+        number, segment = its
         if row["model_sha256"] != segment.model_sha256:
             return f"is by another model than the job's ({str(row['model_sha256'])[:12]})"
         with self._turn:

@@ -101,6 +101,37 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
     assert len(of_kind(answers[0], Finished)) == 2
 
 
+def test_deterministic_pictures_have_the_bits_of_a_job(starter: Model) -> None:
+    """Mixed requests that join and leave each other's steps; the job's batch has another order."""
+    sizes = [(64, 64), (96, 64)]
+    keys: list[dict[str, Any]] = [
+        {
+            "prompt": f"a {('red', 'blue', 'green')[number % 3]} star",
+            "steps": 2 + number % 5,
+            "sampler": ("euler", "dpmpp_2m", "euler_a")[number % 3],
+            "guidance_scale": (5.0, 1.0, 7.5, 3.0)[number % 4],
+            "width": sizes[number % 2][0],
+            "height": sizes[number % 2][1],
+        }
+        for number in range(12)
+    ]
+
+    async def ask(loop: EngineLoop, number: int) -> Any:
+        await asyncio.sleep(0.1 * (number % 4))
+        events = await all_of(loop, make_request(seeds=(number,), **keys[number]))
+        (made,) = of_kind(events, Finished)
+        return np.asarray(to_image(made.pixels))
+
+    async def work() -> list[Any]:
+        async with running(deterministic=True) as loop:
+            return await asyncio.gather(*(ask(loop, number) for number in range(len(keys))))
+
+    served = run(work())
+    requests = [Request(seed=number, **each) for number, each in enumerate(keys)]
+    for result in Engine(starter, max_rows=4).generate(requests[::-1]):
+        assert (np.asarray(result.image) == served[result.request.seed]).all()
+
+
 def test_a_caller_sees_the_picture_form() -> None:
     async def work() -> list[Event]:
         async with running() as loop:
