@@ -48,12 +48,16 @@ _shared: dict[str, ExitStack] = {}
 
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by the shared fixture that they use, else by file; long groups begin first."""
+    """Group tests by the shared fixture that they use, else by file.
+
+    The longest group begins first. It waits for Ray as often as it computes, and so do the tests of
+    `app`, which come later: beside them, others make use of the time.
+    """
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         group = next((name for name in SHARED if name in fixtures), item.path.stem)
         item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,6 +14,7 @@ import torch
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.faults import DeviceLost
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.vae import worker
 from serve.config import ServeConfig
@@ -101,8 +102,20 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
     assert len(of_kind(answers[0], Finished)) == 2
 
 
-def test_deterministic_pictures_have_the_bits_of_a_job(starter: Model) -> None:
-    """Mixed requests that join and leave each other's steps; the job's batch has another order."""
+def test_deterministic_pictures_have_the_bits_of_a_job(
+    starter: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed requests that join and leave each other's steps; the job's batch has another order.
+
+    Calls of other sizes move bits only now and then, so the size is looked at, too.
+    """
+    sizes_seen, call = set(), Replay.__call__
+
+    def seen(self: Replay, x_PCHW: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes_seen.add(len(x_PCHW))
+        return call(self, x_PCHW, *rest)
+
+    monkeypatch.setattr(Replay, "__call__", seen)
     sizes = [(64, 64), (96, 64)]
     keys: list[dict[str, Any]] = [
         {
@@ -127,6 +140,7 @@ def test_deterministic_pictures_have_the_bits_of_a_job(starter: Model) -> None:
             return await asyncio.gather(*(ask(loop, number) for number in range(len(keys))))
 
     served = run(work())
+    assert sizes_seen == {8}
     requests = [Request(seed=number, **each) for number, each in enumerate(keys)]
     for result in Engine(starter, max_rows=4).generate(requests[::-1]):
         assert (np.asarray(result.image) == served[result.request.seed]).all()
@@ -167,7 +181,8 @@ def test_a_caller_who_leaves_takes_the_rows_along() -> None:
 
 def test_a_short_ask_is_not_stuck_behind_long_ones() -> None:
     async def work() -> float:
-        async with running(max_rows=2) as loop:
+        # However slow the machine is just now, none of them is refused.
+        async with running(max_rows=2, max_pending_s=9000) as loop:
             long = [asyncio.create_task(all_of(loop, make_request(steps=300))) for _ in range(6)]
             await asyncio.sleep(0.3)
             started_s = time.monotonic()
