@@ -80,9 +80,11 @@ def modes(side: int, lora: Path) -> dict[str, dict[str, Any]]:
         "text to image": {},
         "image to image": image,
         "inpainting": image | {"mask": mask.getvalue()},
-        "LoRA": {"loras": (Lora(path=str(lora), scale=0.5),)},
-        "learned word": {"prompt": f"a {WORD}, "},
-        "weighted words": {"prompt": "a (red:1.3) star, ", "prompt_syntax": "a1111"},
+        "LoRA, learned and weighted words": {
+            "loras": (Lora(path=str(lora), scale=0.5),),
+            "prompt": f"a ({WORD}:1.3) star, ",
+            "prompt_syntax": "a1111",
+        },
     }
 
 
@@ -230,8 +232,7 @@ def all_lines(gpu: TwinGpu, model: Model, folder: Path) -> Iterator[Line]:
             with networks_unobserved(gpu, model):
                 yield from Measured(gpu, model, fitting, extra).lines(mode)
         else:
-            lines = Measured(gpu, model, names[:1], extra).lines(f"{mode}, networks too")
-            yield from lines
+            yield from Measured(gpu, model, names[:1], extra).lines(f"{mode}, with the UNet")
 
 
 if __name__ == "__main__":

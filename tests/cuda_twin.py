@@ -16,7 +16,7 @@ import ctypes
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,
     return_and_correct_aliasing,
 )
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
@@ -173,7 +173,7 @@ class TwinGpu:
         self.arrived(self._num_copies)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         twins = [t for t in tensors if isinstance(t, Twin)]
         hosts = [t for t in tensors if not isinstance(t, Twin)]
         self._check_read(func, hosts)
@@ -413,6 +413,14 @@ def _run_inner(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any)
             for tensors, name, tensor in slots:
                 tensors[name] = tensor
         return tree_map(_wrapped, made)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _unwrapped(value: Any) -> Any:

@@ -72,12 +72,9 @@ def test_the_twin_tells_what_waits(gpu: TwinGpu) -> None:
     ("mode", "samplers"),
     [
         ("text to image", NAMES),
-        ("image to image", KINDS),
         ("inpainting", KINDS),
         ("image to image", ["euler"]),
-        ("LoRA", ["euler"]),
-        ("learned word", ["euler"]),
-        ("weighted words", ["euler"]),
+        ("LoRA, learned and weighted words", ["euler"]),
         pytest.param("image to image", OF_IMAGES, marks=pytest.mark.slow),
         pytest.param("inpainting", OF_IMAGES, marks=pytest.mark.slow),
     ],
