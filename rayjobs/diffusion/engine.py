@@ -19,7 +19,7 @@ from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.text.encoder import PromptEncoder
 from rayjobs.diffusion.unet_batch import UNetBatch
-from rayjobs.diffusion.vae.preview import Previewer
+from rayjobs.diffusion.vae.preview import Preview, Previewer
 from rayjobs.diffusion.vae.worker import VaeWorker
 
 PROMPT_CACHE = 512
@@ -118,11 +118,16 @@ class Engine:
         sampler = self.rows[row_id].sampler
         return sampler.position, len(sampler.timesteps)
 
-    @torch.no_grad()
     def preview(self, row_id: int) -> Image | None:
         """What a request's picture looks like by now, one pixel for each latent; None before its
         first step. KeyError when it is not here."""
-        return self._previewer.draw(self.rows[row_id])
+        preview = self.begin_preview(row_id)
+        return None if preview is None else preview.draw()
+
+    @torch.no_grad()
+    def begin_preview(self, row_id: int) -> Preview | None:
+        """The same to be drawn later, by when a GPU has it ready: to draw it now waits for that."""
+        return self._previewer.begin(self.rows[row_id])
 
     @torch.no_grad()
     def step(self) -> list[Result]:

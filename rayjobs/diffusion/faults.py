@@ -7,6 +7,13 @@ import torch
 
 from rayjobs.diffusion.files.header import first_line
 
+_SHORT = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+)
+"""What CUDA and its libraries call a lack of memory, beside torch's own error."""
 _BROKEN = ("CUDA error", "device-side assert", "uncorrectable ECC", "Xid", "NVML", "cuDNN error")
 
 
@@ -24,9 +31,15 @@ def row_reason(error: BaseException) -> str:
     return first_line(error)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SHORT)
+
+
 def check(error: BaseException) -> None:
     """Raise DeviceLost or OutOfMemory when `error` is one of these underneath."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if lacks_memory(error):
         raise OutOfMemory(
             "out of memory; lower engine.batch_size or the images' size, or set "
             f"model.vae_slicing or model.vae_tiling ({first_line(error)})"

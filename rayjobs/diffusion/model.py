@@ -18,6 +18,7 @@ from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.modules import onednn
 from rayjobs.diffusion.modules.pipeline import load_pipeline, prediction_of, scheduler_config
 from rayjobs.diffusion.modules.replay import Replay
+from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.diffusion.weights import Source, locate
 
@@ -106,7 +107,7 @@ class Model:
         if mean is None or std is None or self.family == "sd":
             mean, std = [0.0], [1.0]
         shape = (1, -1, 1, 1)
-        both = torch.tensor([mean, std], device=self.device, dtype=self.vae.dtype)
+        both = upload(torch.tensor([mean, std], dtype=self.vae.dtype), self.device)
         return both[0].view(shape), both[1].view(shape)
 
 

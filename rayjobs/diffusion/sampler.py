@@ -6,6 +6,7 @@ nothing of batches or of the UNet.
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ import diffusers
 import torch
 
 from rayjobs.diffusion.files.header import first_line
+from rayjobs.diffusion.modules.upload import Uploading, upload
 from rayjobs.diffusion.sampler_names import EPSILON, LIBRARY, SAMPLERS, Prediction, check_name
 
 __all__ = ["SAMPLERS", "Sampler", "resolve"]
@@ -120,8 +122,12 @@ class Sampler:
         """An image's latents with as much noise as those of a row have that comes to this step."""
         if self.is_done:
             return init_1CHW
-        now = self.timesteps[self.position : self.position + 1]
-        return self.scheduler.add_noise(init_1CHW, noise_1CHW, now)
+        # Of one and of zero on the host it is the two factors: what diffusers does on a GPU copies
+        # the schedule there each time, and waits.
+        now = self.timesteps[self.position : self.position + 1].expand(2)
+        one_zero = torch.tensor([1.0, 0.0], dtype=init_1CHW.dtype)
+        signal, spread = self.scheduler.add_noise(one_zero, one_zero.flip(0), now)
+        return signal * init_1CHW + spread * noise_1CHW
 
     def scale_input(self, x_1CHW: torch.Tensor) -> torch.Tensor:
         """What the UNet sees of the latents at this step."""
@@ -129,8 +135,25 @@ class Sampler:
 
     def advance(self, noise_1CHW: torch.Tensor, x_1CHW: torch.Tensor) -> torch.Tensor:
         """The next latents, in the dtype they had; moves on to the next timestep."""
-        step = self.scheduler.step(
-            noise_1CHW, self.timestep, x_1CHW, **self._extra, return_dict=False
-        )
+        if x_1CHW.is_cuda:
+            self._draw_on_host(x_1CHW)
+        with Uploading() if x_1CHW.is_cuda else nullcontext():
+            step = self.scheduler.step(
+                noise_1CHW, self.timestep, x_1CHW, **self._extra, return_dict=False
+            )
         self.position += 1
         return step[0].to(x_1CHW.dtype)
+
+    def _draw_on_host(self, x_1CHW: torch.Tensor) -> None:
+        """Noise of torchsde's too, which would draw on the GPU, where a seed means other noise."""
+        if getattr(self.scheduler, "noise_sampler", self) is not None:
+            return
+        # Needs torchsde.
+        from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+        sigmas, device = self.scheduler.sigmas, x_1CHW.device
+        low, high = sigmas[sigmas > 0].min().item(), sigmas.max().item()
+        like_1CHW = torch.empty(x_1CHW.shape, dtype=x_1CHW.dtype)
+        seed = self.scheduler.noise_sampler_seed
+        tree = BrownianTreeNoiseSampler(like_1CHW, low, high, seed)
+        self.scheduler.noise_sampler = lambda *span: upload(tree(*span), device)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.upload import upload
 
 if TYPE_CHECKING:
     from rayjobs.diffusion.row import Row
@@ -67,7 +68,7 @@ class UNetBatch:
             inputs += [row.scaled_latents()] * row.num_slots
             timesteps += [row.sampler.timestep] * row.num_slots
         x_PCHW = torch.cat(inputs)
-        t_P = torch.stack([t.float() for t in timesteps]).to(self.model.device, non_blocking=True)
+        t_P = upload(torch.stack([t.float() for t in timesteps]), self.model.device)
         outputs, first = [], 0
         for condition in self._all_conditions(rows):
             end = first + condition["num_slots"]
@@ -124,14 +125,13 @@ class UNetBatch:
         arguments: dict[str, Any] = {
             "encoder_hidden_states": _same_length([e.text_1LD for e in embeddings])
         }
-        device = self.model.device
         if self.model.family == "sdxl":
             # float32 up to the sinusoid: bfloat16 would round 1023 to 1024.
             size_ids = torch.tensor([row.size_ids for row, _ in slots], dtype=torch.float32)
             pooled = [e.pooled_1D for e in embeddings if e.pooled_1D is not None]
             arguments["added_cond_kwargs"] = {
                 "text_embeds": torch.cat(pooled),
-                "time_ids": size_ids.to(device),
+                "time_ids": upload(size_ids, self.model.device),
             }
         if self.model.unet.config.time_cond_proj_dim is not None:
             arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in slots])
@@ -145,7 +145,7 @@ class UNetBatch:
         embedding = pipeline.get_guidance_scale_embedding(
             None, scales, embedding_dim=self.model.unet.config.time_cond_proj_dim
         )
-        return embedding.to(self.model.device, self.model.dtype)
+        return upload(embedding.to(self.model.dtype), self.model.device)
 
     def _guide(self, rows: Sequence[Row], noise_PCHW: torch.Tensor) -> list[torch.Tensor]:
         """Classifier-free guidance, row by row where there are two slots."""

@@ -22,11 +22,11 @@ from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast, Key
 from serve.engine.models import LoadedModel, ModelCache
 from serve.engine.pacer import Pacer, StepTiming
+from serve.engine.previews import Previews
 from serve.engine.request_state import RequestState, estimate
 from serve.engine.safety import Safety
-from serve.images import to_pixels
 from serve.metrics import EngineMetrics
-from serve.protocol import Event, Failed, ImagesRequest, Partial, Step, Waiting
+from serve.protocol import Event, Failed, ImagesRequest, Step, Waiting
 from serve.registry import Weights
 
 BROKEN = Failed("broken", "the engine has failed")
@@ -58,6 +58,7 @@ class Stepper:
         self._owners: dict[tuple[LoadedModel, int], RequestState] = {}
         self._queue: FairQueue[Weights] = FairQueue()
         self._pacer = Pacer()
+        self._previews = Previews(self._send)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -238,18 +239,22 @@ class Stepper:
         is_decoding = self._uses_autoencoder()
         batcher.usage = None
         self._pacer.begin()
+        results: list[Result] | None = None
         try:
             results = engine.step()
         except OutOfMemory:
-            self._shrink(loaded)
-            return
+            pass  # while it is handled, it holds the tensors of the call
         except DeviceLost:
             raise
         except Exception as error:  # which row caused it is unknown
             self._fail_batch(loaded, error)
             return
+        if results is None:
+            self._shrink(loaded)
+            return
         for row in batcher.chosen:
             self._report_progress(loaded, row.id)
+        self._previews.send()
         for result in results:
             self._report_result(loaded, result)
         memory = self._pacer.memory()
@@ -265,6 +270,7 @@ class Stepper:
         )
         for over, seconds in self._pacer.end(step):
             self._learn(over, seconds - over.trace_warmup_s)
+        self._previews.send()
 
     def _uses_autoencoder(self) -> bool:
         """Whether init images wait to be encoded, or finished rows to be decoded."""
@@ -337,14 +343,7 @@ class Stepper:
         if state.request.progress:
             since_s = time.monotonic() - state.arrived_s
             self._send(state, Step(image, done, total, (total - done) * since_s / done))
-        preview_steps = state.preview_steps[row_id]
-        if preview_steps and done >= preview_steps[0]:
-            index = state.num_partials - len(preview_steps)
-            preview_steps.pop(0)
-            with contextlib.suppress(RuntimeError):  # previews are optional
-                preview = loaded.engine.preview(row_id)
-                if preview is not None:
-                    self._send(state, Partial(image, index, to_pixels(preview)))
+        self._previews.begin(state, row_id, done)
 
     def _report_result(self, loaded: LoadedModel, result: Result) -> None:
         loaded.batcher.priorities.pop(result.request, None)

@@ -19,6 +19,7 @@ from rayjobs.diffusion.facts import Usual, distilled_sampler
 from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.pipeline import scheduler_config
+from rayjobs.diffusion.modules.upload import upload
 
 LoraUse = tuple[tuple[str, float], ...]
 """A row's adapters: (SHA-256 of the file, scale), in order."""
@@ -169,7 +170,7 @@ class LoraBank:
             numbers = torch.tensor([[self._numbers[sha] for sha, _ in row] for row in padded])
             scales = torch.tensor([[s for _, s in row] for row in padded], dtype=torch.float32)
             groups = self._groups(slots)
-            uses = Uses(numbers.to(device), scales.to(device), groups)
+            uses = Uses(upload(numbers, device), upload(scales, device), groups)
             self._last_uses = (list(slots), uses)
         return self._last_uses[1]
 
@@ -188,7 +189,9 @@ class LoraBank:
         )
 
     def _slots(self, members: list[int], num_slots: int) -> torch.Tensor | None:
-        return None if len(members) == num_slots else torch.tensor(members).to(self.model.device)
+        if len(members) == num_slots:
+            return None
+        return upload(torch.tensor(members), self.model.device)
 
     def _adapted(self, layer: Layer) -> AdaptedLayer:
         if layer not in self._layers:

@@ -13,6 +13,7 @@ from cachetools import LRUCache
 
 from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.text.chunks import Chunk
 
 MIN_MEAN = 1e-5
@@ -113,7 +114,7 @@ def encode_chunks(
     states, pooled_NP = [], None
     for number, encoder in enumerate(model.text_encoders):
         tokens_NL = torch.tensor([chunk.tokens[number] for chunk in chunks])
-        output = encoder(tokens_NL.to(model.device), output_hidden_states=True)
+        output = encoder(upload(tokens_NL, model.device), output_hidden_states=True)
         state_NLD = _pick_state(model.family, encoder, output, clip_skip)
         weighted = zip(state_NLD, chunks, strict=True)
         states.append(torch.stack([_weighted(state, chunk, number) for state, chunk in weighted]))
@@ -140,7 +141,7 @@ def _weighted(state_LD: torch.Tensor, chunk: Chunk, encoder: int) -> torch.Tenso
     """
     if chunk.weights is None:
         return state_LD
-    weights_L1 = torch.tensor(chunk.weights[encoder], device=state_LD.device)[:, None]
+    weights_L1 = upload(torch.tensor(chunk.weights[encoder]), state_LD.device)[:, None]
     plain_LD = state_LD.float()
     weighted_LD = plain_LD * weights_L1
     if chunk.keeps_mean:

@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.sampler import Sampler
 
 
@@ -35,7 +36,7 @@ class Inpainting:
         mask_11HW: torch.Tensor = processor.preprocess(mask, height, width, resize_mode=mode)
         size = (height // model.vae_scale, width // model.vae_scale)
         hard_11hw = F.interpolate((mask_11HW >= 0.5).float(), size=size)
-        self.mask_11hw = hard_11hw.to(model.device, model.dtype)
+        self.mask_11hw = upload(hard_11hw.to(model.dtype), model.device)
         self._over = (init_1CHW[0] / 2 + 0.5, mask_11HW[0]) if keep_pixels else None
 
     def blend(self, x_1CHW: torch.Tensor, sampler: Sampler) -> torch.Tensor:

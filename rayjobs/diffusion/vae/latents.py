@@ -3,19 +3,22 @@
 Owns the scaling conventions of each family's autoencoder. Knows nothing of rows or of denoising.
 """
 
+from typing import Any
+
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.upload import Uploading, upload
 
 
 def draw_noise(
     generator: torch.Generator, shape_CHW: tuple[int, int, int], model: Model
 ) -> torch.Tensor:
     """Standard normal (1, C, H, W), drawn on the CPU so that a seed means the same everywhere."""
-    return randn_tensor((1, *shape_CHW), generator, torch.device(model.device), model.dtype)
+    noise_1CHW = torch.randn((1, *shape_CHW), generator=generator, dtype=model.dtype)
+    return upload(noise_1CHW, model.device)
 
 
 def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.Tensor:
@@ -29,17 +32,23 @@ def fitted(image: Image.Image, width: int, height: int, model: Model) -> torch.T
 @torch.no_grad()
 def encode_moments(x_1CHW: torch.Tensor, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log variance of the autoencoder's posterior, (1, C, h, w) each, not scaled."""
-    posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist
+    posterior = _posterior(x_1CHW, model)
     return posterior.mean, posterior.logvar
 
 
 @torch.no_grad()
 def encode_image(x_1CHW: torch.Tensor, generator: torch.Generator, model: Model) -> torch.Tensor:
     """Scaled latents (1, C, h, w), sampled from the autoencoder's posterior."""
-    posterior = model.vae.encode(x_1CHW.to(model.device, model.vae.dtype)).latent_dist
+    posterior = _posterior(x_1CHW, model)
     mean, std = model.latents_mean_std
-    z_1CHW = (posterior.sample(generator) - mean) * model.vae.config.scaling_factor / std
+    with Uploading():
+        z_1CHW = posterior.sample(generator)
+    z_1CHW = (z_1CHW - mean) * model.vae.config.scaling_factor / std
     return z_1CHW.to(model.dtype)
+
+
+def _posterior(x_1CHW: torch.Tensor, model: Model) -> Any:
+    return model.vae.encode(upload(x_1CHW.to(model.vae.dtype), model.device)).latent_dist
 
 
 @torch.no_grad()

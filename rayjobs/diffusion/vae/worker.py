@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from PIL.Image import Image
 
-from rayjobs.diffusion.faults import OutOfMemory, row_reason
+from rayjobs.diffusion.faults import OutOfMemory, lacks_memory, row_reason
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.vae.latents import decode_latents, to_image
 
@@ -48,7 +48,7 @@ class VaeWorker:
 
     def decode(self, row: Row) -> None:
         """Make the picture of a row that has taken its last step."""
-        self._decoding[self._executor.submit(_decode, row, self.model)] = row
+        self._decoding[self._executor.submit(_decode_with_room, row, self.model)] = row
 
     def cancel(self, row: Row) -> None:
         """Drop a cancelled row's work that has not started."""
@@ -142,6 +142,19 @@ class _StreamExecutor:
             result = work(*args)
             self._stream.synchronize()
             return result
+
+
+def _decode_with_room(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
+    """Once more where memory lacks: what steps have left may be enough, but not in one piece."""
+    try:
+        return _decode(row, model)
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+    # Not before: with the error its traceback is gone, and what was computed so far.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return _decode(row, model)
 
 
 def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cachetools import LRUCache
 
 from rayjobs.config import BadInput
+from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.vae.latents import encode_moments
 from rayjobs.dreambooth.data import bucketing
 from rayjobs.dreambooth.data.cache import Cache, Tensors
@@ -49,12 +50,12 @@ class Batch:
 
     def to(self, device: str) -> "Batch":
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: upload(value, device)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
         if self.text is not None:
-            moved["text"] = self.text.map(lambda tensor: tensor.to(device))
+            moved["text"] = self.text.map(lambda tensor: upload(tensor, device))
         return replace(self, **moved)
 
 

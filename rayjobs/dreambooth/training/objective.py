@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from rayjobs.diffusion.modules.pipeline import prediction_of
+from rayjobs.diffusion.modules.upload import upload
 
 MAX_SNR = 1000.0
 """Above it the debiased estimation's weights are those of this."""
@@ -106,7 +107,7 @@ class Diffusion:
 
     def _alphas_at(self, levels_B: torch.Tensor) -> torch.Tensor:
         if self._alphas.device != levels_B.device:
-            self._alphas = self.alphas_cumprod.to(levels_B.device)
+            self._alphas = upload(self.alphas_cumprod, levels_B.device)
         return self._alphas[levels_B.long()]
 
 

@@ -16,6 +16,7 @@ from torch.nn.attention import sdpa_kernel
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.text.chunks import Chunk, tokenize
 from rayjobs.diffusion.text.encoder import encode_chunks
@@ -194,17 +195,18 @@ def joined(texts: Sequence[Text]) -> Text:
     own_BL = None
     if min(lengths) < longest:
         own_BL = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        own_BL = own_BL.to(padded[0].device)
+        own_BL = upload(own_BL, padded[0].device)
     return Text(torch.cat(padded), torch.cat(pooled) if pooled else None, own_BL)
 
 
 def _keys_of_chunks(keys_B: torch.Tensor, said: Sequence[Said]) -> torch.Tensor:
     """(N,): a key for each chunk, of which the first has its row's."""
-    counts = torch.tensor([len(chunks) for chunks in said], device=keys_B.device)
+    counts = upload(torch.tensor([len(chunks) for chunks in said]), keys_B.device)
     salts = [
         rng.key("chunk", number) if number else 0 for each in said for number in range(len(each))
     ]
-    return keys_B.repeat_interleave(counts) ^ torch.tensor(salts, device=keys_B.device)
+    keys_N = keys_B.repeat_interleave(counts, output_size=len(salts))
+    return keys_N ^ upload(torch.tensor(salts), keys_B.device)
 
 
 def predict(

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.vae import worker
 from serve.config import ServeConfig
 from serve.engine.loop import EngineLoop
+from serve.engine.pacer import Pacer
 from serve.images import to_image
 from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest, Partial, Step, Waiting
 from serve.registry import Registry
@@ -391,5 +393,29 @@ def test_a_picture_that_does_not_fit_fails_alone(monkeypatch: pytest.MonkeyPatch
             (failed,) = of_kind(large, Failed)
             assert "out of memory" in failed.message
             assert of_kind(small, Finished)
+
+    run(work())
+
+
+def test_memory_is_given_back_after_the_call_s_tensors_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[Any] = []
+    alive: list[bool] = []
+
+    def full(rows: list[Any]) -> Any:
+        activations = torch.empty(8)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pacer, "clear", lambda _: alive.append(held[-1]() is not None))
+
+    async def work() -> None:
+        async with running() as loop:
+            (loaded,) = loop.models.loaded.values()
+            loaded.engine._unet_batch.predict_noise = full  # type: ignore[method-assign]
+            (failed,) = of_kind(await all_of(loop, make_request()), Failed)
+            assert "does not fit" in failed.message
+            assert alive == [False]
 
     run(work())
