@@ -131,28 +131,32 @@ class Gathering:
     def _gather(self, layout: Layout) -> dict[Layer, Factors]:
         if self._like is None:
             return {}
-        buffer = self._like.new_zeros(len(self.rows), layout.size)
+        buffer = self._like.new_empty(len(self.rows), layout.size)
         first: dict[Row, int] = {}
         for number, row in enumerate(self.rows):
             if row in first:
                 buffer[number] = buffer[first[row]]
                 continue
             first[row] = number
-            for position, (block, scale) in enumerate(row):
-                if block is not None:
-                    self._put(block, scale, layout, position, buffer[number])
+            self._fill(row, layout, buffer[number])
         return layout.views(buffer)
+
+    def _fill(self, row: Row, layout: Layout, buffer: torch.Tensor) -> None:
+        """A row's factors: at once where one adapter's lie as they are to."""
+        if len(row) == 1 and row[0][0] is not None and row[0][0].layout.shapes == layout.shapes:
+            own, scale, num_down = row[0][0].buffer, row[0][1], layout.num_down
+            buffer[:num_down] = own[:num_down]
+            torch.mul(own[num_down:], _rounded(scale, own.dtype), out=buffer[num_down:])
+            return
+        buffer.zero_()
+        for position, (block, scale) in enumerate(row):
+            if block is not None:
+                self._put(block, scale, layout, position, buffer)
 
     def _put(
         self, block: Block, scale: float, layout: Layout, position: int, buffer: torch.Tensor
     ) -> None:
-        """An adapter's factors at its position of a row: at once where they lie as they are to."""
-        scale = _rounded(scale, buffer.dtype)
-        if block.layout.shapes == layout.shapes:
-            num_down = layout.num_down
-            buffer[:num_down] = block.buffer[:num_down]
-            torch.mul(block.buffer[num_down:], scale, out=buffer[num_down:])
-            return
+        """An adapter's factors at its position of a row."""
         mine, into = block.views, layout.views(buffer)
         shared = [layer for layer in layout.ranks if layer in mine]
         if not shared:
@@ -163,7 +167,8 @@ class Gathering:
             end = first + block.layout.ranks[layer]
             downs.append(into[layer][0][first:end])
             ups.append(into[layer][1][:, first:end])
-        scaled = torch._foreach_mul([mine[layer][1] for layer in shared], scale)
+        rounded = _rounded(scale, buffer.dtype)
+        scaled = torch._foreach_mul([mine[layer][1] for layer in shared], rounded)
         torch._foreach_copy_(downs, [mine[layer][0] for layer in shared])
         torch._foreach_copy_(ups, scaled)
 
