@@ -72,6 +72,8 @@ class EngineConfig(Config):
     """GiB for weights; without it, 70 % of the GPU's memory, or half of the machine's."""
     max_loras: int = Field(default=64, ge=1)
     """LoRAs kept in memory for each model."""
+    lora_memory_gb: float | None = Field(default=None, gt=0)
+    """GiB for the LoRAs of each model, part of model_memory_gb; without it, a quarter of that."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads; without it, as many as the replica's CPUs."""
 

@@ -54,8 +54,8 @@ class Engine:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model = model
-        self.loras = LoraBank(model)
         alone = fixed_shape and model.device.startswith("cuda")
+        self.loras = LoraBank(model, exact=fixed_shape and not alone)
         self.prompts = PromptEncoder(
             model, self.loras, 1 if alone else max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
         )
@@ -215,6 +215,8 @@ class Engine:
                 continue
             pixels = pixels_CHW if self.keep_pixels else None
             results.append(row.result(image=image, pixels=pixels, error=error))
+        if not self.rows:
+            self._unet_batch.forget()
         return results
 
     def _fail(self, row: Row, reason: str) -> None:

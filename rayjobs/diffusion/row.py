@@ -144,7 +144,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     request.check()
     image = None if request.init_image is None else open_image(request.init_image)
     width, height = _size(request, image, model)
-    use = tuple((loras.load(lora.path), lora.scale) for lora in request.loras)
+    use = loras.use_of((lora.path, lora.scale) for lora in request.loras)
     usual = loras.usual(use)
     guidance = request.guidance_scale
     guidance = usual.guidance_scale if guidance is None else guidance

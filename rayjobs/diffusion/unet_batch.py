@@ -17,7 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rayjobs.diffusion.adapters.bank import LoraBank
+from rayjobs.diffusion.adapters.bank import Gathered, LoraBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 
@@ -77,30 +77,34 @@ class UNetBatch:
         guided = dict(zip(rows, self._guide(rows, torch.cat(outputs)), strict=True))
         return [guided[row] for row in asked]
 
+    def forget(self) -> None:
+        """Give back what calls of the same rows would use again."""
+        self._conditions_of, self._conditions = (), []
+
     def _call(
         self, x_PCHW: torch.Tensor, t_P: torch.Tensor, condition: dict[str, Any]
     ) -> torch.Tensor:
         """One UNet call, padded by repeating its last slot; the padding is cut off again."""
         num = len(x_PCHW)
-        uses = condition["loras"]
-        padding = len(uses) - num
+        loras: Gathered = condition["loras"]
+        padding = condition["size"] - num
         if padding:
             x_PCHW = torch.cat([x_PCHW, x_PCHW[-1:].expand(padding, -1, -1, -1)])
             t_P = torch.cat([t_P, t_P[-1:].expand(padding)])
         kernel = KERNELS.get(self.model.options.attention)
         x_PCHW, arguments = x_PCHW.to(self.model.dtype), condition["arguments"]
-        with self.loras.applied(uses), sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-            if any(uses) or self.model.options.compile != "no":
-                # Adapters are hooks of modules, which a recording passes over.
+        with loras.applied(), sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+            if loras.beside is None or self.model.options.compile != "no":
                 noise_PCHW = self.model.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
             else:
-                noise_PCHW = self.model.replay(x_PCHW, t_P, arguments)
+                noise_PCHW = self.model.replay(x_PCHW, t_P, arguments, loras.beside)
         return noise_PCHW[:num]
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """What the calls of these rows are conditioned on; kept while the rows stay the same."""
         ids = tuple((row.id, row.stage) for row in rows)
         if ids != self._conditions_of:
+            self.forget()
             self._conditions = [self._condition(slots) for slots in self._layout(rows)]
             self._conditions_of = ids
         return self._conditions
@@ -135,8 +139,9 @@ class UNetBatch:
             }
         if self.model.unet.config.time_cond_proj_dim is not None:
             arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in slots])
-        loras = [row.loras for row, _ in slots]
-        return {"arguments": arguments, "loras": loras, "num_slots": num_slots}
+        loras = self.loras.gather([row.loras for row, _ in slots], ("unet",))
+        sizes = {"num_slots": num_slots, "size": len(slots)}
+        return {"arguments": arguments, "loras": loras, **sizes}
 
     def _guidance_embedding(self, rows: list[Row]) -> torch.Tensor:
         """Guidance as an input, for UNets distilled with it (LCM)."""

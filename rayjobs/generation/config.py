@@ -236,6 +236,9 @@ class OutputConfig(Config):
 class EngineConfig(Config):
     batch_size: int = Field(default=8, ge=1)
     """The canonical batch shape: images denoised together. Part of each image's identity."""
+    fuse_loras: bool = False
+    """Put the job's LoRAs into the model's weights: as fast as without any, and other last bits.
+    Part of each image's identity."""
     allow_class_change: bool = False
     """Let workers of another determinism class go on with a data set; their shards are marked."""
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 
 from rayjobs.config import BadInput
-from rayjobs.diffusion.adapters.reader import Adapter
+from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.request import Lora
 from rayjobs.models.facts import ModelFacts
 from rayjobs.storage import StorageError
@@ -202,7 +202,7 @@ class EngineLoop:
 
     async def _new_state(
         self, request: ImagesRequest, entry: Entry, loaded: LoadedModel
-    ) -> tuple[RequestState, list[Adapter]]:
+    ) -> tuple[RequestState, list[PlacedAdapter]]:
         """The state of a request, and the adapters that the engine does not have yet."""
         uses: list[tuple[Entry | None, float]] = [] if entry.lora is None else [(entry, 1.0)]
         for name, scale in request.loras:
@@ -212,9 +212,9 @@ class EngineLoop:
             if use is None or use.lora is None:
                 raise BadInput("a LoRA of this request no longer exists")
             adapters.append((await self.models.read_adapter(loaded, use.lora, use.version), scale))
-        new = [adapter for adapter, _ in adapters if isinstance(adapter, Adapter)]
+        new = [adapter for adapter, _ in adapters if isinstance(adapter, PlacedAdapter)]
         loras = tuple(
-            Lora(path=one.path if isinstance(one, Adapter) else one, scale=scale)
+            Lora(path=one.path if isinstance(one, PlacedAdapter) else one, scale=scale)
             for one, scale in adapters
         )
         return RequestState(request, loaded, asyncio.Queue(), loras), new

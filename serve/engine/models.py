@@ -21,6 +21,7 @@ import torch
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.files.beside import lora_file
@@ -36,10 +37,21 @@ from serve.engine.forecast import Forecast
 from serve.registry import Weights
 
 LATENT_CHANNELS = 4
+ADAPTER_SHARE = 0.25
+"""Of the memory for models, which the adapters of each may take."""
 
 
 class ModelMemoryFull(RuntimeError):
-    """Every model in memory is in use, and there is no room for one more."""
+    """All that is in memory is in use, and there is no room for one more model or adapter."""
+
+
+@dataclass
+class KeptAdapter:
+    """An adapter in memory."""
+
+    sha256: str
+    num_bytes: int
+    used_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -56,8 +68,10 @@ class LoadedModel:
     """Of the latents of its last step."""
     vae_s: float = 0.0
     """Time for prompts and images since the last image was finished."""
-    adapters: dict[str, tuple[str, float]] = field(default_factory=dict)
-    """SHA-256 and time of last use of each adapter, by its path."""
+    adapters: dict[str, KeptAdapter] = field(default_factory=dict)
+    """By path."""
+    replaced: list[KeptAdapter] = field(default_factory=list)
+    """Without a path any more, which is another file's now; rows may still use them."""
     uris: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Path and version of each adapter, by its uri."""
     base: "LoadedModel | None" = None
@@ -73,6 +87,11 @@ class LoadedModel:
         """Of the latents of its own size."""
         side = self.engine.model.default_side // self.engine.model.vae_scale
         return (LATENT_CHANNELS, side, side)
+
+    @property
+    def adapter_bytes(self) -> int:
+        kept = [*self.adapters.values(), *self.replaced]
+        return sum({each.sha256: each.num_bytes for each in kept}.values())
 
     def key(self, shape: tuple[int, ...]) -> tuple[Weights, tuple[int, ...]]:
         return self.weights, shape
@@ -100,6 +119,7 @@ class ModelCache:
         # One at a time: while diffusers loads, new parameters anywhere in the process have no data.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._max_bytes = _memory(config)
+        self._max_adapter_bytes = _adapter_memory(config, self._max_bytes)
 
     async def acquire(self, weights: Weights) -> LoadedModel:
         """The model, loaded if necessary and kept until `release`. Other models continue meanwhile.
@@ -121,43 +141,88 @@ class ModelCache:
         loaded.users -= 1
         loaded.used_s = time.monotonic()
 
-    async def read_adapter(self, loaded: LoadedModel, uri: str, version: str) -> Adapter | str:
+    async def read_adapter(
+        self, loaded: LoadedModel, uri: str, version: str
+    ) -> PlacedAdapter | str:
         """An adapter to admit between two steps, or the path of one that is already loaded.
 
-        Raises BadInput for a file that is no adapter, Unavailable while its storage is away.
+        Raises BadInput for a file that is no adapter, or one too large; Unavailable while its
+        storage is away.
         """
         path, known = loaded.uris.get(uri, ("", ""))
         if path in loaded.adapters and known == version:
             return path
+        loras, run = loaded.engine.loras, asyncio.get_running_loop().run_in_executor
 
         def read() -> Adapter:
-            return loaded.engine.loras.read(str(lora_file(Path(storage.to_local(uri)))))
+            return loras.read(str(lora_file(Path(storage.to_local(uri)))))
 
         try:
-            adapter = await asyncio.get_running_loop().run_in_executor(self._reader, read)
+            adapter = await run(self._reader, read)
+            num_bytes = adapter.num_bytes(loaded.engine.model.dtype)
+            self._check_size(num_bytes)
+            # Else its own model's adapters make room, or it takes of what steps may use.
+            with contextlib.suppress(ModelMemoryFull):
+                self._make_room(num_bytes)
+            placed = await run(self._reader, loras.place, adapter)
         except storage.Unavailable:
             raise
+        except torch.OutOfMemoryError:
+            raise ModelMemoryFull("the adapter does not fit in memory; try again later") from None
         except Exception as error:  # a damaged file may raise anything
             raise BadInput(f"the adapter cannot be loaded: {first_line(error)}") from None
-        loaded.uris = {**loaded.uris, uri: (adapter.path, version)}
-        return adapter
+        loaded.uris = {**loaded.uris, uri: (placed.path, version)}
+        return placed
 
-    def admit(self, loaded: LoadedModel, adapter: Adapter, in_use: set[str]) -> None:
-        """Load an adapter; with too many, the least recently used one not in use is evicted.
+    def admit(self, loaded: LoadedModel, placed: PlacedAdapter, in_use: set[str]) -> None:
+        """Keep an adapter; the least recently used ones that are not in use leave for it.
 
-        Called by the engine's thread, between two steps.
+        `in_use` are paths. Called by the engine's thread, between two steps. Raises ModelMemoryFull
+        while those in use leave no memory for it.
         """
-        if loaded.adapters.get(adapter.path, ("", 0.0))[0] == adapter.sha256:
+        known = loaded.adapters.get(placed.path)
+        if known is not None and known.sha256 == placed.sha256:
             return
-        idle = [path for path in loaded.adapters if path not in in_use]
-        if len(loaded.adapters) >= self.config.max_loras and idle:
-            oldest = min(idle, key=lambda path: loaded.adapters[path][1])
-            sha256, _ = loaded.adapters.pop(oldest)
-            loaded.uris = {uri: it for uri, it in loaded.uris.items() if it[0] != oldest}
-            if all(sha256 != other for other, _ in loaded.adapters.values()):
-                loaded.engine.loras.forget(sha256)
-        sha256 = loaded.engine.loras.admit(adapter)
-        loaded.adapters[adapter.path] = (sha256, time.monotonic())
+        if known is not None:
+            loaded.replaced.append(loaded.adapters.pop(placed.path))
+        self._forget_replaced(loaded)
+        while self._is_too_much(loaded, placed):
+            idle = [path for path in loaded.adapters if path not in in_use]
+            if not idle:
+                break
+            self._forget(loaded, min(idle, key=lambda path: loaded.adapters[path].used_s))
+        if loaded.adapter_bytes + placed.num_bytes > self._max_adapter_bytes:
+            raise ModelMemoryFull(
+                "the LoRAs of requests in progress fill engine.lora_memory_gb; try again later"
+            )
+        sha256 = loaded.engine.loras.admit(placed)
+        loaded.adapters[placed.path] = KeptAdapter(sha256, placed.num_bytes)
+
+    def _check_size(self, num_bytes: int) -> None:
+        """Raise ValueError for an adapter that there is never room for."""
+        if num_bytes > self._max_adapter_bytes:
+            raise ValueError(
+                f"it takes {num_bytes / 2**30:.3g} GiB, more than engine.lora_memory_gb, "
+                f"{self._max_adapter_bytes / 2**30:.3g}; raise that, or give one of a lower rank"
+            )
+
+    def _is_too_much(self, loaded: LoadedModel, placed: PlacedAdapter) -> bool:
+        is_many = len(loaded.adapters) >= self.config.max_loras
+        return is_many or loaded.adapter_bytes + placed.num_bytes > self._max_adapter_bytes
+
+    def _forget(self, loaded: LoadedModel, path: str) -> None:
+        loaded.replaced.append(loaded.adapters.pop(path))
+        loaded.uris = {uri: it for uri, it in loaded.uris.items() if it[0] != path}
+        self._forget_replaced(loaded)
+
+    def _forget_replaced(self, loaded: LoadedModel) -> None:
+        """Give back the memory of adapters without a path, as soon as no row uses them."""
+        rows = loaded.engine.rows.values()
+        in_use = {sha256 for row in rows for sha256, _ in row.loras}
+        in_use |= {kept.sha256 for kept in loaded.adapters.values()}
+        for sha256 in {kept.sha256 for kept in loaded.replaced} - in_use:
+            loaded.replaced = [kept for kept in loaded.replaced if kept.sha256 != sha256]
+            loaded.engine.loras.forget(sha256)
 
     async def _load(self, weights: Weights) -> LoadedModel:
         started_s = time.monotonic()
@@ -237,6 +302,11 @@ def _memory(config: EngineConfig) -> float:
     if torch.cuda.is_available():
         return 0.7 * torch.cuda.get_device_properties(0).total_memory
     return 0.5 * psutil.virtual_memory().total
+
+
+def _adapter_memory(config: EngineConfig, model_bytes: float) -> float:
+    given = config.lora_memory_gb
+    return ADAPTER_SHARE * model_bytes if given is None else given * 2**30
 
 
 def _fetch(weights: Weights) -> Weights:

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 from PIL.Image import Image
 
-from rayjobs.diffusion.adapters.reader import Adapter
+from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.request import Result
 from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast, Key
-from serve.engine.models import LoadedModel, ModelCache
+from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
 from serve.engine.pacer import Pacer, StepTiming
 from serve.engine.previews import Previews
 from serve.engine.request_state import RequestState, estimate
@@ -64,7 +64,7 @@ class Stepper:
 
     # Called by the event loop.
 
-    def submit(self, state: RequestState, adapters: list[Adapter]) -> None:
+    def submit(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         """Start a request at the next step, after its adapters are loaded."""
         self.states[state] = None
         self._post(lambda: self._enter(state, adapters))
@@ -154,7 +154,7 @@ class Stepper:
     def _loaded(self) -> list[LoadedModel]:
         return list(self.models.loaded.values())
 
-    def _enter(self, state: RequestState, adapters: list[Adapter]) -> None:
+    def _enter(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         if state.over:
             return
         try:
@@ -162,6 +162,8 @@ class Stepper:
             self._add(state)
         except DeviceLost:
             raise
+        except ModelMemoryFull as error:
+            self._end(state, Failed("busy", str(error), None, max(5.0, self.pending_s())))
         except Exception as error:  # one bad request must not stop the others
             self._end(state, Failed("invalid", first_line(error)))
 
@@ -178,15 +180,16 @@ class Stepper:
             else:
                 state.enter(row_id, image, row)
 
-    def _admit(self, state: RequestState, adapters: list[Adapter]) -> None:
+    def _admit(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         """Load the adapters read for a request, and those evicted since it was prepared."""
         in_use = {lora.path for other in list(self.states) for lora in other.loras}
         for adapter in adapters:
             self.models.admit(state.loaded, adapter, in_use)
         for lora in state.loras:
             if lora.path not in state.loaded.adapters:
-                read = state.loaded.engine.loras.read(lora.path)
-                self.models.admit(state.loaded, read, in_use)
+                loras = state.loaded.engine.loras
+                self.models.admit(state.loaded, loras.place(loras.read(lora.path)), in_use)
+            state.loaded.adapters[lora.path].used_s = time.monotonic()
 
     def _leave(self, state: RequestState) -> None:
         """Remove a request and its rows."""

@@ -6,6 +6,7 @@ to the layer's output. Knows neither files nor rows. Legend: O out, I in, k kern
 for a linear layer), R rank, P slots, T tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self
 
@@ -22,27 +23,25 @@ class Delta(Protocol):
     def apply(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         """What it adds to the output of `module` for the input `x` (P, T, I) or (P, I, H, W)."""
 
-    def to(self, weight: torch.Tensor) -> Self:
-        """The same on the weight's device, in its dtype."""
-
     @property
-    def nbytes(self) -> int: ...
+    def tensors(self) -> list[torch.Tensor]: ...
+
+    def filled(self, tensors: Iterator[torch.Tensor]) -> Self:
+        """The same of the next tensors, in place of its own."""
 
 
 @dataclass(frozen=True)
 class _Factors:
     """Tensors that move together."""
 
-    def to(self, weight: torch.Tensor) -> Self:
-        tensors = {n: _moved(t, weight) for n, t in self._tensors.items()}
-        return replace(self, **tensors)
-
     @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+    def tensors(self) -> list[torch.Tensor]:
+        return list(self._named().values())
 
-    @property
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def filled(self, tensors: Iterator[torch.Tensor]) -> Self:
+        return replace(self, **{name: next(tensors) for name in self._named()})
+
+    def _named(self) -> dict[str, torch.Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -161,7 +160,3 @@ def _two_factors(
 ) -> torch.Tensor:
     a, b = a.to(dtype), b.to(dtype)
     return a @ b if core is None else tucker(core.to(dtype), a, b)
-
-
-def _moved(tensor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return tensor.to(weight.device, weight.dtype)

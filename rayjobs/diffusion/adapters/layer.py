@@ -1,25 +1,26 @@
 """One layer with the adapters of the rows in a call.
 
-Owns the gathered low-rank products, by which every slot has its own adapters in two operations, and
-the other kinds, one operation for each adapter in the call. Knows no files. Legend: P slots,
-K adapters of a row, R rank, T tokens, I in, O out.
+Owns the low-rank products, by which every slot has its own adapters in two operations, and the
+other kinds, one operation for each adapter in the call. Knows neither files nor where factors come
+from. Legend: P slots, G groups of slots that use the same, W ranks of a row's adapters, T tokens of
+a group, I in, O out.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from rayjobs.diffusion.adapters.change import Change
-from rayjobs.diffusion.adapters.deltas import LowRank, layer_output
+from rayjobs.diffusion.adapters.deltas import Delta, layer_output
 
 
 @dataclass(frozen=True)
 class Group:
     """The slots of a call that use an adapter at one scale; `slots` None are all of them."""
 
-    number: int
     scale: float
     slots: torch.Tensor | None
 
@@ -31,90 +32,64 @@ class Group:
         return tensor + change if self.slots is None else tensor.index_add(0, self.slots, change)
 
 
-@dataclass(frozen=True)
-class Uses:
-    """The adapters of a call: numbers and scales (P, K), and by adapter those of other kinds."""
+@dataclass(eq=False)
+class Use:
+    """What a call adds at a layer."""
 
-    numbers_PK: torch.Tensor
-    scales_PK: torch.Tensor
-    groups: tuple[Group, ...]
+    factors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Empty, or low-rank factors times their scales: `down` (G, W, I), `up` (G, O, W)."""
+    late: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Gathers them where there was no room for those of all layers."""
+    changes: "list[tuple[Group, PlacedChange]]" = field(default_factory=list)
+    """What is no plain low-rank factors."""
 
 
 class AdaptedLayer:
-    """A layer's changes by adapter: low-rank ones stacked and padded with zeros to one rank."""
+    """A layer and what the call that is made now adds to it.
 
-    def __init__(self, module: Any):
+    `exact` takes sums after products, in the order in which data sets were made.
+    """
+
+    def __init__(self, module: Any, *, exact: bool):
         self.module = module
-        self.down = module.weight.new_zeros(1, 0, *module.weight.shape[1:])  # (N, R, I...)
-        self.up = module.weight.new_zeros(1, module.weight.shape[0], 0)  # (N, O, R)
-        self.changes: dict[int, _PlacedChange] = {}
+        self.exact = exact
+        self.use: Use | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        others = sum(change.num_bytes for change in list(self.changes.values()))
-        return self.down.nbytes + self.up.nbytes + others
-
-    def put(self, number: int, change: Change) -> None:
-        low_rank = change.low_rank
-        if low_rank is None:
-            self.changes[number] = _PlacedChange(self.module, change)
-        else:
-            self._stack(number, low_rank)
-
-    def clear(self, number: int) -> None:
-        self.changes.pop(number, None)
-        if number < len(self.down):
-            self.down[number], self.up[number] = 0, 0
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, uses: Uses) -> torch.Tensor:
+    def add(self, x: torch.Tensor, y: torch.Tensor, use: Use) -> torch.Tensor:
         """`y`, the layer's output for `x`, plus what each slot's adapters add."""
         changed = y
-        if self.down.shape[1]:
-            changed = self._add_low_rank(x, y, uses.numbers_PK, uses.scales_PK)
-        for group in uses.groups:
-            if change := self.changes.get(group.number):
-                added = change.output(group.pick(x), group.pick(y), group.scale)
-                changed = group.add(changed, added)
+        if use.factors:
+            changed = self._add_low_rank(x, y, use.factors["down"], use.factors["up"])
+        elif use.late is not None:
+            changed = self._add_low_rank(x, y, *use.late())
+        for group, change in use.changes:
+            added = change.output(group.pick(x), group.pick(y), group.scale)
+            changed = group.add(changed, added)
         return changed
 
-    def _stack(self, number: int, delta: LowRank) -> None:
-        down, up = delta.down, delta.scaled_up()
-        num = max(number + 1, len(self.down))
-        rank = max(len(down), self.down.shape[1])
-        downs = self.down.new_zeros(num, rank, *self.down.shape[2:])
-        ups = self.up.new_zeros(num, self.up.shape[1], rank)
-        downs[: len(self.down), : self.down.shape[1]] = self.down
-        ups[: len(self.up), :, : self.up.shape[2]] = self.up
-        downs[number, : len(down)] = down.to(downs)
-        ups[number, :, : up.shape[1]] = up.to(ups)
-        self.down, self.up = downs, ups
-
     def _add_low_rank(
-        self, x: torch.Tensor, y: torch.Tensor, numbers_PK: torch.Tensor, scales_PK: torch.Tensor
+        self, x: torch.Tensor, y: torch.Tensor, down: torch.Tensor, up_GOW: torch.Tensor
     ) -> torch.Tensor:
-        known = numbers_PK < len(self.down)  # later adapters do not touch this layer
-        numbers_PK = numbers_PK * known
-        down = self.down[numbers_PK].flatten(1, 2)  # (P, K R, I...)
-        up_POR = self.up[numbers_PK].transpose(1, 2).flatten(2)  # (P, O, K R)
-        rank = self.down.shape[1]
-        scale_PR = (scales_PK * known).repeat_interleave(rank, dim=1).to(y.dtype)
-        up_PRO = up_POR.transpose(1, 2) * scale_PR[:, :, None]
-        # Products first, then the sum: adding exact zeros keeps the bits of a row without adapters.
+        # Sizes by their names, not by len(), which is a constant in a recording.
         if isinstance(self.module, torch.nn.Conv2d):
-            h_PRT = _grouped_conv(x, down, self.module).flatten(2)
-            return y + torch.bmm(up_PRO.transpose(1, 2), h_PRT).view(y.shape)
-        h_PTR = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), down.transpose(1, 2))
-        return y + torch.bmm(h_PTR, up_PRO).view(y.shape)
+            times = x.shape[0] // down.shape[0]
+            h_PWT = _grouped_conv(x, down.repeat_interleave(times, 0), self.module).flatten(2)
+            return y + torch.bmm(up_GOW.repeat_interleave(times, 0), h_PWT).view(y.shape)
+        num = down.shape[0]
+        h_GTW = torch.bmm(x.reshape(num, -1, x.shape[-1]), down.transpose(1, 2))
+        up_GWO = up_GOW.transpose(1, 2)
+        if self.exact:
+            return y + torch.bmm(h_GTW, up_GWO).view(y.shape)
+        return torch.baddbmm(y.reshape(num, -1, y.shape[-1]), h_GTW, up_GWO).view(y.shape)
 
 
-class _PlacedChange:
-    """A change beside its layer, on its device."""
+class PlacedChange:
+    """A change beside its layer, with deltas on the layer's device and in its dtype."""
 
-    def __init__(self, module: Any, change: Change):
+    def __init__(self, module: Any, change: Change, deltas: list[Delta]):
         self.module = module
-        weight = module.weight
-        self.deltas = [delta.to(weight) for delta in change.deltas]
-        bias = change.bias
+        self.deltas = deltas
+        weight, bias = module.weight, change.bias
         if change.whole_bias is not None:
             own = 0.0 if module.bias is None else module.bias.detach().float().cpu()
             bias = change.whole_bias - own + (0.0 if bias is None else bias)
@@ -122,9 +97,10 @@ class _PlacedChange:
         self.lengths = None if change.magnitude is None else _Lengths(weight, change)
 
     @property
-    def num_bytes(self) -> int:
-        bias = 0 if self.bias is None else self.bias.nbytes
-        return sum(delta.nbytes for delta in self.deltas) + bias
+    def vectors(self) -> list[torch.Tensor]:
+        """What it holds beside its deltas."""
+        lengths = [] if self.lengths is None else self.lengths.vectors
+        return lengths if self.bias is None else [self.bias, *lengths]
 
     def output(self, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
         """What it adds to the layer's own output `y` for `x`."""
@@ -172,9 +148,37 @@ class _Lengths:
             for product in (own * own, own * delta, delta * delta)
         )
 
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        return [self.magnitude, self.own, self.cross, self.added]
+
+    def on_weight(self, gain: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        axis = 1 if self.of_columns else 0
+        return weight * gain.view([-1 if n == axis else 1 for n in range(weight.ndim)])
+
     def gain(self, scale: float) -> torch.Tensor:
         squared = self.own + 2 * scale * self.cross + scale * scale * self.added
         return self.magnitude / squared.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+def changed_weight(
+    module: Any, changes: Sequence[tuple[Change, float]]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's weight and bias with changes at their scales, each of the layer's own weight."""
+    own, bias = module.weight.detach().float(), module.bias
+    weight = own
+    total = None if bias is None else bias.detach().float()
+    for change, scale in changes:
+        placed = PlacedChange(module, change, [])
+        delta = torch.zeros_like(own)
+        for each in change.deltas:
+            delta = delta + scale * each.weight(own.shape).to(own)
+        if placed.lengths is not None:
+            delta = placed.lengths.on_weight(placed.lengths.gain(scale), own + delta) - own
+        weight = weight + delta
+        if placed.bias is not None:
+            total = scale * placed.bias.float() + (0.0 if total is None else total)
+    return weight.to(module.weight), None if total is None else total.to(module.weight)
 
 
 def _on_channels(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,10 @@ class Layer:
     def __str__(self) -> str:
         return f"{self.part}.{self.name}"
 
+    def __hash__(self) -> int:
+        """Of what is hashed already: adapters have hundreds of layers."""
+        return hash((self.part, self.name))
+
 
 class Layers:
     """The layers of one model's UNet and text encoders, by all their names."""

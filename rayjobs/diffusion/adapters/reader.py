@@ -43,6 +43,11 @@ class Adapter:
     """What the model predicts that it was trained for, where the file says so."""
     warnings: tuple[str, ...] = ()
 
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of its tensors beside a model of this dtype."""
+        deltas = (delta for change in self.changes.values() for delta in change.deltas)
+        return dtype.itemsize * sum(t.numel() for delta in deltas for t in delta.tensors)
+
     def without_tensors(self) -> "Adapter":
         return replace(self, changes={})
 

@@ -7,7 +7,8 @@ Python and so spares nothing (measured), and torch.compile, which is the option 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,22 @@ MAX_SLOTS = 63
 """From 64 on diffusers' Upsample2D takes another way."""
 MAX_PLAIN_S = 0.5
 """A call that takes longer has little of Python in it, and others wait while it is verified."""
+MAX_RECORDINGS = 4
+"""Of calls that have other tensors beside the weights."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Tensors that modules use beside their weights in a call, such as adapters' factors."""
+
+    places: tuple[tuple[dict[str, torch.Tensor], str], ...] = ()
+    """Where the modules find them."""
+    names: str = ""
+    """Stands for what they are: a recording is for one such."""
+    shapes: Hashable = ()
+
+
+NOTHING = Beside()
 
 
 class Replay:
@@ -38,20 +55,25 @@ class Replay:
         self.trace_warmup_s = 0.0
         """What first calls of a shape took longer than its others will."""
         self._replayed_s = 0.0
-        self._recording: Any = None
-        self._verified: dict[tuple[torch.Size, ...], bool] = {}
+        self._recordings: dict[str, Any] = {}
+        self._verified: dict[tuple[Hashable, ...], bool] = {}
 
     def __call__(
-        self, x_PCHW: torch.Tensor, t_P: torch.Tensor, arguments: Mapping[str, Any]
+        self,
+        x_PCHW: torch.Tensor,
+        t_P: torch.Tensor,
+        arguments: Mapping[str, Any],
+        beside: Beside = NOTHING,
     ) -> torch.Tensor:
         """The prediction (P, C, H, W), perhaps an inference tensor; `arguments` are the UNet's own,
         of the same names at every call. Raises what the UNet raises.
         """
         inputs = (x_PCHW, t_P, *_flat(arguments))
-        shape = tuple(tensor.shape for tensor in inputs)  # texts have lengths too
+        # Texts have lengths too.
+        shape = (beside.shapes, *(tensor.shape for tensor in inputs))
         if self._verified.get(shape):
             try:
-                return self._replay(inputs)
+                return self._replay(inputs, beside)
             except RuntimeError:  # whatever it is: the module tells it by an error of its kind
                 self._verified.pop(shape)
         started_s = perf_counter()
@@ -60,55 +82,66 @@ class Replay:
             return noise_PCHW
         plain_s = perf_counter() - started_s
         is_short = plain_s <= MAX_PLAIN_S
-        verified = is_short and self._verify(inputs, arguments, noise_PCHW)
+        verified = is_short and self._verify(inputs, arguments, beside, noise_PCHW)
         self._verified[shape] = verified
         usual_s = self._replayed_s if verified else plain_s
         self.trace_warmup_s += perf_counter() - started_s - usual_s
         return noise_PCHW
 
     def _verify(
-        self, inputs: tuple[torch.Tensor, ...], arguments: Mapping[str, Any], noise: torch.Tensor
+        self,
+        inputs: tuple[torch.Tensor, ...],
+        arguments: Mapping[str, Any],
+        beside: Beside,
+        noise: torch.Tensor,
     ) -> bool:
         if len(noise) > MAX_SLOTS:
             return False
         try:
-            if self._recording is None:
-                self._recording = self._record(inputs, arguments)
+            if beside.names not in self._recordings:
+                if beside.names and len(self._recordings) > MAX_RECORDINGS:
+                    return False
+                self._recordings[beside.names] = self._record(inputs, arguments, beside)
             started_s = perf_counter()
-            is_same = torch.equal(self._replay(inputs), noise)
+            is_same = torch.equal(self._replay(inputs, beside), noise)
             self._replayed_s = perf_counter() - started_s
             return is_same
         except Exception:  # such as sides that the recording is not for, or a tracer's limit
             return False
 
-    def _replay(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        weights = [tensors[name] for tensors, name in self._slots]
+    def _replay(self, inputs: tuple[torch.Tensor, ...], beside: Beside) -> torch.Tensor:
+        weights = [tensors[name] for tensors, name in (*self._slots, *beside.places)]
         # Nothing is fused or specialized: operators are called as Python calls them.
         with torch.inference_mode(), torch.jit.optimized_execution(False):
-            noise: torch.Tensor = self._recording(*inputs, *weights)
+            noise: torch.Tensor = self._recordings[beside.names](*inputs, *weights)
             return noise
 
-    def _record(self, inputs: tuple[torch.Tensor, ...], arguments: Mapping[str, Any]) -> Any:
-        weights = [tensors[name] for tensors, name in self._slots]
+    def _record(
+        self, inputs: tuple[torch.Tensor, ...], arguments: Mapping[str, Any], beside: Beside
+    ) -> Any:
+        slots = (*self._slots, *beside.places)
+        weights = [tensors[name] for tensors, name in slots]
 
         def call(x_PCHW: torch.Tensor, t_P: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
             """The UNet on weights that the tracer knows as inputs."""
             given = iter(rest)
             shaped = _shaped(arguments, given)
             try:
-                self._put(given)
+                _put(slots, given)
                 noise: torch.Tensor = self.unet(x_PCHW, t_P, return_dict=False, **shaped)[0]
                 return noise
             finally:
-                self._put(iter(weights))
+                _put(slots, iter(weights))
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's, of what the proof is there for
             return torch.jit.trace(call, (*inputs, *weights), check_trace=False)
 
-    def _put(self, weights: Any) -> None:
-        for tensors, name in self._slots:
-            tensors[name] = next(weights)
+
+def _put(slots: Any, tensors: Any) -> None:
+    """Other tensors in the places of weights."""
+    for place, name in slots:
+        place[name] = next(tensors)
 
 
 def _flat(arguments: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.text.chunks import Chunk
 
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
 MIN_MEAN = 1e-5
 """Of the mean magnitude: a mean below is rounding's, and no measure to keep."""
 
@@ -92,7 +93,7 @@ class PromptEncoder:
     def _encode(self, pieces: list[_Piece]) -> list[Embedding]:
         padding = self.batch - len(pieces) if self.fixed_shape else 0
         padded = pieces + [pieces[-1]] * padding
-        with self.loras.applied([piece.loras for piece in padded]):
+        with self.loras.applied([piece.loras for piece in padded], TEXT_PARTS):
             chunks = [piece.chunk for piece in padded]
             text_BLD, pooled_BD = encode_chunks(self.model, chunks, pieces[0].clip_skip)
         text_BLD = text_BLD.to(self.model.dtype)

@@ -29,8 +29,11 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
     whole["model"].pop("device")
-    if config.prompts.syntax == "plain":  # as locks have it that are older than the key
+    # As locks have it that are older than these keys.
+    if config.prompts.syntax == "plain":
         whole["prompts"].pop("syntax")
+    if not config.engine.fuse_loras:
+        whole["engine"].pop("fuse_loras")
     return whole
 
 

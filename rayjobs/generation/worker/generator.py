@@ -58,7 +58,10 @@ class RecordGenerator:
         self.loras = tuple(
             Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
-        use = tuple((self.engine.loras.load(lora.path), lora.scale) for lora in self.loras)
+        uses = [(lora.path, lora.scale) for lora in self.loras]
+        self.is_fused = config.engine.fuse_loras and bool(uses)
+        bank = self.engine.loras
+        use = bank.fuse(uses) if self.is_fused else bank.use_of(uses)
         self.lora_ids = [list(each) for each in use]
         self._changes = self.engine.loras.sampler_changes(use)
         self.scorer = load_scorer(config.quality, self.model)
@@ -92,6 +95,7 @@ class RecordGenerator:
         syntax = record.prompt_syntax or "plain"
         return image_id(
             ({} if syntax == "plain" else {"prompt_syntax": syntax})
+            | ({"fused": True} if self.is_fused else {})
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,

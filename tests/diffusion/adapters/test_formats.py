@@ -62,6 +62,35 @@ def test_a_format_is_right_in_a_mixed_batch(
         assert torch.equal(outputs[1], plain[1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.__name__)
+def test_a_format_in_the_weights_is_as_beside_them(
+    kind: Callable[[Made], None], tiny: Model, tmp_path: Path
+) -> None:
+    """Two adapters at two scales in the weights; taken out again, not a bit is left of them."""
+    first, second = make(tiny, kind), make(tiny, formats_kohya.kohya_every_outer_layer, seed=1)
+    paths = write(first, tmp_path), write(second, tmp_path, "second.safetensors")
+    uses = list(zip(paths, (0.5, 2.0), strict=True))
+    beside, fused = LoraBank(tiny), LoraBank(tiny)
+    use = beside.use_of(uses)
+    layers = {
+        layer: _input(first.modules[layer], 2) for layer in first.weights.keys() | first.biases
+    }
+    outputs, plain = {}, {}
+    for layer, x in layers.items():
+        plain[layer] = first.modules[layer](x)
+        with beside.applied([use, use]):
+            outputs[layer] = first.modules[layer](x)
+    fused.fuse(uses)
+    try:
+        for layer, x in layers.items():
+            assert (first.modules[layer](x) - outputs[layer]).abs().max() <= 1e-4, layer
+    finally:
+        fused.detach()
+        beside.detach()
+    assert all(torch.equal(first.modules[layer](x), plain[layer]) for layer, x in layers.items())
+
+
 def _name(part: str, layer: str) -> str:
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     return prefix[part] + layer.replace(".", "_")
