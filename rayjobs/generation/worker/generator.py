@@ -92,6 +92,7 @@ class RecordGenerator:
         syntax = record.prompt_syntax or "plain"
         return image_id(
             ({} if syntax == "plain" else {"prompt_syntax": syntax})
+            | sampler.economy
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -149,6 +150,7 @@ class RecordGenerator:
             guidance_scale=record.guidance_scale,
             guidance_rescale=record.guidance_rescale,
             clip_skip=record.clip_skip,
+            **self.config.sampler.economy,
             width=record.width,
             height=record.height,
             # Empty bytes fail at once; the row then has the init image's own reason.
@@ -176,7 +178,11 @@ class RecordGenerator:
         row |= {"width": result.image.width, "height": result.image.height}
         row |= pixels.measure(result.image)
         output = self.config.output
-        text = parameters_text(row) if output.image_format == "png" else None
+        text = (
+            parameters_text(row | self.config.sampler.economy)
+            if output.image_format == "png"
+            else None
+        )
         data = encode_picture(result.image, output.image_format, output.quality, text)
         row["image"] = {"bytes": data, "path": None}
         row["image_sha256"] = hashlib.sha256(data).hexdigest()
