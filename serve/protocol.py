@@ -40,6 +40,11 @@ class ImagesRequest:
     sampler: str | None = None
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    cache_interval: int = 1
+    timesteps: tuple[int, ...] | None = None
+    """With these or `sigmas`, `steps` is their number."""
+    sigmas: tuple[float, ...] | None = None
     clip_skip: int | None = None
     width: int | None = None
     height: int | None = None
@@ -55,6 +60,11 @@ class ImagesRequest:
     """Seconds from the request's arrival after which the answer is not wanted."""
     warnings: tuple[str, ...] = ()
     """Said with every image: what of the request was passed over."""
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the sampler's steps are the caller's own."""
+        return self.timesteps is not None or self.sigmas is not None
 
 
 @dataclass(frozen=True)

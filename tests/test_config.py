@@ -96,6 +96,13 @@ def test_null_clears_what_the_file_sets(tmp_path: Path) -> None:
         ("samplers.steps=4", "samplers: unknown key; did you mean 'sampler'?"),
         ("sampler.steps=many", "sampler.steps is 'many'"),
         ("sampler.steps=0", "sampler.steps is 0"),
+        (
+            "sampler.guidance_interval=[1, 0]",
+            "sampler: guidance_interval is [1.0, 0.0]; it must be",
+        ),
+        ("sampler.cache_interval=0", "sampler.cache_interval is 0"),
+        ("sampler={steps: 3, timesteps: [9, 3]}", "steps is 3, but timesteps are of 2; leave ste"),
+        ("sampler.timesteps=[9, 9]", "timesteps has 9 after 9"),
         ("model.loras=x", "model.loras is 'x': Input should be a list"),
         ("sampler.guidance_scale=.nan", "sampler.guidance_scale is nan"),
         ("image.width=65", "image.width is 65; it must be a multiple of 8, such as 64"),

@@ -1,7 +1,8 @@
 """Who goes into the next UNet call.
 
 Owns the order of rows: first come first served within a shape, shapes by turns. Knows nothing of
-tensors: a row is anything with an `id`, the `shape` of its latents and the length of its texts.
+tensors: a row is anything with an `id`, the `shape` of its latents and the length of its texts,
+that says which `share` of its slots it takes now, and whether it `reuses` deep features.
 """
 
 from collections import OrderedDict
@@ -15,6 +16,10 @@ class _Row(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def num_chunks(self) -> int: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def reuses(self) -> bool: ...
 
 
 R = TypeVar("R", bound=_Row)
@@ -32,9 +37,11 @@ class BatchPolicy(Protocol[R]):
 
 
 class Batcher(Generic[R]):
-    """At most `max_rows` rows of one shape go together; the rest of that shape wait.
+    """At most `max_rows` rows of one shape go together, or more where some take a share of their
+    slots; the rest of that shape wait.
 
-    Texts of another length are another shape: what a call computes has its longest text's.
+    Texts of another length are another shape: what a call computes has its longest text's. Rows
+    that reuse deep features have calls of their own too: those go first that fill one best.
     """
 
     def __init__(self, max_rows: int):
@@ -56,12 +63,17 @@ class Batcher(Generic[R]):
             self._by_shape.pop(_shape(row), None)
 
     def choose(self) -> list[R]:
-        """The rows of the next call, oldest first; none when nothing is here."""
+        """The rows of the next step, oldest first; none when nothing is here."""
         if not self._by_shape:
             return []
         shape = next(iter(self._by_shape))
         self._by_shape.move_to_end(shape)
-        return self._by_shape[shape][: self.max_rows]
+        calls: dict[bool, list[R]] = {}
+        for row in self._by_shape[shape]:
+            rows = calls.setdefault(row.reuses, [])
+            if sum(each.share for each in rows) + row.share <= self.max_rows:
+                rows.append(row)
+        return max(calls.values(), key=lambda rows: sum(row.share for row in rows))
 
 
 def _shape(row: _Row) -> tuple[int, ...]:

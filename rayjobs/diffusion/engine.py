@@ -29,7 +29,8 @@ MAX_BATCHES_AHEAD = 3
 
 
 class Engine:
-    """Turns requests into images; `max_rows` requests of one size share a UNet call.
+    """Turns requests into images; `max_rows` requests of one size share a UNet call, and more
+    where some give a slot back between its calls.
 
     With `fixed_shape` every UNet call has `slots` slots (by default two for each request, for
     guidance), every text-encoder call `max_rows` and every autoencoder call one: short calls are
@@ -64,7 +65,7 @@ class Engine:
         self._unet_batch = UNetBatch(
             model, self.loras, slots or 2 * max_rows, fixed_shape=fixed_shape, alone=alone
         )
-        self._traced_s = model.replay.trace_warmup_s  # by this model's other engines
+        self._traced_s = model.trace_warmup_s  # by this model's other engines
         self._vae = VaeWorker(model, isolate_oom)
         self._previewer = Previewer(model)
         self._failed: list[Result] = []
@@ -82,7 +83,7 @@ class Engine:
     @property
     def trace_warmup_s(self) -> float:
         """Seconds spent on recording the UNet, over what those steps take afterwards."""
-        return self.model.replay.trace_warmup_s - self._traced_s
+        return self.model.trace_warmup_s - self._traced_s
 
     @property
     def num_pending(self) -> int:
@@ -157,8 +158,11 @@ class Engine:
     def _num_ahead(self) -> int:
         """Requests to have at once: more where rows of several shapes wait for calls of their own,
         which would else be half empty."""
-        shapes = {(row.shape, row.num_chunks) for row in self.rows.values()}
-        return (1 + min(max(1, len(shapes)), MAX_BATCHES_AHEAD)) * self._batcher.max_rows
+        rows = list(self.rows.values())
+        shapes = {(row.shape, row.num_chunks, row.reuses) for row in rows}
+        room = sum(1 - row.share for row in rows)  # what rows have given back of their slots
+        calls = 1 + min(max(1, len(shapes)), MAX_BATCHES_AHEAD)
+        return calls * self._batcher.max_rows + int(room)
 
     def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
         try:

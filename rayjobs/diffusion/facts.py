@@ -33,6 +33,9 @@ NUMBER = re.compile(r"(?<!\d)(\d)[-_ ]?steps?(?![a-z])")
 ONE_STEP = re.compile(r"(?<!\d)1[-_ ]?steps?(?![a-z])")
 X0 = re.compile(r"(?<![a-z0-9])x0(?![a-z0-9])")
 MADE_FOR = re.compile(r"\d[-_ ]?steps?(?![a-z])|sd[-_ ]?xl|sd[-_ ]?(?:1\.?5|15|turbo)")
+ONE_STEP_LEVELS = {"Hyper": 800, "DMD": 399, "DMD2": 399}
+"""The timesteps at which models distilled to one step begin, by kind; the others begin at the last.
+"""
 OWN_SAMPLERS = {
     **dict.fromkeys(("LCM", "DMD", "DMD2"), "LCMScheduler"),
     **dict.fromkeys(("TCD", "PCM"), "TCDScheduler"),
@@ -49,6 +52,8 @@ class Usual:
     steps: int
     guidance_scale: float
     kind: str | None = None
+    timesteps: tuple[int, ...] | None = None
+    """Of its steps, where its sampler would choose others."""
 
     def warning(self, steps: int, guidance_scale: float) -> str | None:
         """Why a picture of so many steps and so much guidance is not what such a model is for."""
@@ -142,19 +147,15 @@ def model_hint(name: str) -> str:
 
 
 def one_step(name: str) -> str | None:
-    """What the UNet of a distilled model for one step predicts, by its file's name.
+    """What the UNet of a distilled model for one step predicts, by its file's name."""
+    is_x0 = ONE_STEP.search(_spaced(name)) and distilled_name(name) == "Lightning"
+    return "sample" if is_x0 and X0.search(name) else None
 
-    Raises ValueError for those that begin at a noise level of their own.
-    """
-    if not ONE_STEP.search(_spaced(name)):
-        return None
-    kind = distilled_name(name)
-    if kind in ("Hyper", "DMD", "DMD2"):
-        raise ValueError(
-            f"is {kind}'s for one step, which begins at a noise level of its own that cannot be "
-            "asked for; take the file for 2 or more steps"
-        )
-    return "sample" if kind == "Lightning" and X0.search(name) else None
+
+def one_step_level(name: str) -> int | None:
+    """The timestep at which a distilled model for one step begins, by its file's name."""
+    kind = distilled_name(name) if ONE_STEP.search(_spaced(name)) else None
+    return None if kind is None else ONE_STEP_LEVELS.get(kind)
 
 
 def file_name(uri: str) -> str:
@@ -164,14 +165,15 @@ def file_name(uri: str) -> str:
     return folders[-1] if folders and stem in SAME_FOR_ALL else stem
 
 
-def distilled_sampler(kind: str, scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """What a distilled model of that kind changes of a sampler that is meant for many steps.
+def distilled_sampler(usual: Usual, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """What a distilled model changes of a sampler that is meant for many steps.
 
     Some come with a sampler of their own; the others begin at the last noise level.
     """
-    if Prediction.of(scheduler).is_edm or _distilled(scheduler, "") is not None:
+    is_plain = not Prediction.of(scheduler).is_edm and _distilled(scheduler, "") is None
+    if usual.kind is None or not is_plain:
         return {}
-    own = OWN_SAMPLERS.get(kind)
+    own = OWN_SAMPLERS.get(usual.kind) if usual.timesteps is None else "LCMScheduler"
     return {"timestep_spacing": "trailing"} if own is None else {"_class_name": own}
 
 

@@ -13,6 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from rayjobs.diffusion import facts
+from rayjobs.diffusion.economy import deep
 from rayjobs.diffusion.facts import FAMILIES, Usual
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.modules import onednn
@@ -98,6 +99,22 @@ class Model:
     def replay(self) -> Replay:
         """Calls the UNet; its recording serves every engine of this model."""
         return Replay(self.unet)
+
+    @cached_property
+    def replay_keeping(self) -> Replay:
+        """The same, and gives what its deep blocks gave."""
+        return Replay(self.unet, deep.keeping)
+
+    @cached_property
+    def replay_reusing(self) -> Replay:
+        """Calls its outermost blocks on what the deep ones gave earlier."""
+        return Replay(self.unet, deep.reusing)
+
+    @property
+    def trace_warmup_s(self) -> float:
+        """Seconds spent on recordings, over what those steps take afterwards."""
+        ways = (self.replay, self.replay_keeping, self.replay_reusing)
+        return sum(way.trace_warmup_s for way in ways)
 
     @cached_property
     def latents_mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:

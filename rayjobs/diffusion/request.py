@@ -6,11 +6,13 @@ a front end can build requests without loading either.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rayjobs.diffusion.economy.plan import check_cache_interval, check_guidance_interval
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 
 if TYPE_CHECKING:
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 1000
 """The noise levels that all models of the family were trained on."""
+LEVELS = {
+    "timesteps": f"a whole number in 0 .. {MOST_STEPS - 1}",
+    "sigmas": "a number of at least 0",
+}
+"""What each of a request's own timesteps or sigmas must be."""
 
 SIZE_MULTIPLE = 8
 """Width and height must be divisible by this, as in diffusers' pipelines."""
@@ -43,10 +50,15 @@ class Request:
 
     `sampler` is a short name (`rayjobs.diffusion.sampler.SAMPLERS`) or a diffusers class name;
     without one the model's own is used. `sampler_options` are that class's config options, and
-    `eta`. Without `steps` there are 30, or the few that a distilled model is made for.
+    `eta`. Without `steps` there are 30, or the few that a distilled model is made for; as many as
+    there are `timesteps`, or one less than `sigmas`, where a sampler is given its own schedule, as
+    diffusers' pipelines take it.
     `guidance_scale` above 1 costs a second slot in every UNet call; without one the family's usual
-    value is used. `width` and `height` are pixels; without them they are the init image's, else the
-    model's. `init_image` (a PIL image, encoded bytes, or a local path) makes the request
+    value is used. With a `guidance_interval` it is there only from one share of the schedule to
+    another (arXiv 2404.07724). With a `cache_interval` of n the UNet's deep blocks are computed
+    at every n-th call, and what they gave is used again between (arXiv 2312.00858).
+    `width` and `height` are pixels; without them they are the init image's, else the model's.
+    `init_image` (a PIL image, encoded bytes, or a local path) makes the request
     image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a
     `mask` (of the same kinds; white is made anew, black stays; with an alpha channel, transparent
     is made anew) each step's latents are blended with the init image's, noised alike, as diffusers'
@@ -65,6 +77,10 @@ class Request:
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    cache_interval: int = 1
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
     clip_skip: int | None = None
     width: int | None = None
     height: int | None = None
@@ -73,6 +89,12 @@ class Request:
     mask: Image | bytes | str | None = None
     keep_unmasked: bool = False
     loras: tuple[Lora, ...] = ()
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps that the request itself says: their number, or that of its schedule."""
+        own = num_scheduled(self.timesteps, self.sigmas)
+        return self.steps if own is None else own
 
     def check(self) -> None:
         """Raise ValueError naming the first value that no model could serve."""
@@ -84,6 +106,9 @@ class Request:
         )
         if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
             raise ValueError(f"steps is {self.steps}; it must be in 1 .. {MOST_STEPS}")
+        check_schedule(self.timesteps, self.sigmas, self.steps)
+        check_guidance_interval(self.guidance_interval)
+        check_cache_interval(self.cache_interval)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
         for name in ("width", "height"):
@@ -97,7 +122,7 @@ class Request:
         if self.clip_skip is not None and self.clip_skip < 0:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
         if self.init_image is not None:
-            check_strength(self.strength, self.steps or MOST_STEPS)
+            check_strength(self.strength, self.own_steps or MOST_STEPS)
         elif self.mask is not None:
             raise ValueError("a mask needs an init_image, of which it says what is made anew")
 
@@ -131,6 +156,42 @@ def check_strength(strength: float, steps: int) -> None:
             f"strength {strength} of {steps} steps leaves no step to make; "
             f"raise strength to at least {1 / steps:.3g} or steps to {int(1 / strength) + 1}"
         )
+
+
+def check_schedule(
+    timesteps: Sequence[int] | None, sigmas: Sequence[float] | None, steps: int | None
+) -> None:
+    """Raise ValueError unless a schedule, if there is one, falls from step to step."""
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("timesteps and sigmas are both given; leave one out")
+    name, values = ("sigmas", sigmas) if timesteps is None else ("timesteps", timesteps)
+    num = num_scheduled(timesteps, sigmas)
+    if values is None or num is None:
+        return
+    for value in values:
+        if not _is_level(name, value):
+            raise ValueError(f"{name} has {value!r}; each must be {LEVELS[name]}")
+    for before, after in itertools.pairwise(values):
+        if after >= before:
+            raise ValueError(f"{name} has {after} after {before}; each must be below the last")
+    if num < 1:
+        ends = "" if name == "timesteps" else " and, last, where it ends"
+        raise ValueError(f"{name} is {list(values)}; give at least that of one step{ends}")
+    if steps is not None and steps != num:
+        raise ValueError(f"steps is {steps}, but {name} are of {num}; leave steps out")
+
+
+def num_scheduled(timesteps: Sequence[int] | None, sigmas: Sequence[float] | None) -> int | None:
+    """Steps of a schedule, where there is one: the last sigma, often 0, is the end of the last."""
+    if timesteps is not None:
+        return len(timesteps)
+    return None if sigmas is None else len(sigmas) - 1
+
+
+def _is_level(name: str, value: object) -> bool:
+    if name == "timesteps":
+        return isinstance(value, int) and 0 <= value < MOST_STEPS
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,6 +4,7 @@ Owns the request's texts, sampler, generator and latents. Knows nothing of the o
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ import torch
 from PIL.Image import Image
 
 from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
+from rayjobs.diffusion.economy.plan import Call, count_slots, plan_calls
+from rayjobs.diffusion.facts import Usual
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result, check_side, check_strength
-from rayjobs.diffusion.sampler import Sampler
+from rayjobs.diffusion.sampler import Sampler, Steps
 from rayjobs.diffusion.text.chunks import Tokens, padded, tokenize
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.text.schedule import stages
@@ -38,7 +41,8 @@ class Row:
     """`shape` is (C, H, W) of the latents. `said` are the texts of each slot, of two the negative
     ones first: one for all calls, or one for each.
 
-    `latents` are None until an init image is encoded; `embeddings` until the prompts are.
+    `calls` are those of the UNet, from first to last. `latents` are None until an init image is
+    encoded; `embeddings` until the prompts are.
     """
 
     id: int
@@ -48,12 +52,15 @@ class Row:
     guidance_scale: float
     shape: tuple[int, int, int]
     said: list[tuple[Text, ...]]
+    calls: tuple[Call, ...]
     loras: LoraUse
     size_ids: list[float]
     init_1CHW: torch.Tensor | None = None
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
     embeddings: dict[Text, Embedding] | None = field(default=None)
+    deep: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What the UNet's deep blocks gave for each slot, where later calls take it."""
     last_step: LastStep | None = None
     """The last step, for a preview."""
     warnings: tuple[str, ...] = ()
@@ -73,9 +80,35 @@ class Row:
         return 1 - self.sampler.position / len(self.sampler.timesteps)
 
     @property
+    def call(self) -> Call:
+        """The next one."""
+        return self.calls[min(self.sampler.position, len(self.calls) - 1)]
+
+    @property
+    def slots(self) -> Sequence[int]:
+        """Which of its texts the next call is for: where guidance pauses, the prompt alone."""
+        texts = range(len(self.said))
+        return texts if self.call.guided else texts[-1:]
+
+    @property
     def num_slots(self) -> int:
-        """UNetBatch in a UNet call: two with guidance, one without."""
-        return len(self.said)
+        """Of the next UNet call: two with guidance, one without."""
+        return len(self.slots)
+
+    @property
+    def share(self) -> float:
+        """Of the slots that it takes at most, those of the next call."""
+        return self.num_slots / len(self.said)
+
+    @property
+    def reuses(self) -> bool:
+        """Whether its next call is one of the outermost blocks alone."""
+        return self.call.reuses
+
+    @property
+    def slots_left(self) -> float:
+        """Of all calls that are left, as many as such of all blocks would cost."""
+        return count_slots(self.calls[self.sampler.position :], len(self.said))
 
     @property
     def texts(self) -> list[Text]:
@@ -126,6 +159,8 @@ class Row:
         assert self.latents is not None
         self.last_step = LastStep(self._shown, noise_1CHW, self.sampler.timestep)
         self.latents = self.sampler.advance(noise_1CHW, self.latents)
+        if self.is_done or not self.reuses:
+            self.deep = {}
         if self.inpainting is not None:
             self.latents = self.inpainting.blend(self.latents, self.sampler)
 
@@ -148,9 +183,9 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     usual = loras.usual(use)
     guidance = request.guidance_scale
     guidance = usual.guidance_scale if guidance is None else guidance
-    steps = usual.steps if request.steps is None else request.steps
+    steps = _steps(request, usual)
     if image is not None:
-        check_strength(request.strength, steps)
+        check_strength(request.strength, steps.num)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     sampler = Sampler(
         request.sampler,
@@ -160,6 +195,8 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         None if image is None else request.strength,
         generator,
     )
+    said = _said(request, guidance, use, model, len(sampler.timesteps))
+    calls = _calls(request, sampler, len(said), model)
     row = Row(
         id=row_id,
         request=request,
@@ -167,10 +204,20 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         generator=generator,
         guidance_scale=guidance,
         shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
-        said=_said(request, guidance, use, model, len(sampler.timesteps)),
+        said=said,
+        calls=calls,
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
-        warnings=tuple(filter(None, [usual.warning(steps, guidance), *loras.warnings(use)])),
+        warnings=tuple(
+            filter(
+                None,
+                [
+                    usual.warning(steps.num, guidance),
+                    _unguided(request, calls),
+                    *loras.warnings(use),
+                ],
+            )
+        ),
     )
     if image is None:
         row.latents = sampler.start(draw_noise(generator, row.shape, model))
@@ -194,6 +241,37 @@ def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int
         check_side("width", width)
         check_side("height", height)
     return width, height
+
+
+def _steps(request: Request, usual: Usual) -> Steps:
+    """As asked, else those that the model is made for."""
+    num = usual.steps if request.own_steps is None else request.own_steps
+    timesteps, own = request.timesteps, usual.timesteps
+    if request.sigmas is None and timesteps is None and own is not None and len(own) == num:
+        timesteps = own
+    return Steps(num, timesteps, request.sigmas)
+
+
+def _calls(request: Request, sampler: Sampler, num_texts: int, model: Model) -> tuple[Call, ...]:
+    """A row's UNet calls. Raises ValueError where the model cannot make them."""
+    if request.cache_interval > 1 and model.options.compile == "full":
+        raise ValueError(
+            f"cache_interval is {request.cache_interval}, but the UNet is compiled as a whole; "
+            "leave cache_interval out or set compile to blocks"
+        )
+    interval = request.guidance_interval if num_texts > 1 else None
+    return plan_calls(len(sampler.timesteps), sampler.num_skipped, interval, request.cache_interval)
+
+
+def _unguided(request: Request, calls: tuple[Call, ...]) -> str | None:
+    """A warning where no call is left with the guidance that is asked for."""
+    if any(call.guided for call in calls) or request.guidance_interval is None:
+        return None
+    start, end = request.guidance_interval
+    return (
+        f"guidance_interval [{start:g}, {end:g}] holds none of the steps that are made, so they "
+        "have no guidance"
+    )
 
 
 def _said(

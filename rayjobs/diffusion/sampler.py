@@ -5,17 +5,24 @@ nothing of batches or of the UNet.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.modules.upload import Uploading, upload
-from rayjobs.diffusion.sampler_names import EPSILON, LIBRARY, SAMPLERS, Prediction, check_name
+from rayjobs.diffusion.sampler_names import (
+    EPSILON,
+    LIBRARY,
+    SAMPLERS,
+    Prediction,
+    check_name,
+    check_schedule_taken,
+)
 
 __all__ = ["SAMPLERS", "Sampler", "resolve"]
 
@@ -58,6 +65,20 @@ def _require_library(name: str, class_name: str) -> None:
         ) from None
 
 
+class Steps(NamedTuple):
+    """How many there are, perhaps with the timesteps or sigmas that they are to go through."""
+
+    num: int
+    timesteps: Sequence[int] | None = None
+    sigmas: Sequence[float] | None = None
+
+    @property
+    def given(self) -> dict[str, list[Any]]:
+        """A schedule of the request's own, by its name."""
+        both = {"timesteps": self.timesteps, "sigmas": self.sigmas}
+        return {name: list(values) for name, values in both.items() if values is not None}
+
+
 class Sampler:
     """One row's sampler: its schedule tables stay on the CPU, so that no step waits for a device.
 
@@ -73,31 +94,39 @@ class Sampler:
         name: str | None,
         options: Mapping[str, Any],
         config: Mapping[str, Any],
-        steps: int,
+        steps: Steps,
         strength: float | None,
         generator: torch.Generator,
     ):
-        own = config["_class_name"]
-        sampler_class, options = resolve(name or own, options, Prediction.of(config))
+        name = name or config["_class_name"]
+        prediction = Prediction.of(config)
+        sampler_class, options = resolve(name, options, prediction)
         self.eta = options.pop("eta", 0.0)
         if "noise_sampler_seed" in _parameters(sampler_class.__init__):
             # Left to itself this class draws its seed from the process's global random state.
             options.setdefault("noise_sampler_seed", generator.initial_seed())
         self.scheduler = sampler_class.from_config(config, **options)
+        for key in steps.given:
+            check_schedule_taken(name, key, prediction)
+        given = steps.given or {"num_inference_steps": steps.num}
         try:
-            self.scheduler.set_timesteps(steps, device="cpu")
+            self.scheduler.set_timesteps(**given, device="cpu")
         except (ValueError, IndexError, RuntimeError) as error:  # of the tables it computes
+            asked, way_out = f"schedule of {steps.num} steps", "more steps"
+            if steps.given:
+                asked, way_out = f"schedule of these {' or '.join(given)}", "others"
             raise ValueError(
-                f"sampler {name or own!r} has no schedule of {steps} steps ({first_line(error)}); "
-                "ask for more steps or another sampler"
+                f"sampler {name!r} has no {asked} ({first_line(error)}); "
+                f"ask for {way_out} or another sampler"
             ) from None
         first = 0
         if strength is not None:
             if not hasattr(self.scheduler, "add_noise"):
-                raise ValueError(f"sampler {name or own!r} cannot do image-to-image")
+                raise ValueError(f"sampler {name!r} cannot do image-to-image")
             order = self.scheduler.order
-            first = max(steps - min(int(steps * strength), steps), 0) * order
+            first = max(steps.num - min(int(steps.num * strength), steps.num), 0) * order
         self.timesteps = self.scheduler.timesteps[first:]
+        self.num_skipped = first
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         self.position = 0

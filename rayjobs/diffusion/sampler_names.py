@@ -65,6 +65,23 @@ ZERO_SNR = frozenset(
 ONLY_EPSILON = frozenset({"IPNDMScheduler"})
 """Those without the option `prediction_type`."""
 
+TAKES_TIMESTEPS = frozenset(
+    {
+        "DDPMParallelScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+    }
+)
+"""Those whose schedule can be given as timesteps."""
+TAKES_SIGMAS = frozenset({"EulerDiscreteScheduler"})
+"""Those whose schedule can be given as sigmas. UniPC takes them for flow matching alone, and EDM's
+Euler sampler takes not these but what it makes them of."""
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a UNet may predict: the noise, the velocity, or the picture itself."""
 
@@ -119,6 +136,21 @@ def check_name(name: str, prediction: Prediction) -> tuple[str, dict[str, Any]]:
         names = ", ".join(fitting(prediction))
         raise ValueError(f"sampler {name!r} does not fit {kind}; use one of {names}")
     return class_name, preset
+
+
+def check_schedule_taken(name: str, schedule: str, prediction: Prediction = EPSILON) -> None:
+    """Raise ValueError where a sampler cannot be given its `schedule`, timesteps or sigmas."""
+    if not _takes(name, schedule):
+        names = ", ".join(each for each in fitting(prediction) if _takes(each, schedule))
+        way_out = f"use one of {names}" if names else f"leave {schedule} out"
+        raise ValueError(f"sampler {name!r} takes no {schedule}; {way_out}")
+
+
+def _takes(name: str, schedule: str) -> bool:
+    """Those of Karras' noise levels have no others."""
+    class_name, preset = SAMPLERS.get(name, (name, {}))
+    takes = TAKES_TIMESTEPS if schedule == "timesteps" else TAKES_SIGMAS
+    return class_name in takes and not preset.get("use_karras_sigmas")
 
 
 def fitting(prediction: Prediction) -> list[str]:

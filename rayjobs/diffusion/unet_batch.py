@@ -18,6 +18,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayjobs.diffusion.adapters.bank import Gathered, LoraBank
+from rayjobs.diffusion.economy import deep
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 
@@ -30,6 +31,8 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+_Asked = tuple[tuple[int, int, int], ...]
+"""Each row's id, stage and slots."""
 MAX_COMMON_CHUNKS = 12
 """Texts of different lengths share a call where a common multiple of these is no longer."""
 
@@ -57,61 +60,89 @@ class UNetBatch:
         self.num_slots = 2 if alone else num_slots
         self.fixed_shape = fixed_shape
         self.alone = alone
-        self._conditions_of: tuple[tuple[int, int], ...] = ()
-        self._conditions: list[dict[str, Any]] = []
+        self._conditions: dict[bool, tuple[_Asked, list[dict[str, Any]]]] = {}
 
     def predict_noise(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """The guided prediction (1, C, H, W) for each row, at each row's own timestep."""
-        asked, rows = rows, sorted(rows, key=lambda row: row.num_chunks)
-        inputs, timesteps = [], []
-        for row in rows:
-            inputs += [row.scaled_latents()] * row.num_slots
-            timesteps += [row.sampler.timestep] * row.num_slots
-        x_PCHW = torch.cat(inputs)
-        t_P = upload(torch.stack([t.float() for t in timesteps]), self.model.device)
+        guided: dict[Row, torch.Tensor] = {}
+        for reuses in (False, True):
+            if group := [row for row in rows if row.reuses == reuses]:
+                guided |= self._predict_alike(sorted(group, key=lambda row: row.num_chunks))
+        return [guided[row] for row in rows]
+
+    def _predict_alike(self, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
+        """For rows that all reuse what the deep blocks gave, or none of which does."""
+        reuses, keeps = rows[0].reuses, any(row.call.keeps for row in rows)
+        slots = [(row, slot) for row in rows for slot in row.slots]
+        x_PCHW = torch.cat([x for row in rows for x in [row.scaled_latents()] * row.num_slots])
+        t_P = torch.stack([row.sampler.timestep.float() for row, _ in slots])
+        t_P = upload(t_P, self.model.device)
+        taken = torch.cat([row.deep[slot] for row, slot in slots]) if reuses else None
         outputs, first = [], 0
         for condition in self._all_conditions(rows):
-            end = first + condition["num_slots"]
-            outputs.append(self._call(x_PCHW[first:end], t_P[first:end], condition))
-            first = end
-        guided = dict(zip(rows, self._guide(rows, torch.cat(outputs)), strict=True))
-        return [guided[row] for row in asked]
+            now = slice(first, first + condition["num_slots"])
+            deep_PCHW = None if taken is None else taken[now]
+            noise_PCHW, deep_PCHW = self._call(x_PCHW[now], t_P[now], condition, deep_PCHW, keeps)
+            outputs.append(noise_PCHW)
+            if keeps and deep_PCHW is not None:
+                _keep(slots[now], deep_PCHW)
+            first = now.stop
+        return dict(zip(rows, self._guide(rows, torch.cat(outputs)), strict=True))
 
     def forget(self) -> None:
         """Give back what calls of the same rows would use again."""
-        self._conditions_of, self._conditions = (), []
+        self._conditions.clear()
 
     def _call(
-        self, x_PCHW: torch.Tensor, t_P: torch.Tensor, condition: dict[str, Any]
-    ) -> torch.Tensor:
-        """One UNet call, padded by repeating its last slot; the padding is cut off again."""
-        num = len(x_PCHW)
+        self,
+        x_PCHW: torch.Tensor,
+        t_P: torch.Tensor,
+        condition: dict[str, Any],
+        deep_PCHW: torch.Tensor | None,
+        keeps: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One UNet call, padded by repeating its last slot; the padding is cut off again.
+
+        It reuses `deep_PCHW`, where that is given, else it `keeps` what the deep blocks give, or
+        neither.
+        """
+        num, model = len(x_PCHW), self.model
+        arguments, padding = condition["arguments"], condition["size"] - num
         loras: Gathered = condition["loras"]
-        padding = condition["size"] - num
-        if padding:
-            x_PCHW = torch.cat([x_PCHW, x_PCHW[-1:].expand(padding, -1, -1, -1)])
-            t_P = torch.cat([t_P, t_P[-1:].expand(padding)])
-        kernel = KERNELS.get(self.model.options.attention)
-        x_PCHW, arguments = x_PCHW.to(self.model.dtype), condition["arguments"]
+        x_PCHW, t_P = _padded(x_PCHW, padding).to(model.dtype), _padded(t_P, padding)
+        way, replay = deep.whole, "replay"
+        if deep_PCHW is not None:
+            # In one order of memory, which padding would change, and with it bits.
+            like = torch.channels_last if model.options.channels_last else torch.contiguous_format
+            padded = _padded(deep_PCHW, padding).contiguous(memory_format=like)
+            arguments = {**arguments, deep.DEEP: padded}
+            way, replay = deep.reusing, "replay_reusing"
+        elif keeps:
+            way, replay = deep.keeping, "replay_keeping"
+        kernel = KERNELS.get(model.options.attention)
         with loras.applied(), sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-            if loras.beside is None or self.model.options.compile != "no":
-                noise_PCHW = self.model.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
+            if loras.beside is None or model.options.compile != "no":
+                given = way(model.unet, x_PCHW, t_P, arguments)
             else:
-                noise_PCHW = self.model.replay(x_PCHW, t_P, arguments, loras.beside)
-        return noise_PCHW[:num]
+                given = getattr(model, replay)(x_PCHW, t_P, arguments, loras.beside)
+        if not keeps:
+            return given[:num], None
+        noise_PCHW, deep_PCHW = given
+        return noise_PCHW[:num], deep_PCHW
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """What the calls of these rows are conditioned on; kept while the rows stay the same."""
-        ids = tuple((row.id, row.stage) for row in rows)
-        if ids != self._conditions_of:
-            self.forget()
-            self._conditions = [self._condition(slots) for slots in self._layout(rows)]
-            self._conditions_of = ids
-        return self._conditions
+        """What the calls of these rows are conditioned on; kept while they ask for the same."""
+        asked = tuple((row.id, row.stage, row.num_slots) for row in rows)
+        before, conditions = self._conditions.get(rows[0].reuses, ((), []))
+        if asked != before:
+            self._conditions.pop(rows[0].reuses, None)  # before others take memory, too
+            conditions = [self._condition(slots) for slots in self._layout(rows)]
+            self._conditions[rows[0].reuses] = asked, conditions
+        return conditions
 
     def _layout(self, rows: Sequence[Row]) -> list[list[tuple[Row, int]]]:
         """Who has which slot of which call."""
-        by_row = [[(row, slot) for slot in range(row.num_slots)] for row in rows]
+        by_row = [[(row, slot) for slot in row.slots] for row in rows]
         if self.alone:
             return by_row
         calls = []
@@ -165,6 +196,19 @@ class UNetBatch:
             guided.append(noise)
             slot += row.num_slots
         return guided
+
+
+def _keep(slots: Sequence[tuple[Row, int]], deep_PCHW: torch.Tensor) -> None:
+    """What rows will reuse, copied: what the call gave for others need not stay."""
+    for number, (row, slot) in enumerate(slots):
+        if row.call.keeps:
+            row.deep[slot] = deep_PCHW[number : number + 1].clone()
+
+
+def _padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
+    """With its last slot again as often."""
+    more = tensor[-1:].expand(padding, *tensor.shape[1:])
+    return torch.cat([tensor, more]) if padding else tensor
 
 
 def _of_like_length(by_row: list[list[tuple[Row, int]]]) -> list[list[list[tuple[Row, int]]]]:

@@ -126,8 +126,7 @@ class Weights:
             if Prediction.of(values).misfit(str(values["_class_name"])) is not None:
                 own = EULER if self.family == "sdxl" else DDIM
                 values["_class_name"] = own["_class_name"]
-            kind = self.usual_of(values).kind
-            values |= {} if kind is None else facts.distilled_sampler(kind, values)
+            values |= facts.distilled_sampler(self.usual_of(values), values)
         told = self.prediction_type
         return values if told is None else facts.as_told(values, told)
 
@@ -162,7 +161,9 @@ class Weights:
 
     def usual_of(self, scheduler: Mapping[str, Any]) -> Usual:
         """The same, were the model's own sampler of this configuration."""
-        return facts.usual(self.family, scheduler, self._unet_config, self.names)
+        usual = facts.usual(self.family, scheduler, self._unet_config, self.names)
+        level = None if self.single is None else facts.one_step_level(self.path.stem)
+        return usual if level is None else replace(usual, steps=1, timesteps=(level,))
 
     @cached_property
     def sha256(self) -> str:

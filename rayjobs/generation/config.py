@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
-from rayjobs.diffusion.request import MOST_STEPS, check_side, check_strength
+from rayjobs.diffusion.economy.plan import check_guidance_interval
+from rayjobs.diffusion.request import (
+    MOST_STEPS,
+    check_schedule,
+    check_side,
+    check_strength,
+    num_scheduled,
+)
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
@@ -178,6 +185,10 @@ class ParametersConfig(Config):
         return self
 
 
+ECONOMY = ("guidance_interval", "cache_interval", "timesteps", "sigmas")
+"""Keys that locks and identities have only where they are given, since many are older."""
+
+
 class SamplerConfig(Config):
     name: str | None = None
     """A short name such as euler, or a class of rayjobs/diffusion/sampler_names.py; without it the
@@ -190,10 +201,39 @@ class SamplerConfig(Config):
     """Classifier-free guidance; at most 1 is none. Without it the model's usual value."""
     guidance_rescale: float = Field(default=0.0, ge=0, le=1)
     """Rescaling of guided noise (arXiv 2305.08891)."""
+    guidance_interval: tuple[float, float] | None = None
+    """The shares of the schedule between which there is guidance, such as [0.2, 0.8] (arXiv
+    2404.07724); without it there is from 0 to 1."""
+    cache_interval: int = Field(default=1, ge=1, le=1000)
+    """The UNet's deep blocks are computed at every n-th call, and what they gave is used again
+    between (DeepCache, arXiv 2312.00858); 1 computes them always."""
+    timesteps: tuple[int, ...] | None = None
+    """A schedule of the job's own, such as [999, 749, 499, 249], for the samplers that take one;
+    steps is then their number."""
+    sigmas: tuple[float, ...] | None = None
+    """The same as noise levels; the last one, often 0, is where the last step ends."""
     clip_skip: int | None = Field(default=None, ge=0)
     """Layers of the text encoders to skip."""
     negative_prompt: str | None = None
     """What guidance steers away from."""
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps as given, or of the schedule."""
+        own = num_scheduled(self.timesteps, self.sigmas)
+        return self.steps if own is None else own
+
+    @property
+    def economy(self) -> dict[str, Any]:
+        """What of these keys decides pictures where it is not the default, and only there."""
+        found = {name: getattr(self, name) for name in ECONOMY}
+        return {k: v for k, v in found.items() if v != type(self).model_fields[k].default}
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "SamplerConfig":
+        check_guidance_interval(self.guidance_interval)
+        check_schedule(self.timesteps, self.sigmas, self.steps)
+        return self
 
 
 class ImageConfig(Config):
@@ -281,8 +321,11 @@ class GenerateConfig(Config):
     @model_validator(mode="after")
     def _together(self) -> "GenerateConfig":
         if self.init.uri is not None:
-            steps = self.parameters.steps or (self.sampler.steps or MOST_STEPS,)
+            steps = self.parameters.steps or (self.sampler.own_steps or MOST_STEPS,)
             check_strength(min(self.parameters.strength or (self.init.strength,)), min(steps))
+        for name in ("timesteps", "sigmas"):
+            if self.parameters.steps and getattr(self.sampler, name) is not None:
+                raise ValueError(f"sampler.{name} and parameters.steps are both given; remove one")
         for text in (self.sampler.negative_prompt or "", *self.parameters.negative_prompt):
             check_syntax(f"negative_prompt: {text!r:.80}", text, self.prompts.syntax, negative=True)
         return self

@@ -55,6 +55,13 @@ for _ours, (_label, _schedule) in A1111.items():
 # What the web UI chooses by itself where its user leaves the schedule "Automatic".
 AUTOMATIC = dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM++ 2S a", "DPM2", "DPM2 a"), "Karras")
 AUTOMATIC |= dict.fromkeys(("DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE"), "Exponential")
+ECONOMY = {
+    "guidance_interval": "Guidance interval",
+    "cache_interval": "Cache interval",
+    "timesteps": "Timesteps",
+    "sigmas": "Sigmas",
+}
+"""What the web UI does not know, where a job has it."""
 SUFFIX = re.compile(r" (Karras|Exponential|Polyexponential)$")
 
 
@@ -88,6 +95,7 @@ def parameters_text(columns: Mapping[str, Any]) -> str:
         "Denoising strength": _number(strength),
         # There 1 is the text encoder's last layer, which diffusers counts as 0.
         "Clip skip": clip_skip + 1 if clip_skip else None,
+        **{key: _list(columns.get(name)) for name, key in ECONOMY.items()},
         "RNG": "CPU",
         "Version": OURS,
     }
@@ -158,6 +166,15 @@ def _until_comma(line: str, at: int) -> tuple[str, int]:
     end = line.find(",", at)
     end = len(line) if end < 0 else end
     return line[at:end].strip(), end + 1
+
+
+def _list(value: Any) -> str | None:
+    """Numbers with spaces between them."""
+    return (
+        " ".join(str(_number(each)) for each in value)
+        if isinstance(value, tuple)
+        else _number(value)
+    )
 
 
 def _number(value: float | None) -> str | None:

@@ -69,6 +69,10 @@ class PrioritizedRow(Protocol):
     @property
     def share_left(self) -> float: ...
     @property
+    def share(self) -> float: ...
+    @property
+    def reuses(self) -> bool: ...
+    @property
     def request(self) -> Hashable: ...
 
 
@@ -86,12 +90,15 @@ class BatchUsage:
     oldest_s: float
     callers: tuple[tuple[str, int], ...]
     """Each row's caller and slots."""
+    is_plain: bool = True
+    """No row reused deep features: what the batch cost tells what others will."""
 
 
 class FairBatcher(Generic[R]):
     """A batcher for the engine: shapes share the time in proportion to their rows, callers share a
     shape's slots, and rows that are due early go first.
 
+    There are at most `max_rows` rows in a batch, more where some take a share of their slots.
     `bound(shape)` is the number of slots that a batch of that shape may have. The caller puts a
     request's priority into `priorities` before it adds the request.
     """
@@ -153,7 +160,8 @@ class FairBatcher(Generic[R]):
         callers = [(p.caller, row.num_slots) for p, row in zip(priorities, rows, strict=True)]
         slots = sum(row.num_slots for row in rows)
         oldest_s = min(priority.arrived_s for priority in priorities)
-        return BatchUsage(rows[0].shape, len(rows), slots, oldest_s, tuple(callers))
+        is_plain = not any(row.reuses for row in rows)
+        return BatchUsage(rows[0].shape, len(rows), slots, oldest_s, tuple(callers), is_plain)
 
     def _fill_batch(self, shape: Shape) -> list[R]:
         """One row of each caller in turn, its earliest due first, until the batch is full."""
@@ -162,15 +170,15 @@ class FairBatcher(Generic[R]):
             waiting[self._priority(row).caller].append(row)
         for rows in waiting.values():
             rows.sort(key=self._due, reverse=True)
-        room, batch = self._bound(shape), []
+        room, rows_left, batch = self._bound(shape), float(self.max_rows), []
         callers = self._callers[shape].order(waiting)
-        while callers and len(batch) < self.max_rows:
+        while callers:
             for caller in list(callers):
                 row = waiting[caller][-1]
-                if (row.num_slots > room and batch) or len(batch) == self.max_rows:
+                if (row.num_slots > room and batch) or row.share > rows_left:
                     return batch
                 batch.append(waiting[caller].pop())
-                room -= row.num_slots
+                room, rows_left = room - row.num_slots, rows_left - row.share
                 if not waiting[caller]:
                     callers.remove(caller)
         return batch

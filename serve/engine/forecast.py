@@ -151,7 +151,7 @@ class Forecast:
         nearest = min(seen, key=lambda k: abs(_area(k) - _area(key)))
         return self._observed[nearest].steps.at(slots * _area(key) / _area(nearest))
 
-    def work_s(self, key: Key, slot_steps: int, images: int) -> float:
+    def work_s(self, key: Key, slot_steps: float, images: int) -> float:
         """Seconds of work: `slot_steps` in full batches, and encoding and decoding of `images`."""
         bound = self.bound(key)
         return slot_steps * self.step_s(key, bound) / bound + images * self._image_s(key)

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from rayjobs.diffusion.economy.plan import count_slots, plan_calls
 from rayjobs.diffusion.request import Lora, Request
 from serve.engine.models import LATENT_CHANNELS, LoadedModel
 from serve.images import to_image, to_pixels
@@ -30,12 +31,12 @@ class RequestState:
     shape: tuple[int, ...] = (0, 0, 0)
     images: dict[int, int] = field(default_factory=dict)
     """The image number of each unfinished row, by row id."""
-    left: dict[int, int] = field(default_factory=dict)
-    """Slots times steps left, by row id."""
+    left: dict[int, float] = field(default_factory=dict)
+    """Slots times steps left, by row id; fewer where guidance pauses or features are reused."""
     preview_steps: dict[int, list[int]] = field(default_factory=dict)
     """Steps after which a preview of each row is sent, the next one first."""
     slots: int = 1
-    """Of each row in a batch."""
+    """Of each row in a batch, at most."""
     num_partials: int = 0
     """Previews of each image: as many as requested, or as there are steps for."""
     started: bool = False
@@ -49,7 +50,7 @@ class RequestState:
         return float("inf") if seconds is None else self.arrived_s + seconds
 
     @property
-    def slot_steps(self) -> int:
+    def slot_steps(self) -> float:
         return sum(self.left.values())
 
     def engine_requests(self) -> list[Request]:
@@ -61,10 +62,14 @@ class RequestState:
                 negative_prompt=request.negative_prompt,
                 prompt_syntax=request.prompt_syntax,
                 seed=seed,
-                steps=request.steps,
+                steps=None if request.has_schedule else request.steps,
                 sampler=request.sampler,
                 guidance_scale=request.guidance_scale,
                 guidance_rescale=request.guidance_rescale,
+                guidance_interval=request.guidance_interval,
+                cache_interval=request.cache_interval,
+                timesteps=request.timesteps,
+                sigmas=request.sigmas,
                 clip_skip=request.clip_skip,
                 width=request.width,
                 height=request.height,
@@ -82,8 +87,8 @@ class RequestState:
         total = len(row.sampler.timesteps)
         self.images[row_id] = image
         self.shape = row.shape
-        self.slots = row.num_slots
-        self.left[row_id] = total * row.num_slots
+        self.slots = len(row.said)
+        self.left[row_id] = row.slots_left
         # No preview after the last step: the finished image follows.
         self.num_partials = count = min(self.request.partial_images, max(0, total - 1))
         self.preview_steps[row_id] = [round(total * (n + 1) / (count + 1)) for n in range(count)]
@@ -110,15 +115,20 @@ class RequestState:
         return failed
 
 
-def estimate(request: ImagesRequest, default_side: int, scale: int) -> tuple[tuple[int, ...], int]:
+def estimate(
+    request: ImagesRequest, default_side: int, scale: int
+) -> tuple[tuple[int, ...], float]:
     """Latent shape and slots times steps of a request that the engine has not seen yet."""
     width = request.width or (request.init.width if request.init else default_side)
     height = request.height or (request.init.height if request.init else default_side)
     steps = request.steps if request.init is None else max(1, int(request.steps * request.strength))
     shape = (LATENT_CHANNELS, height // scale, width // scale)
-    return shape, steps * slots_of(request) * len(request.seeds)
+    skipped, slots = request.steps - steps, slots_of(request)
+    interval = request.guidance_interval if slots > 1 else None
+    calls = plan_calls(steps, skipped, interval, request.cache_interval)
+    return shape, count_slots(calls, slots) * len(request.seeds)
 
 
 def slots_of(request: ImagesRequest) -> int:
-    """Slots of each of its rows in a batch."""
+    """Slots of each of its rows in a batch, at most."""
     return 1 if request.guidance_scale is not None and request.guidance_scale <= 1 else 2

@@ -6,6 +6,7 @@ back to it. Knows nothing of names, of loading or of HTTP.
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -117,7 +118,8 @@ class Stepper:
         for state in list(self.states):
             if state.left and not state.over:
                 rows = by_key.setdefault(state.loaded.key(state.shape), [])
-                rows += [(left // state.slots, state.slots) for left in list(state.left.values())]
+                left = (math.ceil(each / state.slots) for each in list(state.left.values()))
+                rows += [(steps, state.slots) for steps in left]
             elif not state.over:
                 total += self.work_s(state.request, state.loaded.weights)
         return total + sum(self.forecast.drain_s(key, rows) for key, rows in by_key.items())
@@ -283,10 +285,11 @@ class Stepper:
     def _observe_memory(
         self, loaded: LoadedModel, memory: tuple[float, float], is_decoding: bool
     ) -> None:
-        """Memory that the autoencoder used beside a batch says nothing about the batch's slots."""
+        """Memory that the autoencoder used beside a batch says nothing about the batch's slots, nor
+        does that of a batch in which deep features are reused."""
         used_bytes, self.forecast.free_bytes = memory
         usage = loaded.batcher.usage
-        if usage is not None and not is_decoding:
+        if usage is not None and usage.is_plain and not is_decoding:
             self.forecast.observe_memory(loaded.key(usage.shape), usage.slots, used_bytes)
 
     def _learn(self, step: StepTiming, seconds: float) -> None:
@@ -297,8 +300,9 @@ class Stepper:
         if usage is not None:
             loaded.batcher.charge(usage, seconds)
             loaded.shape = usage.shape
-            step_s = seconds - step.vae_s
-            self.forecast.observe_step(loaded.key(usage.shape), usage.slots, step_s)
+            if usage.is_plain:
+                step_s = seconds - step.vae_s
+                self.forecast.observe_step(loaded.key(usage.shape), usage.slots, step_s)
             self.metrics.stepped(loaded.weights.uri, usage.rows, seconds)
             self._end_too_long(loaded, usage.shape)
         if step.num_results and loaded.shape:
@@ -341,7 +345,7 @@ class Stepper:
             state.started = True
             self.metrics.started(time.monotonic() - state.arrived_s)
         done, total = loaded.engine.progress(row_id)
-        state.left[row_id] = (total - done) * loaded.engine.rows[row_id].num_slots
+        state.left[row_id] = loaded.engine.rows[row_id].slots_left
         image = state.images[row_id]
         if state.request.progress:
             since_s = time.monotonic() - state.arrived_s

@@ -125,12 +125,17 @@ def _add_value(form: Form, name: str, value: str) -> None:
     if member is not None:
         form.members.append((member[1], member[2], member[3], value))
         return
-    if INDEXED.sub(r"\1", name) in FILES:
-        name = INDEXED.sub(r"\1", name)
+    indexed = INDEXED.fullmatch(name)
+    name = indexed[1] if indexed else name
+    if name in FILES:
         raise ApiError(400, f"{name} must be a file.", param=name, code="invalid_value")
-    if name in form.values:
+    before = form.values.get(name)
+    if indexed and isinstance(before, list | None):
+        form.values[name] = [*(before or ()), value]
+    elif before is not None:
         raise ApiError(400, f"'{name}' is given twice.", param=name, code="invalid_value")
-    form.values[name] = value
+    else:
+        form.values[name] = value
 
 
 def _add_objects(form: Form) -> None:

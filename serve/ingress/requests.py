@@ -8,8 +8,14 @@ import secrets
 from functools import partial
 from typing import Any
 
-from rayjobs.diffusion.request import check_side, check_strength
-from rayjobs.diffusion.sampler_names import check_name, fitting
+from rayjobs.diffusion.economy.plan import check_guidance_interval
+from rayjobs.diffusion.request import (
+    check_schedule,
+    check_side,
+    check_strength,
+    num_scheduled,
+)
+from rayjobs.diffusion.sampler_names import check_name, check_schedule_taken, fitting
 from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.models.facts import ModelFacts
 from serve import images
@@ -91,6 +97,7 @@ class ImagesRequestBuilder:
         self._check_size(body.width_height, entry.facts)
         if body.sampler is not None:
             self._check_sampler(body.sampler, entry.facts)
+        self._check_economy(body, entry.facts)
         self._check_loras(body, entry)
 
     def _build(
@@ -110,6 +117,10 @@ class ImagesRequestBuilder:
             sampler=body.sampler,
             guidance_scale=body.guidance_scale,
             guidance_rescale=body.guidance_rescale or 0.0,
+            guidance_interval=_tuple(body.guidance_interval),
+            cache_interval=body.cache_interval or 1,
+            timesteps=_tuple(body.timesteps),
+            sigmas=_tuple(body.sigmas),
             clip_skip=body.clip_skip,
             width=width,
             height=height,
@@ -121,7 +132,8 @@ class ImagesRequestBuilder:
         )
 
     def _steps(self, body: GenerateBody, facts: ModelFacts) -> int:
-        return body.num_inference_steps or min(facts.steps, self.limits.max_steps)
+        own = num_scheduled(body.timesteps, body.sigmas)
+        return own or body.num_inference_steps or min(facts.steps, self.limits.max_steps)
 
     def _check_size(self, size: tuple[int, int] | None, facts: ModelFacts) -> None:
         if size is None:
@@ -137,6 +149,18 @@ class ImagesRequestBuilder:
         if facts.family is None:
             return  # its files are not readable here: the replica will check
         self._check_field("sampler", lambda: check_name(name, facts.prediction))
+
+    def _check_economy(self, body: GenerateBody, facts: ModelFacts) -> None:
+        """Guidance for a part of the schedule, and a schedule of the caller's own."""
+        interval = body.guidance_interval
+        self._check_field("guidance_interval", lambda: check_guidance_interval(interval))
+        name = "timesteps" if body.sigmas is None else "sigmas"
+        steps = body.num_inference_steps
+        self._check_field(name, lambda: check_schedule(body.timesteps, body.sigmas, steps))
+        if body.sampler is None or facts.family is None or getattr(body, name) is None:
+            return  # the replica will check
+        taken = partial(check_schedule_taken, body.sampler, name, facts.prediction)
+        self._check_field("sampler", taken)
 
     def _check_loras(self, body: GenerateBody, entry: Entry) -> None:
         uses = body.loras or []
@@ -228,6 +252,10 @@ def _sizes(
         if max(width, height) <= limits.max_side and width * height <= limits.max_pixels:
             sizes.append(f"{width}x{height}")
     return sizes
+
+
+def _tuple(values: list[Any] | None) -> Any:
+    return None if values is None else tuple(values)
 
 
 def _check_max(param: str, value: float, limit: float) -> None:

@@ -8,12 +8,19 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from serve.errors import ApiError
 
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+EXAMPLES = {
+    "loras": '[{"name": "sks-dog", "scale": 0.8}]',
+    "guidance_interval": "[0.2, 0.8]",
+    "timesteps": "[999, 845, 730, 587, 443, 310, 193, 116, 53, 13]",
+    "sigmas": "[14.6, 2.2, 0.6, 0]",
+}
+"""Of fields that are lists."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Neutral = Annotated[Any, Field(description="accepted; changes nothing here")]
 """A field of OpenAI's API that has no meaning for diffusion: any value will do, future ones too."""
@@ -58,6 +65,10 @@ class GenerateBody(BaseModel):
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: Finite | None = Field(default=None, ge=0)
     guidance_rescale: Finite | None = Field(default=None, ge=0, le=1)
+    guidance_interval: list[Finite] | None = None
+    cache_interval: int | None = Field(default=None, ge=1, le=1000)
+    timesteps: list[int] | None = None
+    sigmas: list[Finite] | None = None
     clip_skip: int | None = Field(default=None, ge=0, le=32)
     sampler: str | None = None
     loras: list[LoraUse] | None = None
@@ -80,18 +91,17 @@ class GenerateBody(BaseModel):
             raise ValueError("it must be WIDTHxHEIGHT, such as 1024x1024, or auto")
         return size
 
-    @field_validator("loras", mode="before")
+    @field_validator(*EXAMPLES, mode="before")
     @classmethod
-    def _as_json(cls, loras: Any) -> Any:
+    def _as_json(cls, value: Any, info: ValidationInfo) -> Any:
         """Form fields are text."""
-        if not isinstance(loras, str):
-            return loras
+        if not isinstance(value, str):
+            return value
         try:
-            return json.loads(loras)
+            return json.loads(value)
         except (ValueError, RecursionError):
-            raise ValueError(
-                'it must be JSON, such as [{"name": "sks-dog", "scale": 0.8}]'
-            ) from None
+            example = EXAMPLES[str(info.field_name)]
+            raise ValueError(f"it must be JSON, such as {example}") from None
 
     @property
     def width_height(self) -> tuple[int, int] | None:

@@ -10,6 +10,8 @@ class Row:
     id: int
     shape: tuple[int, ...] = (4, 8, 8)
     num_chunks: int = 1
+    share: float = 1.0
+    reuses: bool = False
 
 
 def ids(rows: list[Row]) -> list[int]:
@@ -46,3 +48,22 @@ def test_empty_and_unknown_rows_do_no_harm() -> None:
     batcher.discard(row)
     batcher.discard(row)
     assert len(batcher) == 0
+
+
+def test_a_row_that_takes_half_its_slots_leaves_the_others() -> None:
+    batcher: Batcher[Row] = Batcher(2)
+    for n, share in enumerate([0.5, 1.0, 1.0, 0.5, 0.5]):
+        batcher.add(Row(n, share=share))
+    assert ids(batcher.choose()) == [0, 1, 3]
+
+
+def test_rows_that_reuse_have_calls_of_their_own_and_the_fuller_call_is_first() -> None:
+    batcher: Batcher[Row] = Batcher(3)
+    rows = [Row(n, reuses=n in (1, 3, 4)) for n in range(5)]
+    for row in rows:
+        batcher.add(row)
+    assert ids(batcher.choose()) == [1, 3, 4]
+    rows[1].reuses = False
+    assert ids(batcher.choose()) == [0, 1, 2]
+    batcher.discard(rows[0])
+    assert ids(batcher.choose()) == [1, 2]  # of two alike that of the oldest row

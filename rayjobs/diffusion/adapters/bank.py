@@ -169,9 +169,8 @@ class LoraBank:
     def sampler_changes(self, use: LoraUse) -> dict[str, Any]:
         """What a row's adapters change of the configuration of the model's own sampler."""
         usual = self._distilled(use)
-        if usual is None or usual.kind is None:
-            return {}
-        return distilled_sampler(usual.kind, scheduler_config(self.model.scheduler))
+        own = scheduler_config(self.model.scheduler)
+        return {} if usual is None else distilled_sampler(usual, own)
 
     def sampler_config(self, use: LoraUse) -> dict[str, Any]:
         """The configuration of the model's own sampler, as a row's adapters change it."""

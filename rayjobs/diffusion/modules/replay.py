@@ -7,12 +7,14 @@ Python and so spares nothing (measured), and torch.compile, which is the option 
 """
 
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
+
+from rayjobs.diffusion.economy.deep import whole
 
 MAX_SLOTS = 63
 """From 64 on diffusers' Upsample2D takes another way."""
@@ -37,14 +39,15 @@ NOTHING = Beside()
 
 
 class Replay:
-    """Calls `unet`, by its recording where that has given the same bits before.
+    """Calls `unet` in one of its ways, by the recording of that where it has given the same bits.
 
     Whatever Python decides on the way is a constant in a recording. So every shape of a call is
     verified first, by a call of either kind. Weights are inputs: a recording holds none.
     """
 
-    def __init__(self, unet: Any):
+    def __init__(self, unet: Any, way: Callable[..., Any] = whole):
         self.unet = unet
+        self._way = way
         self._slots = [
             (tensors, name)
             for module in unet.modules()
@@ -64,9 +67,9 @@ class Replay:
         t_P: torch.Tensor,
         arguments: Mapping[str, Any],
         beside: Beside = NOTHING,
-    ) -> torch.Tensor:
-        """The prediction (P, C, H, W), perhaps an inference tensor; `arguments` are the UNet's own,
-        of the same names at every call. Raises what the UNet raises.
+    ) -> Any:
+        """The prediction (P, C, H, W) and what else the way gives, perhaps inference tensors;
+        `arguments` are the way's own, of the same names at every call. Raises what it raises.
         """
         inputs = (x_PCHW, t_P, *_flat(arguments))
         # Texts have lengths too.
@@ -77,25 +80,25 @@ class Replay:
             except RuntimeError:  # whatever it is: the module tells it by an error of its kind
                 self._verified.pop(shape)
         started_s = perf_counter()
-        noise_PCHW: torch.Tensor = self.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
-        if shape in self._verified or not noise_PCHW.isfinite().all():
-            return noise_PCHW
+        given = self._way(self.unet, x_PCHW, t_P, arguments)
+        if shape in self._verified or not _tensors(given)[0].isfinite().all():
+            return given
         plain_s = perf_counter() - started_s
         is_short = plain_s <= MAX_PLAIN_S
-        verified = is_short and self._verify(inputs, arguments, beside, noise_PCHW)
+        verified = is_short and self._verify(inputs, arguments, beside, _tensors(given))
         self._verified[shape] = verified
         usual_s = self._replayed_s if verified else plain_s
         self.trace_warmup_s += perf_counter() - started_s - usual_s
-        return noise_PCHW
+        return given
 
     def _verify(
         self,
         inputs: tuple[torch.Tensor, ...],
         arguments: Mapping[str, Any],
         beside: Beside,
-        noise: torch.Tensor,
+        given: tuple[torch.Tensor, ...],
     ) -> bool:
-        if len(noise) > MAX_SLOTS:
+        if len(inputs[0]) > MAX_SLOTS:
             return False
         try:
             if beside.names not in self._recordings:
@@ -103,18 +106,18 @@ class Replay:
                     return False
                 self._recordings[beside.names] = self._record(inputs, arguments, beside)
             started_s = perf_counter()
-            is_same = torch.equal(self._replay(inputs, beside), noise)
+            replayed = _tensors(self._replay(inputs, beside))
+            is_same = all(map(torch.equal, replayed, given))
             self._replayed_s = perf_counter() - started_s
             return is_same
         except Exception:  # such as sides that the recording is not for, or a tracer's limit
             return False
 
-    def _replay(self, inputs: tuple[torch.Tensor, ...], beside: Beside) -> torch.Tensor:
+    def _replay(self, inputs: tuple[torch.Tensor, ...], beside: Beside) -> Any:
         weights = [tensors[name] for tensors, name in (*self._slots, *beside.places)]
         # Nothing is fused or specialized: operators are called as Python calls them.
         with torch.inference_mode(), torch.jit.optimized_execution(False):
-            noise: torch.Tensor = self._recordings[beside.names](*inputs, *weights)
-            return noise
+            return self._recordings[beside.names](*inputs, *weights)
 
     def _record(
         self, inputs: tuple[torch.Tensor, ...], arguments: Mapping[str, Any], beside: Beside
@@ -122,14 +125,13 @@ class Replay:
         slots = (*self._slots, *beside.places)
         weights = [tensors[name] for tensors, name in slots]
 
-        def call(x_PCHW: torch.Tensor, t_P: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        def call(x_PCHW: torch.Tensor, t_P: torch.Tensor, *rest: torch.Tensor) -> Any:
             """The UNet on weights that the tracer knows as inputs."""
             given = iter(rest)
             shaped = _shaped(arguments, given)
             try:
                 _put(slots, given)
-                noise: torch.Tensor = self.unet(x_PCHW, t_P, return_dict=False, **shaped)[0]
-                return noise
+                return self._way(self.unet, x_PCHW, t_P, shaped)
             finally:
                 _put(slots, iter(weights))
 
@@ -142,6 +144,11 @@ def _put(slots: Any, tensors: Any) -> None:
     """Other tensors in the places of weights."""
     for place, name in slots:
         place[name] = next(tensors)
+
+
+def _tensors(given: Any) -> tuple[torch.Tensor, ...]:
+    """The prediction, and what a way gives besides."""
+    return given if isinstance(given, tuple) else (given,)
 
 
 def _flat(arguments: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ REFUSED = (
     "Tiling", "Token merging", "NGMS", "Eta", "Sigma", "Schedule max", "Schedule min",
     "Schedule rho", "SGM noise", "Discard penultimate", "FreeU", "Dynamic thresholding", "SAG",
     "Skip Early CFG", "Old prompt editing", "Regional", "RP ", "Ultimate SD", "SD upscale",
-    "Script", "Beta schedule",
+    "Script", "Beta schedule", "Guidance interval", "Cache interval", "Timesteps", "Sigmas",
 )  # fmt: skip
 HARMLESS = ("Created Date", "Civitai metadata", "User", "RNG")
 WAY_OUT = "remove the picture, or write the prompts into a file with the columns that you want"

@@ -27,6 +27,7 @@ from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
 from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.files.header import read_header
 from rayjobs.diffusion.request import check_strength
+from rayjobs.diffusion.sampler_names import check_schedule_taken
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
     ImageNames,
@@ -130,12 +131,10 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
     model = find_weights(config.model)
-    from rayjobs.diffusion.sampler import resolve
-
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, lambda name=name: resolve(name, config.sampler.options, model.prediction))
+        _named(key, partial(_check_sampler, name, config, model))
     if model.single is not None:
         _named("model.config", model.load_config_folder)
     return model
@@ -144,11 +143,19 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
 def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights.Weights) -> None:
     if "sampler" not in rows.columns:
         return
+    for name in filter(None, rows.distinct("sampler")):
+        check = partial(_check_sampler, name, config, model)
+        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
+
+
+def _check_sampler(name: str, config: GenerateConfig, model: weights.Weights) -> None:
+    """Raise ValueError or ImportError where a sampler cannot draw the model as the job asks."""
     from rayjobs.diffusion.sampler import resolve
 
-    for name in filter(None, rows.distinct("sampler")):
-        check = partial(resolve, name, config.sampler.options, model.prediction)
-        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
+    resolve(name, config.sampler.options, model.prediction)
+    for schedule in ("timesteps", "sigmas"):
+        if getattr(config.sampler, schedule) is not None:
+            check_schedule_taken(name, schedule, model.prediction)
 
 
 def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:
@@ -177,9 +184,10 @@ def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
     A distilled model's guidance is written down too: it was another one before they were known.
     """
     sampler = config.sampler
-    steps = usual.steps if sampler.steps is None else sampler.steps
+    own = sampler.own_steps
+    steps = usual.steps if own is None else own
     guidance = sampler.guidance_scale
-    if usual.kind is not None and None in (sampler.steps, guidance):
+    if usual.kind is not None and None in (own, guidance):
         made_for = f"{usual.steps} steps and guidance {usual.guidance_scale:g}"
         print(f"a {usual.kind} model: {made_for} where the job gives none", file=sys.stderr)
         guidance = usual.guidance_scale if guidance is None else guidance
@@ -194,7 +202,7 @@ def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
     """Print what a distilled model, or one that an adapter makes one, is not made for."""
     guidance = config.sampler.guidance_scale
     guidance = usual.guidance_scale if guidance is None else guidance
-    warning = usual.warning(config.sampler.steps or usual.steps, guidance)
+    warning = usual.warning(config.sampler.own_steps or usual.steps, guidance)
     if warning is not None:
         print(f"warning: sampler: {warning}", file=sys.stderr)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, names_uri, snapshot_uri
 from rayjobs.dataset.records import COLUMNS, SCORES, SYNTAX, schema
-from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.config import ECONOMY, GenerateConfig
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Record, Spec, names_syntax
@@ -34,6 +34,8 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["prompts"].pop("syntax")
     if not config.engine.fuse_loras:
         whole["engine"].pop("fuse_loras")
+    for key in set(ECONOMY) - config.sampler.economy.keys():
+        whole["sampler"].pop(key)
     return whole
 
 

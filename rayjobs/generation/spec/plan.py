@@ -16,7 +16,7 @@ import numpy as np
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.diffusion.request import check_side, check_strength
+from rayjobs.diffusion.request import check_schedule, check_side, check_strength
 from rayjobs.generation.config import MOST_STEPS, GenerateConfig, OutputConfig
 from rayjobs.generation.prompts.snapshot import (
     InlinePrompts,
@@ -84,7 +84,7 @@ def plan(config: GenerateConfig, *, rate: float | None = None, price: float | No
 
 def record(config: GenerateConfig, number: int) -> dict[str, Any]:
     """Record `number` of the job and its shard, as plain JSON values."""
-    steps = config.sampler.steps or read_facts(config.model).steps
+    steps = config.sampler.own_steps or read_facts(config.model).steps
     sampler = config.sampler.model_copy(update={"steps": steps})
     with _opened(config.model_copy(update={"sampler": sampler})) as spec:
         if not 0 <= number < spec.num_records:
@@ -234,9 +234,10 @@ def _check_steps(row: dict[str, Any], config: GenerateConfig) -> None:
     steps, strength = row.get("steps"), row.get("strength")
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"steps is {steps}; it must be from 1 to {MOST_STEPS}")
+    check_schedule(config.sampler.timesteps, config.sampler.sigmas, steps)
     if row.get("init_image") is not None or config.init.uri is not None:
         own = config.init.strength if strength is None else strength
-        check_strength(own, steps or config.sampler.steps or MOST_STEPS)
+        check_strength(own, steps or config.sampler.own_steps or MOST_STEPS)
 
 
 def _check_guidance(scale: float | None) -> None:

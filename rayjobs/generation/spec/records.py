@@ -132,7 +132,7 @@ class Spec:
             "prompt_syntax": config.prompts.syntax if names_syntax(config, self.rows) else None,
             "negative_prompt": config.sampler.negative_prompt,
             "sampler": config.sampler.name,
-            "steps": config.sampler.steps,
+            "steps": config.sampler.own_steps,
             "guidance_scale": config.sampler.guidance_scale,
             "guidance_rescale": config.sampler.guidance_rescale,
             "clip_skip": config.sampler.clip_skip,

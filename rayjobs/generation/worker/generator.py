@@ -96,6 +96,7 @@ class RecordGenerator:
         return image_id(
             ({} if syntax == "plain" else {"prompt_syntax": syntax})
             | ({"fused": True} if self.is_fused else {})
+            | sampler.economy
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -153,6 +154,7 @@ class RecordGenerator:
             guidance_scale=record.guidance_scale,
             guidance_rescale=record.guidance_rescale,
             clip_skip=record.clip_skip,
+            **self.config.sampler.economy,
             width=record.width,
             height=record.height,
             # Empty bytes fail at once; the row then has the init image's own reason.
@@ -180,7 +182,11 @@ class RecordGenerator:
         row |= {"width": result.image.width, "height": result.image.height}
         row |= pixels.measure(result.image)
         output = self.config.output
-        text = parameters_text(row) if output.image_format == "png" else None
+        text = (
+            parameters_text(row | self.config.sampler.economy)
+            if output.image_format == "png"
+            else None
+        )
         data = encode_picture(result.image, output.image_format, output.quality, text)
         row["image"] = {"bytes": data, "path": None}
         row["image_sha256"] = hashlib.sha256(data).hexdigest()

@@ -174,7 +174,7 @@ class ImageStep:
             "prompt_syntax": self.config.prompt_syntax,
             "negative_prompt": sampler.negative_prompt,
             "sampler": sampler.name,
-            "steps": sampler.steps,
+            "steps": sampler.own_steps,
             "guidance_scale": sampler.guidance_scale,
             "guidance_rescale": sampler.guidance_rescale,
             "clip_skip": sampler.clip_skip,

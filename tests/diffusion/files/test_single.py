@@ -243,9 +243,11 @@ def test_distilled_models_are_known_by_their_file_names(
 def test_models_for_one_step(tmp_path: Path) -> None:
     lightning = write(tmp_path / "sdxl_lightning_1step_x0.safetensors", XL)
     assert locate(lightning).prediction == Prediction("sample")
-    for name in ("Hyper-SDXL-1step-Unet", "dmd2_sdxl_1step_unet_fp16"):
-        with pytest.raises(ValueError, match=r"for one step, .* take the file for 2 or more steps"):
-            locate(write(tmp_path / f"{name}.safetensors", XL))
+    assert locate(lightning).usual.timesteps is None
+    for name, level in {"Hyper-SDXL-1step-Unet": 800, "dmd2_sdxl_1step_unet_fp16": 399}.items():
+        found = locate(write(tmp_path / f"{name}.safetensors", XL))
+        assert (found.usual.steps, found.usual.timesteps) == (1, (level,))
+        assert found.scheduler_name == "LCMScheduler"
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_samplers_and_schedules(tmp_path: Path, facts: str, sampler: str | None)
         (f"a star\n{FACTS}, Emphasis: Ignore", "has Emphasis 'Ignore', which is neither"),
         (f"a star\n{FACTS}, Tiling: True", "made with Tiling (True)"),
         (f"a star\n{FACTS}, Eta: 0.5", "made with Eta (0.5)"),
+        (f"a star\n{FACTS}, Cache interval: 3", "made with Cache interval (3)"),
         ("a star\nSteps: 9, Seed: 1, Size: 70x64", "width is 70; it must be a multiple of 8"),
         ("a star\nSteps: many, Seed: 1, Size: 64x64", "has Steps 'many', which is not a number"),
         ("a star\nSteps: 9, Seed: -1, Size: 64x64", "seed has -1, but a seed is in 0"),

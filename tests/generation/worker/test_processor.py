@@ -11,10 +11,13 @@ import ray
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
-from rayjobs.config import BadInput
+from rayjobs.config import BadInput, changed
 from rayjobs.generation import ProcessorConfig, build_processor
+from rayjobs.generation.config import ECONOMY
 from rayjobs.generation.spec import determinism
+from rayjobs.generation.spec.lock import job_part
 from rayjobs.generation.spec.records import Record, derived_seed
+from rayjobs.generation.worker import generator as generator_module
 from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.generation.worker.processor import ImageStep
 
@@ -150,6 +153,44 @@ def test_rows_have_a_syntax_of_their_own(step: ImageStep) -> None:
     assert "prompt_syntax is 'compel'" in unknown["error"]
     assert weighted["image_id"] != usual["image_id"] == plain["image_id"]
     assert weighted["image_sha256"] != usual["image_sha256"] == plain["image_sha256"]
+
+
+@pytest.mark.model
+def test_what_rows_leave_out_is_in_their_identity_only_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Data sets that are older than these keys go on, and others are others."""
+    usual = CONFIG.job()
+    generator = RecordGenerator(usual, "starter", guided=True)
+    settings = {"guidance_scale": 3.0, "guidance_rescale": 0.0, "clip_skip": None, "strength": 0.5}
+    sizes = {"width": None, "height": None, "init_image": None, "init_uri": None}
+    record = Record(
+        number=0, prompt="a", negative_prompt=None, seed=0, sampler="euler", steps=2,
+        **settings, **sizes,
+    )  # fmt: skip
+    found = {}
+    for key, value in {
+        "steps": 2,
+        "cache_interval": 2,
+        "guidance_interval": [0, 0.5],
+        "timesteps": [900, 90],
+        "sigmas": [9.0, 1.0, 0.0],
+    }.items():
+        job = changed(usual, [f"sampler.{key}={value}"])
+        generator.config = job
+        ((_, row),) = generator.generate([record])
+        found[key] = row["image_id"], row["image_sha256"]
+        title = key.replace("_", " ").capitalize()
+        assert (title.encode() in row["image"]["bytes"]) is True
+        assert ((key in job_part(job)["sampler"]), job_part(job) == job_part(usual)) == (
+            True,
+            key == "steps",
+        )
+    assert all(len(set(column)) == 5 for column in zip(*found.values(), strict=True))
+    monkeypatch.setattr(generator_module, "image_id", lambda decides: decides)
+    generator.config = usual
+    assert not {*ECONOMY} & {*generator.image_id(record, None)}
+    assert not {*ECONOMY} & {*job_part(usual)["sampler"]}
 
 
 def test_columns_that_do_not_go_are_named(step: ImageStep) -> None:

@@ -13,6 +13,8 @@ class Row:
     shape: tuple[int, ...] = (4, 8, 8)
     num_slots: int = 2
     share_left: float = 1.0
+    share: float = 1.0
+    reuses: bool = False
     request: object = field(default_factory=object)
 
 
@@ -45,6 +47,14 @@ def test_a_call_is_full_and_no_fuller() -> None:
     add(found, Row(9, shape=(4, 16, 16), num_slots=8))
     found.charge(found.usage, 1.0)
     assert ids(found.choose()) == [9]  # alone it may be larger than the bound
+
+
+def test_a_slot_that_a_row_gives_back_is_for_others() -> None:
+    found = batcher(2, slots=4)
+    for number in range(5):
+        half = number in (0, 2)
+        add(found, Row(number, num_slots=1 if half else 2, share=0.5 if half else 1.0))
+    assert ids(found.choose()) == [0, 1, 2]
 
 
 def test_shapes_share_the_time() -> None:
@@ -146,3 +156,14 @@ def test_a_row_that_is_nearly_done_goes_first() -> None:
     assert ids(found.choose()) == [0]
     add(found, Row(2, share_left=0.1), at=0, work=5)
     assert ids(found.choose()) == [2]
+
+
+def test_a_batch_says_whether_it_tells_what_others_cost() -> None:
+    found = batcher(4)
+    add(found, Row(0))
+    found.choose()
+    assert found.usage is not None
+    assert found.usage.is_plain
+    add(found, Row(1, reuses=True))
+    found.choose()
+    assert not found.usage.is_plain

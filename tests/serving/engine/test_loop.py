@@ -85,6 +85,8 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
                 make_request(seeds=(3,), steps=9, guidance_scale=1.0, sampler="ddim"),
                 make_request(seeds=(4,), steps=4, width=96, height=64),
                 make_request(seeds=(5,), steps=5, prompt=LONG, prompt_syntax="a1111"),
+                make_request(seeds=(6,), steps=6, guidance_interval=(0.2, 0.6), cache_interval=3),
+                make_request(seeds=(7,), steps=2, timesteps=(800, 300), sampler="euler"),
             ]
             return await asyncio.gather(*(all_of(loop, each) for each in requests))
 
@@ -94,6 +96,10 @@ def test_images_are_the_engine_s_own(starter: Model) -> None:
         Request(prompt="a red star", seed=3, steps=9, guidance_scale=1.0, sampler="ddim"),
         Request(prompt="a red star", seed=4, steps=4, width=96, height=64),
         Request(prompt=LONG, prompt_syntax="a1111", seed=5, steps=5),
+        Request(
+            prompt="a red star", seed=6, steps=6, guidance_interval=(0.2, 0.6), cache_interval=3
+        ),
+        Request(prompt="a red star", seed=7, timesteps=(800, 300), sampler="euler"),
     ]
     for events, request in zip(answers, alone, strict=True):
         made = {event.seed: event for event in of_kind(events, Finished)}

@@ -150,6 +150,14 @@ def test_lists_in_forms(fields: str) -> None:
     assert engines.asked[0].loras == (("a", 0.5), ("b", 2.0))
 
 
+@pytest.mark.parametrize("fields", ["timesteps[]=900 timesteps[]=90", "timesteps=[900,90]"])
+def test_lists_of_numbers_in_forms(url: str, engines: QuickEngines, fields: str) -> None:
+    parts = [tuple(part.split("=", 1)) for part in fields.split()]
+    sent = form(("image", png()), ("prompt", "p"), *parts)  # type: ignore[arg-type]
+    assert ask(url, EDIT, **sent)[0] == 200
+    assert engines.asked[-1].timesteps == (900, 90)
+
+
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
@@ -159,6 +167,9 @@ def test_lists_in_forms(fields: str) -> None:
         ([("loras[][name]", "a"), ("loras", "[]")], "unclear"),
         ([("loras[][name]", "a"), ("loras[][typo]", "a")], "loras.0.typo"),
         ([("seed", "1"), ("seed", "2")], "given twice"),
+        ([("timesteps", "[9]"), ("timesteps[]", "3")], "given twice"),
+        ([("timesteps[]", "9"), ("timesteps", "[3]")], "given twice"),
+        ([("sigmas", "9 to 0")], "it must be JSON, such as [14.6, "),
         ([("image", "text")], "must be a file"),
         ([("picture[]", b"x")], "Unknown parameter: 'picture[]'"),
         ([("mask[]", png()), ("mask[]", png())], "Send one mask"),

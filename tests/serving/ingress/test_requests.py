@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from rayjobs.diffusion.economy.plan import REUSE_COST
 from rayjobs.diffusion.facts import STEPS, Usual
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.models.facts import ModelFacts
 from serve.config import ServeConfig
+from serve.engine.request_state import estimate
 from serve.errors import ApiError
 from serve.ingress.requests import ImagesRequestBuilder, describe
 from serve.ingress.schemas import EditBody, GenerateBody
@@ -124,6 +126,16 @@ def test_progress_needs_a_stream(builder: ImagesRequestBuilder) -> None:
         ({"sampler": "edm_euler"}, "sampler", "EDM"),
         ({"sampler": "euler", "model": "edm"}, "sampler", "EDM"),
         ({"sampler": "heun", "model": "few"}, "sampler", "zero terminal SNR; use one of ddim, "),
+        ({"guidance_interval": [0.8, 0.2]}, "guidance_interval", "two shares of the schedule"),
+        ({"timesteps": [3, 7]}, "timesteps", "timesteps has 7 after 3"),
+        ({"timesteps": [9, 3], "num_inference_steps": 3}, "timesteps", "leave steps out"),
+        ({"timesteps": [*range(41, 0, -1)]}, "num_inference_steps", "at most 40"),
+        (
+            {"timesteps": [9, 3], "sampler": "ddim"},
+            "sampler",
+            "takes no timesteps; use one of ddpm",
+        ),
+        ({"sigmas": [9, 0], "sampler": "heun"}, "sampler", "takes no sigmas; use one of euler"),
         ({"background": "transparent"}, "background", "Transparent"),
         ({"response_format": "url"}, "response_format", "not configured"),
         ({"partial_images": 1}, "partial_images", "stream=true"),
@@ -148,6 +160,26 @@ def test_what_is_at_a_limit_is_served(builder: ImagesRequestBuilder) -> None:
     assert (request.width, request.height) == (768, 512)
     assert request.prompt_syntax == "plain"
     assert generation(builder, prompt="(a:1.2)", prompt_syntax="a1111").prompt_syntax == "a1111"
+
+
+def test_what_a_row_leaves_out_and_its_own_schedule(builder: ImagesRequestBuilder) -> None:
+    request = generation(builder, guidance_interval=[0.2, 0.8], cache_interval=3)
+    assert (request.guidance_interval, request.cache_interval) == ((0.2, 0.8), 3)
+    assert (request.timesteps, request.steps) == (None, STEPS)
+    request = generation(builder, timesteps=[999, 499], sampler="lcm")
+    assert (request.timesteps, request.steps, request.has_schedule) == ((999, 499), 2, True)
+    request = generation(builder, sigmas=[9.0, 2.0, 0.0])
+    assert (request.sigmas, request.steps, request.cache_interval) == ((9.0, 2.0, 0.0), 2, 1)
+
+
+def test_work_is_estimated_by_what_is_left_out(builder: ImagesRequestBuilder) -> None:
+    def work(**keys: Any) -> float:
+        return estimate(generation(builder, num_inference_steps=10, **keys), 512, 8)[1]
+
+    assert work() == 20
+    assert work(n=3, guidance_interval=[0.0, 0.5]) == 45
+    assert work(cache_interval=2) == pytest.approx(10 + 10 * REUSE_COST)
+    assert work(guidance_scale=1, guidance_interval=[0.5, 1.0], cache_interval=10) < 4
 
 
 @pytest.mark.parametrize(
