@@ -202,7 +202,8 @@ class TwinGpu:
     ) -> Any:
         if twins and hosts:
             self._check_mixed(func, hosts)
-        if func in WAITING or (func in INDEXING and _has_mask(args[1])):
+        is_size_known = kwargs.get("output_size") is not None  # of what is repeated
+        if (func in WAITING and not is_size_known) or (func in INDEXING and _has_mask(args[1])):
             self.wait_for_all(func.__name__)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
