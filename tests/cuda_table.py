@@ -6,7 +6,7 @@ Made on a twin, so no GPU is needed: `python -m tests.cuda_table` prints the tab
 import io
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ def teach_word(model: Model) -> None:
 
 
 @contextmanager
-def networks_unobserved(gpu: TwinGpu, model: Model) -> Iterator[None]:
+def networks_unobserved(gpu: TwinGpu, model: Model) -> Generator[None]:
     vae, encoders = model.vae, model.text_encoders
     with gpu.unobserved(model.unet, vae.encoder, vae.decoder, *encoders):
         yield

@@ -16,7 +16,7 @@ import ctypes
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -139,7 +139,7 @@ class TwinGpu:
         self._num_copies = 0
 
     @contextmanager
-    def counting(self) -> Iterator[Counts]:
+    def counting(self) -> Generator[Counts]:
         """What happens in this context, in every thread; an outer one counts it too."""
         outer, self._counts = self._counts, Counts()
         inner = self._counts
@@ -151,7 +151,7 @@ class TwinGpu:
                 outer.add(inner)
 
     @contextmanager
-    def unobserved(self, *modules: torch.nn.Module) -> Iterator[None]:
+    def unobserved(self, *modules: torch.nn.Module) -> Generator[None]:
         """Within this context modules run as the CPU runs them: many times sooner."""
         for module in modules:
             module.forward = partial(_run_inner, module, module.forward)
@@ -344,7 +344,7 @@ class TwinStream:
 
 
 @contextmanager
-def twin_gpu() -> Iterator[TwinGpu]:
+def twin_gpu() -> Generator[TwinGpu]:
     """torch.cuda as far as this package calls it, and this thread's operators on a twin."""
     global _gpu
     stream = TwinStream()
@@ -380,7 +380,7 @@ def twin_gpu() -> Iterator[TwinGpu]:
 
 
 @contextmanager
-def _device_guard() -> Iterator[None]:
+def _device_guard() -> Generator[None]:
     """What torch asks of a device before it calls an operator: here what the meta device answers.
 
     A build for CPUs has nothing at CUDA's place, and then cannot even take a slice.
@@ -398,7 +398,7 @@ def _device_guard() -> Iterator[None]:
 
 
 def _run_inner(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    slots = [
+    slots: list[Any] = [
         (tensors, name, tensor)
         for part in module.modules()
         for tensors in (part._parameters, part._buffers)

@@ -117,7 +117,7 @@ def test_a_seed_is_the_same_picture_as_on_a_cpu(
             ("unipc", "inpainting"),
         )
     ]
-    made = []
+    made: list[dict[int, Any]] = []
     for each in (model, load_model(str(folders["sdxl"]), ModelOptions(device="cpu"))):
         engine = Engine(each, max_rows=8, fixed_shape=False)
         with gpu.counting() as counts, cuda_table.networks_unobserved(gpu, model):
