@@ -322,7 +322,7 @@ class TwinStream:
 
     def __init__(self, device: Any = None):
         self.device = CUDA
-        self._modes: list[_Mode] = []
+        self._entered = ExitStack()
 
     def record_event(self) -> TwinEvent:
         assert _gpu is not None
@@ -336,11 +336,10 @@ class TwinStream:
         _gpu.wait_for_all("stream")
 
     def __enter__(self) -> None:
-        self._modes.append(_Mode())
-        self._modes[-1].__enter__()
+        self._entered.enter_context(_played())
 
     def __exit__(self, *error: Any) -> None:
-        self._modes.pop().__exit__(*error)
+        self._entered.close()
 
 
 @contextmanager
@@ -363,20 +362,29 @@ def twin_gpu() -> Generator[TwinGpu]:
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
         stack.enter_context(_device_guard())
-        # Numbers of Python become a tensor of the host first, and go to the device as any other.
-        lifted = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)
-        stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         # What a module holds is replaced as a whole when it moves.
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         _gpu = TwinGpu()
-        stack.enter_context(_Mode())
+        stack.enter_context(_played())
         try:
             yield _gpu
         finally:
             _gpu = None
+
+
+@contextmanager
+def _played() -> Generator[None]:
+    """This thread's operators go to the device."""
+    # Numbers of Python become a tensor of the host first, and go to the device as any other.
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        with _Mode():
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lifted)
 
 
 @contextmanager
