@@ -22,7 +22,8 @@ from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 from rayjobs.diffusion.text.inversion import add_word
-from tests.cuda_twin import Counts, TwinGpu, Wait, twin_gpu
+from tests.cuda_counts import Counts, Wait
+from tests.cuda_twin import TwinGpu, twin_gpu
 
 STEPS = 8
 STEADY = range(3, 5)

@@ -13,15 +13,12 @@ was computed otherwise. Attention counts as the operators of its plain form.
 """
 
 import ctypes
-import sys
 import threading
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -34,10 +31,10 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_map
 
+from tests.cuda_counts import Counts, Wait, where
+
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
-OURS = ("/rayjobs/", "/serve/", "/benchmarks/")
-THEIRS = ("/diffusers/", "/transformers/", "/torchsde/", "/peft/")
 WAITING = {
     aten._local_scalar_dense.default,
     aten.equal.default,
@@ -63,36 +60,6 @@ class MixedDevices(RuntimeError):
 
 class ReadTooEarly(RuntimeError):
     """The host read a tensor whose copy from the device was not waited for."""
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Why the host waited, on which line, and in which thread."""
-
-    what: str
-    where: str
-    thread: str
-
-
-@dataclass
-class Counts:
-    launches: Counter[str] = field(default_factory=Counter)
-    """Operators on the device, by name."""
-    waits: list[Wait] = field(default_factory=list)
-    uploads: int = 0
-    """Copies to the device that did not wait."""
-
-    @property
-    def num_launches(self) -> int:
-        return self.launches.total()
-
-    def add(self, other: "Counts") -> None:
-        self.launches.update(other.launches)
-        self.waits += other.waits
-        self.uploads += other.uploads
-
-    def in_thread(self, name: str = "MainThread") -> list[Wait]:
-        return [wait for wait in self.waits if wait.thread.startswith(name)]
 
 
 class Twin(torch.Tensor):
@@ -221,13 +188,13 @@ class TwinGpu:
         is_arithmetic = torch.Tag.pointwise in func.tags or func is aten.fill_.Tensor
         if not is_arithmetic or any(host.ndim for host in hosts):
             shapes = [tuple(host.shape) for host in hosts]
-            raise MixedDevices(f"{func} of a GPU's tensors and the host's {shapes} at {_where()}")
+            raise MixedDevices(f"{func} of a GPU's tensors and the host's {shapes} at {where()}")
 
     def _check_read(self, func: Any, hosts: list[torch.Tensor]) -> None:
         if self._coming and func not in (aten.copy_.default, aten.detach.default):
             for host in hosts:
                 if _storage(host) in self._coming:
-                    raise ReadTooEarly(f"{func} at {_where()}")
+                    raise ReadTooEarly(f"{func} at {where()}")
 
     def _to_copy(self, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         device = kwargs.pop("device", None)
@@ -278,7 +245,7 @@ class TwinGpu:
 
     def _wait(self, what: str) -> None:
         if self._counts is not None:
-            wait = Wait(what, _where(), threading.current_thread().name)
+            wait = Wait(what, where(), threading.current_thread().name)
             self._counts.waits.append(wait)
 
     def _count(self, func: Any) -> None:
@@ -447,19 +414,3 @@ def _has_mask(indices: Any) -> bool:
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
-
-
-def _where() -> str:
-    """The nearest line of this project's, and that of a library's below it."""
-    lines: list[str] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        if any(part in name for part in THEIRS) and not lines:
-            lines.append(line)
-        elif any(part in name for part in OURS) and "site-packages" not in name:
-            lines.append(line)
-            break
-        frame = frame.f_back
-    return " < ".join(lines)
