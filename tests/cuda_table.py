@@ -6,7 +6,7 @@ Made on a twin, so no GPU is needed: `python -m tests.cuda_table` prints the tab
 import io
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 from rayjobs.diffusion.text.inversion import add_word
-from tests.cuda_twin import Counts, TwinGpu, Wait, twin_gpu
+from tests.cuda_counts import Counts, Wait
+from tests.cuda_twin import TwinGpu, twin_gpu
 
 STEPS = 8
 STEADY = range(3, 5)
@@ -101,7 +102,7 @@ def teach_word(model: Model) -> None:
 
 
 @contextmanager
-def networks_unobserved(gpu: TwinGpu, model: Model) -> Iterator[None]:
+def networks_unobserved(gpu: TwinGpu, model: Model) -> Generator[None]:
     vae, encoders = model.vae, model.text_encoders
     with gpu.unobserved(model.unet, vae.encoder, vae.decoder, *encoders):
         yield

@@ -13,15 +13,12 @@ was computed otherwise. Attention counts as the operators of its plain form.
 """
 
 import ctypes
-import sys
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -34,10 +31,10 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_map
 
+from tests.cuda_counts import Counts, Wait, where
+
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
-OURS = ("/rayjobs/", "/serve/", "/benchmarks/")
-THEIRS = ("/diffusers/", "/transformers/", "/torchsde/", "/peft/")
 WAITING = {
     aten._local_scalar_dense.default,
     aten.equal.default,
@@ -63,36 +60,6 @@ class MixedDevices(RuntimeError):
 
 class ReadTooEarly(RuntimeError):
     """The host read a tensor whose copy from the device was not waited for."""
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Why the host waited, on which line, and in which thread."""
-
-    what: str
-    where: str
-    thread: str
-
-
-@dataclass
-class Counts:
-    launches: Counter[str] = field(default_factory=Counter)
-    """Operators on the device, by name."""
-    waits: list[Wait] = field(default_factory=list)
-    uploads: int = 0
-    """Copies to the device that did not wait."""
-
-    @property
-    def num_launches(self) -> int:
-        return self.launches.total()
-
-    def add(self, other: "Counts") -> None:
-        self.launches.update(other.launches)
-        self.waits += other.waits
-        self.uploads += other.uploads
-
-    def in_thread(self, name: str = "MainThread") -> list[Wait]:
-        return [wait for wait in self.waits if wait.thread.startswith(name)]
 
 
 class Twin(torch.Tensor):
@@ -139,7 +106,7 @@ class TwinGpu:
         self._num_copies = 0
 
     @contextmanager
-    def counting(self) -> Iterator[Counts]:
+    def counting(self) -> Generator[Counts]:
         """What happens in this context, in every thread; an outer one counts it too."""
         outer, self._counts = self._counts, Counts()
         inner = self._counts
@@ -151,7 +118,7 @@ class TwinGpu:
                 outer.add(inner)
 
     @contextmanager
-    def unobserved(self, *modules: torch.nn.Module) -> Iterator[None]:
+    def unobserved(self, *modules: torch.nn.Module) -> Generator[None]:
         """Within this context modules run as the CPU runs them: many times sooner."""
         for module in modules:
             module.forward = partial(_run_inner, module, module.forward)
@@ -202,7 +169,8 @@ class TwinGpu:
     ) -> Any:
         if twins and hosts:
             self._check_mixed(func, hosts)
-        if func in WAITING or (func in INDEXING and _has_mask(args[1])):
+        is_size_known = kwargs.get("output_size") is not None  # of what is repeated
+        if (func in WAITING and not is_size_known) or (func in INDEXING and _has_mask(args[1])):
             self.wait_for_all(func.__name__)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -220,13 +188,13 @@ class TwinGpu:
         is_arithmetic = torch.Tag.pointwise in func.tags or func is aten.fill_.Tensor
         if not is_arithmetic or any(host.ndim for host in hosts):
             shapes = [tuple(host.shape) for host in hosts]
-            raise MixedDevices(f"{func} of a GPU's tensors and the host's {shapes} at {_where()}")
+            raise MixedDevices(f"{func} of a GPU's tensors and the host's {shapes} at {where()}")
 
     def _check_read(self, func: Any, hosts: list[torch.Tensor]) -> None:
         if self._coming and func not in (aten.copy_.default, aten.detach.default):
             for host in hosts:
                 if _storage(host) in self._coming:
-                    raise ReadTooEarly(f"{func} at {_where()}")
+                    raise ReadTooEarly(f"{func} at {where()}")
 
     def _to_copy(self, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         device = kwargs.pop("device", None)
@@ -277,7 +245,7 @@ class TwinGpu:
 
     def _wait(self, what: str) -> None:
         if self._counts is not None:
-            wait = Wait(what, _where(), threading.current_thread().name)
+            wait = Wait(what, where(), threading.current_thread().name)
             self._counts.waits.append(wait)
 
     def _count(self, func: Any) -> None:
@@ -321,7 +289,7 @@ class TwinStream:
 
     def __init__(self, device: Any = None):
         self.device = CUDA
-        self._modes: list[_Mode] = []
+        self._entered = ExitStack()
 
     def record_event(self) -> TwinEvent:
         assert _gpu is not None
@@ -335,15 +303,14 @@ class TwinStream:
         _gpu.wait_for_all("stream")
 
     def __enter__(self) -> None:
-        self._modes.append(_Mode())
-        self._modes[-1].__enter__()
+        self._entered.enter_context(_played())
 
     def __exit__(self, *error: Any) -> None:
-        self._modes.pop().__exit__(*error)
+        self._entered.close()
 
 
 @contextmanager
-def twin_gpu() -> Iterator[TwinGpu]:
+def twin_gpu() -> Generator[TwinGpu]:
     """torch.cuda as far as this package calls it, and this thread's operators on a twin."""
     global _gpu
     stream = TwinStream()
@@ -362,16 +329,12 @@ def twin_gpu() -> Iterator[TwinGpu]:
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
         stack.enter_context(_device_guard())
-        # Numbers of Python become a tensor of the host first, and go to the device as any other.
-        lifted = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(True)
-        stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         # What a module holds is replaced as a whole when it moves.
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         _gpu = TwinGpu()
-        stack.enter_context(_Mode())
+        stack.enter_context(_played())
         try:
             yield _gpu
         finally:
@@ -379,7 +342,20 @@ def twin_gpu() -> Iterator[TwinGpu]:
 
 
 @contextmanager
-def _device_guard() -> Iterator[None]:
+def _played() -> Generator[None]:
+    """This thread's operators go to the device."""
+    # Numbers of Python become a tensor of the host first, and go to the device as any other.
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        with _Mode():
+            yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lifted)
+
+
+@contextmanager
+def _device_guard() -> Generator[None]:
     """What torch asks of a device before it calls an operator: here what the meta device answers.
 
     A build for CPUs has nothing at CUDA's place, and then cannot even take a slice.
@@ -397,7 +373,7 @@ def _device_guard() -> Iterator[None]:
 
 
 def _run_inner(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    slots = [
+    slots: list[Any] = [
         (tensors, name, tensor)
         for part in module.modules()
         for tensors in (part._parameters, part._buffers)
@@ -438,19 +414,3 @@ def _has_mask(indices: Any) -> bool:
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
-
-
-def _where() -> str:
-    """The nearest line of this project's, and that of a library's below it."""
-    lines: list[str] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        if any(part in name for part in THEIRS) and not lines:
-            lines.append(line)
-        elif any(part in name for part in OURS) and "site-packages" not in name:
-            lines.append(line)
-            break
-        frame = frame.f_back
-    return " < ".join(lines)

@@ -58,7 +58,7 @@ def _count(engine: Engine, sampler: str, extra: dict[str, Any]) -> dict[str, Any
     while not engine.rows[first].is_ready or engine.progress(first)[0] < 3:
         engine.step()
     steady, where = _syncs(engine.step)
-    preview, _ = _syncs(lambda: engine.preview(first))
+    preview, _ = _syncs(lambda: engine.begin_preview(first))
     arrival, at = _syncs(lambda: (engine.add(request(1)), engine.step()))
     return {"step": steady, "at": where, "arrival": arrival, "arrival_at": at, "preview": preview}
 

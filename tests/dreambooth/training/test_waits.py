@@ -19,7 +19,6 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("mode", "train"),
     [
-        ("images", {"text_encoders": True}),
         ("images", {"text_encoders": False, "min_snr_gamma": 5.0, "loss": "huber"}),
         ("teacher", {"text_encoders": True, "caption_syntax": "a1111"}),
     ],
