@@ -121,7 +121,7 @@ def test_rows_with_calls_of_their_own(starter: Model, requests: list[Request]) -
     model = replace(starter)
     engine, seen = Engine(model, ROWS), []
     unet = model.unet
-    model.__dict__["replay"] = lambda x, t, given: unet(x, t, return_dict=False, **given)[0]
+    model.__dict__["replay"] = lambda x, t, given, _: unet(x, t, return_dict=False, **given)[0]
     engine._unet_batch.alone = True
     hook = unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     try:

@@ -1,0 +1,52 @@
+"""A job's adapters in the weights of its model: the same pictures, and told as others."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rayjobs.diffusion.model import Model
+from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.spec.lock import job_part
+from rayjobs.generation.spec.records import Record
+from rayjobs.generation.worker.generator import RecordGenerator
+from tests.diffusion.adapters import formats_kohya
+from tests.diffusion.adapters.made import make, write
+
+SETTINGS = {"sampler": "euler", "guidance_scale": 3.0, "guidance_rescale": 0.0, "strength": 0.5}
+
+
+def record(number: int) -> Record:
+    unset: dict[str, Any] = dict.fromkeys(
+        ["negative_prompt", "clip_skip", "width", "height", "init_image", "init_uri"]
+    )
+    return Record(number=number, prompt="a star", seed=number, steps=3, **SETTINGS, **unset)
+
+
+def test_adapters_in_the_weights(tiny: Model, folders: dict[str, Path], tmp_path: Path) -> None:
+    path = write(make(tiny, formats_kohya.kohya_conv), tmp_path)
+    pictures, ids, parts = [], [], []
+    for loras, fuse in (([], False), ([path], False), ([path], True)):
+        config = GenerateConfig.model_validate(
+            {
+                "model": {"uri": str(folders["sdxl"]), "loras": [{"uri": p} for p in loras]},
+                "prompts": {"inline": ["a star"]},
+                "engine": {"batch_size": 2, "fuse_loras": fuse},
+                "output": {"uri": str(tmp_path / "out")},
+            }
+        )
+        generator = RecordGenerator(config, "tiny", guided=True)
+        rows = [row for _, row in generator.generate([record(0), record(1)])]
+        assert [row["status"] for row in rows] == ["ok", "ok"], rows
+        pictures.append(
+            [np.asarray(Image.open(io.BytesIO(r["image"]["bytes"])), int) for r in rows]
+        )
+        ids.append({row["image_id"] for row in rows})
+        parts.append(job_part(config))
+    none, beside, fused = (np.stack(each) for each in pictures)
+    assert np.abs(none - beside).mean() > 1
+    assert np.abs(fused - beside).max() <= 1
+    assert len(set.union(*ids)) == 6
+    assert ["fuse_loras" in part["engine"] for part in parts] == [False, False, True]
