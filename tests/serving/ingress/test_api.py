@@ -169,7 +169,7 @@ def test_lists_of_numbers_in_forms(url: str, engines: QuickEngines, fields: str)
         ([("seed", "1"), ("seed", "2")], "given twice"),
         ([("timesteps", "[9]"), ("timesteps[]", "3")], "given twice"),
         ([("timesteps[]", "9"), ("timesteps", "[3]")], "given twice"),
-        ([("sigmas", "9 to 0")], "it must be JSON, such as [14.6, "),
+        ([("sigmas", "9 to 0")], "It must be JSON, such as [14.6, "),
         ([("image", "text")], "must be a file"),
         ([("picture[]", b"x")], "Unknown parameter: 'picture[]'"),
         ([("mask[]", png()), ("mask[]", png())], "Send one mask"),
