@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
-from rayjobs.diffusion.modules.replay import Replay
+from rayjobs.diffusion.modules.replay import NOTHING, Beside, Replay
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 from rayjobs.diffusion.text.inversion import add_word
@@ -57,10 +57,13 @@ class NoReplay(Replay):
     """Calls without a recording, and without the proof of it, which waits once a shape."""
 
     def __call__(
-        self, x_PCHW: torch.Tensor, t_P: torch.Tensor, arguments: Mapping[str, Any]
-    ) -> torch.Tensor:
-        noise_PCHW: torch.Tensor = self.unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
-        return noise_PCHW
+        self,
+        x_PCHW: torch.Tensor,
+        t_P: torch.Tensor,
+        arguments: Mapping[str, Any],
+        beside: Beside = NOTHING,
+    ) -> Any:
+        return self._way(self.unet, x_PCHW, t_P, arguments)
 
 
 def load(folder: Path) -> Model:
