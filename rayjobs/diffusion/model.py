@@ -16,7 +16,7 @@ from rayjobs.diffusion import facts
 from rayjobs.diffusion.economy import deep
 from rayjobs.diffusion.facts import FAMILIES, Usual
 from rayjobs.diffusion.files.header import first_line
-from rayjobs.diffusion.modules import onednn
+from rayjobs.diffusion.modules import onednn, rowwise
 from rayjobs.diffusion.modules.pipeline import load_pipeline, prediction_of, scheduler_config
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.modules.upload import upload
@@ -156,6 +156,12 @@ def load_model(
     return assemble(source.uri, pipeline, weights.sha256, options, usual=weights.usual)
 
 
+def _suit_cpu(module: torch.nn.Module, options: ModelOptions) -> None:
+    rowwise.use_for_activations(module)
+    if options.onednn and onednn.is_faster():
+        onednn.use_for_linear(module)
+
+
 def assemble(
     uri: str,
     pipeline: Any,
@@ -178,9 +184,8 @@ def assemble(
         encoder.to(dtype=dtype)
     for module in [pipeline.unet, pipeline.vae, *filter(None, encoders)]:
         module.to(device).eval().requires_grad_(False)
-        is_plain = device == "cpu" and options.compile == "no"
-        if is_plain and options.onednn and onednn.is_faster():
-            onednn.use_for_linear(module)
+        if device == "cpu" and options.compile == "no":
+            _suit_cpu(module, options)
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:

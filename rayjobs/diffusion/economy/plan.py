@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 REUSE_COST = 0.3
-"""Of a call of the outermost blocks, where one of all blocks costs 1: measured with the starter
-model; SDXL's arithmetic at 1024 px says 0.1."""
+"""Of a call of the outermost blocks, where one of all blocks costs 1: by the arithmetic of the
+starter model (88 of 290 million multiplications); that of SDXL at 1024 px says 0.1."""
 
 
 class Call(NamedTuple):
