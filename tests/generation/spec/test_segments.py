@@ -267,9 +267,10 @@ def test_a_sampler_that_does_not_fit_the_models_file_is_refused_before_anything_
         config = asked_for(tmp_path / "out", model=model, **changes)
         with pytest.raises(BadInput, match=r"does not fit a model of zero .*; use one of ddim"):
             draft(config)
+    own = {"name": "ddim", "timesteps": [9, 3]}
+    config = asked_for(tmp_path / "out", model=model, sampler=own)
     with pytest.raises(BadInput, match=r"sampler: .*'ddim' takes no timesteps; use one of ddpm"):
-        own = {"name": "ddim", "timesteps": [9, 3]}
-        draft(asked_for(tmp_path / "out", model=model, sampler=own))
+        draft(config)
     assert not (tmp_path / "out").exists()
     locked = draft(asked_for(tmp_path / "out", model=model, sampler={"name": "euler"})).job
     assert (locked["sampler"]["steps"], locked["sampler"]["guidance_scale"]) == (30, None)
