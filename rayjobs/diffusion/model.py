@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from rayjobs.diffusion import facts
 from rayjobs.diffusion.facts import FAMILIES, Usual
 from rayjobs.diffusion.files.header import first_line
-from rayjobs.diffusion.modules import onednn
+from rayjobs.diffusion.modules import onednn, rowwise
 from rayjobs.diffusion.modules.pipeline import load_pipeline, prediction_of, scheduler_config
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.sampler_names import Prediction
@@ -138,6 +138,12 @@ def load_model(
     return assemble(source.uri, pipeline, weights.sha256, options, usual=weights.usual)
 
 
+def _suit_cpu(module: torch.nn.Module, options: ModelOptions) -> None:
+    rowwise.use_for_activations(module)
+    if options.onednn and onednn.is_faster():
+        onednn.use_for_linear(module)
+
+
 def assemble(
     uri: str,
     pipeline: Any,
@@ -160,9 +166,8 @@ def assemble(
         encoder.to(dtype=dtype)
     for module in [pipeline.unet, pipeline.vae, *filter(None, encoders)]:
         module.to(device).eval().requires_grad_(False)
-        is_plain = device == "cpu" and options.compile == "no"
-        if is_plain and options.onednn and onednn.is_faster():
-            onednn.use_for_linear(module)
+        if device == "cpu" and options.compile == "no":
+            _suit_cpu(module, options)
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:
