@@ -35,6 +35,8 @@ MODULES = (
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """What a thread holds when its process forks stays locked, so no library may begin one."""
 POLL_S = 0.1
+LOAD_S = 120.0
+"""For the server to load all of `MODULES`, on a busy machine."""
 _servers: list[subprocess.Popen[bytes]] = []
 """Whose end nobody waits for."""
 
@@ -167,7 +169,10 @@ def _end(forks: dict[int, socket.socket]) -> None:
 def stand_in(arguments: list[str]) -> int:
     """Have a fork run these arguments; the code that it ends with."""
     path = os.environ[SOCKET]
+    deadline = time.monotonic() + LOAD_S
     while not os.path.exists(path):  # it is loading
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the server of warm workers is not at {path}")
         time.sleep(POLL_S)
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)

@@ -15,7 +15,7 @@ from rayjobs.diffusion.row import prepare_row
 @pytest.mark.parametrize("num_threads", [1, 3, 4, 7])
 def test_an_activation(num_threads: int, layout: torch.memory_format) -> None:
     torch.set_num_threads(num_threads)
-    for activation in (torch.nn.SiLU(), QuickGELUActivation()):
+    for activation in (torch.nn.SiLU(), torch.nn.Mish(), QuickGELUActivation()):
         layers = torch.nn.Sequential(activation)
         use_for_activations(layers)
         for slots, channels in ((2, 640), (3, 37), (4, 320), (8, 320)):
