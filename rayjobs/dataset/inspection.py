@@ -124,16 +124,24 @@ def _shard_texts(
             if doubt and not is_doubtful and (why := doubt(row)):
                 is_doubtful = True  # the others are of that job, too
                 yield f"shard {shard}, record {row['record']}: {why}"
+    except storage.Unavailable:  # which says nothing of the shard
+        raise
     except Exception as error:  # damaged bytes break a reader in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield f"shard {shard}: cannot be read on after record {seen[-1] if seen else '-'}: {reason}"
         return
+    yield from (f"shard {shard}: {text}" for text in _count_faults(entry, numbers, seen, failed))
+
+
+def _count_faults(
+    entry: Entry, numbers: range | None, seen: list[int], failed: int
+) -> Iterator[str]:
     if numbers is not None and seen != list(numbers):
-        yield f"shard {shard}: holds records {_span(seen)}, not {numbers[0]} .. {numbers[-1]}"
+        yield f"holds records {_span(seen)}, not {numbers[0]} .. {numbers[-1]}"
     elif len(seen) != entry["rows"]:
-        yield f"shard {shard}: holds {len(seen)} records, not {entry['rows']}"
+        yield f"holds {len(seen)} records, not {entry['rows']}"
     elif numbers is not None and failed != entry["failed"]:
-        yield f"shard {shard}: holds {failed} failed records, not {entry['failed']}"
+        yield f"holds {failed} failed records, not {entry['failed']}"
 
 
 def _row_faults(row: dict[str, Any]) -> Iterator[str]:

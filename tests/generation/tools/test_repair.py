@@ -19,7 +19,7 @@ from rayjobs.dataset import manifest as manifests
 from rayjobs.dataset.manifest import Damaged, Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.spec import draft
+from rayjobs.generation.spec import draft, origin
 from rayjobs.generation.tools.verify import verify
 
 pytestmark = pytest.mark.model
@@ -230,6 +230,17 @@ def test_what_cannot_be_repaired_is_told(
     (root / "spec.lock.json").write_bytes(b"{")
     with pytest.raises(BadInput, match=r"cannot be read.*; put it back from a copy"):
         verify(uri)
+
+
+def test_a_storage_that_is_away_blames_no_shard(
+    whole: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_away(*_: Any) -> None:
+        raise storage.Unavailable("s3://bucket/set: does not answer")
+
+    monkeypatch.setattr(origin, "open_spec", is_away)
+    with pytest.raises(storage.Unavailable):
+        verify(whole("parquet"))
 
 
 def test_a_run_says_what_is_damaged(whole: Callable[[str], str]) -> None:
