@@ -8,20 +8,14 @@ tars and picture folders expect a picture of every sample (webdataset's `to_tupl
 Face's tar reader infers its columns from the first five samples), so there failed records stand
 aside: in the tar's first member `__failed-00000000__`, which both skip by its name, and in the
 folder's failed.jsonl. `read` gives every record in order, whatever the format.
-
-Where records are JSON, text, numbers (NaN and infinities as Python and arrow write them), truth
-values, lists and structs are themselves. Timestamps, dates and decimals become text, times and
-durations counts of their unit, bytes base64.
 """
 
-import base64
 import heapq
 import io
 import itertools
-import json
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +24,7 @@ from pyarrow import types
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.dataset.json_rows import dump_line, dump_rows, is_list, json_kind, load_row
 from rayjobs.dataset.records import DTYPES, Row
 from rayjobs.images.encode import EXTENSION, extension_of
 
@@ -108,8 +103,8 @@ class WebDataset(Format):
         return f"shard-{shard:08d}.tar"
 
     def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
-        pairs = list(zip(rows, _dump_rows(rows, schema), strict=True))
-        failed = b"".join(_dump_line(plain) for row, plain in pairs if row["image"] is None)
+        pairs = list(zip(rows, dump_rows(rows, schema), strict=True))
+        failed = b"".join(dump_line(plain) for row, plain in pairs if row["image"] is None)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             if failed:
@@ -119,7 +114,7 @@ class WebDataset(Format):
                     picture, key = row["image"]["bytes"], f"{plain['record']:012d}"
                     members = {
                         extension_of(picture): picture,
-                        "json": _dump_line(plain),
+                        "json": dump_line(plain),
                         "txt": plain["prompt"].encode(),
                     }
                     for extension in sorted(members):
@@ -134,7 +129,7 @@ class WebDataset(Format):
             first = next(members, None)
             failed: list[Row] = []
             if first is not None and first.name.startswith("__failed"):
-                failed = [_load_row(line, schema) for line in _content(tar, first).splitlines()]
+                failed = [load_row(line, schema) for line in _content(tar, first).splitlines()]
             elif first is not None:
                 members = itertools.chain([first], members)
             good = _samples(tar, members, columns is None or "image" in columns, schema)
@@ -162,14 +157,14 @@ class Folder(Format):
     def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
         files: dict[str, bytes] = {}
         good, failed = b"", b""
-        for row, plain in zip(rows, _dump_rows(rows, schema), strict=True):
+        for row, plain in zip(rows, dump_rows(rows, schema), strict=True):
             if row["image"] is None:
-                failed += _dump_line(plain)
+                failed += dump_line(plain)
                 continue
             picture = row["image"]["bytes"]
             file_name = f"{plain['record']:012d}.{extension_of(picture)}"
             files[f"{self.name(shard)}/{file_name}"] = picture
-            good += _dump_line({"file_name": file_name, **plain})
+            good += dump_line({"file_name": file_name, **plain})
         if failed:
             files[f"{self.name(shard)}/failed.jsonl"] = failed
         return {**files, f"{self.name(shard)}/metadata.jsonl": good}
@@ -180,9 +175,9 @@ class Folder(Format):
         failed: list[Row] = []
         if storage.exists(failed_uri := storage.join(uri, "failed.jsonl")):
             lines = storage.read_bytes(failed_uri).splitlines()
-            failed = [_load_row(line, schema) for line in lines]
+            failed = [load_row(line, schema) for line in lines]
         lines = storage.read_bytes(storage.join(uri, "metadata.jsonl")).splitlines()
-        for row in _in_order((_load_row(line, schema) for line in lines), failed):
+        for row in _in_order((load_row(line, schema) for line in lines), failed):
             file_name = row.pop("file_name", None)
             row["image"] = None
             if file_name is not None and (columns is None or "image" in columns):
@@ -224,7 +219,7 @@ def check_schema(output_format: str, schema: pa.Schema) -> None:
 
 def _is_too_precise(kind: pa.DataType) -> bool:
     """Only arrow itself knows decimals of more than 38 digits."""
-    if _is_list(kind):
+    if is_list(kind):
         return _is_too_precise(kind.value_type)
     if types.is_struct(kind):
         return any(_is_too_precise(field.type) for field in kind.fields)
@@ -253,7 +248,7 @@ def _samples(
         image = None
         for member in parts:
             if member.name.endswith(".json"):
-                row = _load_row(_content(tar, member), schema)
+                row = load_row(_content(tar, member), schema)
             elif with_image and not member.name.endswith(".txt"):
                 image = _image(_content(tar, member))
         yield {"image": image, **row}
@@ -292,101 +287,3 @@ def _feature(kind: Any) -> dict[str, Any]:
         inside = _feature(kind.value_type)
         return {"list": inside.get("dtype") or inside.get("struct") or inside}
     return {"dtype": DTYPES.get(str(kind), str(kind))}
-
-
-def json_kind(kind: pa.DataType) -> pa.DataType | None:
-    """The type that values of `kind` have in JSON, or None when it cannot hold them."""
-    if _is_list(kind):
-        inside = json_kind(kind.value_type)
-        return None if inside is None else pa.list_(inside)
-    if types.is_struct(kind):
-        inner = [(field.name, json_kind(field.type)) for field in kind.fields]
-        return None if any(child is None for _, child in inner) else pa.struct(inner)
-    if _is_bytes(kind) or _is_written(kind) or types.is_large_string(kind):
-        return pa.string()
-    if _is_count(kind):
-        return pa.int64()
-    plain = (types.is_string, types.is_boolean, types.is_integer, types.is_floating, types.is_null)
-    return kind if any(is_kind(kind) for is_kind in plain) else None
-
-
-def _dump_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[Row]:
-    """Each row's columns but the image as JSON values, in the schema's order.
-
-    Values go through their column's type first: what JSON says is what parquet would.
-    """
-    fields = [field for field in schema if field.name != "image"]
-    columns = [
-        [
-            _to_json(value, field.type)
-            for value in pa.array([row.get(field.name) for row in rows], field.type).to_pylist()
-        ]
-        for field in fields
-    ]
-    names = [field.name for field in fields]
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _dump_line(row: Row) -> bytes:
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-
-
-def _load_row(data: bytes, schema: pa.Schema | None) -> Row:
-    """One row's columns; with a schema their values have its types again."""
-    row: Row = json.loads(data)
-    if schema is not None:
-        for name in row.keys() & set(schema.names):
-            row[name] = _from_json(row[name], schema.field(name).type)
-    return row
-
-
-def _to_json(value: Any, kind: pa.DataType) -> Any:
-    if value is None:
-        return None
-    if _is_list(kind):
-        return [_to_json(child, kind.value_type) for child in value]
-    if types.is_struct(kind):
-        return {field.name: _to_json(value[field.name], field.type) for field in kind.fields}
-    if _is_bytes(kind):
-        return base64.b64encode(value).decode()
-    if _is_written(kind):
-        return pa.scalar(value, kind).cast(pa.string()).as_py()
-    if _is_count(kind):
-        return pa.scalar(value, kind).cast(_count_kind(kind)).as_py()
-    return value
-
-
-def _from_json(value: Any, kind: pa.DataType) -> Any:
-    if value is None:
-        return None
-    if _is_list(kind):
-        return [_from_json(child, kind.value_type) for child in value]
-    if types.is_struct(kind):
-        return {field.name: _from_json(value[field.name], field.type) for field in kind.fields}
-    if _is_bytes(kind):
-        return base64.b64decode(value)
-    if _is_written(kind):
-        return pa.scalar(value, pa.string()).cast(kind).as_py()
-    if _is_count(kind):
-        return pa.scalar(value, _count_kind(kind)).cast(kind).as_py()
-    return value
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
-
-
-def _is_written(kind: pa.DataType) -> bool:
-    return types.is_timestamp(kind) or types.is_date(kind) or types.is_decimal(kind)
-
-
-def _is_count(kind: pa.DataType) -> bool:
-    return types.is_time(kind) or types.is_duration(kind)
-
-
-def _count_kind(kind: pa.DataType) -> pa.DataType:
-    return pa.int32() if types.is_time32(kind) else pa.int64()

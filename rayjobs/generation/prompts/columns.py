@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayjobs.config import BadInput
-from rayjobs.dataset.formats import json_kind
+from rayjobs.dataset.json_rows import json_kind
 from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES, SYNTAX
 from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.generation.prompts.files import Chunk
