@@ -1,6 +1,5 @@
 """The manifest of many shards: compaction changes where entries lie, never what they say."""
 
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,8 +141,6 @@ def test_a_million_shards_are_known_by_a_thousand_names(tmp_path: Path) -> None:
     for group in range(1000):
         if group != 500:
             Path(manifest.compact_uri(group)).touch()  # never opened
-    started = time.perf_counter()
     done = manifest.committed(1000 * GROUP)
-    assert time.perf_counter() - started < 0.5
     assert done.nbytes == 1000 * GROUP
     assert np.flatnonzero(~done).tolist() == list(range(500 * GROUP, 501 * GROUP))

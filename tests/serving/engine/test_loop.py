@@ -188,21 +188,18 @@ def test_a_caller_who_leaves_takes_the_rows_along() -> None:
 
 
 def test_a_short_ask_is_not_stuck_behind_long_ones() -> None:
-    async def work() -> float:
+    async def work() -> None:
         # However slow the machine is just now, none of them is refused.
         async with running(max_rows=2, max_pending_s=9000) as loop:
             long = [asyncio.create_task(all_of(loop, make_request(steps=300))) for _ in range(6)]
             await asyncio.sleep(0.3)
-            started_s = time.monotonic()
-            await all_of(loop, make_request(steps=3))
-            short_s = time.monotonic() - started_s
+            assert of_kind(await all_of(loop, make_request(steps=3)), Finished)
             assert not any(task.done() for task in long)
             for task in long:
                 task.cancel()
             await asyncio.gather(*long, return_exceptions=True)
-            return short_s
 
-    assert run(work()) < 5
+    run(work())
 
 
 def test_a_size_whose_step_all_would_wait_for_is_refused() -> None:
@@ -212,7 +209,7 @@ def test_a_size_whose_step_all_would_wait_for_is_refused() -> None:
         async with running(max_step_s=0.5) as loop:
             (loaded,) = loop.models.loaded.values()
             forecast, own = loop.stepper.forecast, loaded.own_shape
-            for slots in (2, 8, 2, 8):
+            for slots in 100 * (2, 8):  # as often as makes it forget what it measured itself
                 forecast.observe_step(loaded.key(own), slots, 0.01 * slots)
             (failed,) = await all_of(loop, make_request(width=1024, height=1024))
             assert (failed.kind, failed.param) == ("invalid", "size")
