@@ -111,6 +111,7 @@ class Compiled:
         self, way: Way, x_PCHW: torch.Tensor, t_P: torch.Tensor, arguments: Mapping[str, Any]
     ) -> Any:
         """What the way gives, for a call that it takes."""
+        x_PCHW = x_PCHW.contiguous()  # graphs are for one order of memory; samplers give any
         if self.how == "full" and self.is_warming and len(x_PCHW) > 1:
             dynamo: Any = torch._dynamo
             for tensor in (x_PCHW, t_P, *_tensors(arguments)):
@@ -125,7 +126,7 @@ class Compiled:
 
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) of latents whose decoding it takes."""
-        pixels: torch.Tensor = self._decode(z_BCHW, return_dict=False)[0]
+        pixels: torch.Tensor = self._decode(z_BCHW.contiguous(), return_dict=False)[0]
         if self.is_warming:
             self._warm.add(("decode", *z_BCHW.shape))
         return pixels
