@@ -28,7 +28,6 @@ from rayjobs.diffusion.faults import OutOfMemory
 from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.modules.compiled import make_deterministic
 from rayjobs.models.exports import words_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach
@@ -121,8 +120,6 @@ class ModelCache:
         self._fetcher = ThreadPoolExecutor(4, thread_name_prefix="fetching")
         # One at a time: while diffusers loads, new parameters anywhere in the process have no data.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
-        if config.deterministic:
-            make_deterministic()
         self._max_bytes = _memory(config)
         self._max_adapter_bytes = _adapter_memory(config, self._max_bytes)
 

@@ -77,7 +77,7 @@ class Compiled:
                     if type(block) is kind:
                         block.forward = partial(of_kind, block)
         else:
-            _fuse_projections(twin, self._unet, self._attention)
+            _fuse_projections(twin, self._attention)
             self._call = _Function(twin.forward, self)
         # Each size has a graph of its own: pictures of few sizes are many.
         self._decode = _Function(self._vae.decode, self, dynamic=False)
@@ -93,11 +93,12 @@ class Compiled:
         dynamo: Any = torch._dynamo
         shapes: Any = importlib.import_module("torch.fx.experimental._config")
         limits = {"recompile_limit": MAX_GRAPHS, "accumulated_recompile_limit": 8 * MAX_GRAPHS}
+        exact = {"automatic_dynamic_shapes": False}  # what is not said to vary is of one size
         # Two sides that are alike in this call are not so in others.
         alike = shapes.patch(use_duck_shape=self.how == "full")
         self._warmer = threading.get_ident()
         try:
-            with dynamo.config.patch(**limits), alike:
+            with dynamo.config.patch(**limits, **exact), alike:
                 yield
         finally:
             self._warmer = None
@@ -166,9 +167,9 @@ def _twin(unet: Any) -> Any:
     return twin
 
 
-def _fuse_projections(twin: Any, unet: Any, attention: str) -> None:
-    """One product for queries, keys and values. They take no more memory: the weights of `unet`,
-    which adapters need one by one, become parts of the fused ones."""
+def _fuse_projections(twin: Any, attention: str) -> None:
+    """One product for queries, keys and values. They take no more memory: their own weights, which
+    adapters need one by one and the twins have in common, become parts of the fused ones."""
     layers = [layer for layer in twin.modules() if isinstance(layer, Attention)]
     if any((layer.to_k.bias is not None) != layer.use_bias for layer in layers):
         return  # an adapter in the weights has given one a bias, which fusing would lose
