@@ -32,17 +32,7 @@ ITEMS = (
     "cold",
 )
 """Most important first."""
-WAYS = (
-    "eager",
-    "replay",
-    "graph",
-    "blocks",
-    "more",
-    "blocks+graph",
-    "more+graph",
-    "whole",
-    "whole+graph",
-)
+WAYS = ("eager", "replay", "blocks", "full", "whole")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class Bench:
         self.side = 8 if small else 128
         self.sizes = [1, 2, 4] if small else [1, 2, 4, 8, 16]
         self.repeats = 2 if small else 6
-        self.ways = [way for way in ways if self.on_gpu or "graph" not in way]
+        self.ways = ways
         self._prepared: dict[str, paths.Path] = {}
         self.prepared_s: dict[str, float] = {}
 
@@ -36,21 +36,15 @@ class Bench:
         return self._prepared[name]
 
     def _prepare(self, name: str) -> paths.Path:
-        base, _, graph = name.partition("+")
-        if name == "graph":
-            return paths.Graphs(paths.eager(self.model.unet))
-        if graph:
-            return paths.Graphs(self.way(base))
-        unet = self.model.unet
-        if base == "blocks":
-            return paths.blocks(unet)
+        if name in ("blocks", "full"):
+            return paths.compiled(self.model, name)
         made: dict[str, Any] = {
             "eager": paths.eager,
             "replay": paths.replay,
-            "more": paths.more_blocks,
             "whole": paths.Whole,
         }
-        return made[base](unet)
+        path: paths.Path = made[name](self.model.unet)
+        return path
 
     def drop_ways(self, keep: tuple[str, ...] = ()) -> None:
         """Free what ways hold that are not needed any more."""

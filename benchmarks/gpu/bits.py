@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu import paths
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import call, take, unet_inputs
+from rayjobs.diffusion.modules.attention import use_kernel
 from rayjobs.diffusion.vae.latents import decode_latents
 
 
@@ -70,13 +71,13 @@ def flash_beside_decode(bench: Bench) -> dict[str, Any]:
                 failures.append(str(error).split("\n")[0])
                 return
 
-    kernel = SDPBackend.FLASH_ATTENTION if bench.on_gpu else SDPBackend.MATH
+    unet = paths.twin(model.unet)
+    use_kernel(unet, "flash")
     thread = threading.Thread(target=decode)
     thread.start()
     inputs = unet_inputs(model, 2, bench.side)
     for _ in range(bench.repeats):
-        with sdpa_kernel(kernel):
-            call(model.unet, inputs)
+        call(unet, inputs)
         bench.synchronize()
     stop.set()
     thread.join()

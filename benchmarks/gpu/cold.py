@@ -21,7 +21,7 @@ model = bench.model
 if mode == "cached":
     torch.compiler.load_cache_artifacts(open(file, "rb").read())
 with torch.no_grad():
-    path = paths.Whole(model.unet)
+    path = paths.compiled(model, "full")
     for num in (4, 2, 16, 1):
         first = paths.first_call_s(path, unet_inputs(model, num, bench.side), device)
         print(f"first {num} {first:.2f}", flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from benchmarks.gpu import paths
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import scheduler
 from rayjobs.diffusion.engine import Engine
@@ -77,7 +78,7 @@ def _diffusers(bench: Bench, steps: tuple[int, ...], num: int) -> Iterator[dict[
     plain = vae.decode
     for compiled in (False, True):
         if compiled:
-            whole: Any = bench.way("whole")
+            whole: Any = paths.Whole(model.unet)
             pipeline.unet = whole.unet
             vae.decode = torch.compile(vae.decode, fullgraph=True)
         for n in steps:

@@ -1,23 +1,15 @@
 """Seconds of a UNet call, by number of places and by the way it is called."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import paths, timing
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.model import call, unet_inputs
-
-KERNELS = {
-    "auto": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+from rayjobs.diffusion.modules.attention import KERNELS, use_kernel
 
 
 @torch.no_grad()
@@ -35,9 +27,8 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def _by_size(bench: Bench, way: str, floor_ms: float) -> Iterator[dict[str, Any]]:
     path = bench.way(way)
-    compiled = way.startswith(("blocks", "more", "whole"))
     for num in sorted(bench.sizes, reverse=True):
-        if compiled and num == 1:
+        if way == "whole" and num == 1:
             continue  # a graph of its own: another compile for calls of one place
         inputs = unet_inputs(bench.model, num, bench.side)
         first_s = paths.first_call_s(path, inputs, bench.device)
@@ -54,11 +45,12 @@ def attention(bench: Bench) -> Iterator[dict[str, Any]]:
     """Torch's attention kernels under plain calls, and the layout of memory."""
     inputs = unet_inputs(bench.model, 4, bench.side)
     unet = bench.model.unet
-    for name, kernel in KERNELS.items() if bench.on_gpu else [("auto", None)]:
-        with sdpa_kernel(kernel) if kernel is not None else contextlib.nullcontext():
-            queued = timing.queued_ms(lambda: call(unet, inputs), bench.device, bench.repeats)
+    for name in ("auto", *KERNELS) if bench.on_gpu else ("auto", "math"):
+        own = paths.twin(unet)
+        use_kernel(own, name)
+        queued = timing.queued_ms(lambda own=own: call(own, inputs), bench.device, bench.repeats)
         yield {"attention": name, "places": 4, "queued_ms": queued}
-    unet.to(memory_format=torch.contiguous_format)
-    queued = timing.queued_ms(lambda: call(unet, inputs), bench.device, bench.repeats)
     unet.to(memory_format=torch.channels_last)
-    yield {"layout": "contiguous", "places": 4, "queued_ms": queued}
+    queued = timing.queued_ms(lambda: call(unet, inputs), bench.device, bench.repeats)
+    unet.to(memory_format=torch.contiguous_format)
+    yield {"layout": "channels last", "places": 4, "queued_ms": queued}

@@ -5,7 +5,7 @@ shape and the dtype, and nothing else. Knows nothing of where requests come from
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import count, islice
+from itertools import count, islice, product
 from time import perf_counter
 
 import torch
@@ -19,6 +19,7 @@ from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.text.encoder import PromptEncoder
 from rayjobs.diffusion.unet_batch import UNetBatch
+from rayjobs.diffusion.vae.latents import decode_latents
 from rayjobs.diffusion.vae.preview import Preview, Previewer
 from rayjobs.diffusion.vae.worker import VaeWorker
 
@@ -89,6 +90,25 @@ class Engine:
     def num_pending(self) -> int:
         """Requests added and not yet returned."""
         return len(self.rows) + len(self._failed)
+
+    @torch.no_grad()
+    def warm(self, sizes: Iterable[tuple[int | None, int | None]] = ((None, None),)) -> None:
+        """Compile what the model's options say, for pictures of these widths and heights (None: its
+        own): full calls and those of one slot, so that nothing is compiled under a request."""
+        if self.model.compiled is None:
+            return
+        calls = (self._batcher.max_rows, 2.0), (1, 1.0)
+        with self.model.compiled.warming():
+            for (width, height), (number, scale) in product(sizes, calls):
+                asked = Request(
+                    prompt="", steps=1, guidance_scale=scale, width=width, height=height
+                )
+                rows = [prepare_row(n, asked, self.model, self.loras) for n in range(number)]
+                self._encode_prompts(rows)
+                self._predict_noise(rows)
+                assert rows[0].latents is not None
+                decode_latents(rows[0].latents, self.model)
+        self._unet_batch.forget()
 
     def add(self, request: Request) -> int:
         """Queue a request; it joins at the next step. An invalid one comes back as a failure."""

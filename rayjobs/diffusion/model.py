@@ -4,7 +4,7 @@ Owns how weights become modules, and what of a family's conventions the engine m
 nothing of requests.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from rayjobs.diffusion.economy import deep
 from rayjobs.diffusion.facts import FAMILIES, Usual
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.modules import onednn, rowwise
+from rayjobs.diffusion.modules.attention import use_kernel
+from rayjobs.diffusion.modules.compiled import Compiled
 from rayjobs.diffusion.modules.pipeline import load_pipeline, prediction_of, scheduler_config
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.modules.upload import upload
@@ -35,18 +37,19 @@ transformers_logging.disable_progress_bar()
 class ModelOptions:
     """How a model is held. Speed and memory, and the last bits, but not what it draws.
 
-    `attention` names torch's scaled-dot-product kernel. `compile` is `blocks` (each repeated
-    transformer block once: quick to start) or `full` (the whole UNet). `onednn` is for
-    linear layers on a CPU that are neither trained nor compiled, where it is the faster. The
-    autoencoder stays in float32 where its config says that float16 overflows, unless `vae_dtype`
-    says otherwise.
+    `attention` names the UNet's scaled-dot-product kernel. `compile` is `blocks` (each kind of
+    repeated block once: quick to start) or `full` (the whole UNet); `Engine.warm` does it, and what
+    it did not is called as without. `channels_last`, the order of convolutions' memory, is `auto`
+    where that is the faster: on a CPU and in what is compiled. `onednn` is for linear layers on a
+    CPU that are neither trained nor compiled, where it is the faster. The autoencoder stays in
+    float32 where its config says that float16 overflows, unless `vae_dtype` says otherwise.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
     vae_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
-    channels_last: bool = True
+    channels_last: Literal["auto"] | bool = "auto"
     onednn: bool = True
     compile: Literal["no", "blocks", "full"] = "no"
     vae_slicing: bool = False
@@ -71,6 +74,8 @@ class Model:
     usual: Usual
     """The steps and guidance that it is made for."""
     options: ModelOptions = field(default_factory=ModelOptions)
+    compiled: Compiled | None = None
+    """Its compiled calls, which models on the same UNet have in common."""
 
     @property
     def prediction(self) -> Prediction:
@@ -109,6 +114,13 @@ class Model:
     def replay_reusing(self) -> Replay:
         """Calls its outermost blocks on what the deep ones gave earlier."""
         return Replay(self.unet, deep.reusing)
+
+    def forget_calls(self) -> None:
+        """Record and compile again: layers have other weights now, or biases that they had not."""
+        for name in ("replay", "replay_keeping", "replay_reusing"):
+            self.__dict__.pop(name, None)
+        if self.compiled is not None:
+            self.compiled.renew()
 
     @property
     def trace_warmup_s(self) -> float:
@@ -174,6 +186,9 @@ def assemble(
     """A model of a pipeline's parts, which need no pipeline around them if `family` is given."""
     family = family or FAMILIES[type(pipeline).__name__]
     device = _choose_device(options.device)
+    if options.channels_last == "auto":
+        # On a GPU the other order takes 6 % less for the UNet and 35 % for a decode (measured).
+        options = replace(options, channels_last=device == "cpu" or options.compile != "no")
     dtype = _choose_dtype(options.dtype, device)
     vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype)
     pipeline.unet.to(device=device, dtype=dtype)
@@ -193,14 +208,7 @@ def assemble(
     if options.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
-    if options.compile != "no":
-        # Adapters are hooks, put in after a block is compiled: without this they are passed over.
-        dynamo: Any = torch._dynamo
-        dynamo.config.skip_nnmodule_hook_guards = False
-    if options.compile == "full":
-        pipeline.unet.compile()
-    elif options.compile == "blocks":
-        pipeline.unet.compile_repeated_blocks()
+    use_kernel(pipeline.unet, options.attention)
     unet_config = pipeline.unet.config
     return Model(
         uri=uri,
@@ -216,7 +224,16 @@ def assemble(
         device=device,
         usual=usual or facts.usual(family, scheduler_config(pipeline.scheduler), unet_config),
         options=options,
+        compiled=_compiled(pipeline, options, device),
     )
+
+
+def _compiled(pipeline: Any, options: ModelOptions, device: str) -> Compiled | None:
+    if options.compile == "no":
+        return None
+    decodes = device.startswith("cuda") and not (options.vae_slicing or options.vae_tiling)
+    parts = pipeline.unet, pipeline.vae, options.compile
+    return Compiled(*parts, attention=options.attention, decodes=decodes)
 
 
 def _choose_device(name: str) -> str:

@@ -6,7 +6,6 @@ steps or of requests. Legend: P slots, C H W latent channels and size, L tokens,
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayjobs.diffusion.adapters.bank import Gathered, LoraBank
 from rayjobs.diffusion.economy import deep
@@ -25,12 +23,6 @@ from rayjobs.diffusion.modules.upload import upload
 if TYPE_CHECKING:
     from rayjobs.diffusion.row import Row
 
-KERNELS = {
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 _Asked = tuple[tuple[int, int, int], ...]
 """Each row's id, stage and slots."""
 MAX_COMMON_CHUNKS = 12
@@ -60,15 +52,20 @@ class UNetBatch:
         self.num_slots = 2 if alone else num_slots
         self.fixed_shape = fixed_shape
         self.alone = alone
-        self._conditions: dict[bool, tuple[_Asked, list[dict[str, Any]]]] = {}
+        self._conditions: dict[tuple[bool, bool], tuple[_Asked, list[dict[str, Any]]]] = {}
 
     def predict_noise(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """The guided prediction (1, C, H, W) for each row, at each row's own timestep."""
         guided: dict[Row, torch.Tensor] = {}
-        for reuses in (False, True):
-            if group := [row for row in rows if row.reuses == reuses]:
-                guided |= self._predict_alike(sorted(group, key=lambda row: row.num_chunks))
+        for kind in sorted({self._kind(row) for row in rows}):
+            group = [row for row in rows if self._kind(row) == kind]
+            guided |= self._predict_alike(sorted(group, key=lambda row: row.num_chunks))
         return [guided[row] for row in rows]
+
+    def _kind(self, row: Row) -> tuple[bool, bool]:
+        """Rows of one kind share calls. Compiled calls are for rows without adapters, which others
+        would else keep from theirs."""
+        return row.reuses, self.model.compiled is not None and self.loras.differs(row.loras)
 
     def _predict_alike(self, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
         """For rows that all reuse what the deep blocks gave, or none of which does."""
@@ -119,9 +116,11 @@ class UNetBatch:
             way, replay = deep.reusing, "replay_reusing"
         elif keeps:
             way, replay = deep.keeping, "replay_keeping"
-        kernel = KERNELS.get(model.options.attention)
-        with loras.applied(), sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-            if loras.beside is None or model.options.compile != "no":
+        compiled = None if loras.uses else model.compiled
+        with loras.applied():
+            if compiled is not None and compiled.takes(way, x_PCHW, arguments):
+                given = compiled(way, x_PCHW, t_P, arguments)
+            elif loras.beside is None:
                 given = way(model.unet, x_PCHW, t_P, arguments)
             else:
                 given = getattr(model, replay)(x_PCHW, t_P, arguments, loras.beside)
@@ -133,11 +132,12 @@ class UNetBatch:
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """What the calls of these rows are conditioned on; kept while they ask for the same."""
         asked = tuple((row.id, row.stage, row.num_slots) for row in rows)
-        before, conditions = self._conditions.get(rows[0].reuses, ((), []))
+        kind = self._kind(rows[0])
+        before, conditions = self._conditions.get(kind, ((), []))
         if asked != before:
-            self._conditions.pop(rows[0].reuses, None)  # before others take memory, too
+            self._conditions.pop(kind, None)  # before others take memory, too
             conditions = [self._condition(slots) for slots in self._layout(rows)]
-            self._conditions[rows[0].reuses] = asked, conditions
+            self._conditions[kind] = asked, conditions
         return conditions
 
     def _layout(self, rows: Sequence[Row]) -> list[list[tuple[Row, int]]]:

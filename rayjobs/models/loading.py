@@ -4,7 +4,8 @@ The one place where the keys of `rayjobs.models.options` become the engine's Mod
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
 from rayjobs.diffusion.text.inversion import load_word
@@ -29,7 +30,8 @@ def load_weights(
 
     `alone` and `onednn` are those of `rayjobs.diffusion.model`. Raises ValueError and StorageError.
     """
-    keys = {name: getattr(options, name) for name in LoadOptions.model_fields}
+    names = LoadOptions.model_fields.keys() & {each.name for each in fields(ModelOptions)}
+    keys: dict[str, Any] = {name: getattr(options, name) for name in names}
     return load_model(to_source(source), ModelOptions(**keys, onednn=onednn), alone=alone)
 
 

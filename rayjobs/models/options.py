@@ -50,11 +50,16 @@ class LoadOptions(Config):
     vae_dtype: Dtype = "auto"
     """auto: as dtype, but float32 where the autoencoder overflows in float16."""
     attention: Attention = "auto"
-    """torch's scaled-dot-product kernel."""
-    channels_last: bool = True
-    """Memory format of the convolutions; the other one is slower on CPUs and GPUs alike."""
+    """The UNet's scaled-dot-product kernel, one of torch's."""
+    channels_last: Literal["auto"] | bool = "auto"
+    """Memory format of the convolutions. auto: the faster one, which is this one on a CPU and in
+    what is compiled."""
     compile: Literal["no", "blocks", "full"] = "no"
-    """torch.compile of the UNet: each repeated block once, or the whole."""
+    """torch.compile of the UNet: each kind of block once, or the whole, for the sizes that are
+    known at the start. On a GPU the autoencoder's decoder, too."""
+    compile_cache: str | None = optional()
+    """Folder (local or s3://) for what was compiled, from which the next process starts; without
+    it, one of this machine. It holds code: whoever can write there can run code here."""
     vae_slicing: bool = False
     """Decode in slices, for less memory."""
     vae_tiling: bool = False

@@ -1,6 +1,6 @@
 """The one door to bytes: local paths and `s3://`, with the same calls and the same errors."""
 
-from rayjobs.storage.copies import fetch, state, to_local
+from rayjobs.storage.copies import cache_folder, fetch, state, to_local
 from rayjobs.storage.door import (
     absolute,
     absolute_if_path,
@@ -36,6 +36,7 @@ __all__ = [
     "absolute",
     "absolute_if_path",
     "be_patient",
+    "cache_folder",
     "check",
     "create_bytes",
     "etag",

@@ -16,6 +16,11 @@ from rayjobs.storage.door import find, is_remote, open_fs, translate_errors
 from rayjobs.storage.s3 import StorageError
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what it can do without."""
+    return Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
+
+
 def to_local(uri: str) -> str:
     """What a library can load: what is on S3 as a local path, fetched first; all else as it is."""
     return str(fetch(uri)) if is_remote(uri) else uri
@@ -43,7 +48,7 @@ def fetch(uri: str) -> Path:
         raise StorageError(f"{uri}: nothing is there")
     state = sorted((name, info["size"], str(info.get("ETag"))) for name, info in found.items())
     key = hashlib.sha256(repr(("named", state)).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("RAYJOBS_CACHE", Path.home() / ".cache" / "rayjobs"))
+    cache = cache_folder()
     target, name = cache / key, os.path.basename(path.rstrip("/"))
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{key}.lock").open("w") as lock:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
+from rayjobs.diffusion.modules.compiled import make_deterministic
 from rayjobs.diffusion.request import Lora
 from rayjobs.models.facts import ModelFacts
 from rayjobs.storage import StorageError
@@ -41,6 +42,8 @@ class EngineLoop:
     ):
         self.config = config
         self.registry = registry
+        if config.deterministic:
+            make_deterministic()
         self.metrics = metrics or EngineMetrics()
         forecast = Forecast(2 * config.max_rows, config.max_step_s)
         self.models = ModelCache(config, forecast, self.metrics.model_loaded)

@@ -24,6 +24,7 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.adapters.reader import Adapter
 from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.faults import OutOfMemory
 from rayjobs.diffusion.files.beside import lora_file
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.model import Model
@@ -31,6 +32,7 @@ from rayjobs.models.exports import words_file
 from rayjobs.models.facts import find_weights
 from rayjobs.models.loading import load_weights, teach
 from rayjobs.models.options import SourceConfig
+from rayjobs.models.warming import warm
 from serve.config import EngineConfig
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
@@ -236,15 +238,19 @@ class ModelCache:
             if base is None:
                 self._make_room(await loop.run_in_executor(self._fetcher, _size_of, here.source))
             model = await loop.run_in_executor(self._loader, self._read, here, base)
+            num_bytes = _num_bytes(model, base is not None)
+            # Its files may have a smaller dtype than its weights; it is loaded now, so it stays.
+            with contextlib.suppress(ModelMemoryFull):
+                self._make_room(num_bytes)
+            loaded = self._with_engine(weights, model, num_bytes)
+            # Nothing is compiled later, while others wait for steps.
+            cache_uri = weights.how.compile_cache
+            await loop.run_in_executor(self._loader, warm, loaded.engine, cache_uri)
         except BaseException as error:
             if base is not None:
                 base.users -= 1
             raise translate_error(error) from None
-        num_bytes = _num_bytes(model, base is not None)
-        # Its files may have a smaller dtype than its weights; it is loaded now, so it stays.
-        with contextlib.suppress(ModelMemoryFull):
-            self._make_room(num_bytes)
-        self.loaded[weights] = loaded = self._with_engine(weights, model, num_bytes)
+        self.loaded[weights] = loaded
         loaded.base = base
         self._on_load(weights, time.monotonic() - started_s)
         return loaded
@@ -327,7 +333,7 @@ def _size_of(source: SourceConfig) -> int:
 
 def translate_error(error: BaseException) -> BaseException:
     """Why a model could not be loaded: a BadInput for ever, other errors for now."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | OutOfMemory):
         return ModelMemoryFull(
             "the model does not fit in memory beside the others; try again later"
         )

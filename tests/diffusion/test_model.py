@@ -60,7 +60,6 @@ def test_float16_keeps_an_overflowing_autoencoder_in_float32(folders: dict[str, 
         ModelOptions(attention="math"),
         ModelOptions(channels_last=False),
         ModelOptions(vae_slicing=True, vae_tiling=True),
-        pytest.param(ModelOptions(compile="blocks"), marks=pytest.mark.slow),
     ],
     ids=str,
 )

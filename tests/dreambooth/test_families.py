@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from rayjobs.config import BadInput
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
+from rayjobs.diffusion.modules import attention
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.dreambooth import export
 from rayjobs.dreambooth.config import DreamBoothConfig
@@ -201,17 +202,17 @@ def test_the_attention_kernel(
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"attention": "math"})}
     )
-    seen: list[bool] = []
-    attend = torch.nn.functional.scaled_dot_product_attention
+    seen: list[torch.Tensor] = []
+    attend = attention.KERNELS["math"]
 
     def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(torch.backends.cuda.flash_sdp_enabled())
-        return attend(*args, **kwargs)
+        seen.append(attend(*args, **kwargs))
+        return seen[-1]
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    monkeypatch.setitem(attention.KERNELS, "math", watch)
     tuned, _ = fit(config)
     num_layers = len(tuned.unet.attn_processors)
-    assert seen.count(False) == num_layers * (2 if saves else 1)
+    assert len(seen) == num_layers * (2 if saves else 1)
 
 
 def test_an_attention_kernel_that_there_is_not(folders: dict[str, Path], photos: Path) -> None:

@@ -142,7 +142,7 @@ class LoraBank:
                     changes[layer].append((change, scale))
         for layer, of_layer in changes.items():
             self._replace(self._module(layer), of_layer)
-        self._forget_recordings()
+        self.model.forget_calls()
         self._fused = tuple((self.admit(PlacedAdapter.fused(it)), scale) for it, scale in read)
         return self._fused
 
@@ -178,6 +178,10 @@ class LoraBank:
         defaults = [key for key in config.get("_use_default_values", []) if key not in changes]
         return config | changes | {"_use_default_values": defaults}
 
+    def differs(self, use: LoraUse) -> bool:
+        """Whether rows of such a use have adapters beside the model's weights."""
+        return bool(use) and self._fused is None
+
     @property
     def num_bytes(self) -> int:
         """Of all adapters, and of what is gathered of them for calls."""
@@ -196,11 +200,11 @@ class LoraBank:
         for module, name, own in self._own:
             _set(module, name, own)
         if self._own:
-            self._forget_recordings()
+            self.model.forget_calls()
 
     def gather(self, slots: Sequence[LoraUse], parts: Collection[str] | None = None) -> Gathered:
         """What slots use of these parts of the model, or of all, while they use the same."""
-        if not any(slots) or self._fused is not None:
+        if not any(map(self.differs, slots)):
             return Gathered(beside=Beside())
         uses: dict[AdaptedLayer, Use] = defaultdict(Use)
         found = [
@@ -273,10 +277,6 @@ class LoraBank:
             own = getattr(module, name)
             self._own.append((module, name, None if own is None else own.cpu()))
             _set(module, name, value)
-
-    def _forget_recordings(self) -> None:
-        """A layer has a bias now that it had not, or the other way round."""
-        self.model.__dict__.pop("replay", None)
 
     def _module(self, layer: Layer) -> Any:
         return self._parts[layer.part].get_submodule(layer.name)

@@ -57,7 +57,10 @@ def decode_latents(z_BCHW: torch.Tensor, model: Model) -> torch.Tensor:
     mean, std = model.latents_mean_std
     z_BCHW = z_BCHW.to(model.vae.dtype)
     z_BCHW = z_BCHW * std / model.vae.config.scaling_factor + mean
-    x_BCHW = model.vae.decode(z_BCHW, return_dict=False)[0]
+    if model.compiled is not None and model.compiled.takes_decoding(z_BCHW):
+        x_BCHW = model.compiled.decode(z_BCHW)
+    else:
+        x_BCHW = model.vae.decode(z_BCHW, return_dict=False)[0]
     return (x_BCHW.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 

@@ -35,9 +35,7 @@ class VaeWorker:
     def __init__(self, model: Model, isolate_oom: bool = False):
         self.model = model
         self.isolate_oom = isolate_oom
-        # torch's choice of an attention kernel is global to the process, and the autoencoder's
-        # wide heads run on the default one only: with a chosen kernel it works between steps.
-        beside = model.device.startswith("cuda") and model.options.attention == "auto"
+        beside = model.device.startswith("cuda")
         self._executor: _Executor = _StreamExecutor(model.device) if beside else _InlineExecutor()
         self._encoding: dict[Future[None], Row] = {}
         self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}

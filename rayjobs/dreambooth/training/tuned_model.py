@@ -12,22 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.attention import NoKernel
 from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.text import inversion
 from rayjobs.diffusion.text.chunks import Chunk, tokenize
 from rayjobs.diffusion.text.encoder import encode_chunks
-from rayjobs.diffusion.unet_batch import KERNELS
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.data import rng
 from rayjobs.dreambooth.training import lora
-
-NO_KERNEL = ("No available kernel", "No viable backend")
-"""In torch's messages, on CUDA and on a CPU, when the kernel does not take these tensors."""
-
 
 Said = tuple[Chunk, ...]
 """A caption in chunks."""
@@ -67,8 +62,6 @@ class TunedModel(torch.nn.Module):
         self.learned = torch.nn.ParameterList(_add_tokens(model, config))
         encoders = model.text_encoders if config.train.text_encoders else []
         self.text_encoders = torch.nn.ModuleList(encoders)
-        if model.options.attention != "auto":
-            _fix_attention_kernel(model.unet, model.options.attention)
         # Inside a list a module is no submodule: it is neither trained, synchronised nor saved.
         self._model = [model]
         full_teacher = self.method == "full" and config.prior.mode == "teacher"
@@ -224,14 +217,20 @@ def predict(
     added: dict[str, Any] | None = None
     if model.family == "sdxl" and text.pooled_BP is not None:
         added = {"text_embeds": text.pooled_BP.to(dtype), "time_ids": time_ids_B6}
-    output: torch.Tensor = model.unet(
-        x_BCHW.to(dtype),
-        timesteps_B,
-        encoder_hidden_states=text.states_BLD.to(dtype),
-        encoder_attention_mask=text.own_BL,
-        added_cond_kwargs=added,
-        return_dict=False,
-    )[0]
+    try:
+        output: torch.Tensor = model.unet(
+            x_BCHW.to(dtype),
+            timesteps_B,
+            encoder_hidden_states=text.states_BLD.to(dtype),
+            encoder_attention_mask=text.own_BL,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+    except NoKernel:
+        raise BadInput(
+            f"model.attention {model.options.attention} cannot train on this device in this "
+            "precision; use auto, or another train.precision"
+        ) from None
     return output.float()
 
 
@@ -243,31 +242,6 @@ def _add_tokens(model: Model, config: DreamBoothConfig) -> list[torch.nn.Paramet
     initial = settings.initial or str(config.prior.prompt).split()[-1]
     vectors = inversion.initial_vectors(model, initial, settings.num_vectors)
     return inversion.add_word(model, config.identifier, vectors)
-
-
-class _FixedKernel:
-    """An attention processor that runs in one of torch's kernels, also when it is recomputed."""
-
-    def __init__(self, processor: Any, name: str):
-        self._processor, self._name = processor, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            with sdpa_kernel(KERNELS[self._name]):
-                return self._processor(*args, **kwargs)
-        except RuntimeError as error:
-            if not any(text in str(error) for text in NO_KERNEL):
-                raise
-            raise BadInput(
-                f"model.attention {self._name} cannot train on this device in this precision; "
-                "use auto, or another train.precision"
-            ) from None
-
-
-def _fix_attention_kernel(unet: Any, name: str) -> None:
-    """Wrap processors, not the UNet's call, outside which gradient checkpointing repeats layers."""
-    processors = unet.attn_processors
-    unet.set_attn_processor({key: _FixedKernel(each, name) for key, each in processors.items()})
 
 
 def _unused_layers(model: Model, network: Any, part: str) -> tuple[str, ...]:

@@ -21,12 +21,15 @@ def pin(workers: Workers) -> None:
     """Set what torch would otherwise choose by the machine or by measuring."""
     import torch
 
+    from rayjobs.diffusion.modules.compiled import make_deterministic
+
     torch.set_num_threads(_num_threads(workers))
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    make_deterministic()
 
 
 def _num_threads(workers: Workers) -> int:
@@ -40,15 +43,24 @@ def current(config: GenerateConfig) -> dict[str, Any]:
 
     versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in LIBRARIES}
     versions |= {name: features.version(name) for name in CODECS}
-    return versions | {
-        "device": _device(config.model.device),
-        "threads": _num_threads(config.workers),
-        "tf32": False,
-        "cudnn_benchmark": False,
-        "attention": config.model.attention,
-        "compile": config.model.compile,
-        "watermark": False,
-    }
+    device, model = _device(config.model.device), config.model
+    # What locks of before it do not have was otherwise then.
+    how = {} if model.compile == "no" else {"compiler": "deterministic"}
+    if "CUDA" in device and model.channels_last == "auto" and not how:
+        how = {"layout": "contiguous"}
+    return (
+        versions
+        | how
+        | {
+            "device": device,
+            "threads": _num_threads(config.workers),
+            "tf32": False,
+            "cudnn_benchmark": False,
+            "attention": model.attention,
+            "compile": model.compile,
+            "watermark": False,
+        }
+    )
 
 
 def identify(determinism: dict[str, Any]) -> str:

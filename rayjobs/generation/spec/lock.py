@@ -21,6 +21,10 @@ from rayjobs.generation.spec.records import Record, Spec, names_syntax
 NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
 
+_LAYOUTS = {"auto": True, True: "true", False: False}
+"""What locks have for `channels_last`: true, as those that are older than `auto`, is the default.
+"""
+
 
 def job_part(config: GenerateConfig) -> dict[str, Any]:
     """The keys that decide what is made, as the lock has them."""
@@ -29,6 +33,8 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["output"].pop(key)
     whole["engine"].pop("allow_class_change")
     whole["model"].pop("device")
+    whole["model"].pop("compile_cache", None)
+    whole["model"]["channels_last"] = _LAYOUTS[config.model.channels_last]
     # As locks have it that are older than these keys.
     if config.prompts.syntax == "plain":
         whole["prompts"].pop("syntax")
@@ -45,10 +51,13 @@ def config_of(
     """A segment's configuration again; how it runs is taken from `current`."""
     values = json.loads(json.dumps(segment.job))
     values["output"]["uri"] = output_uri
+    if values["model"]["channels_last"] is True:
+        values["model"]["channels_last"] = "auto"
     if current is not None:
         values["workers"] = current.workers.model_dump()
         values["engine"]["allow_class_change"] = current.engine.allow_class_change
         values["model"]["device"] = current.model.device
+        values["model"]["compile_cache"] = current.model.compile_cache
     return ResolvedConfig.model_validate(values)
 
 

@@ -3,6 +3,7 @@
 Owns counts, sizes, times and how they are printed. Reads no weights, knows neither torch nor Ray.
 """
 
+import itertools
 import json
 import math
 import tempfile
@@ -24,7 +25,7 @@ from rayjobs.generation.prompts.snapshot import (
     list_pictures,
     write_snapshot,
 )
-from rayjobs.generation.spec.records import Spec
+from rayjobs.generation.spec.records import Spec, sizes_of
 from rayjobs.models.facts import read_facts
 from rayjobs.models.options import SourceConfig
 
@@ -194,19 +195,14 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
     assumptions = [
         f"{per_pixel:.2g} bytes a pixel, as {output.image_format}{quality} of photographs have"
     ]
-    widths = config.parameters.width or (config.image.width,)
-    heights = config.parameters.height or (config.image.height,)
+    sizes = sizes_of(config)
     own = _model_side(config.model)
     side = own or USUAL_SIDE
-    if None in (*widths, *heights):
+    if None in itertools.chain(*sizes):
         known = "as the model's configuration says" if own else "since the model is not at hand"
         assumptions.append(f"images of {side} pixels where no size is given, {known}")
     if {"width", "height"} & set(spec.rows.columns):
         assumptions.append("rows with a size of their own are counted like the others")
-    if len(widths) == len(heights):  # of which longer ones are pairs
-        sizes = list(zip(widths, heights, strict=True))
-    else:
-        sizes = [(width, height) for width in widths for height in heights]
     return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), assumptions
 
 

@@ -198,3 +198,12 @@ def _check_columns(config: GenerateConfig, rows: Rows, init_images: Sequence[str
             "parameters.strength changes nothing without init images; give init.uri or an "
             "init_image column, or remove it"
         )
+
+
+def sizes_of(config: GenerateConfig) -> list[tuple[int | None, int | None]]:
+    """Widths and heights of a job's pictures, but for rows of prompts that have their own."""
+    widths = config.parameters.width or (config.image.width,)
+    heights = config.parameters.height or (config.image.height,)
+    if len(widths) == len(heights):  # of which longer ones are pairs
+        return list(zip(widths, heights, strict=True))
+    return [(width, height) for width in widths for height in heights]

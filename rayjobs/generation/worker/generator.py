@@ -22,12 +22,12 @@ from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig
-from rayjobs.generation.spec.records import Record
+from rayjobs.generation.spec.records import Record, sizes_of
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture
 from rayjobs.images.parameters import parameters_text
 from rayjobs.images.sandbox import Sandbox
-from rayjobs.models import loading
+from rayjobs.models import loading, warming
 from rayjobs.quality import pixels
 
 BATCHES_AHEAD = 2
@@ -62,6 +62,7 @@ class RecordGenerator:
         self.is_fused = config.engine.fuse_loras and bool(uses)
         bank = self.engine.loras
         use = bank.fuse(uses) if self.is_fused else bank.use_of(uses)
+        warming.warm(self.engine, config.model.compile_cache, sizes_of(config))
         self.lora_ids = [list(each) for each in use]
         self._changes = self.engine.loras.sampler_changes(use)
         self.scorer = load_scorer(config.quality, self.model)

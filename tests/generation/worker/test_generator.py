@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from rayjobs.diffusion.model import Model
@@ -12,6 +13,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.lock import job_part
 from rayjobs.generation.spec.records import Record
 from rayjobs.generation.worker.generator import RecordGenerator
+from rayjobs.models import warming
 from tests.diffusion.adapters import formats_kohya
 from tests.diffusion.adapters.made import make, write
 
@@ -25,7 +27,14 @@ def record(number: int) -> Record:
     return Record(number=number, prompt="a star", seed=number, steps=3, **SETTINGS, **unset)
 
 
-def test_adapters_in_the_weights(tiny: Model, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_in_the_weights(
+    tiny: Model, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there when the model is compiled."""
+    warmed: list[Any] = []
+    monkeypatch.setattr(
+        warming, "warm", lambda engine, *told: warmed.append((bool(engine.loras._own), *told))
+    )
     path = write(make(tiny, formats_kohya.kohya_conv), tmp_path)
     pictures, ids, parts = [], [], []
     for loras, fuse in (([], False), ([path], False), ([path], True)):
@@ -38,6 +47,7 @@ def test_adapters_in_the_weights(tiny: Model, folders: dict[str, Path], tmp_path
             }
         )
         generator = RecordGenerator(config, "tiny", guided=True)
+        assert warmed.pop() == (generator.is_fused, None, [(None, None)])
         rows = [row for _, row in generator.generate([record(0), record(1)])]
         assert [row["status"] for row in rows] == ["ok", "ok"], rows
         pictures.append(

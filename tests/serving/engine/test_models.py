@@ -13,7 +13,7 @@ import torch
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.models.options import WordConfig
+from rayjobs.models.options import LoadOptions, WordConfig
 from serve.config import EngineConfig
 from serve.engine import models
 from serve.engine.forecast import Forecast
@@ -62,7 +62,7 @@ class Cache(ModelCache):
         return SimpleNamespace(uri=weights.uri, base=base)
 
     def _with_engine(self, weights: Weights, model: Any, num_bytes: int) -> LoadedModel:
-        model.dtype = torch.float32
+        model.dtype, model.compiled = torch.float32, None
         engine: Any = SimpleNamespace(loras=FakeLoras(), model=model, rows={})
         batcher: Any = None
         return LoadedModel(weights, engine, batcher, num_bytes)
@@ -328,3 +328,27 @@ def test_an_adapter_makes_room_or_is_too_large(monkeypatch: pytest.MonkeyPatch) 
             await small.read_adapter(loaded, "x", "1")
 
     run(work())
+
+
+def test_a_model_is_warm_before_it_takes_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is compiled in the loader's thread; where that fails there is no model."""
+    seen: list[tuple[str, bool, str | None]] = []
+
+    def warm(engine: Any, cache_uri: str | None) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        seen.append((engine.model.uri, weights in cache.loaded or is_main, cache_uri))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(models, "warm", warm)
+    weights = Weights("a", how=LoadOptions(compile_cache="s3://here"))
+
+    async def scenario() -> None:
+        with pytest.raises(ModelMemoryFull):
+            await cache.acquire(weights)
+        assert not cache.loaded
+        assert (await cache.acquire(weights)).weights == weights
+
+    cache = Cache(4)
+    asyncio.run(scenario())
+    assert seen == [("a", False, "s3://here")] * 2
