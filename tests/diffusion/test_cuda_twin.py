@@ -104,6 +104,21 @@ def test_no_step_of_an_edm_model_waits(gpu: TwinGpu, folders: dict[str, Path]) -
         assert cuda_table.Measured(gpu, model, names, {}).waits == []
 
 
+def test_a_picture_travels_in_bytes(
+    gpu: TwinGpu, model: Model, modes: dict[str, dict[str, Any]]
+) -> None:
+    """Rounded on the device, laid over its init image there too; as floats only where asked for."""
+    kept = {**modes["inpainting"], "keep_unmasked": True}
+    for extra, keep_pixels in (({}, False), (kept, False), ({}, True)):
+        request = Request(prompt="a red star", seed=1, steps=2, sampler="euler", **extra)
+        engine = Engine(model, max_rows=1, fixed_shape=False)
+        with gpu.counting() as counts, cuda_table.networks_unobserved(gpu, model):
+            (result,) = engine.generate([request], keep_pixels)
+        assert result.image is not None, result.error
+        most = 3 * 64 * 64 * (1 + 4 * keep_pixels)
+        assert most <= counts.downloaded < most + 64
+
+
 def test_a_seed_is_the_same_picture_as_on_a_cpu(
     gpu: TwinGpu, model: Model, folders: dict[str, Path], modes: dict[str, dict[str, Any]]
 ) -> None:

@@ -23,6 +23,7 @@ from rayjobs.diffusion.vae.latents import decode_latents, to_image
 if TYPE_CHECKING:
     from rayjobs.diffusion.row import Row
 
+Decoded = tuple[torch.Tensor | None, Image]
 NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
 
@@ -40,15 +41,16 @@ class VaeWorker:
         beside = model.device.startswith("cuda") and model.options.attention == "auto"
         self._executor: _Executor = _StreamExecutor(model.device) if beside else _InlineExecutor()
         self._encoding: dict[Future[None], Row] = {}
-        self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}
+        self._decoding: dict[Future[Decoded], Row] = {}
 
     def encode(self, row: Row) -> None:
         """Make the first latents of an image-to-image row."""
         self._encoding[self._executor.submit(row.encode_init, self.model)] = row
 
-    def decode(self, row: Row) -> None:
-        """Make the picture of a row that has taken its last step."""
-        self._decoding[self._executor.submit(_decode_with_room, row, self.model)] = row
+    def decode(self, row: Row, keep_pixels: bool = False) -> None:
+        """Make the picture of a row that has taken its last step, and keep its float pixels."""
+        work = self._executor.submit(_decode_with_room, row, self.model, keep_pixels)
+        self._decoding[work] = row
 
     def cancel(self, row: Row) -> None:
         """Drop a cancelled row's work that has not started."""
@@ -72,7 +74,7 @@ class VaeWorker:
             yield row, None if error is None else self._reason(error)
 
     def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
-        """Rows decoded, with pixels and picture, or the reason why not."""
+        """Rows decoded, with kept pixels and picture, or the reason why not."""
         for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
             reason = None if error is None else self._reason(error)
@@ -144,20 +146,20 @@ class _StreamExecutor:
             return result
 
 
-def _decode_with_room(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
+def _decode_with_room(row: Row, model: Model, keep_pixels: bool) -> Decoded:
     """Once more where memory lacks: what steps have left may be enough, but not in one piece."""
     try:
-        return _decode(row, model)
+        return _decode(row, model, keep_pixels)
     except Exception as error:
         if not lacks_memory(error):
             raise
     # Not before: with the error its traceback is gone, and what was computed so far.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return _decode(row, model)
+    return _decode(row, model, keep_pixels)
 
 
-def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
+def _decode(row: Row, model: Model, keep_pixels: bool) -> Decoded:
     assert row.latents is not None
     if not torch.isfinite(row.latents).all():
         raise ValueError(NOT_FINITE)
@@ -166,4 +168,4 @@ def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
         raise ValueError("the decoded picture is not finite (NaN or infinity)")
     if row.inpainting is not None:
         pixels_CHW = row.inpainting.finish(pixels_CHW)
-    return pixels_CHW, to_image(pixels_CHW)
+    return pixels_CHW.cpu() if keep_pixels else None, to_image(pixels_CHW)
