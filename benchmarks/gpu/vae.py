@@ -23,9 +23,7 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
         found = timing.measure(work, bench.device, repeats=bench.repeats)
         return {"what": what, "queued_ms": timing.queued_ms(work, bench.device)} | found
 
-    yield row(
-        "to the host, as the engine does", lambda: to_image(decode_latents(z_1CHW, model)[0])
-    )
+    yield row("to the host, as the engine does", lambda: to_image(decode_latents(z_1CHW, model)[0]))
     yield row("channels last", decode)
     vae.to(memory_format=torch.contiguous_format)
     yield row("contiguous", decode)

@@ -151,6 +151,7 @@ class Stepper:
         if busy:
             self._step(busy[self._queue.order(busy)[0]])
         elif not self._closing:
+            self._settle()
             self._wake.wait()
 
     def _loaded(self) -> list[LoadedModel]:
@@ -274,6 +275,12 @@ class Stepper:
             num_results=len(results),
         )
         for over, seconds in self._pacer.end(step):
+            self._learn(over, seconds - over.trace_warmup_s)
+        self._previews.send()
+
+    def _settle(self) -> None:
+        """End what the last step left behind: it would keep its model in memory."""
+        for over, seconds in self._pacer.finish():
             self._learn(over, seconds - over.trace_warmup_s)
         self._previews.send()
 
