@@ -1,16 +1,15 @@
 """The autoencoder's work beside the steps: encoding init images and decoding finished latents.
 
 Owns when and on which thread that work runs. On a GPU it has a thread and a stream of its own, so
-that no step waits for the autoencoder. A CPU has nothing idle to do it with, and two teams of
-threads on the same cores slow each other down (by a quarter, measured): there one picture is
-encoded or decoded between two steps, never more, so that other rows wait for one at most.
+that no step waits for the autoencoder. On a CPU one picture is encoded or decoded between two
+steps, never more, so that other rows wait for one at most.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from PIL.Image import Image
 
 from rayjobs.diffusion.faults import OutOfMemory, lacks_memory, row_reason
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.side import SideStream
 from rayjobs.diffusion.vae.latents import decode_latents, to_image
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class VaeWorker:
         # torch's choice of an attention kernel is global to the process, and the autoencoder's
         # wide heads run on the default one only: with a chosen kernel it works between steps.
         beside = model.device.startswith("cuda") and model.options.attention == "auto"
-        self._executor: _Executor = _StreamExecutor(model.device) if beside else _InlineExecutor()
+        self._executor: _Executor = _SideExecutor(model.device) if beside else _InlineExecutor()
         self._encoding: dict[Future[None], Row] = {}
         self._decoding: dict[Future[Decoded], Row] = {}
 
@@ -121,29 +121,15 @@ class _InlineExecutor:
             future.set_exception(error)
 
 
-class _StreamExecutor:
+class _SideExecutor:
     """In a thread and a CUDA stream of its own."""
 
     def __init__(self, device: str):
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoencoder")
-        self._stream = torch.cuda.Stream(device)
-
-    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        event = torch.cuda.current_stream(self._stream.device).record_event()
-        return self._thread.submit(self._run, event, work, *args)
+        self.submit = SideStream(device, "autoencoder").submit_after
 
     def poll(self, futures: list[Future[Any]], block: bool) -> None:
         if block and futures:
             wait(futures, return_when=FIRST_COMPLETED)
-
-    @torch.no_grad()
-    def _run(self, event: Any, work: Callable[..., Any], *args: Any) -> Any:
-        """After what was queued on the device when the work was handed over, and to its end."""
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(event)
-            result = work(*args)
-            self._stream.synchronize()
-            return result
 
 
 def _decode_with_room(row: Row, model: Model, keep_pixels: bool) -> Decoded:
