@@ -45,7 +45,7 @@ def forming(engine: Engine) -> list[Image.Image]:
     while engine.num_pending:
         finished = {result.id: result.image for result in engine.step()}
         for row_id, row in engine.rows.items():
-            if row.seen is not None:
+            if row.last_step is not None:
                 latents = previewer.denoised(row).to(engine.model.vae.dtype)
                 shown[row_id] = to_image(decode_latents(latents, engine.model)[0])
         shown |= {row_id: image for row_id, image in finished.items() if image is not None}

@@ -69,7 +69,8 @@ class EngineConfig(Config):
     max_pending_s: float = Field(default=300.0, gt=0)
     """Seconds of work that may wait on a replica; further requests are refused with 429."""
     model_memory_gb: float | None = Field(default=None, gt=0)
-    """GiB for weights; without it, 70 % of the GPU's memory, or half of the machine's."""
+    """GiB for weights; without it, 70 % of the replica's share of its GPU's memory, or half
+    of the machine's."""
     max_loras: int = Field(default=64, ge=1)
     """LoRAs kept in memory for each model."""
     lora_memory_gb: float | None = Field(default=None, gt=0)
@@ -170,7 +171,7 @@ class ScalingConfig(Config):
     downscale_delay_s: float = Field(default=120.0, ge=0)
     """Seconds before replicas are removed."""
     num_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of an engine replica."""
+    """GPUs of an engine replica; with a fraction it keeps to that share of a GPU's memory."""
     num_cpus: float = Field(default=1.0, ge=0)
     """CPUs of an engine replica."""
     ingress: int = Field(default=1, ge=1)

@@ -26,13 +26,14 @@ class EngineReplica:
     async def __init__(self, config: ServeConfig):
         import torch
 
-        from serve.engine import safety
+        from serve.engine import memory, safety
         from serve.engine.loop import EngineLoop
 
         self.config = config
         if not torch.cuda.is_available():
             cores = config.engine.num_threads or max(1, int(config.scaling.num_cpus))
             torch.set_num_threads(min(cores, os.cpu_count() or 1))
+        memory.keep_to_share(config.scaling.num_gpus)
         self.registry = Registry(config)
         self.loop = EngineLoop(config.engine, self.registry, safety=safety.build(config.safety))
         self._end = asyncio.create_task(self._end_with_engine())

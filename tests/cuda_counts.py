@@ -28,6 +28,8 @@ class Counts:
     waits: list[Wait] = field(default_factory=list)
     uploads: int = 0
     """Copies to the device that did not wait."""
+    downloaded: int = 0
+    """Bytes of copies to the host."""
 
     @property
     def num_launches(self) -> int:
@@ -37,6 +39,7 @@ class Counts:
         self.launches.update(other.launches)
         self.waits += other.waits
         self.uploads += other.uploads
+        self.downloaded += other.downloaded
 
     def in_thread(self, name: str = "MainThread") -> list[Wait]:
         return [wait for wait in self.waits if wait.thread.startswith(name)]

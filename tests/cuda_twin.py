@@ -234,6 +234,8 @@ class TwinGpu:
 
     def _to_host(self, target: torch.Tensor, non_blocking: bool) -> None:
         self._num_copies += 1
+        if self._counts is not None:
+            self._counts.downloaded += target.nbytes
         if non_blocking and _storage(target) in self._pinned:
             self._coming[_storage(target)] = self._num_copies
         else:

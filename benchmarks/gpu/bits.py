@@ -66,7 +66,7 @@ def flash_beside_decode(bench: Bench) -> dict[str, Any]:
     def decode() -> None:
         while not stop.is_set():
             try:
-                decode_latents(z_1CHW, model)
+                decode_latents(z_1CHW, model).cpu()  # waits for it
             except RuntimeError as error:
                 failures.append(str(error).split("\n")[0])
                 return

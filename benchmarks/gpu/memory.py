@@ -44,10 +44,10 @@ def _beside(bench: Bench, z_1CHW: torch.Tensor) -> Iterator[dict[str, Any]]:
         stream = torch.cuda.Stream() if bench.on_gpu else None
         while not stop.is_set():
             if stream is None:
-                decode_latents(z_1CHW, model)
+                decode_latents(z_1CHW, model).cpu()
             else:
                 with torch.no_grad(), torch.cuda.stream(stream):
-                    decode_latents(z_1CHW, model)
+                    decode_latents(z_1CHW, model).cpu()
             decoded[0] += 1
 
     for num in (2, max(bench.sizes)):

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.gpu import paths, timing
 from benchmarks.gpu.bench import Bench
-from rayjobs.diffusion.vae.latents import decode_latents
+from rayjobs.diffusion.vae.latents import decode_latents, to_image
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def run(bench: Bench) -> Iterator[dict[str, Any]]:
         found = timing.measure(work, bench.device, repeats=bench.repeats)
         return {"what": what, "queued_ms": timing.queued_ms(work, bench.device)} | found
 
-    yield row("to the host, as the engine does", lambda: decode_latents(z_1CHW, model))
+    yield row("to the host, as the engine does", lambda: to_image(decode_latents(z_1CHW, model)[0]))
     yield row("contiguous", decode)
     vae.to(memory_format=torch.channels_last)
     yield row("channels last", decode)

@@ -72,6 +72,7 @@ class Engine:
         self._failed: list[Result] = []
         self._ids = count()
         self.keep_pixels = False
+        """Whether results have the float pixels of pictures that are decoded from now on."""
         self.side_s = 0.0
         """Spent on prompts, and on encoding and decoding pictures; what a GPU does of that beside
         its steps is not counted."""
@@ -229,7 +230,7 @@ class Engine:
         for row in rows:
             if row.is_done and row.id in self.rows:
                 self._batcher.discard(row)
-                self._vae.decode(row)
+                self._vae.decode(row, self.keep_pixels)
 
     def _collect(self) -> list[Result]:
         """Failures and decoded pictures since the last step."""
@@ -237,8 +238,7 @@ class Engine:
         for row, pixels_CHW, image, error in self._vae.decoded():
             if self.rows.pop(row.id, None) is None:
                 continue
-            pixels = pixels_CHW if self.keep_pixels else None
-            results.append(row.result(image=image, pixels=pixels, error=error))
+            results.append(row.result(image=image, pixels=pixels_CHW, error=error))
         if not self.rows:
             self._unet_batch.forget()
         return results

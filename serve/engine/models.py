@@ -7,7 +7,6 @@ evicted, so this is not a plain LRU cache. Knows nothing of scheduling or of HTT
 import asyncio
 import contextlib
 import copy
-import gc
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from rayjobs import storage
@@ -34,6 +32,7 @@ from rayjobs.models.loading import load_weights, teach
 from rayjobs.models.options import SourceConfig
 from rayjobs.models.warming import warm
 from serve.config import EngineConfig
+from serve.engine import memory
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
 from serve.registry import Weights
@@ -120,7 +119,7 @@ class ModelCache:
         self._fetcher = ThreadPoolExecutor(4, thread_name_prefix="fetching")
         # One at a time: while diffusers loads, new parameters anywhere in the process have no data.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
-        self._max_bytes = _memory(config)
+        self._max_bytes = memory.for_models(config)
         self._max_adapter_bytes = _adapter_memory(config, self._max_bytes)
 
     async def acquire(self, weights: Weights) -> LoadedModel:
@@ -283,31 +282,28 @@ class ModelCache:
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict idle models until `num_bytes` fit; a first model is always tried."""
-        while self.loaded:
-            held = sum(loaded.held_bytes for loaded in self.loaded.values())
-            if held + num_bytes <= self._max_bytes:
-                return
-            idle = [loaded for loaded in self.loaded.values() if not loaded.users]
-            if not idle:
-                raise ModelMemoryFull("all models in memory are in use; try again later")
-            self._evict(min(idle, key=lambda loaded: loaded.used_s))
+        num_before = len(self.loaded)
+        try:
+            while self.loaded and self._held_bytes() + num_bytes > self._max_bytes:
+                self._evict(self._least_used())
+        finally:
+            if len(self.loaded) < num_before:
+                memory.give_back()  # here nothing refers to what was evicted
 
-    def _evict(self, loaded: LoadedModel) -> None:
-        del self.loaded[loaded.weights]
+    def _held_bytes(self) -> int:
+        return sum(loaded.held_bytes for loaded in self.loaded.values())
+
+    def _least_used(self) -> Weights:
+        idle = {weights: one.used_s for weights, one in self.loaded.items() if not one.users}
+        if not idle:
+            raise ModelMemoryFull("all models in memory are in use; try again later")
+        return min(idle, key=idle.__getitem__)
+
+    def _evict(self, weights: Weights) -> None:
+        loaded = self.loaded.pop(weights)
         if loaded.base is not None:
             self.leaving.append(loaded)
             self.release(loaded.base)
-        if torch.cuda.is_available():
-            gc.collect()  # models have reference cycles
-            torch.cuda.empty_cache()
-
-
-def _memory(config: EngineConfig) -> float:
-    if config.model_memory_gb is not None:
-        return config.model_memory_gb * 2**30
-    if torch.cuda.is_available():
-        return 0.7 * torch.cuda.get_device_properties(0).total_memory
-    return 0.5 * psutil.virtual_memory().total
 
 
 def _adapter_memory(config: EngineConfig, model_bytes: float) -> float:

@@ -1,6 +1,6 @@
 """Keeps the host close to the device, and measures how long steps took there.
 
-Owns CUDA events and memory counters. On a CPU a step is over when its call returns.
+Owns CUDA events and the peak of a step's memory. On a CPU a step is over when its call returns.
 """
 
 import time
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from serve.engine import memory
 from serve.engine.fairness import BatchUsage
 from serve.engine.models import LoadedModel
 
@@ -53,7 +54,12 @@ class Pacer:
             return
         end: Any = torch.cuda.Event(enable_timing=True)
         end.record()
-        last, self._last = self._last, (step, self._start, end)
+        yield from self.finish()
+        self._last = (step, self._start, end)
+
+    def finish(self) -> Iterator[tuple[StepTiming, float]]:
+        """The last step once it is over; then nothing here keeps its model in memory."""
+        last, self._last = self._last, None
         if last is not None:
             last[2].synchronize()
             yield last[0], last[1].elapsed_time(last[2]) / 1000
@@ -65,11 +71,9 @@ class Pacer:
         """
         if not self.on_gpu:
             return None
-        held = torch.cuda.memory_allocated()
-        peak = torch.cuda.max_memory_allocated() - held
+        peak = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - held
-        return float(peak), float(free)
+        return float(peak), memory.for_a_step()
 
     def clear(self) -> None:
         if self.on_gpu:

@@ -12,8 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-
-from PIL.Image import Image
+from functools import partial
 
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
@@ -25,7 +24,7 @@ from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
 from serve.engine.pacer import Pacer, StepTiming
 from serve.engine.previews import Previews
 from serve.engine.request_state import RequestState, estimate
-from serve.engine.safety import Safety
+from serve.engine.safety import Checks, Safety
 from serve.metrics import EngineMetrics
 from serve.protocol import Event, Failed, ImagesRequest, Step, Waiting
 from serve.registry import Weights
@@ -51,10 +50,10 @@ class Stepper:
         """In order of arrival."""
         self.failure: BaseException | None = None
         """What ended the thread; the process must then be replaced."""
-        self._safety = safety
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
+        self._checks = Checks(safety, self._wake.set)
         self._closing = False
         self._owners: dict[tuple[LoadedModel, int], RequestState] = {}
         self._queue: FairQueue[Weights] = FairQueue()
@@ -143,6 +142,7 @@ class Stepper:
         self._wake.clear()
         while self._inbox:
             self._inbox.popleft()()
+        self._checks.report()
         self._report_waiting()
         self._detach_evicted()
         num_images = sum(len(state.images) for state in list(self.states))
@@ -151,6 +151,7 @@ class Stepper:
         if busy:
             self._step(busy[self._queue.order(busy)[0]])
         elif not self._closing:
+            self._settle()
             self._wake.wait()
 
     def _loaded(self) -> list[LoadedModel]:
@@ -261,7 +262,8 @@ class Stepper:
             self._report_progress(loaded, row.id)
         self._previews.send()
         for result in results:
-            self._report_result(loaded, result)
+            self._check(loaded, result)
+        self._checks.report()
         memory = self._pacer.memory()
         is_decoding = is_decoding or self._uses_autoencoder()
         if memory is not None:
@@ -274,6 +276,12 @@ class Stepper:
             num_results=len(results),
         )
         for over, seconds in self._pacer.end(step):
+            self._learn(over, seconds - over.trace_warmup_s)
+        self._previews.send()
+
+    def _settle(self) -> None:
+        """End what the last step left behind: it would keep its model in memory."""
+        for over, seconds in self._pacer.finish():
             self._learn(over, seconds - over.trace_warmup_s)
         self._previews.send()
 
@@ -352,26 +360,23 @@ class Stepper:
             self._send(state, Step(image, done, total, (total - done) * since_s / done))
         self._previews.begin(state, row_id, done)
 
-    def _report_result(self, loaded: LoadedModel, result: Result) -> None:
+    def _check(self, loaded: LoadedModel, result: Result) -> None:
         loaded.batcher.priorities.pop(result.request, None)
         state = self._owners.pop((loaded, result.id), None)
-        if state is None or state.over:
+        if state is not None and not state.over:
+            self._checks.put(result.image, partial(self._report_result, state, result))
+
+    def _report_result(self, state: RequestState, result: Result, is_safe: bool) -> None:
+        if state.over:
             return
         if result.image is None:
             self._end(state, Failed("invalid", str(result.error)))
-        elif not self._is_safe(result.image):
+        elif not is_safe:
             refusal = "the safety checker blocked the image; change the prompt"
             self._end(state, Failed("refused", refusal, "prompt"))
         else:
-            self.metrics.made(loaded.weights.uri)
+            self.metrics.made(state.loaded.weights.uri)
             self._send(state, state.finish(result.id, result.image, result.warnings))
-
-    def _is_safe(self, image: Image) -> bool:
-        """An image that the checker fails on counts as unsafe."""
-        try:
-            return self._safety is None or self._safety.allows(image)
-        except RuntimeError:
-            return False
 
     def _detach_evicted(self) -> None:
         """Detach the adapters of evicted models from the parts that other models share."""

@@ -1,5 +1,6 @@
 """What a row costs a GPU, on a twin of one: no step waits, and no operator mixes devices."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, ModelOptions, load_model
+from rayjobs.diffusion.modules.side import beside_steps
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 from tests import cuda_table
@@ -102,6 +104,31 @@ def test_no_step_of_an_edm_model_waits(gpu: TwinGpu, folders: dict[str, Path]) -
     names = [name for name in SAMPLERS if name not in NAMES]
     with cuda_table.networks_unobserved(gpu, model):
         assert cuda_table.Measured(gpu, model, names, {}).waits == []
+
+
+def test_a_picture_travels_in_bytes(
+    gpu: TwinGpu, model: Model, modes: dict[str, dict[str, Any]]
+) -> None:
+    """Rounded on the device, laid over its init image there too; as floats only where asked for."""
+    kept = {**modes["inpainting"], "keep_unmasked": True}
+    for extra, keep_pixels in (({}, False), (kept, False), ({}, True)):
+        request = Request(prompt="a red star", seed=1, steps=2, sampler="euler", **extra)
+        engine = Engine(model, max_rows=1, fixed_shape=False)
+        with gpu.counting() as counts, cuda_table.networks_unobserved(gpu, model):
+            (result,) = engine.generate([request], keep_pixels)
+        assert result.image is not None, result.error
+        most = 3 * 64 * 64 * (1 + 4 * keep_pixels)
+        assert most <= counts.downloaded < most + 64
+
+
+def test_other_work_is_done_beside_the_steps(gpu: TwinGpu) -> None:
+    side = beside_steps("cuda:0", "scoring")
+    with gpu.counting() as counts:
+        assert side.submit(lambda: (torch.ones(2).to("cuda:0") * 2).sum().item()).result() == 4
+    assert counts.in_thread() == []
+    assert len(counts.in_thread("scoring")) == 3
+    here = beside_steps("cpu", "scoring").submit(threading.current_thread)
+    assert here.result() is threading.current_thread()
 
 
 def test_a_seed_is_the_same_picture_as_on_a_cpu(

@@ -48,5 +48,5 @@ class Inpainting:
         """The decoded picture (3, H, W) in 0..1, over the init image's own pixels if asked for."""
         if self._over is None:
             return pixels_CHW
-        init_CHW, mask_1HW = self._over
+        init_CHW, mask_1HW = (upload(each, pixels_CHW.device) for each in self._over)
         return (1 - mask_1HW) * init_CHW + mask_1HW * pixels_CHW

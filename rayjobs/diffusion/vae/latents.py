@@ -53,7 +53,7 @@ def _posterior(x_1CHW: torch.Tensor, model: Model) -> Any:
 
 @torch.no_grad()
 def decode_latents(z_BCHW: torch.Tensor, model: Model) -> torch.Tensor:
-    """Pixels (B, 3, H, W) float32 in 0..1 on the CPU."""
+    """Pixels (B, 3, H, W) float32 in 0..1, on the model's device."""
     mean, std = model.latents_mean_std
     z_BCHW = z_BCHW.to(model.vae.dtype)
     z_BCHW = z_BCHW * std / model.vae.config.scaling_factor + mean
@@ -61,10 +61,13 @@ def decode_latents(z_BCHW: torch.Tensor, model: Model) -> torch.Tensor:
         x_BCHW = model.compiled.decode(z_BCHW)
     else:
         x_BCHW = model.vae.decode(z_BCHW, return_dict=False)[0]
-    return (x_BCHW.float() / 2 + 0.5).clamp(0, 1).cpu()
+    return (x_BCHW.float() / 2 + 0.5).clamp(0, 1)
 
 
 def to_image(pixels_CHW: torch.Tensor) -> Image.Image:
-    """An 8-bit RGB picture of float pixels in 0..1."""
+    """An 8-bit RGB picture of float pixels in 0..1.
+
+    Rounded where they are: a quarter of the bytes travels.
+    """
     pixels = (pixels_CHW.permute(1, 2, 0) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.contiguous().numpy())
+    return Image.fromarray(pixels.contiguous().cpu().numpy())

@@ -1,16 +1,15 @@
 """The autoencoder's work beside the steps: encoding init images and decoding finished latents.
 
 Owns when and on which thread that work runs. On a GPU it has a thread and a stream of its own, so
-that no step waits for the autoencoder. A CPU has nothing idle to do it with, and two teams of
-threads on the same cores slow each other down (by a quarter, measured): there one picture is
-encoded or decoded between two steps, never more, so that other rows wait for one at most.
+that no step waits for the autoencoder. On a CPU one picture is encoded or decoded between two
+steps, never more, so that other rows wait for one at most.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -18,11 +17,13 @@ from PIL.Image import Image
 
 from rayjobs.diffusion.faults import OutOfMemory, lacks_memory, row_reason
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.side import SideStream
 from rayjobs.diffusion.vae.latents import decode_latents, to_image
 
 if TYPE_CHECKING:
     from rayjobs.diffusion.row import Row
 
+Decoded = tuple[torch.Tensor | None, Image]
 NOT_FINITE = "the latents are not finite (NaN or infinity)"
 
 
@@ -36,17 +37,18 @@ class VaeWorker:
         self.model = model
         self.isolate_oom = isolate_oom
         beside = model.device.startswith("cuda")
-        self._executor: _Executor = _StreamExecutor(model.device) if beside else _InlineExecutor()
+        self._executor: _Executor = _SideExecutor(model.device) if beside else _InlineExecutor()
         self._encoding: dict[Future[None], Row] = {}
-        self._decoding: dict[Future[tuple[torch.Tensor, Image]], Row] = {}
+        self._decoding: dict[Future[Decoded], Row] = {}
 
     def encode(self, row: Row) -> None:
         """Make the first latents of an image-to-image row."""
         self._encoding[self._executor.submit(row.encode_init, self.model)] = row
 
-    def decode(self, row: Row) -> None:
-        """Make the picture of a row that has taken its last step."""
-        self._decoding[self._executor.submit(_decode_with_room, row, self.model)] = row
+    def decode(self, row: Row, keep_pixels: bool = False) -> None:
+        """Make the picture of a row that has taken its last step, and keep its float pixels."""
+        work = self._executor.submit(_decode_with_room, row, self.model, keep_pixels)
+        self._decoding[work] = row
 
     def cancel(self, row: Row) -> None:
         """Drop a cancelled row's work that has not started."""
@@ -70,7 +72,7 @@ class VaeWorker:
             yield row, None if error is None else self._reason(error)
 
     def decoded(self) -> Iterator[tuple[Row, torch.Tensor | None, Image | None, str | None]]:
-        """Rows decoded, with pixels and picture, or the reason why not."""
+        """Rows decoded, with kept pixels and picture, or the reason why not."""
         for future in [future for future in self._decoding if future.done()]:
             row, error = self._decoding.pop(future), future.exception()
             reason = None if error is None else self._reason(error)
@@ -117,45 +119,31 @@ class _InlineExecutor:
             future.set_exception(error)
 
 
-class _StreamExecutor:
+class _SideExecutor:
     """In a thread and a CUDA stream of its own."""
 
     def __init__(self, device: str):
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="autoencoder")
-        self._stream = torch.cuda.Stream(device)
-
-    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        event = torch.cuda.current_stream(self._stream.device).record_event()
-        return self._thread.submit(self._run, event, work, *args)
+        self.submit = SideStream(device, "autoencoder").submit_after
 
     def poll(self, futures: list[Future[Any]], block: bool) -> None:
         if block and futures:
             wait(futures, return_when=FIRST_COMPLETED)
 
-    @torch.no_grad()
-    def _run(self, event: Any, work: Callable[..., Any], *args: Any) -> Any:
-        """After what was queued on the device when the work was handed over, and to its end."""
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(event)
-            result = work(*args)
-            self._stream.synchronize()
-            return result
 
-
-def _decode_with_room(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
+def _decode_with_room(row: Row, model: Model, keep_pixels: bool) -> Decoded:
     """Once more where memory lacks: what steps have left may be enough, but not in one piece."""
     try:
-        return _decode(row, model)
+        return _decode(row, model, keep_pixels)
     except Exception as error:
         if not lacks_memory(error):
             raise
     # Not before: with the error its traceback is gone, and what was computed so far.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return _decode(row, model)
+    return _decode(row, model, keep_pixels)
 
 
-def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
+def _decode(row: Row, model: Model, keep_pixels: bool) -> Decoded:
     assert row.latents is not None
     if not torch.isfinite(row.latents).all():
         raise ValueError(NOT_FINITE)
@@ -164,4 +152,4 @@ def _decode(row: Row, model: Model) -> tuple[torch.Tensor, Image]:
         raise ValueError("the decoded picture is not finite (NaN or infinity)")
     if row.inpainting is not None:
         pixels_CHW = row.inpainting.finish(pixels_CHW)
-    return pixels_CHW, to_image(pixels_CHW)
+    return pixels_CHW.cpu() if keep_pixels else None, to_image(pixels_CHW)

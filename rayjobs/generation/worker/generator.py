@@ -18,6 +18,7 @@ from rayjobs import storage
 from rayjobs.dataset.records import ENGINE_VERSION, SCORES, SYNTAX, Row, image_id
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.modules.side import beside_steps
 from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
@@ -66,6 +67,7 @@ class RecordGenerator:
         self.lora_ids = [list(each) for each in use]
         self._changes = self.engine.loras.sampler_changes(use)
         self.scorer = load_scorer(config.quality, self.model)
+        self._scoring = beside_steps(self.model.device, "scoring")
         self._ahead = BATCHES_AHEAD * size
         self._init = lru_cache(maxsize=4)(partial(read_init, sandbox=Sandbox()))
         self._reading = ThreadPoolExecutor(2, thread_name_prefix="reading")
@@ -78,7 +80,7 @@ class RecordGenerator:
         rows: deque[Future[tuple[Record, Row]]] = deque()
         for result in self.engine.generate(self._requests(records, pending)):
             record, init = pending.pop(result.request)
-            scores = self._score(record, result)
+            scores = self._scoring.submit(self._score, record, result)
             rows.append(self._encoding.submit(self._row, record, init, result, scores))
             while rows and (rows[0].done() or len(rows) > self._ahead):
                 yield rows.popleft().result()
@@ -165,7 +167,6 @@ class RecordGenerator:
         )
 
     def _score(self, record: Record, result: Result) -> Row:
-        # Not beside the engine: on a CPU two teams of threads slow each other down.
         if self.scorer is None or result.image is None:
             return {}
         prompt = spoken(record.prompt, record.prompt_syntax)
@@ -173,10 +174,10 @@ class RecordGenerator:
         return scores
 
     def _row(
-        self, record: Record, init: Init | None, result: Result, scores: Row
+        self, record: Record, init: Init | None, result: Result, scores: Future[Row]
     ) -> tuple[Record, Row]:
         error = init.error if init is not None and init.error else result.error
-        row = self.columns(record, init) | scores
+        row = self.columns(record, init) | scores.result()
         row["warnings"] = "; ".join(result.warnings) or None
         if result.image is None or error:
             return record, row | {"status": "failed", "error": error}

@@ -1,6 +1,9 @@
-"""A job's adapters in the weights of its model: the same pictures, and told as others."""
+"""A job's adapters in the weights of its model, and scores beside its steps."""
 
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +63,39 @@ def test_adapters_in_the_weights(
     assert np.abs(fused - beside).max() <= 1
     assert len(set.union(*ids)) == 6
     assert ["fuse_loras" in part["engine"] for part in parts] == [False, False, True]
+
+
+class Scorer:
+    """A score that tells the record's number, which its prompt ends with."""
+
+    def __init__(self) -> None:
+        self.threads: set[str] = set()
+
+    def score(self, image: Image.Image, prompt: str) -> dict[str, float]:
+        self.threads.add(threading.current_thread().name)
+        if prompt == "a star 9":
+            raise RuntimeError("CUDA error: the device is lost")
+        return {"clip_score": float(prompt.split()[-1])}
+
+
+def test_scores_beside_the_steps(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each record has its own, in the order in which pictures are finished; an error ends all."""
+    config = GenerateConfig.model_validate(
+        {
+            "model": {"uri": str(folders["sdxl"])},
+            "prompts": {"inline": ["a star"]},
+            "engine": {"batch_size": 2},
+            "output": {"uri": str(tmp_path / "out")},
+        }
+    )
+    generator = RecordGenerator(config, "tiny", guided=True)
+    records = [replace(record(n), prompt=f"a star {n}", steps=1 + n % 2) for n in range(4)]
+    expected = [made.number for made, _ in generator.generate(records)]
+    generator.scorer = scorer = Scorer()
+    generator._scoring = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+    rows = list(generator.generate(records))
+    assert [made.number for made, _ in rows] == expected
+    assert all(row["clip_score"] == made.number for made, row in rows)
+    assert scorer.threads == {"scoring_0"}
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        list(generator.generate([replace(record(9), prompt="a star 9")]))

@@ -5,7 +5,9 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.vae import worker
 from serve.config import ServeConfig
+from serve.engine import safety
 from serve.engine.loop import EngineLoop
 from serve.engine.pacer import Pacer
 from serve.images import to_image
@@ -38,10 +41,10 @@ def loaded_once(starter: Model, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def running(**engine: Any) -> AsyncIterator[EngineLoop]:
+async def running(checker: Any = None, **engine: Any) -> AsyncIterator[EngineLoop]:
     # Each step computes all places of a replica, the empty ones too.
     config = ServeConfig.model_validate(STARTER | {"engine": {"max_rows": 4} | engine})
-    loop = EngineLoop(config.engine, Registry(config))
+    loop = EngineLoop(config.engine, Registry(config), safety=checker)
     try:
         await loop.warm_up("starter")
         yield loop
@@ -396,6 +399,51 @@ def test_a_picture_that_does_not_fit_fails_alone(monkeypatch: pytest.MonkeyPatch
             (failed,) = of_kind(large, Failed)
             assert "out of memory" in failed.message
             assert of_kind(small, Finished)
+
+    run(work())
+
+
+class Gate:
+    """A safety checker that waits, and finds the image of one turn unsafe."""
+
+    device = "cuda:0"
+
+    def __init__(self) -> None:
+        self.unsafe, self.turns, self.threads = -1, count(), set[str]()
+        self.is_open = threading.Event()
+        self.is_open.set()
+
+    def allows(self, image: Any) -> bool:
+        self.threads.add(threading.current_thread().name)
+        assert self.is_open.wait(30)
+        return next(self.turns) != self.unsafe
+
+
+def test_images_are_checked_beside_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are made meanwhile, nobody who has left is answered, and each has its own verdict."""
+    monkeypatch.setattr(safety, "beside_steps", lambda _, name: ThreadPoolExecutor(1, name))
+    gate = Gate()
+    wanted = {2: (1, 2), 9: (3,), 3: (4,)}
+
+    async def work() -> None:
+        async with running(gate) as loop:
+            (loaded,) = loop.models.loaded.values()
+            gate.is_open.clear()
+            gate.turns, gate.unsafe = count(), 4
+            left = asyncio.create_task(all_of(loop, make_request(steps=2)))
+            await eventually(lambda: len(loop.stepper._checks._waiting) == 1)
+            left.cancel()
+            asked = [make_request(steps=steps, seeds=seeds) for steps, seeds in wanted.items()]
+            tasks = [asyncio.create_task(all_of(loop, each)) for each in asked]
+            await eventually(lambda: not loaded.engine.num_pending and loaded.users == 3)
+            assert not any(task.done() for task in tasks), "their images are not checked yet"
+            gate.is_open.set()
+            two, refused, safe = await asyncio.gather(*tasks)
+            assert [event.seed for event in of_kind(two, Finished)] == [1, 2]
+            assert [event.kind for event in of_kind(refused, Failed)] == ["refused"]
+            assert [event.seed for event in of_kind(safe, Finished)] == [4]
+            await eventually(lambda: not loaded.users)
+        assert gate.threads == {"safety_0"}
 
     run(work())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from collections import deque
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.models.options import LoadOptions, WordConfig
 from serve.config import EngineConfig
-from serve.engine import models
+from serve.engine import memory, models
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
+from serve.engine.pacer import Pacer, StepTiming
 from serve.registry import Weights
 
 A, B, C = Weights("a"), Weights("b"), Weights("c")
@@ -227,6 +229,70 @@ def test_a_load_that_fails_can_be_tried_again(
         assert (await cache.acquire(A)).users == 1
 
     run(work())
+
+
+class Event:
+    """Of a device that takes a second for a step."""
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000.0
+
+
+def test_an_evicted_model_is_gone_when_its_memory_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also one that made the last step: once it is over, nothing remembers it."""
+    evicted: list[weakref.ref[LoadedModel]] = []
+    alive: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: alive.extend(ref() is not None for ref in evicted)
+    )
+
+    async def work() -> None:
+        cache, pacer = Cache(2), Pacer()
+        loaded = await use(cache, A)
+        evicted.append(weakref.ref(loaded))
+        pacer.begin()
+        assert not list(pacer.end(StepTiming(loaded, None, 0.0, 0.0, 1)))
+        del loaded
+        assert [seconds for _, seconds in pacer.finish()] == [1.0]
+        await use(cache, B)
+        await use(cache, C)
+        assert list(cache.loaded) == [B, C]
+        assert alive == [False]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "models_gb", "step_gb"), [(0.5, 14, 5), (0.25, 7, 0), (1, 28, 12), (2, 28, 12)]
+)
+def test_a_part_of_a_card_is_a_part_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: float, models_gb: float, step_gb: float
+) -> None:
+    """Of a card of 40 GB, of which 10 are free, and 2 of this process's that it does not use."""
+    shares = [1.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: shares[-1])
+    card = SimpleNamespace(total_memory=40 * GB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GB, 40 * GB))
+    held_gb = min(15, 40 * num_gpus)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: int(held_gb * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: int((held_gb + 2) * GB))
+    memory.keep_to_share(num_gpus)
+    assert memory.for_models(EngineConfig()) == pytest.approx(models_gb * GB)
+    assert memory.for_a_step() == step_gb * GB
+    assert memory.for_models(EngineConfig(model_memory_gb=3)) == 3 * GB
 
 
 def test_a_failed_load_releases_its_base() -> None:
