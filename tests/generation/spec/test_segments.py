@@ -83,6 +83,10 @@ def test_what_cannot_be_appended_is_refused_and_changes_nothing(tmp_path: Path) 
             configure(output, ["b"], {"count": 1}, output={"uri": str(output), "format": "folder"}),
             "cannot change output",
         ),
+        (
+            configure(output, ["b"], {"count": 1}, sampler={"cache_interval": 2, "steps": 1}),
+            "have a cache_interval: leave out sampler.cache_interval",
+        ),
     ]:
         with pytest.raises(BadInput, match=told):
             job.prepare(config, extend=True)
