@@ -159,7 +159,7 @@ async def _ask(
     else:
         form = aiohttp.FormData()
         for name, value in values.items():
-            form.add_field(name, str(value).lower() if value is True else str(value))
+            form.add_field(name, value if isinstance(value, str) else json.dumps(value))
         form.add_field("image", one.image, filename="image.png", content_type="image/png")
         sent = session.post(f"{url}/v1/images/edits", data=form)
     async with sent as response:

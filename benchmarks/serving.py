@@ -185,12 +185,17 @@ class Side:
         return float(np.abs(pixels - self.pictures.setdefault(answer.number, pixels)).mean())
 
 
+def free_port() -> int:
+    """One of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
 @contextmanager
 def running(names: Sequence[str], setup: Setup) -> Generator[tuple[dict[str, str], psutil.Process]]:
     """All sides in a cluster of their own: their URLs, and the process that started the others."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = int(taken.getsockname()[1])
+    port = free_port()
     # Ours has its whole paths in its routes: it knows no prefix.
     prefixes = {name: "" if name == "ours" else f"/{name}" for name in names}
     command = [sys.executable, "-c", PROGRAM, json.dumps([prefixes, asdict(setup), port])]

@@ -17,6 +17,9 @@ from rayjobs.images.container import UnreadableImage
 from rayjobs.images.decode import WEB_FORMATS, Picture, decode
 from serve.protocol import Pixels
 
+MAX_CROPPED = 16
+"""Times its size may an upload be scaled to before it is cropped."""
+
 
 class BadImage(ValueError):
     """What is wrong with an upload, and what to do about it."""
@@ -72,10 +75,18 @@ def read_mask(
 
 
 def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Scaled to cover width x height, and cropped in the middle."""
+    """Scaled to cover width x height, and cropped in the middle, with the bits of diffusers'
+    `VaeImageProcessor`, which a job has; not where much would be scaled that is cropped."""
     if (pixels.width, pixels.height) == (width, height):
         return pixels
-    return to_pixels(ImageOps.fit(to_image(pixels), (width, height), Image.Resampling.LANCZOS))
+    image, how = to_image(pixels), Image.Resampling.LANCZOS
+    is_wide = width * image.height <= image.width * height
+    w = image.width * height // image.height if is_wide else width
+    h = height if is_wide else image.height * width // image.width
+    if w * h > MAX_CROPPED * width * height:
+        return to_pixels(ImageOps.fit(image, (width, height), how))
+    left, top = w // 2 - width // 2, h // 2 - height // 2
+    return to_pixels(image.resize((w, h), how).crop((left, top, left + width, top + height)))
 
 
 def encode(pixels: Pixels, format: Literal["png", "jpeg", "webp"], compression: int) -> bytes:

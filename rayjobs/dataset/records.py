@@ -5,7 +5,7 @@ Owns the columns, their types and `image_id`. Knows nothing of how images are ma
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -60,7 +60,14 @@ SCORES = {
 }
 """Columns that are there only when their encoder was named, by its key under `quality`."""
 SYNTAX = pa.field("prompt_syntax", pa.string())
-"""A column that is there only where prompts may be written in another syntax than the plain one."""
+OPTIONAL = {
+    SYNTAX.name: SYNTAX.type,
+    "guidance_interval": pa.list_(pa.float64()),
+    "cache_interval": pa.int32(),
+    "timesteps": pa.list_(pa.int32()),
+    "sigmas": pa.list_(pa.float64()),
+}
+"""Columns that are there only where a job may give them: many data sets are older."""
 OVERRIDES = {
     "negative_prompt": pa.string(),
     SYNTAX.name: SYNTAX.type,
@@ -71,6 +78,7 @@ OVERRIDES = {
     "steps": pa.int32(),
     "guidance_scale": pa.float64(),
     "guidance_rescale": pa.float64(),
+    **{name: OPTIONAL[name] for name in ("guidance_interval", "cache_interval")},
     "clip_skip": pa.int32(),
     "init_image": pa.string(),
     "strength": pa.float64(),
@@ -88,14 +96,16 @@ def canonical_json(value: Any) -> bytes:
 
 
 def schema(
-    passed_through: Sequence[pa.Field] = (), scores: Sequence[str] = (), *, syntax: bool = False
+    passed_through: Sequence[pa.Field] = (),
+    scores: Sequence[str] = (),
+    optional: Collection[str] = (),
 ) -> pa.Schema:
     """The records' schema, with scores and a prompt file's other columns at the end.
 
     Its metadata makes Hugging Face `datasets` load the `image` column as images.
     """
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
-    fields += [SYNTAX] if syntax else []
+    fields += [pa.field(name, kind) for name, kind in OPTIONAL.items() if name in optional]
     fields += [pa.field(*SCORES[score]) for score in scores]
     fields += [field.with_type(_known(field.type)) for field in passed_through]
     whole = pa.schema(fields)

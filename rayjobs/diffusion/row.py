@@ -17,6 +17,7 @@ from rayjobs.diffusion.facts import Usual
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result, check_side, check_strength
 from rayjobs.diffusion.sampler import Sampler, Steps
+from rayjobs.diffusion.sampler_names import check_schedule_taken
 from rayjobs.diffusion.text.chunks import Tokens, padded, tokenize
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.text.schedule import stages
@@ -183,7 +184,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
     usual = loras.usual(use)
     guidance = request.guidance_scale
     guidance = usual.guidance_scale if guidance is None else guidance
-    steps = _steps(request, usual)
+    steps = _steps(request, usual, model)
     if image is not None:
         check_strength(request.strength, steps.num)
     generator = torch.Generator("cpu").manual_seed(request.seed)
@@ -243,12 +244,14 @@ def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int
     return width, height
 
 
-def _steps(request: Request, usual: Usual) -> Steps:
-    """As asked, else those that the model is made for."""
+def _steps(request: Request, usual: Usual, model: Model) -> Steps:
+    """As asked, else those that the model is made for. Raises ValueError where these do not go."""
     num = usual.steps if request.own_steps is None else request.own_steps
     timesteps, own = request.timesteps, usual.timesteps
     if request.sigmas is None and timesteps is None and own is not None and len(own) == num:
         timesteps = own
+        if request.sampler is not None:
+            check_schedule_taken(request.sampler, "timesteps", model.prediction, own)
     return Steps(num, timesteps, request.sigmas)
 
 

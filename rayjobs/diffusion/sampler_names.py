@@ -5,7 +5,7 @@ Knows neither torch nor diffusers, so that a front end can refuse a wrong name w
 either.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,12 +138,18 @@ def check_name(name: str, prediction: Prediction) -> tuple[str, dict[str, Any]]:
     return class_name, preset
 
 
-def check_schedule_taken(name: str, schedule: str, prediction: Prediction = EPSILON) -> None:
-    """Raise ValueError where a sampler cannot be given its `schedule`, timesteps or sigmas."""
+def check_schedule_taken(
+    name: str, schedule: str, prediction: Prediction = EPSILON, made_for: Sequence[int] = ()
+) -> None:
+    """Raise ValueError where a sampler cannot be given its `schedule`, timesteps or sigmas.
+
+    It is the model's own where that is `made_for` certain timesteps.
+    """
     if not _takes(name, schedule):
         names = ", ".join(each for each in fitting(prediction) if _takes(each, schedule))
         way_out = f"use one of {names}" if names else f"leave {schedule} out"
-        raise ValueError(f"sampler {name!r} takes no {schedule}; {way_out}")
+        why = f"the model is made for a step at {made_for[0]}, but " if made_for else ""
+        raise ValueError(f"{why}sampler {name!r} takes no {schedule}; {way_out}")
 
 
 def _takes(name: str, schedule: str) -> bool:

@@ -4,6 +4,7 @@ Owns their names, types, defaults and the checks that need nothing but the file.
 torch nor ray.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -149,6 +150,10 @@ class ParametersConfig(Config):
     """Classifier-free guidance scales."""
     guidance_rescale: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     """Rescalings of guided noise."""
+    guidance_interval: tuple[tuple[float, float], ...] = ()
+    """Shares of the schedule between which there is guidance; [0, 1] is always."""
+    cache_interval: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = ()
+    """Calls from one of the UNet's deep blocks to the next; 1 is always."""
     clip_skip: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers of the text encoders to skip."""
     negative_prompt: tuple[str, ...] = ()
@@ -169,10 +174,12 @@ class ParametersConfig(Config):
         return [name for name in names if not (sizes and name == ("height",))]
 
     @model_validator(mode="after")
-    def _sizes(self) -> "ParametersConfig":
+    def _values(self) -> "ParametersConfig":
         for name in ("width", "height"):
             for pixels in getattr(self, name):
                 check_side(name, pixels)
+        for interval in self.guidance_interval:
+            check_guidance_interval(interval)
         if self.width and self.height and len(self.width) != len(self.height):
             raise ValueError("width and height are pairs; give as many of one as of the other")
         for names in self.axes:
@@ -185,8 +192,14 @@ class ParametersConfig(Config):
         return self
 
 
-ECONOMY = ("guidance_interval", "cache_interval", "timesteps", "sigmas")
-"""Keys that locks and identities have only where they are given, since many are older."""
+ECONOMY = {"guidance_interval": None, "cache_interval": 1, "timesteps": None, "sigmas": None}
+"""Keys, and their defaults, that locks, records and identities have only where they are given,
+since many are older."""
+
+
+def economy_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of these keys decides pictures: where it is not the default, and only there."""
+    return {k: settings[k] for k, usual in ECONOMY.items() if settings.get(k, usual) != usual}
 
 
 class SamplerConfig(Config):
@@ -222,12 +235,6 @@ class SamplerConfig(Config):
         """Steps as given, or of the schedule."""
         own = num_scheduled(self.timesteps, self.sigmas)
         return self.steps if own is None else own
-
-    @property
-    def economy(self) -> dict[str, Any]:
-        """What of these keys decides pictures where it is not the default, and only there."""
-        found = {name: getattr(self, name) for name in ECONOMY}
-        return {k: v for k, v in found.items() if v != type(self).model_fields[k].default}
 
     @model_validator(mode="after")
     def _is_possible(self) -> "SamplerConfig":

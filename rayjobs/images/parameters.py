@@ -95,7 +95,7 @@ def parameters_text(columns: Mapping[str, Any]) -> str:
         "Denoising strength": _number(strength),
         # There 1 is the text encoder's last layer, which diffusers counts as 0.
         "Clip skip": clip_skip + 1 if clip_skip else None,
-        **{key: _list(columns.get(name)) for name, key in ECONOMY.items()},
+        **{key: _economy(columns.get(name)) for name, key in ECONOMY.items()},
         "RNG": "CPU",
         "Version": OURS,
     }
@@ -168,13 +168,11 @@ def _until_comma(line: str, at: int) -> tuple[str, int]:
     return line[at:end].strip(), end + 1
 
 
-def _list(value: Any) -> str | None:
-    """Numbers with spaces between them."""
-    return (
-        " ".join(str(_number(each)) for each in value)
-        if isinstance(value, tuple)
-        else _number(value)
-    )
+def _economy(value: Any) -> str | None:
+    """Numbers with spaces between them; an interval of 1 is none."""
+    if isinstance(value, list | tuple):
+        return " ".join(str(_number(each)) for each in value)
+    return None if value == 1 else _number(value)
 
 
 def _number(value: float | None) -> str | None:

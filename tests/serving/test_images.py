@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageCms, ImageOps
 
 from serve.images import BadImage, encode, fitted, read_mask, to_image, to_pixels
@@ -190,6 +191,14 @@ def test_fitted(mode: str) -> None:
         odd = fitted(to_pixels(noise(width, height).convert(mode)), 72, 40)
         assert (odd.width, odd.height, odd.mode) == (72, 40, mode)
         assert len(odd.data) == 72 * 40 * len(mode)
+
+
+@pytest.mark.parametrize("size", [(200, 100), (50, 97), (33, 33), (301, 64), (72, 41)])
+def test_fitted_as_a_job_does(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    for width, height in ((64, 64), (96, 64), (72, 40)):
+        shown = VaeImageProcessor().resize(image, height, width, resize_mode="crop")
+        assert fitted(to_pixels(image), width, height).data == shown.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

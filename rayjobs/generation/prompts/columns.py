@@ -4,6 +4,7 @@ Owns their types and the checks of single values. Knows neither the files' forma
 value of the right type that no image can have, such as a width of 70, passes: its records fail.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,12 @@ import pyarrow as pa
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.json_rows import json_kind
-from rayjobs.dataset.records import COLUMNS, OVERRIDES, SCORES, SYNTAX
+from rayjobs.dataset.records import COLUMNS, OPTIONAL, OVERRIDES, SCORES, SYNTAX
 from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.generation.prompts.files import Chunk
 
-RESERVED = {*COLUMNS, *(name for name, _ in SCORES.values())} - {*OVERRIDES, "prompt"}
+RESERVED = {*COLUMNS, *OPTIONAL, *(name for name, _ in SCORES.values())}
+RESERVED -= {*OVERRIDES, "prompt"}
 MAX_COLUMNS = 1000
 EXACT_FLOATS = 2**53
 """Beyond this, not every whole number is a float."""
@@ -253,10 +255,23 @@ def _parse(name: str, kind: pa.DataType, value: Any, is_text: bool) -> Any:
         return None
     if pa.types.is_string(kind):
         return _text(value)
+    if pa.types.is_list(kind):
+        return _numbers(name, kind.value_type, value, is_text)
     number = _number(value) if is_text else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise ValueError("which is not a number")
     return float(number) if pa.types.is_floating(kind) else _whole(name, number)
+
+
+def _numbers(name: str, kind: pa.DataType, value: Any, is_text: bool) -> list[Any]:
+    """A list; as text it is JSON."""
+    try:
+        values = json.loads(value) if is_text else value
+    except ValueError:
+        values = None
+    if not isinstance(values, list | tuple) or None in values:
+        raise ValueError("which is not a list of numbers, such as [0.2, 0.8]")
+    return [_parse(name, kind, each, is_text=False) for each in values]
 
 
 def _text(value: Any) -> str:

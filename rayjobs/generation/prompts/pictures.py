@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -26,6 +27,8 @@ COLUMN = "picture"
 
 TAKEN = {"Steps", "Sampler", "Schedule type", "CFG scale", "CFG rescale", "Seed", "Size"}
 TAKEN |= {"Clip skip", "Emphasis", "Prompt syntax", "Version"}
+OWN = {"Guidance interval", "Cache interval"}
+"""Taken over of our own pictures: what others mean by such words is not known."""
 # Beginnings of what is named when a picture was not made of its prompt and seed alone.
 REFUSED = (
     "Hires", "First pass size", "Denoising strength", "Mask", "Inpaint", "Init image",
@@ -64,7 +67,8 @@ def read_pictures(
         for first in range(0, len(names), rows):
             found = list(pool.map(partial(_read, folder), names[first : first + rows]))
             made = [_row(folder, name, parameters, family) for name, parameters in found]
-            yield {key: [row[key] for row in made] for key in made[0]}
+            keys = dict.fromkeys(chain.from_iterable(made))
+            yield {key: [row.get(key) for row in made] for key in keys}
             foreign = [parameters.facts for _, parameters in found if not _is_ours(parameters)]
             num_foreign += len(foreign)
             for facts in foreign:
@@ -101,7 +105,8 @@ def _read(folder: str, name: str) -> tuple[str, Parameters]:
 def _row(folder: str, name: str, parameters: Parameters, family: str | None) -> dict[str, Any]:
     """A picture's settings as columns that override the job's."""
     facts = parameters.facts
-    made_otherwise = [key for key in facts if key.startswith(REFUSED)]
+    own = OWN if _is_ours(parameters) else set()
+    made_otherwise = [key for key in facts if key.startswith(REFUSED) and key not in own]
     if made_otherwise:
         key = made_otherwise[0]
         problem = f"was made with {key} ({facts[key]:.40}), which is not done here; {WAY_OUT}"
@@ -120,6 +125,7 @@ def _row(folder: str, name: str, parameters: Parameters, family: str | None) -> 
             "guidance_scale": _number(facts, "CFG scale", float),
             "guidance_rescale": _number(facts, "CFG rescale", float),
             "clip_skip": _clip_skip(facts) if _reads_clip_skip(facts, family) else None,
+            **_economy(facts),
             COLUMN: name,
         }
     except ValueError as error:
@@ -135,6 +141,18 @@ def _syntax(facts: Mapping[str, str]) -> str:
     if emphasis not in syntaxes:
         raise ValueError(f"has Emphasis {emphasis!r}, which is neither Original nor No norm")
     return syntaxes[emphasis]
+
+
+def _economy(facts: Mapping[str, str]) -> dict[str, Any]:
+    """Columns that are there only where a picture has them."""
+    taken: dict[str, Any] = {}
+    key = "Guidance interval"
+    if key in facts:
+        shares = facts[key].split()
+        taken["guidance_interval"] = [_number({key: share}, key, float) for share in shares]
+    if "Cache interval" in facts:
+        taken["cache_interval"] = _number(facts, "Cache interval", int)
+    return taken
 
 
 def _sampler(facts: Mapping[str, str]) -> str | None:

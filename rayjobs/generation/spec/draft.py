@@ -153,9 +153,12 @@ def _check_sampler(name: str, config: GenerateConfig, model: weights.Weights) ->
     from rayjobs.diffusion.sampler import resolve
 
     resolve(name, config.sampler.options, model.prediction)
-    for schedule in ("timesteps", "sigmas"):
-        if getattr(config.sampler, schedule) is not None:
-            check_schedule_taken(name, schedule, model.prediction)
+    given = [key for key in ("timesteps", "sigmas") if getattr(config.sampler, key) is not None]
+    for schedule in given:
+        check_schedule_taken(name, schedule, model.prediction)
+    own, steps = model.usual.timesteps, config.parameters.steps or (config.sampler.steps,)
+    if own is not None and not given and {None, len(own)}.intersection(steps):
+        check_schedule_taken(name, "timesteps", model.prediction, own)
 
 
 def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:

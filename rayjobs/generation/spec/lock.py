@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, names_uri, snapshot_uri
-from rayjobs.dataset.records import COLUMNS, SCORES, SYNTAX, schema
-from rayjobs.generation.config import ECONOMY, GenerateConfig
+from rayjobs.dataset.records import COLUMNS, OPTIONAL, SCORES, schema
+from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
-from rayjobs.generation.spec.records import Record, Spec, names_syntax
+from rayjobs.generation.spec.records import Record, Spec, optional_columns
 
 NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
@@ -40,8 +40,11 @@ def job_part(config: GenerateConfig) -> dict[str, Any]:
         whole["prompts"].pop("syntax")
     if not config.engine.fuse_loras:
         whole["engine"].pop("fuse_loras")
-    for key in set(ECONOMY) - config.sampler.economy.keys():
+    for key in ECONOMY.keys() - economy_of(dict(config.sampler)).keys():
         whole["sampler"].pop(key)
+    for key in ECONOMY.keys() & whole["parameters"].keys():
+        if not whole["parameters"][key]:
+            whole["parameters"].pop(key)
     return whole
 
 
@@ -85,7 +88,7 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
     scores = [name for name in SCORES if getattr(config.quality, name) is not None]
-    return schema(rows.passed_through, scores, syntax=names_syntax(config, rows))
+    return schema(rows.passed_through, scores, optional_columns(config, rows))
 
 
 def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
@@ -99,12 +102,12 @@ def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
     except pa.ArrowException as error:
         raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
     scores = [score for score in SCORES if _has(whole, score)]
-    return schema(passed_through(whole), scores, syntax=SYNTAX.name in whole.names)
+    return schema(passed_through(whole), scores, whole.names)
 
 
 def passed_through(whole: pa.Schema) -> list[pa.Field]:
     """The records' columns that come from prompt files."""
-    own = {*COLUMNS, SYNTAX.name, *(name for name, _ in SCORES.values())}
+    own = {*COLUMNS, *OPTIONAL, *(name for name, _ in SCORES.values())}
     return [field for field in whole if field.name not in own]
 
 

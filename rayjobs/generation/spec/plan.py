@@ -17,6 +17,7 @@ import numpy as np
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.diffusion.economy.plan import check_cache_interval, check_guidance_interval
 from rayjobs.diffusion.request import check_schedule, check_side, check_strength
 from rayjobs.generation.config import MOST_STEPS, GenerateConfig, OutputConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -40,6 +41,7 @@ USUAL_SIDE = 1024
 MAX_COUNTED_TEXTS = 20_000
 """Up to so many texts are made to count the different ones."""
 JUDGED = {"width", "height", "steps", "strength", "guidance_scale"}
+JUDGED |= {"guidance_interval", "cache_interval"}
 """Columns of rows that are looked at for values that no image can have."""
 HOUR_S = 3600.0
 
@@ -218,6 +220,8 @@ def _refused_rows(spec: Spec) -> list[str]:
             check_side("height", row.get("height"))
             _check_steps(row, spec.config)
             _check_guidance(row.get("guidance_scale"))
+            check_guidance_interval(row.get("guidance_interval"))
+            check_cache_interval(row.get("cache_interval") or 1)
         except ValueError as error:
             refused.append(f"row {number + 1}: {error}")
     if not refused:

@@ -4,6 +4,7 @@ Owns the order of records and the settings of each. Knows nothing of how they ar
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ from typing import Any, Protocol
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.records import OVERRIDES, SYNTAX
+from rayjobs.dataset.records import OPTIONAL, OVERRIDES, SYNTAX
 from rayjobs.diffusion.text.syntax import PromptSyntax
-from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
 from rayjobs.generation.prompts.templates import TemplateTexts
 
 NUM_SEEDS = 2**63
@@ -55,6 +56,8 @@ class Record:
     strength: float
     prompt_syntax: PromptSyntax | None = None
     """Where records of the job have that column; without it they are plain."""
+    economy: Mapping[str, Any] = field(default_factory=dict)
+    """Those settings of ECONOMY of which records of the job have columns."""
     passed_through: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,6 +87,7 @@ class Spec:
         self._texts = TemplateTexts(
             prompts.templates, prompts.axes, prompts.mode, prompts.samples, prompts.sample_seed
         )
+        self._optional = optional_columns(config, rows)
         self._parameters = [
             (names, len(getattr(config.parameters, names[0]))) for names in config.parameters.axes
         ]
@@ -119,6 +123,7 @@ class Spec:
         values = self._settings() | self._combination(parameters)
         values["init_image"] = self.init_images[init]
         values |= {key: row[key] for key in OVERRIDES if key in row}
+        values["economy"] = {key: values.pop(key) for key in ECONOMY if key in values}
         values["prompt"] = self._texts.text(row["prompt"], text)
         values["seed"] = self._seed(row.get("seed"), values["prompt"], self.first_seed + seed)
         values["init_uri"] = self._init_uri(values["init_image"], "init_image" in row)
@@ -129,7 +134,8 @@ class Spec:
         """The job's settings, where neither an axis nor the prompt's row has another value."""
         config = self.config
         return {
-            "prompt_syntax": config.prompts.syntax if names_syntax(config, self.rows) else None,
+            "prompt_syntax": config.prompts.syntax if SYNTAX.name in self._optional else None,
+            **{name: getattr(config.sampler, name) for name in ECONOMY if name in self._optional},
             "negative_prompt": config.sampler.negative_prompt,
             "sampler": config.sampler.name,
             "steps": config.sampler.own_steps,
@@ -168,9 +174,12 @@ class Spec:
         return storage.join(self.config.init.uri or ".", name)
 
 
-def names_syntax(config: GenerateConfig, rows: Rows) -> bool:
-    """Whether records say in which syntax their prompts are: a plain job's do not."""
-    return config.prompts.syntax != "plain" or SYNTAX.name in rows.columns
+def optional_columns(config: GenerateConfig, rows: Rows) -> list[str]:
+    """Those of records' optional columns that records of the job have."""
+    given = {*rows.columns, *itertools.chain(*config.parameters.axes)}
+    given |= economy_of(dict(config.sampler)).keys()
+    given |= set() if config.prompts.syntax == "plain" else {SYNTAX.name}
+    return [name for name in OPTIONAL if name in given]
 
 
 def derived_seed(job_seed: int, prompt: str, index: int) -> int:

@@ -24,7 +24,7 @@ from rayjobs.dataset.lock import (
     snapshot_uri,
 )
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dataset.records import SCORES, SYNTAX
+from rayjobs.dataset.records import OPTIONAL, SCORES, SYNTAX
 from rayjobs.diffusion import weights
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -122,11 +122,18 @@ def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
     return replace(draft, segment=segment, prompts=path)
 
 
-def _names_syntax(lock: Lock, draft: JobDraft) -> tuple[bool, bool]:
-    """Whether the data set's records, and the draft's, say in which syntax their prompts are."""
-    whole = data_set_schema(draft.config.output.uri, lock)
-    mine = record_schema(draft.config, Snapshot(str(draft.prompts)))
-    return SYNTAX.name in whole.names, SYNTAX.name in mine.names
+def _check_optional(lock: Lock, draft: JobDraft) -> None:
+    """Refuse a draft whose records do not have the same optional columns as the data set's."""
+    whole = data_set_schema(draft.config.output.uri, lock).names
+    mine = record_schema(draft.config, Snapshot(str(draft.prompts))).names
+    for name in OPTIONAL:
+        if (name in whole) != (name in mine):
+            how = "give" if name in whole else "leave out"
+            key = "prompts.syntax" if name == SYNTAX.name else f"sampler.{name}"
+            raise BadInput(
+                f"--extend cannot change whether records have a {name}: {how} {key}, or choose "
+                "another output.uri"
+            )
 
 
 def _keep_snapshots(lock: Lock, draft: JobDraft) -> None:
@@ -174,12 +181,7 @@ def _new_part(lock: Lock, draft: JobDraft) -> Segment:
                 f"{'leave' if old else 'give'} quality.{score}{' out' if old else ''}, or choose "
                 "another output.uri"
             )
-    old, new = _names_syntax(lock, draft)
-    if old != new:
-        raise BadInput(
-            "--extend cannot change whether records have a prompt_syntax: "
-            f"{'give' if old else 'leave out'} prompts.syntax, or choose another output.uri"
-        )
+    _check_optional(lock, draft)
     before, after = last.identity(), segment.identity()
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
     first_prompt = first_seed = 0

@@ -22,7 +22,7 @@ from rayjobs.diffusion.modules.side import beside_steps
 from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
-from rayjobs.generation.config import GenerateConfig, QualityConfig
+from rayjobs.generation.config import GenerateConfig, QualityConfig, economy_of
 from rayjobs.generation.spec.records import Record, sizes_of
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture
@@ -99,7 +99,7 @@ class RecordGenerator:
         return image_id(
             ({} if syntax == "plain" else {"prompt_syntax": syntax})
             | ({"fused": True} if self.is_fused else {})
-            | sampler.economy
+            | economy_of(record.economy)
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -157,7 +157,7 @@ class RecordGenerator:
             guidance_scale=record.guidance_scale,
             guidance_rescale=record.guidance_rescale,
             clip_skip=record.clip_skip,
-            **self.config.sampler.economy,
+            **{name: _fixed(value) for name, value in economy_of(record.economy).items()},
             width=record.width,
             height=record.height,
             # Empty bytes fail at once; the row then has the init image's own reason.
@@ -184,11 +184,7 @@ class RecordGenerator:
         row |= {"width": result.image.width, "height": result.image.height}
         row |= pixels.measure(result.image)
         output = self.config.output
-        text = (
-            parameters_text(row | self.config.sampler.economy)
-            if output.image_format == "png"
-            else None
-        )
+        text = parameters_text(row) if output.image_format == "png" else None
         data = encode_picture(result.image, output.image_format, output.quality, text)
         row["image"] = {"bytes": data, "path": None}
         row["image_sha256"] = hashlib.sha256(data).hexdigest()
@@ -219,6 +215,7 @@ class RecordGenerator:
             "status": "ok",
             "error": None,
             **({SYNTAX.name: record.prompt_syntax} if record.prompt_syntax else {}),
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in record.economy.items()},
             **record.passed_through,
         }
 
@@ -232,6 +229,10 @@ class RecordGenerator:
     def _guidance(self, record: Record) -> float:
         given = record.guidance_scale
         return self.model.default_guidance_scale if given is None else given
+
+
+def _fixed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_init(uri: str, sandbox: Sandbox) -> Init:

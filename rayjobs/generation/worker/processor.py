@@ -16,6 +16,7 @@ from rayjobs.config import BadInput, Config
 from rayjobs.dataset.records import OVERRIDES, SCORES, Row, schema
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from rayjobs.generation.config import (
+    ECONOMY,
     EngineConfig,
     GenerateConfig,
     ImageConfig,
@@ -24,9 +25,10 @@ from rayjobs.generation.config import (
     SamplerConfig,
     WorkersConfig,
 )
+from rayjobs.generation.prompts.snapshot import InlinePrompts
 from rayjobs.generation.resolved import model_name
 from rayjobs.generation.spec import determinism
-from rayjobs.generation.spec.records import Record, derived_seed
+from rayjobs.generation.spec.records import Record, derived_seed, optional_columns
 from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.generation.worker.pool import STORAGE_PATIENCE_S, exit_if_device_lost
 
@@ -115,7 +117,7 @@ class ImageStep:
         name = model_name(job.model.uri)
         self.generator = RecordGenerator(job, name, self.config.guided)
         scores = [name for name in SCORES if getattr(job.quality, name) is not None]
-        whole = schema(scores=scores, syntax=self.config.prompt_syntax != "plain")
+        whole = schema(scores=scores, optional=optional_columns(job, InlinePrompts(job.prompts)))
         # Rows have no record number here.
         self.schema = pa.schema([field for field in whole if field.name != "record"])
 
@@ -164,6 +166,7 @@ class ImageStep:
             index = _value("index", row.get("index"), pa.int64()) or 0
             given["seed"] = derived_seed(self.config.job_seed, prompt, index)
         settings = self._settings() | given
+        settings["economy"] = {name: settings.pop(name) for name in ECONOMY}
         return Record(number=number, prompt=prompt, init_uri=settings["init_image"], **settings)
 
     def _settings(self) -> dict[str, Any]:
@@ -181,6 +184,7 @@ class ImageStep:
             "width": image.width,
             "height": image.height,
             "strength": self.config.strength,
+            **{name: getattr(sampler, name) for name in ECONOMY},
         }
 
     def _joined(self, given: pa.Table, rows: list[Row]) -> pa.Table:

@@ -1,6 +1,7 @@
 """Timesteps and sigmas of a request's own, against diffusers' pipeline with the same."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
+from rayjobs.diffusion.facts import Usual
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import SAMPLERS, resolve
@@ -95,3 +97,15 @@ def test_others_are_refused_by_name(tiny: Model) -> None:
     assert "takes no timesteps" in results["dpmpp_2m_karras"]
     assert "'heun' takes no sigmas; use one of euler" in results["heun"]
     assert "has no schedule of these timesteps (Cannot set `timesteps` with" in results["euler"]
+
+
+def test_a_model_for_one_step_begins_where_it_is_made_to(tiny: Model) -> None:
+    model = replace(tiny, usual=Usual(1, 1.0, "Hyper", (800,)))
+    names = ("lcm", "euler", "ddim")
+    results = {r.request.sampler: r for r in Engine(model).generate(map(asked, names))}
+    assert "made for a step at 800, but sampler 'ddim' takes no timesteps" in results["ddim"].error
+    for name in ("lcm", "euler"):
+        (given,) = Engine(tiny).generate([asked(name, timesteps=(800,))])
+        assert given.image.tobytes() == results[name].image.tobytes()
+    (two,) = Engine(model).generate([replace(asked("ddim"), steps=2)])
+    assert two.error is None

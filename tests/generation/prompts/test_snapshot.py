@@ -218,6 +218,15 @@ TEXTS = {
     "key.jsonl": (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
     "number.jsonl": (b'{"prompt": 5}', "line 1: prompt has 5, which is not text"),
     "steps.jsonl": (b'{"prompt": "a", "steps": "9"}', "steps has '9', which is not a number"),
+    "shares.csv": (
+        b"prompt,guidance_interval\na,0.2\n",
+        "guidance_interval has '0.2', which is not a list of numbers, such as [0.2, 0.8]",
+    ),
+    "shares.jsonl": (
+        b'{"prompt": "a", "guidance_interval": [0.2, "x"]}',
+        "guidance_interval has [0.2, 'x'], which is not a number",
+    ),
+    "sigmas.csv": (b"prompt,sigmas\na,1\n", "has a column 'sigmas', which the records need"),
     "bool.jsonl": (b'{"prompt": "a", "steps": true}', "steps has True, which is not a number"),
     "half_seed.jsonl": (
         b'{"prompt": "a", "seed": 2.5}',

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from rayjobs.config import BadInput
-from rayjobs.generation.config import GenerateConfig
+from rayjobs.dataset.records import COLUMNS
+from rayjobs.generation.config import ECONOMY, GenerateConfig
 from rayjobs.generation.prompts.snapshot import InlinePrompts, Snapshot, write_snapshot
 from rayjobs.generation.prompts.templates import TemplateTexts, permuted
+from rayjobs.generation.spec.lock import job_part, record_schema
 from rayjobs.generation.spec.records import Spec
 
 COLOURS = ["red", "blue", "green"]
@@ -225,6 +227,32 @@ def test_rows_override_and_pass_through(tmp_path: Path) -> None:
     assert first.passed_through == {"category": "first"}
     assert second.seed == 6
     assert (third.seed, third.steps, third.width, third.init_image) == (0, 3, None, None)
+
+
+def test_what_rows_leave_out_may_vary_and_has_columns_only_where_it_does(tmp_path: Path) -> None:
+    text = 'prompt,guidance_interval\na,"[0, 0.5]"\nb,\n'
+    parts = {"parameters": {"cache_interval": [1, 3]}, "sampler": {"guidance_interval": [0.2, 1]}}
+    spec = from_file(tmp_path, text, **parts)
+    assert [spec.record(k).economy for k in range(4)] == [
+        {"guidance_interval": [0, 0.5], "cache_interval": 1},
+        {"guidance_interval": [0, 0.5], "cache_interval": 3},
+        {"guidance_interval": (0.2, 1), "cache_interval": 1},
+        {"guidance_interval": (0.2, 1), "cache_interval": 3},
+    ]
+    assert record_schema(spec.config, spec.rows).names[25:] == [
+        "guidance_interval",
+        "cache_interval",
+    ]
+    assert {"cache_interval"} == {*job_part(spec.config)["parameters"]} & ECONOMY.keys()
+    (tmp_path / "plain").mkdir()
+    plain = from_file(tmp_path / "plain", "prompt\na\n", sampler={"cache_interval": 1})
+    assert plain.record(0).economy == {}
+    assert record_schema(plain.config, plain.rows).names == [*COLUMNS]
+    assert not {*job_part(plain.config)["parameters"]} & ECONOMY.keys()
+    with pytest.raises(ValueError, match="must be two shares of the schedule"):
+        build({"inline": "x"}, parameters={"guidance_interval": [[0.5, 0.2]]})
+    with pytest.raises(BadInput, match=r"parameters\.guidance_interval and the column"):
+        from_file(tmp_path, text, parameters={"guidance_interval": [[0, 0.2]]})
 
 
 @pytest.mark.parametrize("seeds", [{"values": [9, 4]}, {"derive": 2}, {"count": 2, "start": 8}])

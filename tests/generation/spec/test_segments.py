@@ -83,6 +83,10 @@ def test_what_cannot_be_appended_is_refused_and_changes_nothing(tmp_path: Path) 
             configure(output, ["b"], {"count": 1}, output={"uri": str(output), "format": "folder"}),
             "cannot change output",
         ),
+        (
+            configure(output, ["b"], {"count": 1}, sampler={"cache_interval": 2, "steps": 1}),
+            "have a cache_interval: leave out sampler.cache_interval",
+        ),
     ]:
         with pytest.raises(BadInput, match=told):
             job.prepare(config, extend=True)
@@ -270,6 +274,11 @@ def test_a_sampler_that_does_not_fit_the_models_file_is_refused_before_anything_
     own = {"name": "ddim", "timesteps": [9, 3]}
     with pytest.raises(BadInput, match=r"sampler: .*'ddim' takes no timesteps; use one of ddpm"):
         draft(asked_for(tmp_path / "out", model=model, sampler=own))
+    one_step = single(tmp_path / "Hyper-SDXL-1step-Unet.safetensors", headers.XL)
+    for changes in ({"sampler": {"name": "ddim"}}, {"parameters": {"sampler": ["lcm", "ddim"]}}):
+        with pytest.raises(BadInput, match=r"made for a step at 800, but sampler 'ddim' takes no"):
+            draft(asked_for(tmp_path / "out", model=one_step, **changes))
+    draft(asked_for(tmp_path / "out", model=one_step, sampler={"name": "ddim", "steps": 2}))
     assert not (tmp_path / "out").exists()
     locked = draft(asked_for(tmp_path / "out", model=model, sampler={"name": "euler"})).job
     assert (locked["sampler"]["steps"], locked["sampler"]["guidance_scale"]) == (30, None)

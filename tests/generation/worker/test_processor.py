@@ -1,6 +1,7 @@
 """The Ray Data step on a real Ray cluster of one machine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,8 @@ def test_what_rows_leave_out_is_in_their_identity_only_where_it_is(
         "sigmas": [9.0, 1.0, 0.0],
     }.items():
         job = changed(usual, [f"sampler.{key}={value}"])
-        generator.config = job
-        ((_, row),) = generator.generate([record])
+        given = {} if key == "steps" else {key: value}
+        ((_, row),) = generator.generate([replace(record, economy=given)])
         found[key] = row["image_id"], row["image_sha256"]
         title = key.replace("_", " ").capitalize()
         assert (title.encode() in row["image"]["bytes"]) is True
@@ -188,8 +189,9 @@ def test_what_rows_leave_out_is_in_their_identity_only_where_it_is(
         )
     assert all(len(set(column)) == 5 for column in zip(*found.values(), strict=True))
     monkeypatch.setattr(generator_module, "image_id", lambda decides: decides)
-    generator.config = usual
-    assert not {*ECONOMY} & {*generator.image_id(record, None)}
+    named = replace(record, economy=dict(ECONOMY))
+    assert generator.image_id(record, None) == generator.image_id(named, None)
+    assert not {*ECONOMY} & {*generator.image_id(named, None)}
     assert not {*ECONOMY} & {*job_part(usual)["sampler"]}
 
 

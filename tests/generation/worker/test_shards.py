@@ -184,6 +184,38 @@ def test_weighted_prompts_are_played_back_from_their_pictures(tmp_path: Path) ->
         assert [row[name] for row in found] == [row[name] for row in made]
 
 
+def test_what_rows_leave_out_is_in_their_records_and_pictures(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a", "guidance_interval": [0, 0.5]}\n{"prompt": "a"}\n')
+    changes = {"parameters": {"cache_interval": [1, 2]}, "seeds": {"start": 4}}
+    config = configure(str(tmp_path / "out"), prompts={"uri": str(prompts)}, **changes)
+    make(config)
+    made = rows(config)
+    assert [(row["guidance_interval"], row["cache_interval"]) for row in made] == [
+        ([0, 0.5], 1),
+        ([0, 0.5], 2),
+        (None, 1),
+        (None, 2),
+    ]
+    for name in ("image_id", "image_sha256"):
+        assert len({row[name] for row in made}) == 4
+    plain = configure(str(tmp_path / "plain"), prompts={"inline": ["a"]}, seeds=changes["seeds"])
+    make(plain)
+    (of_plain,) = rows(plain)
+    assert "cache_interval" not in of_plain
+    for name in ("image_id", "image_sha256"):
+        assert made[2][name] == of_plain[name]
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, row in enumerate(made):
+        (folder / f"{number}.png").write_bytes(row["image"]["bytes"])
+    again = configure(str(tmp_path / "again"), prompts={"uri": str(folder)}, seeds={"count": 1})
+    make(again)
+    for name in ("image_id", "image_sha256", "guidance_interval"):
+        assert [row[name] for row in rows(again)] == [row[name] for row in made]
+
+
 def test_a_sampler_of_a_row_is_checked_before_anything_starts(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("prompt,sampler\na star,heun\na ring,edm_euler\n")
