@@ -121,8 +121,8 @@ def _cluster_rules(cluster: dict[str, Any]) -> Iterator[str]:
     for number, group in enumerate(_groups(cluster)):
         key, fewest = f"workerGroupSpecs.{number}", group.get("minReplicas")
         most = group.get("maxReplicas")
-        if names.count(names[number]) > 1:
-            yield f"{key}.groupName is {names[number]}, as another's; names must differ"
+        if names[number] in names[:number]:
+            yield f"{key}.groupName is {names[number]}, as another is; names must differ"
         if isinstance(fewest, int) and isinstance(most, int) and fewest > most:
             yield f"{key}.minReplicas is {fewest}, above its maxReplicas, {most}"
         if not scales and group.get("replicas", fewest) in (None, 0):

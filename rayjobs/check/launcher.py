@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +106,16 @@ def _commands(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _aws(provider: dict[str, Any], types: dict[str, Any]) -> Iterator[str]:
-    import botocore.session
-
-    session = botocore.session.get_session()
     region, zones = provider.get("region"), provider.get("availability_zone") or ""
-    known = session.get_available_regions("ec2")
+    known = _ec2()[0]
     if region not in known:
         yield f"provider.region is {region!r}, which is none of EC2's; its regions: {known[0]}, ..."
     for zone in filter(None, (each.strip() for each in zones.split(","))):
         if not zone.startswith(f"{region}"):
             yield f"provider.availability_zone: {zone} is not in {region}"
-    request = session.get_service_model("ec2").operation_model("RunInstances").input_shape
     for name, node_type in types.items():
         config, key = node_type.get("node_config") or {}, f"available_node_types.{name}.node_config"
-        for mistake in of_shape(config, request):
+        for mistake in node_mistakes(config):
             yield f"{key}.{mistake}"
         if "InstanceType" not in config:
             yield f"{key}.InstanceType: required, but not given"
@@ -126,8 +123,22 @@ def _aws(provider: dict[str, Any], types: dict[str, Any]) -> Iterator[str]:
             yield f"{key}.ImageId is {config['ImageId']}, a placeholder; give your region's image"
 
 
-def of_shape(value: Any, shape: Any, name: str = "") -> Iterator[str]:
-    """What EC2's API has no name for in a request, by its own description of it."""
+@cache
+def _ec2() -> tuple[list[str], Any]:
+    """EC2's regions, and what a request for an instance looks like."""
+    import botocore.session
+
+    session = botocore.session.get_session()
+    run = session.get_service_model("ec2").operation_model("RunInstances")
+    return session.get_available_regions("ec2"), run.input_shape
+
+
+def node_mistakes(node_config: dict[str, Any]) -> list[str]:
+    """What the EC2 API has no name for in a request for such an instance."""
+    return list(_of_shape(node_config, _ec2()[1]))
+
+
+def _of_shape(value: Any, shape: Any, name: str = "") -> Iterator[str]:
     if shape.type_name == "structure":
         if not isinstance(value, dict):
             yield f"{name} is {value!r}; it must have keys: {', '.join(list(shape.members)[:5])}"
@@ -135,12 +146,12 @@ def of_shape(value: Any, shape: Any, name: str = "") -> Iterator[str]:
         for key, part in value.items():
             inner = f"{name}.{key}".lstrip(".")
             if key in shape.members:
-                yield from of_shape(part, shape.members[key], inner)
+                yield from _of_shape(part, shape.members[key], inner)
             else:
                 yield f"{inner} is unknown"
     elif shape.type_name == "list":
         for part in value if isinstance(value, list) else [value]:
-            yield from of_shape(part, shape.member, name)
+            yield from _of_shape(part, shape.member, name)
     elif value not in (getattr(shape, "enum", None) or [value]):
         yield f"{name} is {value!r}"
 

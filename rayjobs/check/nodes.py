@@ -87,17 +87,19 @@ def lack_of(
     if fitting < count:
         yield f"{key}: {room.describe_lack(workers, count, fitting, machines)}"
         return
-    holding = [node for node in nodes if room.num_fitting(workers, [node.resources])]
-    if not any(_left(workers, node) >= 1 for node in holding):
+    if _most_left(workers, fitting, nodes) < 1:
         yield (
-            f"{key}.num_cpus is {workers.num_cpus:g}, which leaves no CPU of {holding[0].name} "
-            "free; Ray Data's own tasks need one there, so ask for less, or for larger nodes"
+            f"{key}.num_cpus is {workers.num_cpus:g}, which leaves no CPU of a node free; Ray "
+            "Data's own tasks need one beside the workers, so ask for less, or for larger nodes"
         )
 
 
-def _left(workers: Workers, node: NodeType) -> float:
-    """CPUs of a node that its workers do not take."""
+def _most_left(workers: Workers, fitting: int, nodes: Sequence[NodeType]) -> float:
+    """CPUs that workers leave: of a node where GPUs bound them, else of all nodes together."""
     from rayjobs import room
 
-    assert node.num_cpus is not None
-    return node.num_cpus - room.num_fitting(workers, [node.resources]) * workers.num_cpus
+    if not workers.num_gpus:
+        count = min(workers.max_workers, fitting)
+        return sum((node.num_cpus or 0) * node.most for node in nodes) - count * workers.num_cpus
+    held = [(node, room.num_fitting(workers, [node.resources])) for node in nodes]
+    return max((node.num_cpus or 0) - count * workers.num_cpus for node, count in held if count)
