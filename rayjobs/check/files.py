@@ -3,6 +3,7 @@
 Owns `check`. A cluster file or a manifest beside a configuration says where its workers must fit.
 """
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rayjobs import keys, starting, written
 from rayjobs.check import job, kuberay, launcher
 from rayjobs.check.nodes import NodeType
 from rayjobs.check.report import Report
-from rayjobs.config import BadInput, Config
+from rayjobs.config import BadInput, load_config
 
 IN_IMAGE = "/opt/rayjobs/configs/"
 """Where the image has the configurations that are shipped."""
@@ -33,13 +34,18 @@ def check(path: str, overrides: list[str], cluster: str | None = None) -> Report
         return report
     with report.catching():
         kind, config = keys.load(path, overrides)
-        _job(kind, config, report, machines)
+        if kind == "serve" and not overrides:
+            _check_public(path)
+        job.check(kind, config, report, machines)
     return report
 
 
-def _job(kind: str, config: Config, report: Report, machines: list[NodeType]) -> None:
-    with report.catching():
-        job.check(kind, config, report, machines)
+def _check_public(path: str) -> None:
+    """What is beside a serving application's own keys. Raises BadInput as the server does."""
+    serving = import_module("serve.file")  # named, since nothing here stands on serving
+    file = load_config(serving.ServeFile, path)
+    for app in file.applications:
+        serving.check_public(file.http_options.host, app.args)
 
 
 def _cluster(path: str, report: Report) -> list[NodeType]:
@@ -64,7 +70,7 @@ def _work(values: dict[str, Any], report: Report, where: str, machines: list[Nod
     inner = Report(places=report.places)
     if text is not None:
         with inner.catching("serveConfigV2: "):
-            _job(*keys.of_values(_read(str(text)), [], "spec"), inner, machines)
+            job.check(*keys.of_values(_read(str(text)), [], "it"), inner, machines)
     elif (command := kuberay.entrypoint(values)) is not None:
         with inner.catching("entrypoint: "):
             _command(command, inner, machines)

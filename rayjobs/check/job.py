@@ -47,6 +47,8 @@ def _check_places(config: Config, report: Report) -> None:
     for key, uri in _uris(config.model_dump()):
         if key.endswith(MADE_LATER) or key.startswith(("model.uri", "models", "before.uri")):
             continue
+        if key == "safety.uri" and model.is_hub_id(uri):
+            continue
         with report.catching(f"{key}: "):
             if _reached(uri, report, write=key in OUTPUTS) and key not in OUTPUTS:
                 _check_there(uri)
@@ -111,8 +113,10 @@ def _base(config: SourceConfig) -> SourceConfig:
 
 def _tell_of(config: SourceConfig, weights: Any, report: Report) -> None:
     if weights is None:
-        pinned = "" if config.revision else "; give model.revision, so that it stays the same"
-        told = f"{config.uri} is not on this machine; taken to be as large as SDXL"
+        is_loose = model.is_hub_id(config.uri) and config.revision is None
+        pinned = "" if not is_loose else "; give model.revision, so that it stays the same"
+        where = config.uri if model.is_hub_id(config.uri) else f"{config.uri} or its base"
+        told = f"{where} is not on this machine; taken to be as large as SDXL"
         report.tell(f"not looked at: {told}{pinned}")
         return
     count = sum(model.num_parameters(weights).values())

@@ -22,7 +22,7 @@ SPECS = {
 """Where each kind has its cluster."""
 GPU = "nvidia.com/gpu"
 GPU_LABELS = ("nvidia.com/gpu.product", "cloud.google.com/gke-accelerator")
-PLACEHOLDERS = ("registry.example.org/", "arn:aws:iam::000000000000:", "s3://bucket/")
+PLACEHOLDERS = ("registry.example.org/", "s3://bucket/", "s3://my-bucket/", "0" * 64)
 FACTORS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9}
 CRON_FIELD = re.compile(r"(\*|[\w,*/-]+)")
 
@@ -190,7 +190,7 @@ def _placeholders(value: Any, key: str = "") -> Iterator[str]:
         for start in PLACEHOLDERS:
             if start in text and start not in seen:
                 seen.add(start)
-                yield f"{inner} has {start}, a placeholder of the template; put your own there"
+                yield f"{inner} has {start:.40}, a placeholder of the template; put your own there"
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:

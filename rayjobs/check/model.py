@@ -29,29 +29,28 @@ SDXL = {"unet": 2_567_463_684, "text": 817_720_320, "vae": 83_653_863}
 
 @contextmanager
 def found(config: SourceConfig, key: str = "model.uri") -> Generator[Weights | None]:
-    """The files of a model, or None for a hub id that was never fetched.
+    """The files of a model, or None of a hub id, or one that stands on such, never fetched here.
 
     Raises BadInput, as loading it would, and StorageError.
     """
-    local = _from_hub(config) if _is_hub_id(config.uri) else config.uri
-    if local is None:
+    local = _from_hub(config) if is_hub_id(config.uri) else config.uri
+    base = config.base
+    if local is None or (base is not None and not Path(base).is_dir()):
         yield None
         return
     remote = storage.is_remote(local)
     with TemporaryDirectory() if remote else nullcontext("") as folder:
         uri = _stand_in(local, Path(folder)) if remote else local
         revision = config.revision if uri == config.uri else None
-        source = Source(uri=uri, revision=revision, prediction_type=config.prediction_type)
+        source = Source(
+            uri=uri, base=base, revision=revision, prediction_type=config.prediction_type
+        )
         try:
             weights = locate(source)
         except BadInput:
             raise
         except ValueError as error:
-            lacks_base = config.base is not None and "give model.base" in str(error)
-            if not lacks_base:
-                told = str(error).replace(uri, config.uri) if uri != config.uri else str(error)
-                raise BadInput(f"{key}: {told}") from None
-            weights = None
+            raise BadInput(f"{key}: {str(error).replace(uri, config.uri)}") from None
         yield weights
 
 
@@ -86,7 +85,7 @@ def _part(name: str) -> str:
     return "text" if name.startswith(("conditioner", "cond_stage_model")) else "unet"
 
 
-def _is_hub_id(uri: str) -> bool:
+def is_hub_id(uri: str) -> bool:
     return bool(HUB_ID.fullmatch(uri)) and not Path(uri).exists()
 
 

@@ -40,7 +40,9 @@ def manifest(name: str, place: Path) -> Any:
     values = yaml.safe_load(text)
     if name == "serve":
         served = yaml.safe_load(values["spec"]["serveConfigV2"])
-        del served["applications"][0]["args"]["results"]
+        args = served["applications"][0]["args"]
+        del args["results"], args["registry"]
+        args["auth"]["keys"][0]["sha256"] = "1" * 64
         values["spec"]["serveConfigV2"] = yaml.safe_dump(served)
     spec = values["spec"].get("jobTemplate", values["spec"])
     if "entrypoint" in spec:
@@ -159,7 +161,7 @@ IN_MANIFESTS = {
         "serve",
         "spec.serveConfigV2",
         "applications: [{import_path: serve.app:build, args: {models: [], modles: []}}]",
-        "serveConfigV2: spec: applications.0.args.modles: unknown key; did you mean 'models'?",
+        "serveConfigV2: it: applications.0.args.modles: unknown key; did you mean 'models'?",
     ),
     "an image of nobody": (
         "cluster",
@@ -242,6 +244,19 @@ IN_CLUSTER_FILES = {
         "there is no ~/ray/auth_token here; make it by `ray get-auth-token --generate`",
     ),
 }
+IN_SERVING = {
+    "anybody may ask": ("auth", {}, "http_options.host is 0.0.0.0, which other machines can reach"),
+    "no such adapter": (
+        "loras",
+        [{"name": "dog", "uri": "runs/dog"}],
+        "loras[0].uri: runs/dog: nothing is there",
+    ),
+    "more rows than the GPU holds": (
+        "engine",
+        {"max_rows": 256},
+        "memory: a worker takes at least",
+    ),
+}
 IN_CONFIGURATIONS = {
     "no such column": (["prompts.column=text"], "has no column 'text'; it has prompt, kind"),
     "no such prompts": (["prompts.uri={place}/none.csv"], "none.csv: nothing is there"),
@@ -279,6 +294,18 @@ def test_in_a_cluster_file(planted: str, place: Path) -> None:
     values["file_mounts"].pop("~/rayjobs")
     plant(values, path, value)
     [found] = findings(values, place)
+    assert expected in found
+
+
+@pytest.mark.parametrize("planted", IN_SERVING)
+def test_in_a_serving_file(planted: str, place: Path) -> None:
+    key, value, expected = IN_SERVING[planted]
+    served = yaml.safe_load(manifest("serve", place)["spec"]["serveConfigV2"])
+    served["applications"][0]["args"][key] = value
+    path = place / "serve.yaml"
+    path.write_text(json.dumps(served))
+    (place / "cluster.yaml").write_text(json.dumps(manifest("cluster", place)))
+    [found] = files.check(str(path), [], str(place / "cluster.yaml")).findings
     assert expected in found
 
 
