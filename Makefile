@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
 	-p no:schemathesis -p no:hypothesispytest
 
 .PHONY: demo demo-dreambooth serve test test-unit test-all wheel-check check format bench starter
-.PHONY: help reference pictures docs setup clean
+.PHONY: help reference pictures docs setup clean image kuberay
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +49,15 @@ bench: setup ## the engine against diffusers' own pipeline, the job against the 
 
 starter: setup ## train the starter model again, from nothing
 	$(BIN)/python -m rayjobs.starter.train --out rayjobs/starter/model
+
+IMAGE ?= rayjobs
+BUILDER ?= docker
+image: ## the container images rayjobs:gpu and rayjobs:cpu; BUILDER=podman, IMAGE=registry/name
+	$(BUILDER) build --target gpu -t $(IMAGE):gpu .
+	$(BUILDER) build --target cpu -t $(IMAGE):cpu .
+
+kuberay: setup ## copy cluster.yaml's spec and configs/serve.yaml into deploy/kuberay's manifests
+	$(BIN)/python -m deploy.kuberay.render
 
 reference: setup ## docs/reference.md from the models' docstrings
 	$(BIN)/python -m docs.reference

@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--price", type=float, metavar="P", help="of a GPU's hour, else a worker's, for the cost"
     )
+    job(
+        "check", _check, "look for mistakes in a configuration, cluster.yaml or RayJob"
+    ).add_argument("--cluster", metavar="FILE", help="whose machines the workers must fit")
     job("show", _show, "print any configuration with every default")
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
@@ -294,6 +297,18 @@ def _counts(kind: str, config: Any) -> str:
         return describe(config)
     names = ", ".join(model.name for model in config.models)
     return f"an image API with {names}; every key is known"
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rayjobs.check import files
+
+    report = files.check(options.config, options.overrides, options.cluster)
+    for line in (*report.facts, *report.findings):
+        print(line)
+    count = len(report.findings)
+    wrong = f"{count} mistake{'' if count == 1 else 's'}" if count else "nothing is wrong"
+    print(f"{options.config}: {wrong}")
+    return BAD_INPUT if report.findings else DONE
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -47,7 +47,11 @@ def load(path: str, overrides: list[str]) -> tuple[str, Config]:
 
     Raises BadInput naming every key that is wrong.
     """
-    values = read_values(path)
+    return of_values(read_values(path), overrides, path)
+
+
+def of_values(values: dict[str, Any], overrides: list[str], path: str) -> tuple[str, Config]:
+    """The same of values that were read already, from what is called `path`."""
     if "applications" in values:
         applications = values["applications"]
         if not isinstance(applications, list) or len(applications) != 1:

@@ -7,7 +7,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,21 @@ def await_room(workers: Workers, count: int, is_own: bool) -> None:
     Tells at once what is asked for and what is there while they do not. Raises BadInput when
     nothing can change that, as in a cluster of this process's own, JobFailed after half an hour.
     """
+    fitting = num_fitting(workers, ray.nodes())
+    if fitting < count:
+        if is_own:
+            lack = describe_lack(workers, count, fitting, ray.nodes())
+            raise BadInput(f"{lack}; {_way_out(workers)}")
+        with _demand(workers, count):
+            _await_nodes(workers, count)
+    if _on(workers, ray.available_resources()) < 1:
+        print("all that fits is in use by others; waiting for it", file=sys.stderr, flush=True)
+
+
+def _await_nodes(workers: Workers, count: int) -> None:
     started = told = time.monotonic()
     while (fitting := num_fitting(workers, ray.nodes())) < count:
         lack = describe_lack(workers, count, fitting, ray.nodes())
-        if is_own:
-            raise BadInput(f"{lack}; {_way_out(workers)}")
         waited = time.monotonic() - started
         if waited > PATIENCE_S:
             raise JobFailed(f"{lack}, and none came in {PATIENCE_S / 60:.0f} minutes")
@@ -45,8 +56,21 @@ def await_room(workers: Workers, count: int, is_own: bool) -> None:
             told = time.monotonic()
             print(f"{lack}; waiting for nodes, {_way_out(workers)}", file=sys.stderr, flush=True)
         time.sleep(POLL_S)
-    if _on(workers, ray.available_resources()) < 1:
-        print("all that fits is in use by others; waiting for it", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _demand(workers: Workers, count: int) -> Generator[None]:
+    """Meanwhile an autoscaler is to bring room for these: nothing that runs asks for it yet.
+
+    What is demanded so outlives its job, so it is taken back.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[_asked(workers)] * count)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def check_machine(workers: Workers) -> None:
@@ -120,10 +144,12 @@ def describe_lack(workers: Workers, count: int, fitting: int, nodes: list[dict[s
 
 
 def _on(workers: Workers, resources: Mapping[str, float]) -> int:
+    return int(min(resources.get(k, 0) / wanted for k, wanted in _asked(workers).items()) + 1e-9)
+
+
+def _asked(workers: Workers) -> dict[str, float]:
     asked = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
-    return int(
-        min(resources.get(k, 0) / wanted for k, wanted in asked.items() if wanted > 0) + 1e-9
-    )
+    return {name: wanted for name, wanted in asked.items() if wanted > 0}
 
 
 def _way_out(workers: Workers) -> str:

@@ -5,14 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from rayjobs.check.launcher import node_mistakes
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -41,37 +41,16 @@ def test_the_launcher_takes_the_file(launcher: dict[str, Any]) -> None:
 
 def test_nodes_are_what_ec2_understands(launcher: dict[str, Any]) -> None:
     for node_type in launcher["available_node_types"].values():
-        assert mistakes(node_type["node_config"]) == []
+        assert node_mistakes(node_type["node_config"]) == []
         disk = node_type["node_config"]["BlockDeviceMappings"][0]
         assert disk["Ebs"]["VolumeSize"] >= 100
     node = launcher["available_node_types"]["gpu-spot"]["node_config"]
     wrong = {"InstanceTyp": "x", "InstanceType": "g9.huge", "IamInstanceProfile": {"Nme": "x"}}
-    assert mistakes(node | wrong) == [
+    assert node_mistakes(node | wrong) == [
         "InstanceType is 'g9.huge'",
         "IamInstanceProfile.Nme is unknown",
         "InstanceTyp is unknown",
     ]
-
-
-def mistakes(node_config: dict[str, Any]) -> list[str]:
-    """What the EC2 API has no name for in a request for such an instance."""
-    ec2 = botocore.session.get_session().get_service_model("ec2")
-    return list(_mistakes(node_config, ec2.operation_model("RunInstances").input_shape, ""))
-
-
-def _mistakes(value: Any, shape: Any, name: str) -> Iterator[str]:
-    if shape.type_name == "structure":
-        for key, part in value.items():
-            inner = f"{name}.{key}".lstrip(".")
-            if key in shape.members:
-                yield from _mistakes(part, shape.members[key], inner)
-            else:
-                yield f"{inner} is unknown"
-    elif shape.type_name == "list":
-        for part in value:
-            yield from _mistakes(part, shape.member, name)
-    elif value not in (getattr(shape, "enum", None) or [value]):
-        yield f"{name} is {value!r}"
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -97,6 +97,10 @@ def test_waiting_is_told_and_ends(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    demanded: list[list[dict[str, float]]] = []
+    monkeypatch.setattr(
+        "ray.autoscaler.sdk.request_resources", lambda bundles: demanded.append(bundles)
+    )
     asked = Workers(num_gpus=1)
     told = "a worker asks for 1 CPUs and 1 GPUs; there is 2 CPUs and 0 GPUs on 1 node"
     with pytest.raises(BadInput, match=f"{told}.*; ask for less with workers.num_gpus"):
@@ -104,6 +108,8 @@ def test_waiting_is_told_and_ends(
     with pytest.raises(JobFailed, match=f"{told}, which holds none, and none came in 30 minutes"):
         room.await_room(asked, 1, is_own=False)
     assert f"{told}, which holds none; waiting for nodes" in capsys.readouterr().err
+    # An autoscaler brings nodes only for what is demanded, and keeps them until that is taken back.
+    assert demanded == [[{"CPU": 1, "GPU": 1}], []]
     monkeypatch.setattr(room.time, "sleep", lambda _: nodes.append(node(8, 1)))
     room.await_room(asked, 1, is_own=False)
     assert "all that fits is in use by others" in capsys.readouterr().err
