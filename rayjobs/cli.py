@@ -129,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         "--price", type=float, metavar="P", help="of a GPU's hour, else a worker's, for the cost"
     )
     job("show", _show, "print any configuration with every default")
+    _readers(reader)
+    return parser
+
+
+def _readers(reader: Callable[..., Any]) -> None:
+    """What works on an output that is there."""
+    status = reader("status", _status, "tell how a job goes, from its output alone")
+    status.add_argument("--watch", action="store_true", help="look again until it is done")
+    status.add_argument("--json", action="store_true", help="a line of JSON for each look")
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
@@ -137,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     export = reader("export", _export, "copy a data set: filtered, converted, resized, split")
     export.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
     export.add_argument("--repair", action="store_true", help="export damaged shards again")
-    return parser
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -321,6 +329,13 @@ def _show(options: argparse.Namespace) -> int:
     _, config = keys.load(options.config, options.overrides)
     values = config.model_dump(mode="json")
     print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
+    return DONE
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rayjobs import status
+
+    status.tell(options.uri, again=options.watch, as_json=options.json)
     return DONE
 
 
