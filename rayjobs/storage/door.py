@@ -16,7 +16,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 
-from rayjobs.storage import local, s3
+from rayjobs.storage import local, ranges, s3
 from rayjobs.storage.s3 import HOW_TO_ALLOW, NotThere, StorageError, Unavailable
 
 CONNECT_TIMEOUT_S = 5
@@ -267,7 +267,10 @@ def get_file(uri: str, path: str | Path) -> None:
     """Copy `uri` to the local file at `path`, whose folder is there."""
     fs, source = open_fs(uri)
     with translate_errors(uri):
-        fs.get_file(source, str(path))
+        if is_remote(uri):
+            ranges.download(uri, {source: (Path(path), fs.info(source))})
+        else:
+            fs.get_file(source, str(path))
 
 
 @_patient
@@ -298,6 +301,7 @@ def open_fs(uri: str) -> tuple[Any, str]:
 def forget_connections() -> None:
     """Read the AWS variables again at the next call."""
     _s3.cache_clear()
+    ranges.forget_connections()
 
 
 @lru_cache(maxsize=1)
