@@ -114,10 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(command=_init)
     demo = commands.add_parser("demo", help="make a small data set with the starter model")
     demo.set_defaults(command=_demo)
-    generate = job("generate", _generate, "make a data set of images from prompts")
-    generate.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
-    generate.add_argument("--extend", action="store_true", help="append a changed job")
-    generate.add_argument("--retry-failed", action="store_true", help="make failed records again")
+    _of_generate(job("generate", _generate, "make a data set of images from prompts"))
     job("prior", _prior, "make class images for DreamBooth: what is missing, good ones only")
     job("dreambooth", _dreambooth, "teach a model a subject from a few photographs")
     job("evaluate", _evaluate, "measure a tuned model: likeness, preservation, diversity")
@@ -130,7 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     job("show", _show, "print any configuration with every default")
     _readers(reader)
+    from rayjobs.submission import commands as on_a_cluster
+
+    on_a_cluster.add(commands, KINDS[:-1], _of_generate)
     return parser
+
+
+def _of_generate(command: Any) -> None:
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
+    command.add_argument("--extend", action="store_true", help="append a changed job")
+    command.add_argument("--retry-failed", action="store_true", help="make failed records again")
 
 
 def _readers(reader: Callable[..., Any]) -> None:

@@ -26,6 +26,7 @@ MAX_REMOVALS = 5
 """Of one folder, whose files others remove at the same time."""
 _AWAY = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
 _patience_s = 0.0
+_num_retries = 0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +36,11 @@ def be_patient(seconds: float) -> None:
     """From now on every call of this process waits this long for a server that is away."""
     global _patience_s
     _patience_s = seconds
+
+
+def num_retries() -> int:
+    """How often this process has made a call again."""
+    return _num_retries + ranges.num_retries
 
 
 def _patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
@@ -50,6 +56,8 @@ def _patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str
                 if time.monotonic() + wait_s > deadline:
                     raise
                 logging.getLogger("rayjobs").warning("%s; waiting for it", error)
+            global _num_retries
+            _num_retries += 1
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 

@@ -33,6 +33,8 @@ TOLD_BYTES = 200_000_000
 TELL_EVERY_S = 10.0
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 60
 GB = 1e9
+num_retries = 0
+"""Of this process, about: streams count it together."""
 
 
 @dataclass
@@ -142,6 +144,8 @@ def _fetch(each: _Object, start: int, transfer: _Transfer) -> None:
         except Unavailable:
             if attempt == TRIES:
                 raise
+        global num_retries
+        num_retries += 1
         # Not all streams of all machines at the same moment.
         transfer.ended.wait(random.uniform(0, min(2.0**attempt, LONGEST_PAUSE_S)))
 
