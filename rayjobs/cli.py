@@ -114,10 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     init.set_defaults(command=_init)
     demo = commands.add_parser("demo", help="make a small data set with the starter model")
     demo.set_defaults(command=_demo)
-    generate = job("generate", _generate, "make a data set of images from prompts")
-    generate.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
-    generate.add_argument("--extend", action="store_true", help="append a changed job")
-    generate.add_argument("--retry-failed", action="store_true", help="make failed records again")
+    _of_generate(job("generate", _generate, "make a data set of images from prompts"))
     job("prior", _prior, "make class images for DreamBooth: what is missing, good ones only")
     job("dreambooth", _dreambooth, "teach a model a subject from a few photographs")
     job("evaluate", _evaluate, "measure a tuned model: likeness, preservation, diversity")
@@ -132,6 +129,24 @@ def _parser() -> argparse.ArgumentParser:
         "check", _check, "look for mistakes in a configuration, cluster.yaml or RayJob"
     ).add_argument("--cluster", metavar="FILE", help="whose machines the workers must fit")
     job("show", _show, "print any configuration with every default")
+    _readers(reader)
+    from rayjobs.submission import commands as on_a_cluster
+
+    on_a_cluster.add(commands, KINDS[:-1], _of_generate)
+    return parser
+
+
+def _of_generate(command: Any) -> None:
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N records' shards")
+    command.add_argument("--extend", action="store_true", help="append a changed job")
+    command.add_argument("--retry-failed", action="store_true", help="make failed records again")
+
+
+def _readers(reader: Callable[..., Any]) -> None:
+    """What works on an output that is there."""
+    status = reader("status", _status, "tell how a job goes, from its output alone")
+    status.add_argument("--watch", action="store_true", help="look again until it is done")
+    status.add_argument("--json", action="store_true", help="a line of JSON for each look")
     reader("report", _report, "write a data set's index.html again")
     verify = reader("verify", _verify, "read a data set again and check every hash")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")
@@ -140,7 +155,6 @@ def _parser() -> argparse.ArgumentParser:
     export = reader("export", _export, "copy a data set: filtered, converted, resized, split")
     export.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as in output.uri=...")
     export.add_argument("--repair", action="store_true", help="export damaged shards again")
-    return parser
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -336,6 +350,13 @@ def _show(options: argparse.Namespace) -> int:
     _, config = keys.load(options.config, options.overrides)
     values = config.model_dump(mode="json")
     print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
+    return DONE
+
+
+def _status(options: argparse.Namespace) -> int:
+    from rayjobs import status
+
+    status.tell(options.uri, again=options.watch, as_json=options.json)
     return DONE
 
 

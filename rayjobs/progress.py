@@ -62,6 +62,7 @@ class Progress:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor = ray.remote(Counter).options(num_cpus=0, scheduling_strategy=here)
         self.counter: Any = actor.remote()
+        self._started = time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -85,6 +86,9 @@ class Progress:
                 print(read[1][DOING], file=sys.stderr, flush=True)
                 told = time.monotonic()
         began = read[1].get(BEGAN, time.time())
+        if read[0]:
+            waited_s = max(0.0, began - self._started)
+            print(f"workers began after {waited_s:.0f} s", file=sys.stderr, flush=True)
         with Bar(self.total, self.unit, began, self.initial) as bar:
             while not self._stop.wait(POLL_S):
                 self._show(bar)

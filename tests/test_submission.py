@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -61,10 +62,10 @@ class Cluster:
     def start(self) -> None:
         ports = (f"--ray-client-server-port={self.client}", f"--dashboard-port={self.port}")
         self._start("--head", f"--port={self.gcs}", "--num-cpus=0", *ports)
-        wait_for(lambda: self.ask("/api/version"), 60)
+        wait_for(lambda: self.ask("/api/version"), 180)
         for _ in range(2):
             self._start(f"--address=127.0.0.1:{self.gcs}", "--num-cpus=3")
-        wait_for(lambda: len(self.ask("/nodes?view=summary")["data"]["summary"]) == 3, 60)
+        wait_for(lambda: len(self.ask("/nodes?view=summary")["data"]["summary"]) == 3, 180)
 
     def _start(self, *options: str) -> None:
         # A folder for each, as on hosts of their own: nodes delete a job's code when they are done.
@@ -114,6 +115,20 @@ class Cluster:
         options = ["--working-dir", ".", "--submission-id", name, *([] if wait else ["--no-wait"])]
         generate = (self.python, "-m", "rayjobs", "generate")
         return self.ray("submit", *options, "--", *generate, *settings, *ONE_A_NODE)
+
+    def rayjobs(
+        self, *command: str, environment: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """`rayjobs submit` or `rayjobs stop` on this cluster, as a user would call it."""
+        own = ("--python", self.python) if command[0] == "submit" else ()
+        return subprocess.Popen(
+            [sys.executable, "-m", "rayjobs", *command, "--address", self.address, *own],
+            cwd=self.folder / "repository",
+            env=environment or self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def close(self) -> None:
         for node in self._nodes:  # ray start --block ends what it started, if slowly
@@ -205,6 +220,10 @@ def test_nobody_gets_in_without_the_token(cluster: Cluster, tmp_path: Path) -> N
     assert code != 0
     assert "authentication is enabled" in said
     assert not (tmp_path / "was-here").exists()
+    strange = cluster.strangers_environment
+    asked = cluster.rayjobs("submit", "generate", *DEMO, environment=strange)
+    said = asked.communicate(timeout=60)[0]
+    assert (asked.returncode, "RAY_AUTH_MODE=token" in said) == (2, True), said
 
 
 def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
@@ -219,30 +238,47 @@ def test_exit_codes_are_seen(cluster: Cluster, tmp_path: Path) -> None:
     }
     config = tmp_path / "job.yaml"
     config.write_text(yaml.safe_dump(job))
-    bad = (("bad-input", 2, "output.uri=ftp://x"), ("relative", 2, "output.uri=out"))
-    for name, expected, *settings in (*bad, ("some-failed", 3)):
-        code, said = cluster.submit(name, str(config), *settings)
-        assert code != 0, said
-        assert f"exit code {expected}" in said, said
-        assert cluster.ask(f"/api/jobs/{name}")["driver_exit_code"] == expected
+    said = {}
+    for expected, *settings in ((2, "output.uri=ftp://x"), (2, "output.uri=out"), (3,)):
+        job = cluster.rayjobs("submit", "generate", str(config), *settings, *ONE_A_NODE)
+        said[expected] = job.communicate(timeout=300)[0]
+        assert job.returncode == expected, said[expected]
+    assert re.search(r"package: [\d.]+ MB in \d+ files", said[3])
+    assert "made 2 images" in said[3]
 
 
 def test_a_stopped_job_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """Submitted twice it runs once; Ctrl-C leaves it; after its end it goes on as another."""
     output = tmp_path / "out"
     own = (f"output.uri={output}", "output.images_per_shard=4", "seeds.count=12")
-    code, said = cluster.submit("stopped", *DEMO, *own, wait=False)
-    assert code == 0, said
+    command = ("submit", "generate", *DEMO, *own, *ONE_A_NODE)
+    first = cluster.rayjobs(*command)
+    assert first.stdout is not None
+    lines = [first.stdout.readline() for _ in range(2)]
+    [name] = re.findall(r"submitted (rayjobs-generate-\w+-1) to", "".join(lines))
+    second = cluster.rayjobs(*command, "--wait", "no")
+    said = second.communicate(timeout=60)[0]
+    assert (second.returncode, f"{name} runs at" in said) == (0, True), said
     wait_for(lambda: len(list((output / "manifest").glob("*.json"))) >= 1, 240)
-    code, said = cluster.ray("stop", "stopped")
-    assert code == 0, said
-    assert cluster.ask("/api/jobs/stopped")["status"] == "STOPPED"
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=60)[0]
+    assert (first.returncode, f"rayjobs stop {name}" in said) == (130, True), said
+    assert cluster.ask(f"/api/jobs/{name}")["status"] == "RUNNING"
+    wait_for(lambda: f'ray_rayjobs_images_total{{job="{output}"}}' in metrics(cluster), 60)
+    stop = cluster.rayjobs("stop", name)
+    said = stop.communicate(timeout=60)[0]
+    assert (stop.returncode, f"stopped {name} in" in said) == (0, True), said
+    assert cluster.ask(f"/api/jobs/{name}")["status"] == "STOPPED"
     before = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
     assert 1 <= len(before) < 24
-    code, said = cluster.submit("goes-on", *DEMO, *own)
-    assert code == 0, said
+    third = cluster.rayjobs(*command)
+    said = third.communicate(timeout=300)[0]
+    assert third.returncode == 0, said
+    assert f"submitted {name[:-1]}2 to" in said
     after = {entry["shard"]: entry for entry in Manifest(str(output)).entries()}
     assert sorted(after) == list(range(24))
     assert {shard: after[shard] for shard in before} == before
+    assert len([job for job in cluster.ask("/api/jobs/") if name[:-1] in str(job)]) == 2
 
 
 def test_serving_is_deployed_once_the_nodes_have_the_code(cluster: Cluster, tmp_path: Path) -> None:
@@ -273,6 +309,17 @@ def test_serving_is_deployed_once_the_nodes_have_the_code(cluster: Cluster, tmp_
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         assert json.load(answer)["data"][0]["b64_json"]
+
+
+def metrics(cluster: Cluster) -> str:
+    """What Prometheus would find at all nodes, without the labels that Ray adds."""
+    targets = next(cluster.folder.rglob("prom_metrics_service_discovery.json"))
+    [found] = json.loads(targets.read_text())
+    texts = []
+    for target in found["targets"]:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            texts.append(answer.read().decode())
+    return re.sub(r"\{.*?(job=\"[^\"]*\").*?\}", r"{\1}", "".join(texts))
 
 
 def deploy(cluster: Cluster, config: Path) -> None:

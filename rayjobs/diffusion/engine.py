@@ -73,6 +73,8 @@ class Engine:
         self._ids = count()
         self.keep_pixels = False
         """Whether results have the float pixels of pictures that are decoded from now on."""
+        self.num_steps, self.step_s = 0, 0.0
+        """Steps made, and the time spent in them."""
         self.side_s = 0.0
         """Spent on prompts, and on encoding and decoding pictures; what a GPU does of that beside
         its steps is not counted."""
@@ -155,6 +157,13 @@ class Engine:
     def step(self) -> list[Result]:
         """One denoising step of the rows that the batcher chooses; returns finished requests."""
         started_s = perf_counter()
+        rows = self._step(started_s)
+        results = self._collect()
+        self.num_steps += bool(rows)
+        self.step_s += perf_counter() - started_s
+        return results
+
+    def _step(self, started_s: float) -> list[Row]:
         self._vae.poll(block=not len(self._batcher))
         self._join_encoded()
         self.side_s += perf_counter() - started_s
@@ -163,7 +172,7 @@ class Engine:
             noise = self._predict_noise(rows)
             self._advance(rows, noise)
             self._decode_finished(rows)
-        return self._collect()
+        return rows
 
     def generate(self, requests: Iterable[Request], keep_pixels: bool = False) -> Iterator[Result]:
         """Make all `requests`, drawn from only as slots become free, in the order they finish."""

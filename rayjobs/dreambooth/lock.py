@@ -107,6 +107,11 @@ def num_steps(uri: str) -> int:
     return steps
 
 
+def name(uri: str) -> str:
+    """The name of the run in this folder."""
+    return str(_read(uri)["run"]["name"])
+
+
 def has_made_nothing(uri: str) -> bool:
     """Whether a run was begun in this folder of which nothing is kept yet."""
     return not storage.exists(storage.join(uri, "export", exports.FILE)) and not any(

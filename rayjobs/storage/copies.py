@@ -8,11 +8,10 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
-from typing import Any
 
-from rayjobs.storage.door import find, is_remote, open_fs, translate_errors
+from rayjobs.storage import ranges
+from rayjobs.storage.door import find, is_remote, open_fs
 from rayjobs.storage.s3 import StorageError
 
 
@@ -36,13 +35,14 @@ def state(uri: str) -> str:
 def fetch(uri: str) -> Path:
     """A local path with the content of `uri`: itself when local, else one copy for this machine.
 
-    The copy is made under a lock, so that many workers fetch once, and has a name of its own for
-    each state of the remote files (names, sizes, ETags), so that a changed model is fetched again.
+    The copy is made under a lock, so that many workers fetch once, in ranges at the same time, and
+    checked. It has a name of its own for each state of the remote files (names, sizes, ETags), so
+    that a changed model is fetched again.
     In it the file or folder is called as it is there, since names tell what adapters are for.
     """
     if not is_remote(uri):
         return Path(uri.removeprefix("file://")).expanduser()
-    fs, path = open_fs(uri)
+    path = open_fs(uri)[1]
     found = find(uri)
     if not found:
         raise StorageError(f"{uri}: nothing is there")
@@ -54,19 +54,13 @@ def fetch(uri: str) -> Path:
     with (cache / f"{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            partial = Path(tempfile.mkdtemp(dir=cache))
-            _download(fs, path, found, partial if list(found) == [path] else partial / name)
+            partial = cache / f"{key}.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            whole = partial if list(found) == [path] else partial / name
+            ranges.download(uri, {n: (_local(n, path, whole), f) for n, f in found.items()})
             partial.rename(target)
     return target / name
 
 
-def _download(fs: Any, root: str, found: dict[str, Any], folder: Path) -> None:
-    for name, info in found.items():
-        relative = os.path.basename(name) if name == root else os.path.relpath(name, root)
-        local = folder / relative
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with translate_errors(name):
-            fs.get_file(name, str(local))
-        if (size := local.stat().st_size) != info["size"]:
-            shutil.rmtree(folder)
-            raise StorageError(f"{name}: got {size} of {info['size']} bytes")
+def _local(name: str, root: str, folder: Path) -> Path:
+    return folder / (os.path.basename(name) if name == root else os.path.relpath(name, root))

@@ -16,7 +16,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 
-from rayjobs.storage import local, s3
+from rayjobs.storage import local, ranges, s3
 from rayjobs.storage.s3 import HOW_TO_ALLOW, NotThere, StorageError, Unavailable
 
 CONNECT_TIMEOUT_S = 5
@@ -26,6 +26,7 @@ MAX_REMOVALS = 5
 """Of one folder, whose files others remove at the same time."""
 _AWAY = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
 _patience_s = 0.0
+_num_retries = 0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,6 +36,11 @@ def be_patient(seconds: float) -> None:
     """From now on every call of this process waits this long for a server that is away."""
     global _patience_s
     _patience_s = seconds
+
+
+def num_retries() -> int:
+    """How often this process has made a call again."""
+    return _num_retries + ranges.num_retries
 
 
 def _patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
@@ -50,6 +56,8 @@ def _patient(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str
                 if time.monotonic() + wait_s > deadline:
                     raise
                 logging.getLogger("rayjobs").warning("%s; waiting for it", error)
+            global _num_retries
+            _num_retries += 1
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
@@ -267,7 +275,10 @@ def get_file(uri: str, path: str | Path) -> None:
     """Copy `uri` to the local file at `path`, whose folder is there."""
     fs, source = open_fs(uri)
     with translate_errors(uri):
-        fs.get_file(source, str(path))
+        if is_remote(uri):
+            ranges.download(uri, {source: (Path(path), fs.info(source))})
+        else:
+            fs.get_file(source, str(path))
 
 
 @_patient
@@ -298,6 +309,7 @@ def open_fs(uri: str) -> tuple[Any, str]:
 def forget_connections() -> None:
     """Read the AWS variables again at the next call."""
     _s3.cache_clear()
+    ranges.forget_connections()
 
 
 @lru_cache(maxsize=1)

@@ -51,10 +51,10 @@ def check(uri: str, write: bool = False, timeout_s: float = TIMEOUT_S) -> None:
         connect_timeout=timeout_s, read_timeout=timeout_s, retries={"total_max_attempts": 1}
     )
     session = botocore.session.get_session()
-    region = _asked(uri, lambda: session.get_config_variable("region")) or "us-east-1"
-    client = _asked(uri, lambda: session.create_client("s3", region_name=region, config=timeouts))
+    region = asked(uri, lambda: session.get_config_variable("region")) or "us-east-1"
+    client = asked(uri, lambda: session.create_client("s3", region_name=region, config=timeouts))
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    _asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
+    asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
     if write:
         key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
         _check_writing(uri, client, bucket, key)
@@ -88,7 +88,7 @@ def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:
         return True
 
     try:
-        ignored = _asked(uri, put)
+        ignored = asked(uri, put)
     except Unavailable:
         raise
     except StorageError as error:
@@ -100,7 +100,8 @@ def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:
         client.delete_object(Bucket=bucket, Key=key)
 
 
-def _asked(uri: str, question: Any) -> Any:
+def asked(uri: str, question: Any) -> Any:
+    """The answer of botocore's client; what it raises is told as a StorageError."""
     import botocore.exceptions as s3_errors
 
     nobody = (

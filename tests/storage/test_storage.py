@@ -111,7 +111,7 @@ def test_what_a_role_lacks_is_told(
 
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::1:role/jobs")
     with pytest.raises(StorageError, match=told):
-        s3._asked("s3://here/x", refused)
+        s3.asked("s3://here/x", refused)
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])

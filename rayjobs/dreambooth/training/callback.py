@@ -47,6 +47,8 @@ class CheckpointCallback(pl.Callback):
         self.stopped_with_patience: int | None = None
         self.stalled_s = 0.0
         """How long training has waited for checkpoints."""
+        self.num_stored, self.stored_s = 0, 0.0
+        """Checkpoints stored, and how long that took beside the training."""
         self._rows: list[str] = []
         self._start: Checkpoint | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -105,15 +107,18 @@ class CheckpointCallback(pl.Callback):
             self._pending = None
 
     def _store(self, step: int, folder: Path, state: dict[str, Any], rows: str) -> None:
+        started = time.perf_counter()
         try:
             torch.save(state, folder / FILE)
             entry = self.checkpoints.put(step, FILE, folder / FILE)
         finally:
             shutil.rmtree(folder)
         self._commit(step, {FILE: entry}, rows)
+        self._count(started)
 
     def _store_part(self, step: int, folder: Path, rows: str) -> None:
         """Store this rank's files; rank 0 then waits for the others' and commits."""
+        started = time.perf_counter()
         try:
             files = {
                 f"{self.attempt}/{path.name}": self.checkpoints.put(
@@ -133,6 +138,11 @@ class CheckpointCallback(pl.Callback):
                     time.sleep(POLL_S)
                 files |= part
             self._commit(step, files, rows)
+        self._count(started)
+
+    def _count(self, started: float) -> None:
+        self.num_stored += 1
+        self.stored_s += time.perf_counter() - started
 
     def _part(self, rank: int) -> str:
         return f"{self.attempt}/part-{rank:05d}.json"

@@ -5,6 +5,7 @@ run.
 """
 
 import logging
+import time
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from rayjobs.dreambooth.training.tuned_model import TunedModel
 from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
 from rayjobs.progress import DEVICE, DOING, FATAL
+from rayjobs.telemetry.meters import Meters, RayMeters, Totals
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
@@ -104,7 +106,11 @@ def _train(run: ResolvedRun, counter: Any) -> None:
         strategy=strategy,
         plugins=[RayLightningEnvironment()],
         # The loss is measured before the checkpoint's metrics are written.
-        callbacks=[*looking, checkpointing, _ProgressCallback(counter)],
+        callbacks=[
+            *looking,
+            checkpointing,
+            _Told(counter, checkpointing, RayMeters(config.output.uri)),
+        ],
         logger=trackers.build(config, checkpointing.logs) if rank == 0 else False,
         max_epochs=1,
         enable_checkpointing=False,
@@ -183,15 +189,20 @@ class _StepBatches:
         return self._steps(*self._range, *self._share)
 
 
-class _ProgressCallback(pl.Callback):
-    """Reports each step to the driver's progress bar."""
+class _Told(pl.Callback):
+    """Reports each step to the driver's progress bar and to the meters, once for all workers."""
 
-    def __init__(self, counter: Any):
+    def __init__(self, counter: Any, checkpointing: CheckpointCallback, meters: Meters):
         self._counter = counter
+        self._checkpointing, self._meters = checkpointing, meters
+        self._totals = Totals(meters)
+        self._last = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and self._counter is not None:
             self._counter.begin.remote(**{DEVICE: _name_of(pl_module.device)})
+            self._meters.add("restarts")
+        self._last = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -199,6 +210,20 @@ class _ProgressCallback(pl.Callback):
         if trainer.is_global_zero and self._counter is not None:
             loss = f"{pl_module.metrics['loss']:.4f}"
             self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
+            self._count(pl_module)
+
+    def _count(self, module: Any) -> None:
+        last, self._last = self._last, time.monotonic()
+        self._meters.add("steps")
+        self._meters.add("step_seconds", self._last - last)
+        self._meters.set("step", module.step)
+        self._meters.set("loss", float(module.metrics["loss"]))
+        self._totals.tell(
+            checkpoint_stall_seconds=self._checkpointing.stalled_s,
+            commits=self._checkpointing.num_stored,
+            commit_seconds=self._checkpointing.stored_s,
+            storage_retries=storage.num_retries(),
+        )
 
 
 def _name_of(device: torch.device) -> str:

@@ -26,6 +26,7 @@ from rayjobs.generation.spec.records import Redo
 from rayjobs.progress import Progress
 from rayjobs.reports.history import History
 from rayjobs.room import await_room, check_machine
+from rayjobs.telemetry.meters import RayMeters
 
 T = TypeVar("T")
 MAX_SHARDS_PER_BLOCK = 64
@@ -54,6 +55,7 @@ class RayShardWorker:
             report=self._report,
             attempts=Attempts(job.output.uri, run, node, _is_alive),
         )
+        self.worker.count_with(RayMeters(job.output.uri))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         self.progress.begin.remote()

@@ -22,6 +22,7 @@ from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.lock import open_spec, record_of, record_schema
 from rayjobs.generation.spec.records import Record, Redo
 from rayjobs.generation.worker.generator import RecordGenerator
+from rayjobs.telemetry.meters import Meters, Totals
 
 MAX_UNSAVED_SHARDS = 2
 """Finished shards that may wait to be stored: more would fill the memory when storage is slow."""
@@ -161,9 +162,15 @@ class ShardWorker:
         self._check_model()
         self._redo = redo
         self._report = report
+        self.count_with(Meters())
+        self._began: float | None = None
         self._open: dict[int, _OpenShard] = {}
         self._commits: list[Future[Entry]] = []
         self._saving = ThreadPoolExecutor(MAX_UNSAVED_SHARDS, thread_name_prefix="saving")
+
+    def count_with(self, meters: Meters) -> None:
+        """From now on tell these what it does."""
+        self._meters, self._totals = meters, Totals(meters)
 
     def make(self, shards: Iterable[int]) -> Iterator[Entry]:
         """Make the shards that are not finished yet; yield the entry of each once committed.
@@ -171,6 +178,7 @@ class ShardWorker:
         `made` in it says whether this worker made it, not one of another run meanwhile.
         """
         suspects: dict[int, Attempt] = {}
+        self._began = self._began or time.monotonic()
         for record, row in self.generator.generate(self._records(shards, suspects)):
             self._put(self._open[self.segment.shard_of(record.number)], row)
             yield from self._committed(MAX_UNSAVED_SHARDS)
@@ -198,6 +206,7 @@ class ShardWorker:
                 self._commits.append(_completed(self.manifest.entry(number)))
                 continue
             attempt = self.attempts.begin(number)
+            self._meters.add("restarts", attempt.number > 1)
             self._check_lock()
             if attempt.number > self.config.workers.attempts:
                 suspects[number] = attempt
@@ -237,8 +246,25 @@ class ShardWorker:
     def _put(self, shard: _OpenShard, row: Row) -> None:
         shard.rows[row["record"]] = row
         self._report(1, int(row["status"] != "ok"))
+        self._count(row)
         if len(shard.rows) == len(shard.numbers):
             self._close(shard, self._saving.submit(self._commit, shard))
+
+    def _count(self, row: Row) -> None:
+        self._meters.add("images")
+        if row["status"] != "ok":
+            self._meters.add("failed_images", reason=row["error"] or "no reason was given")
+        engine, waited_s = self.generator.engine, 0.0
+        if self._began is not None:
+            waited_s = time.monotonic() - self._began - engine.step_s
+        self._totals.tell(
+            steps=engine.num_steps,
+            step_seconds=engine.step_s,
+            unet_seconds=engine.step_s - engine.side_s,
+            side_seconds=engine.side_s,
+            waiting_seconds=waited_s,
+            storage_retries=storage.num_retries(),
+        )
 
     def _close(self, shard: _OpenShard, entry: Future[Entry]) -> None:
         del self._open[shard.number]
@@ -249,6 +275,7 @@ class ShardWorker:
         return row | {"status": "failed", "error": CRASHES_WORKER}
 
     def _commit(self, shard: _OpenShard) -> Entry:
+        started = time.monotonic()
         rows = [shard.rows[number] for number in shard.numbers]
         files = self.manifest.format.encode(shard.number, rows, self.schema)
         facts = {
@@ -265,6 +292,8 @@ class ShardWorker:
         else:
             entry = self.manifest.commit(shard.number, files, facts)
         self.attempts.end(shard.number)
+        self._meters.add("commits")
+        self._meters.add("commit_seconds", time.monotonic() - started)
         mine = ("worker", "finished_at")
         return entry | {"made": all(entry.get(key) == facts[key] for key in mine)}
 
