@@ -15,7 +15,7 @@ from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.batcher import Batcher, BatchPolicy
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request, Result
+from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.text.encoder import PromptEncoder
 from rayjobs.diffusion.unet_batch import UNetBatch
@@ -100,11 +100,17 @@ class Engine:
         own): full calls and those of one slot, so that nothing is compiled under a request."""
         if self.model.compiled is None:
             return
-        calls = (self._batcher.max_rows, 2.0), (1, 1.0)
+        # Two slots too: on a CPU graphs for 16 and more are none for fewer.
+        calls = (self._batcher.max_rows, 2.0), (1, 2.0), (1, 1.0)
         with self.model.compiled.warming():
             for (width, height), (number, scale) in product(sizes, calls):
                 asked = Request(
-                    prompt="", steps=1, guidance_scale=scale, width=width, height=height
+                    prompt="",
+                    steps=1,
+                    guidance_scale=scale,
+                    width=width,
+                    height=height,
+                    loras=tuple(Lora(path=path, scale=of) for path, of in self.loras.fused),
                 )
                 rows = [prepare_row(n, asked, self.model, self.loras) for n in range(number)]
                 self._encode_prompts(rows)

@@ -76,6 +76,8 @@ class LoraBank:
         self._layers: dict[Layer, AdaptedLayer] = {}
         self._gathered: weakref.WeakSet[Gathered] = weakref.WeakSet()
         self._handles: list[Any] = []
+        self.fused: tuple[tuple[str, float], ...] = ()
+        """Those in the model's weights, by path and scale."""
         self._fused: LoraUse | None = None
         self._own: list[tuple[Any, str, torch.Tensor | None]] = []
         """Parameters of the model itself, where adapters are in their place."""
@@ -143,6 +145,7 @@ class LoraBank:
         for layer, of_layer in changes.items():
             self._replace(self._module(layer), of_layer)
         self.model.forget_calls()
+        self.fused = tuple(loras)
         self._fused = tuple((self.admit(PlacedAdapter.fused(it)), scale) for it, scale in read)
         return self._fused
 

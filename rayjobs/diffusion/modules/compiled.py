@@ -45,8 +45,8 @@ class Compiled:
 
     `blocks` compiles each kind of block that it is built of, for any number of slots above one, any
     size and any length of texts, and once more for one slot. `full` compiles it whole, for any
-    number of slots above one and for one, each size by itself. The decoder is compiled for each
-    size, if it `decodes` so.
+    number of slots above one and for one, each size by itself. On a CPU 16 slots and more are apart
+    from fewer: oneDNN's convolutions are. The decoder is compiled for each size, if it `decodes`.
     """
 
     def __init__(

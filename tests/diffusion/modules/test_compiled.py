@@ -22,7 +22,7 @@ RANKS = (2, 3, 8)
 
 
 def build(folder: Path, how: Any, **options: Any) -> Model:
-    """The smallest SDXL with channels for 16 slots: torch tells them apart by their numbers."""
+    """An SDXL of two levels and random weights, the same ones each time."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     config = dict(pipeline.unet.config) | {"block_out_channels": (32, 64)}
     torch.manual_seed(0)
@@ -108,15 +108,16 @@ def test_blocks_are_compiled_once_whatever_comes(
     kinds = {(type(block), tuple(p.shape for p in block.parameters())) for block in blocks}
     made = graphs.made
     print(f"{made} graphs of {len(kinds)} kinds of blocks, for one slot and for more")
-    assert 2 * len(kinds) <= made <= 2 * len(kinds) + 4  # some have inputs in two layouts
-    assert (graphs.calls, graphs.runs) == (2, 2 * len(blocks))
+    # On a CPU oneDNN's convolutions have another for 16 slots; some have inputs in two layouts.
+    assert 2 * len(kinds) <= made <= 3 * len(kinds) + 6
+    assert (graphs.calls, graphs.runs) == (3, 3 * len(blocks))
     eager = Engine(plain, max_rows=8, fixed_shape=False)
     shuffled = torch.Generator().manual_seed(0)
     for turn in range(2):
         for number in torch.randperm(16, generator=shuffled).tolist():
             rows, one = divmod(number + 1, 2)
             size, lora = SIDES[(number + turn) % 4], adapters[number % 3]
-            text = {"prompt": "a star " * (60 if number % 5 == 0 else 1)}
+            text = {"prompt": "a star " * (60 if number % 5 == 0 else 1), "steps": 1}
             requests = [asked(n, size, **text) for n in range(rows)]
             requests += [asked(99, size, guidance_scale=1.0, **text)] * one
             requests[: number % 3] = [asked(n, size, lora, **text) for n in range(number % 3)]
@@ -134,7 +135,7 @@ def test_whole_unets_are_compiled_for_one_slot_and_for_more(
     model, plain = build(folders["sdxl"], "full"), build(folders["sdxl"], "no")
     engine = Engine(model, max_rows=2, fixed_shape=False)
     engine.warm([(64, 64)])
-    assert (graphs.made, graphs.calls, graphs.runs) == (2, 2, 2)
+    assert (graphs.made, graphs.calls, graphs.runs) == (2, 3, 3)
     eager = Engine(plain, max_rows=2, fixed_shape=False)
     requests = [
         *(asked(n) for n in range(3)),
@@ -199,7 +200,7 @@ def test_nothing_is_compiled_but_what_is_warm(
     cold = draw(engine, [asked(0)])
     assert (called.warming, called.running) == (0, 0)
     engine.warm([(64, 64)])
-    assert (called.warming, called.running) == (4, 0)  # two calls and two decodes
+    assert (called.warming, called.running) == (6, 0)  # three calls and three decodes
     eager = Engine(plain, max_rows=2, fixed_shape=False)
     check_alike(cold, draw(eager, [asked(0)]))
     for requests, num_calls in (
@@ -211,7 +212,7 @@ def test_nothing_is_compiled_but_what_is_warm(
         called.running = 0
         check_alike(draw(engine, requests), draw(eager, requests))
         assert called.running == num_calls
-    assert called.warming == 4
+    assert called.warming == 6
 
 
 def test_fused_projections_take_no_more_memory(folders: dict[str, Path]) -> None:
