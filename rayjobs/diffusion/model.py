@@ -38,8 +38,8 @@ class ModelOptions:
     `attention` names torch's scaled-dot-product kernel. `compile` is `blocks` (each repeated
     transformer block once: quick to start) or `full` (the whole UNet). `onednn` is for
     linear layers on a CPU that are neither trained nor compiled, where it is the faster. The
-    autoencoder stays in float32 where its config says that float16 overflows, unless `vae_dtype`
-    says otherwise.
+    autoencoder is in bfloat16 where its config says that float16 overflows and the GPU computes
+    that, else in float32, unless `vae_dtype` says otherwise.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -175,7 +175,7 @@ def assemble(
     family = family or FAMILIES[type(pipeline).__name__]
     device = _choose_device(options.device)
     dtype = _choose_dtype(options.dtype, device)
-    vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype)
+    vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype, device)
     pipeline.unet.to(device=device, dtype=dtype)
     pipeline.vae.to(device=device, dtype=vae_dtype)
     encoders = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
@@ -233,7 +233,15 @@ def _choose_dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _vae_dtype(vae: Any, dtype: torch.dtype, name: str) -> torch.dtype:
+def _vae_dtype(vae: Any, dtype: torch.dtype, name: str, device: str) -> torch.dtype:
+    """bfloat16 has float32's range, at a fraction of its time and at half of its memory.
+
+    TF32 would be no other way out: torch allows it to a whole process, so that a decode beside the
+    steps would change the bits of whatever another model computes in float32 meanwhile.
+    """
     if name != "auto":
         return DTYPES[name]
-    return torch.float32 if dtype == torch.float16 and vae.config.force_upcast else dtype
+    if dtype != torch.float16 or not vae.config.force_upcast:
+        return dtype
+    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if on_gpu else torch.float32
