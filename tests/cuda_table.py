@@ -23,7 +23,8 @@ from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 from rayjobs.diffusion.text.inversion import add_word
 from tests.cuda_counts import Counts, Wait
-from tests.cuda_twin import TwinGpu, twin_gpu
+from tests.cuda_device import TwinGpu
+from tests.cuda_twin import twin_gpu
 
 STEPS = 8
 STEADY = range(3, 5)
@@ -126,9 +127,13 @@ class Measured:
         """Launches by rows themselves."""
         self.num_rest = 0
         """Launches in steady steps by all else."""
+        self.num_beside = 0
+        """Waits in the autoencoder's thread, which may come at any time."""
         for lora in extra.get("loras", ()):
             self.engine.loras.load(lora.path)
-        self._run()
+        with self.gpu.counting() as counts:
+            self._run()
+        self.num_beside = len(counts.in_thread("autoencoder"))
 
     @property
     def waits(self) -> list[Wait]:
@@ -149,7 +154,7 @@ class Measured:
             len(self.all_steps.in_thread()) / self.num_steady,
             len(self.all_arrivals.in_thread()),
             len(self.preview.in_thread()),
-            len(self.all_arrivals.in_thread("autoencoder")) / len(self.steps),
+            self.num_beside / len(self.steps),
         )
         return [*made, engine]
 

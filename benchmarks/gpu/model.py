@@ -69,7 +69,7 @@ def build(device: str, small: bool, held: Literal["float32", "auto"] = "auto") -
             parts = {
                 "unet": UNet2DConditionModel(**(THIN_UNET if small else UNET)),
                 "vae": AutoencoderKL(**(THIN_VAE if small else VAE)),
-                **dict(zip(("text_encoder", "text_encoder_2"), _encoders(small), strict=True)),
+                **dict(zip(("text_encoder", "text_encoder_2"), encoders(small), strict=True)),
             }
     finally:
         torch.set_default_dtype(before)
@@ -95,7 +95,7 @@ def scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def _encoders(small: bool) -> list[Any]:
+def encoders(small: bool) -> list[Any]:
     made: list[Any] = []
     kinds: list[Any] = [CLIPTextModel, CLIPTextModelWithProjection]
     for kind, shape in zip(kinds, THIN_TEXT if small else TEXT, strict=True):

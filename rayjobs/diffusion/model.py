@@ -41,8 +41,9 @@ class ModelOptions:
     repeated block once: quick to start) or `full` (the whole UNet); `Engine.warm` does it, and what
     it did not is called as without. `channels_last`, the order of convolutions' memory, is `auto`
     where that is the faster: on a CPU and in what is compiled. `onednn` is for linear layers on a
-    CPU that are neither trained nor compiled, where it is the faster. The autoencoder stays in
-    float32 where its config says that float16 overflows, unless `vae_dtype` says otherwise.
+    CPU that are neither trained nor compiled, where it is the faster. The autoencoder is in
+    bfloat16 where its config says that float16 overflows and the GPU computes that, else in
+    float32, unless `vae_dtype` says otherwise.
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -190,7 +191,7 @@ def assemble(
         # On a GPU the other order takes 6 % less for the UNet and 35 % for a decode (measured).
         options = replace(options, channels_last=device == "cpu" or options.compile != "no")
     dtype = _choose_dtype(options.dtype, device)
-    vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype)
+    vae_dtype = _vae_dtype(pipeline.vae, dtype, options.vae_dtype, device)
     pipeline.unet.to(device=device, dtype=dtype)
     pipeline.vae.to(device=device, dtype=vae_dtype)
     encoders = [pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
@@ -250,7 +251,15 @@ def _choose_dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _vae_dtype(vae: Any, dtype: torch.dtype, name: str) -> torch.dtype:
+def _vae_dtype(vae: Any, dtype: torch.dtype, name: str, device: str) -> torch.dtype:
+    """bfloat16 has float32's range, at a fraction of its time and at half of its memory.
+
+    TF32 would be no other way out: torch allows it to a whole process, so that a decode beside the
+    steps would change the bits of whatever another model computes in float32 meanwhile.
+    """
     if name != "auto":
         return DTYPES[name]
-    return torch.float32 if dtype == torch.float16 and vae.config.force_upcast else dtype
+    if dtype != torch.float16 or not vae.config.force_upcast:
+        return dtype
+    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if on_gpu else torch.float32

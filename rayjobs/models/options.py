@@ -48,7 +48,8 @@ class LoadOptions(Config):
     device: str = "auto"
     """auto, cpu or cuda."""
     vae_dtype: Dtype = "auto"
-    """auto: as dtype, but float32 where the autoencoder overflows in float16."""
+    """auto: as dtype; where the autoencoder overflows in float16, bfloat16 on GPUs that have it and
+    float32 elsewhere."""
     attention: Attention = "auto"
     """The UNet's scaled-dot-product kernel, one of torch's."""
     channels_last: Literal["auto"] | bool = "auto"

@@ -15,7 +15,8 @@ from rayjobs.diffusion.modules.side import beside_steps
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler_names import EDM, SAMPLERS
 from tests import cuda_table
-from tests.cuda_twin import MixedDevices, ReadTooEarly, TwinGpu, twin_gpu
+from tests.cuda_device import MixedDevices, ReadTooEarly, TwinGpu
+from tests.cuda_twin import twin_gpu
 
 pytestmark = pytest.mark.model
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from rayjobs.diffusion.engine import Engine
-from rayjobs.diffusion.model import ModelOptions, load_model
+from rayjobs.diffusion.model import ModelOptions, _vae_dtype, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler_names import SAMPLERS, Prediction, check_name
 from rayjobs.diffusion.weights import Source
@@ -45,6 +46,25 @@ def test_a_folder_with_only_an_fp16_variant_loads(folders: dict[str, Path], tmp_
     model, plain = load_model(str(folder)), load_model(str(folders["sdxl"]))
     for name, weight in plain.unet.state_dict().items():
         assert torch.equal(model.unet.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bfloat16", "dtype"),
+    [
+        ("cpu", True, torch.float32),
+        ("cuda:0", True, torch.bfloat16),
+        ("cuda:0", False, torch.float32),  # before Ampere
+    ],
+)
+def test_float16_has_a_wider_autoencoder_where_that_overflows(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_bfloat16: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    for overflows, wanted in ((True, dtype), (False, torch.float16)):
+        vae = SimpleNamespace(config=SimpleNamespace(force_upcast=overflows))
+        assert _vae_dtype(vae, torch.float16, "auto", device) == wanted
+        assert _vae_dtype(vae, torch.bfloat16, "auto", device) == torch.bfloat16
+        assert _vae_dtype(vae, torch.float16, "float32", device) == torch.float32
 
 
 def test_float16_keeps_an_overflowing_autoencoder_in_float32(folders: dict[str, Path]) -> None:

@@ -38,12 +38,12 @@ class SideStream:
 
     def submit(self, work: Callable[..., T], /, *args: Any) -> Future[T]:
         """Of what the host has: nothing that is queued on the device is waited for."""
-        return self._thread.submit(self._run, None, work, *args)
+        return self._thread.submit(lambda: self._run(None, work, *args))
 
     def submit_after(self, work: Callable[..., T], /, *args: Any) -> Future[T]:
         """Of what the device is computing: after all that is queued there now."""
         event = torch.cuda.current_stream(self._stream.device).record_event()
-        return self._thread.submit(self._run, event, work, *args)
+        return self._thread.submit(lambda: self._run(event, work, *args))
 
     @torch.no_grad()
     def _run(self, event: Any, work: Callable[..., T], *args: Any) -> T:

@@ -123,7 +123,10 @@ class _SideExecutor:
     """In a thread and a CUDA stream of its own."""
 
     def __init__(self, device: str):
-        self.submit = SideStream(device, "autoencoder").submit_after
+        self._stream = SideStream(device, "autoencoder")
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        return self._stream.submit_after(work, *args)
 
     def poll(self, futures: list[Future[Any]], block: bool) -> None:
         if block and futures:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rayjobs.dreambooth.training.tuned_model import TunedModel
 
@@ -53,12 +53,20 @@ class RayFSDP2(ModelParallelStrategy):
 def shard(tuned: TunedModel, mesh: Any) -> None:
     """Shard every tuned network, and the frozen teacher, block by block over `mesh`.
 
+    Weights travel in the dtype that they are computed in, gradients in float32, as they are added.
+    What goes into a block stays as it is: autocast decides there, and sizes need float32.
+
     Must come before the optimizer is made, which would otherwise hold the unsharded weights.
     """
+    mixed = MixedPrecisionPolicy(tuned.compute, torch.float32, cast_forward_inputs=False)
     for network in [*(network for _, network in tuned.parts()), *tuned.teachers()]:
         for block in _blocks(network):
-            fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=mixed)
+        kind = type(network)
+        fully_shard(network, mesh=mesh, mp_policy=mixed)
+        # By the name of an encoder's class transformers knows which layers' states to give.
+        sharded = type(network)
+        sharded.__module__, sharded.__qualname__ = kind.__module__, kind.__qualname__
 
 
 def write(folder: Path, module: Any) -> None:

@@ -180,14 +180,15 @@ class DreamBooth(pl.LightningModule):
     def _record(self, sums: torch.Tensor, norm: torch.Tensor) -> None:
         self.step += 1
         total = self._strategy().reduce(sums, reduce_op="sum")
-        instance, prior = (float(value) for value in total)
         norm = getattr(norm, "full_tensor", lambda: norm)()
+        # All in one copy: a GPU's host waits for each.
+        instance, prior, length = torch.cat([total, norm.to(total)[None]]).cpu().tolist()
         self.metrics = {
             "step": self.step,
             "loss": instance + prior,
             "loss_instance": instance,
             "loss_prior": prior,
-            "grad_norm": float(norm),
+            "grad_norm": length,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         if self.scaler is None and not all(math.isfinite(value) for value in self.metrics.values()):

@@ -1,14 +1,17 @@
-"""What a micro-batch costs a GPU, on a twin of one, as far as that goes: its forward passes."""
+"""What an optimizer step costs a GPU, on a twin of one: micro-batches, update and metrics."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from rayjobs.dreambooth.data.schedule import micro_batches
 from rayjobs.dreambooth.training import worker
+from tests.cuda_backward import backward
 from tests.cuda_twin import twin_gpu
-from tests.dreambooth.fitting import resolved, settings
+from tests.dreambooth.fitting import fit, resolved, settings
 
 pytestmark = [
     pytest.mark.model,
@@ -21,24 +24,31 @@ pytestmark = [
     [
         ("images", {"text_encoders": False, "min_snr_gamma": 5.0, "loss": "huber"}),
         ("teacher", {"text_encoders": True, "caption_syntax": "a1111"}),
+        ("images", {"method": "full", "text_encoders": False, "ema_decay": 0.5}),
     ],
 )
 def test_no_micro_batch_waits(
     folders: dict[str, Path], photos: Path, mode: str, train: dict[str, Any]
 ) -> None:
-    """But the first, for tables that stay on the device."""
-    config = settings(folders["sdxl"], photos, mode, **train)
+    """But the first, for tables that stay on the device; a step waits once, for its metrics."""
+    config = settings(folders["sdxl"], photos, mode, micro_batch_size=1, **train)
     config = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.1})})
     run = resolved(config)
-    with twin_gpu() as gpu, torch.no_grad():
+    _, losses = fit(run)
+    with twin_gpu() as gpu:
         model = worker.load(run.config, "cuda:0", torch.float32)
         batches, module = worker.build(run, model, torch.float32)
-        for _, network in module.tuned.parts():
-            network.train()
-        made = [batches.batch(batches.schedule.rows(step)) for step in range(2)]
-        module.losses(made[0].to("cuda:0"))
-        with gpu.counting() as counts:
-            losses_2 = module.losses(made[1].to("cuda:0"))
-        assert losses_2.is_cuda
-        assert counts.waits == []
-        assert counts.uploads >= 4, "the batch itself"
+        played: Any = module
+        played._device, played._backward = torch.device("cuda:0"), backward
+        played._trainer = SimpleNamespace(world_size=1, loggers=[])
+        played._strategy = lambda: SimpleNamespace(reduce=lambda sums, reduce_op: sums)
+        module.configure_optimizers()
+        module.on_train_start()
+        for step, loss in enumerate(losses):
+            made = [batches.batch(part) for part in micro_batches(batches.schedule.rows(step), 1)]
+            with gpu.counting() as counts:
+                module.training_step(made, 0)
+            assert module.metrics == pytest.approx(loss, rel=1e-4)
+        assert [wait.what for wait in counts.waits] == ["copy to the host of (3,)"]
+        assert counts.uploads >= 4 * len(made), "the batches themselves"
+        assert all(p.is_cuda for p in module.tuned.trainable().values())
