@@ -2,9 +2,11 @@
 
 `python -m benchmarks.economy [--model starter] [--pictures 96]` draws the same pictures (seeds 0,
 1, 2, ..., Euler, 30 steps, guidance 4) with each guidance interval and each cache interval, and
-prints the processor's seconds against those of plain ones, how far the pictures are from these
-(PSNR) and which share of them shows what its prompt says. Then plain rows and thrifty ones share
-their calls: the bits of either must not move. Writes benchmarks/economy.json.
+prints the processor's seconds and the UNet's work against those of plain ones, how far the pictures
+are from these (PSNR) and which share of them shows what its prompt says. Work is counted, so that
+no other load of the machine moves it: calls of all blocks, and of the outermost ones as a part of
+one. Then plain rows and thrifty ones share their calls: the bits of either must not move. Writes
+benchmarks/economy.json.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.adherence import left_out_scenes, random_scenes
+from rayjobs.diffusion.economy.plan import REUSE_COST
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Request
@@ -40,12 +43,22 @@ def plain_requests(scenes: Sequence[world.Scene]) -> list[Request]:
     ]
 
 
-def draw(model: Model, requests: Sequence[Request]) -> tuple[list[np.ndarray], float]:
-    """A picture for each, in their order, and the processor's seconds for all."""
-    engine, started_s = Engine(model), time.process_time()
+def draw(model: Model, requests: Sequence[Request]) -> tuple[list[np.ndarray], float, float]:
+    """A picture for each, in their order, and the processor's seconds and the work for all."""
+    engine, work = Engine(model), 0.0
+    batch: Any = engine._unet_batch
+    call = batch._call
+
+    def counted(x: Any, t: Any, condition: Any, deep: Any, keeps: bool) -> Any:
+        nonlocal work
+        work += 1 if deep is None else REUSE_COST
+        return call(x, t, condition, deep, keeps)
+
+    batch._call = counted
+    started_s = time.process_time()
     found = {result.request: result for result in engine.generate(requests)}
     seconds = time.process_time() - started_s
-    return [np.asarray(found[request].image) for request in requests], seconds
+    return [np.asarray(found[request].image) for request in requests], seconds, work
 
 
 def adherence(scenes: Sequence[world.Scene], pictures: Sequence[np.ndarray]) -> float:
@@ -72,19 +85,22 @@ def measure(model: Model, scenes: Sequence[world.Scene]) -> list[dict[str, Any]]
         draw(model, [replace(each, steps=6, **settings) for each in requests[:8]])
     plain: list[np.ndarray] = []
     print(
-        f"{'guidance':>12}{'cache':>7}{'CPU s':>8}{'speed-up':>10}{'PSNR dB':>9}{'adherence':>11}"
+        f"{'guidance':>12}{'cache':>7}{'CPU s':>8}{'speed-up':>10}{'by work':>9}{'PSNR dB':>9}"
+        f"{'adherence':>11}"
     )
     for guidance, cache in itertools.product(GUIDANCE, CACHE):
         settings = {"guidance_interval": guidance, "cache_interval": cache}
-        pictures, seconds = draw(model, [replace(each, **settings) for each in requests])
+        pictures, seconds, work = draw(model, [replace(each, **settings) for each in requests])
         plain = plain or pictures
-        row = {**settings, "cpu_s": seconds, "speed_up": rows[0]["cpu_s"] / seconds if rows else 1}
+        row = {**settings, "cpu_s": seconds, "work": work}
+        first = (rows or [row])[0]
+        row |= {"speed_up": first["cpu_s"] / seconds, "by_work": first["work"] / work}
         row |= {"psnr_db": psnr(pictures, plain), "adherence": adherence(scenes, pictures)}
         rows.append(row)
         shown = "all" if guidance is None else "{:g}-{:g}".format(*guidance)
         print(
-            f"{shown:>12}{cache:7}{seconds:8.2f}{row['speed_up']:10.2f}{row['psnr_db']:9.1f}"
-            f"{row['adherence']:11.1%}",
+            f"{shown:>12}{cache:7}{seconds:8.2f}{row['speed_up']:10.2f}{row['by_work']:9.2f}"
+            f"{row['psnr_db']:9.1f}{row['adherence']:11.1%}",
             flush=True,
         )
     return rows
@@ -94,9 +110,9 @@ def mix(model: Model, scenes: Sequence[world.Scene]) -> dict[str, Any]:
     """Plain and thrifty rows by turns in the same calls, against each kind by itself."""
     plain = plain_requests(scenes)
     thrifty = [replace(request, **THRIFTY) for request in plain]
-    apart, seconds = zip(*(draw(model, kind) for kind in (plain, thrifty)), strict=True)
+    apart, seconds, _ = zip(*(draw(model, kind) for kind in (plain, thrifty)), strict=True)
     both = [each for pair in zip(plain, thrifty, strict=True) for each in pair]
-    pictures, mixed_s = draw(model, both)
+    pictures, mixed_s, _ = draw(model, both)
     moved = [
         sum(not np.array_equal(a, b) for a, b in zip(pictures[n::2], apart[n], strict=True))
         for n in (0, 1)

@@ -146,7 +146,8 @@ class UNetBatch:
         if self.alone:
             return by_row
         calls = []
-        for group in _of_like_length(by_row):
+        # A text said twice gives other last bits than said once.
+        for group in _of_like_length(by_row, 1 if self.fixed_shape else MAX_COMMON_CHUNKS):
             slots = list(itertools.chain.from_iterable(group))
             size = self.num_slots
             calls += [slots[first : first + size] for first in range(0, len(slots), size)]
@@ -211,10 +212,13 @@ def _padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
     return torch.cat([tensor, more]) if padding else tensor
 
 
-def _of_like_length(by_row: list[list[tuple[Row, int]]]) -> list[list[list[tuple[Row, int]]]]:
-    """Rows, ordered by the length of their texts, as far as these have a length in common."""
+def _of_like_length(
+    by_row: list[list[tuple[Row, int]]], most: int
+) -> list[list[list[tuple[Row, int]]]]:
+    """Rows, ordered by the length of their texts, as far as these have a length in common of at
+    most so many chunks, or all one."""
     lengths = {slots[0][0].num_chunks for slots in by_row}
-    if math.lcm(*lengths) <= MAX_COMMON_CHUNKS or len(lengths) < 2:
+    if math.lcm(*lengths) <= most or len(lengths) < 2:
         return [by_row]
     groups = itertools.groupby(by_row, key=lambda slots: slots[0][0].num_chunks)
     return [list(group) for _, group in groups]

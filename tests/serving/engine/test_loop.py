@@ -118,13 +118,17 @@ def test_deterministic_pictures_have_the_bits_of_a_job(
 ) -> None:
     """Mixed requests that join and leave each other's steps; the job's batch has another order.
 
-    Calls of other sizes move bits only now and then, so the size is looked at, too.
+    Calls of other sizes, and texts said twice beside longer ones, move bits only now and then, so
+    that these are looked for, too.
     """
     sizes_seen, call = set(), Replay.__call__
 
-    def seen(self: Replay, x_PCHW: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def seen(self: Replay, x_PCHW: torch.Tensor, t_P: torch.Tensor, *rest: Any) -> torch.Tensor:
+        text_PLD = rest[0]["encoder_hidden_states"]
+        first, *more = text_PLD.unflatten(1, (-1, 77)).flatten(2).unbind(1)
+        assert not any(((first == other).all(1) & first.any(1)).any() for other in more)
         sizes_seen.add(len(x_PCHW))
-        return call(self, x_PCHW, *rest)
+        return call(self, x_PCHW, t_P, *rest)
 
     monkeypatch.setattr(Replay, "__call__", seen)
     sizes = [(64, 64), (96, 64)]
@@ -136,6 +140,7 @@ def test_deterministic_pictures_have_the_bits_of_a_job(
             "guidance_scale": (5.0, 1.0, 7.5, 3.0)[number % 4],
             "width": sizes[number % 2][0],
             "height": sizes[number % 2][1],
+            **({"prompt": f"a ring, {LONG}", "prompt_syntax": "a1111"} if number % 5 == 4 else {}),
         }
         for number in range(12)
     ]
