@@ -55,10 +55,13 @@ def _cluster(path: str, report: Report) -> list[NodeType]:
         if _is_launcher(values):
             found += launcher.check(path, values, report)
         elif _is_manifest(values):
-            where = f"{path}: {values['kind']} {(values.get('metadata') or {}).get('name')}: "
+            metadata = values.get("metadata")
+            name = metadata.get("name") if isinstance(metadata, dict) else None
+            where = f"{path}: {values['kind']} {name}: "
             machines = kuberay.check(values, report, where)
-            _work(values, report, where, machines)
-            found += machines
+            if machines is not None:
+                _work(values, report, where, machines)
+                found += machines
     if not found:
         report.tell(f"not looked at: the machines of {path}, which are not known from it")
     return found

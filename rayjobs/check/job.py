@@ -30,7 +30,7 @@ def check(kind: str, config: Any, report: Report, cluster: Sequence[NodeType] = 
     with ExitStack() as kept:
         seen = []
         for each in models:
-            with report.catching():
+            with report.catching(_key_of(each, config)):
                 weights = kept.enter_context(model.found(_base(each)))
                 seen.append((each, weights))
                 _tell_of(each, weights, report)
@@ -72,6 +72,11 @@ def _reached(uri: str, report: Report, write: bool = False) -> bool:
             if report.places.get(f"{place} {not write}") is None:
                 raise
     return report.places[asked] is None
+
+
+def _key_of(model_config: Any, config: Any) -> str:
+    """Of a serving file the model's name; of others what a loader names itself."""
+    return f"models {model_config.name}: " if hasattr(config, "models") else ""
 
 
 def _is_there(config: SourceConfig, report: Report) -> bool:

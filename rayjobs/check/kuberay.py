@@ -27,10 +27,12 @@ FACTORS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, 
 CRON_FIELD = re.compile(r"(\*|[\w,*/-]+)")
 
 
-def check(values: dict[str, Any], report: Report, where: str) -> list[NodeType]:
-    """The machines of a manifest's worker groups."""
+def check(values: dict[str, Any], report: Report, where: str) -> list[NodeType] | None:
+    """The machines of a manifest's worker groups; None where its parts are not of their types."""
     kind = values["kind"]
     report.find(schema.mistakes(values, schema.of_kuberay(kind)), where)
+    if not schema.has_shape(values, schema.of_kuberay(kind)):
+        return None
     report.find(_placeholders(values), where)
     job = _job_of(values)
     if job is not None:

@@ -33,7 +33,7 @@ def check(path: str, values: dict[str, Any], report: Report) -> list[NodeType]:
     where = f"{path}: "
     report.find(schema.mistakes(values, schema.of_launcher()), where)
     types = values.get("available_node_types")
-    if not isinstance(types, dict) or not all(isinstance(each, dict) for each in types.values()):
+    if types is None or not schema.has_shape(values, schema.of_launcher()):
         return []
     report.find(_counts(values, types), where)
     report.find(_files(values, Path(path).parent), where)

@@ -37,6 +37,13 @@ def of_launcher() -> dict[str, Any]:
     return schema
 
 
+def has_shape(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether everything is of its type, so that code may read it, whatever else is wrong."""
+    from jsonschema import Draft7Validator
+
+    return all(error.validator != "type" for error in Draft7Validator(schema).iter_errors(value))
+
+
 def mistakes(value: Any, schema: dict[str, Any]) -> Iterator[str]:
     from jsonschema import Draft7Validator
 

@@ -90,6 +90,12 @@ IN_MANIFESTS = {
         [],
         "tolerationz: unknown key; did you mean 'tolerations'?",
     ),
+    "a list where there is one": (
+        "generate",
+        f"{JOB}workerGroupSpecs",
+        "gpu",
+        "spec.rayClusterSpec.workerGroupSpecs is 'gpu'; it must be of type array",
+    ),
     "a cluster that stays": (
         "generate",
         "spec.shutdownAfterJobFinishes",
@@ -197,6 +203,11 @@ IN_ENTRYPOINTS = {
 }
 IN_CLUSTER_FILES = {
     "a key that is none": ("max_worker", 8, "max_worker: unknown key; did you mean 'max_workers'?"),
+    "a name where there is a list": (
+        "available_node_types.head",
+        "m7i.xlarge",
+        "available_node_types.head is 'm7i.xlarge'; it must be of type object",
+    ),
     "no head": ("head_node_type", "haed", "head_node_type is 'haed'"),
     "more nodes than there may be": (
         "available_node_types.gpu-spot.max_workers",

@@ -1,12 +1,15 @@
 """What is known of a model, its memory and a machine before anything is fetched or started."""
 
+import gzip
+import json
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
 import pytest
 
 from rayjobs import storage
-from rayjobs.check import memory, model, nodes
+from rayjobs.check import files, memory, model, nodes
 from rayjobs.config import BadInput
 from rayjobs.diffusion.weights import STARTER
 from rayjobs.models.facts import find_weights
@@ -43,6 +46,22 @@ def test_a_model_on_s3_is_judged_by_its_headers(
         pass
 
 
+def test_what_is_on_s3(bucket: str, tmp_path: Path) -> None:
+    storage.write_bytes(f"{bucket}/prompts.csv", b"prompt,kind\na red star,1\n")
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"model: {{uri: starter}}\nprompts: {{uri: {bucket}/prompts.csv}}\n"
+        f"output: {{uri: {bucket}/out}}\n"
+    )
+    before = storage.list_files(bucket)
+    assert files.check(str(job), []).findings == []
+    assert storage.list_files(bucket) == before
+    planted = [f"model.uri={bucket}/model", "output.uri=s3://nowhere/out"]
+    output, model_uri = files.check(str(job), planted).findings
+    assert output.startswith("output.uri: s3://nowhere/out: bucket 'nowhere' does not exist")
+    assert model_uri == f"{bucket}/model: nothing is there"
+
+
 def test_parts_of_a_single_file(tmp_path: Path) -> None:
     uri = headers.write(tmp_path / "model.safetensors", headers.XL)
     with model.found(SourceConfig(uri=uri)) as weights:
@@ -74,10 +93,11 @@ def test_memory_follows_what_was_measured() -> None:
 
 def test_instances_are_those_of_ec2() -> None:
     """Against moto's copy of what EC2 tells of its instance types."""
-    from moto.ec2.models.instance_types import INSTANCE_TYPES
-
+    found = find_spec("moto")
+    assert found is not None
+    table = Path(str(found.origin)).parent / "ec2" / "resources" / "instance_types.json.gz"
     looked_at = 0
-    for name, told in INSTANCE_TYPES.items():
+    for name, told in json.loads(gzip.decompress(table.read_bytes())).items():
         cards = [each for each in told.get("GpuInfo", {}).get("Gpus", ()) if "Name" in each]
         node = nodes.of_ec2("x", name, 1)
         family = name.partition(".")[0]
