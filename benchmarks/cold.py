@@ -7,7 +7,8 @@ process, which counts its bytes and may bound each connection, as S3 does. Three
 turn, until the last process has the files:
 
 * `fetch`: `rayjobs.storage.fetch`: one copy for the machine, in ranges at the same time, checked.
-* `before`: as it was before: one copy for the machine under the same lock, file after file.
+* `before`: as it was before: one copy for the machine under the same lock, file after file by s3fs,
+  which reads ten ranges at once, in one thread.
 * `sync`: what `aws s3 sync` does: boto3's transfer manager, a copy for each process.
 """
 
@@ -74,6 +75,15 @@ PARTS = {
 }
 PART_BYTES = 8 << 20
 """Of the objects' uploads, which decides their ETags: that of the AWS tools."""
+CHILD = """
+import sys, boto3, s3fs
+from pathlib import Path
+from benchmarks import cold
+from rayjobs import storage
+print("ready", flush=True)
+sys.stdin.read()
+cold.{way}(Path({cache!r}))
+"""
 WAYS = ("fetch", "before", "sync")
 
 
@@ -261,13 +271,23 @@ def measure(way: str, server: Server, place: Path, total: int, processes: int) -
         "AWS_DEFAULT_REGION": "us-east-1",
         "RAYJOBS_CACHE": str(cache),
     }
-    code = (
-        f"from benchmarks import cold; from pathlib import Path; cold.{way}(Path({str(cache)!r}))"
-    )
-    sent, started, used = server.sent, time.monotonic(), cpu_s()
+    code = CHILD.format(way=way, cache=str(cache))
     running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(processes)
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(processes)
     ]
+    for process in running:  # all have what they need of Python
+        assert process.stdout is not None
+        process.stdout.readline()
+    sent, started, used = server.sent, time.monotonic(), cpu_s()
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.close()
     failed = sum(process.wait() != 0 for process in running)
     seconds = time.monotonic() - started
     shutil.rmtree(cache)

@@ -2,7 +2,9 @@
 
 Owns how they are divided, the trying again, and the check by ETag: an MD5 of the object, or of its
 parts, unless the server encrypts with a key of its own. One stream of S3 gives about 100 MB/s, many
-give what network and disk do. Knows nothing of where copies are kept.
+give what network and disk do. Threads, since s3fs reads all streams in one, and holds ranges of 50
+MB in memory: of 1 GB it took 1.4 GB, a third more processor time and 1.5 times as long, unchecked.
+Knows nothing of where copies are kept.
 """
 
 import hashlib

@@ -46,9 +46,8 @@ class Jobs:
                 os.environ.pop(name, None)
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
-        for module in ("sdk", "dashboard_sdk"):
-            logging.getLogger(f"ray.dashboard.modules.job.{module}").setLevel(logging.ERROR)
+        for module in ("dashboard_sdk", "job.sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         with _told(address or "this machine"):
             self._client: Any = JobSubmissionClient(address)
         self.address = self._client.get_address()
@@ -114,21 +113,16 @@ class Jobs:
 
     def _new_text(self, name: str, told: int) -> Iterator[str]:
         """What the job's log has after so many letters, as it comes, until it ends."""
-        loop, skip = asyncio.new_event_loop(), told
-        chunks = self._client.tail_job_logs(name)
-        try:
-            while True:
-                try:
-                    text: str = loop.run_until_complete(anext(chunks))
-                except StopAsyncIteration:
-                    return
+        chunks, skip = self._client.tail_job_logs(name), told
+
+        async def following() -> str | None:
+            return await anext(chunks, None)
+
+        with asyncio.Runner() as runner:  # which ends what waits, also after Ctrl-C
+            while (text := runner.run(following())) is not None:
                 if text[skip:]:
                     yield text[skip:]
                 skip = max(0, skip - len(text))
-        finally:
-            with contextlib.suppress(Exception):
-                loop.run_until_complete(chunks.aclose())
-            loop.close()
 
     def stop(self, name: str) -> float | None:
         """End a job; the seconds until it had ended, None if it had already."""

@@ -122,9 +122,9 @@ def test_blocks_are_compiled_once_whatever_comes(
             requests += [asked(99, size, guidance_scale=1.0, **text)] * one
             requests[: number % 3] = [asked(n, size, lora, **text) for n in range(number % 3)]
             check_alike(draw(engine, requests), draw(eager, requests))
-    assert graphs.calls > 32
+    assert graphs.calls > 24
     assert (graphs.made, graphs.runs) == (made, graphs.calls * len(blocks))
-    assert not {*torch._dynamo.utils.counters} & {"graph_break", "unimplemented"}
+    assert "graph_break" not in torch._dynamo.utils.counters
 
 
 @pytest.mark.slow
