@@ -47,7 +47,9 @@ def current(config: GenerateConfig) -> dict[str, Any]:
     # What locks of before it do not have was otherwise then.
     how = {} if model.compile == "no" else {"compiler": "deterministic"}
     if "CUDA" in device and model.channels_last == "auto" and not how:
-        how = {"layout": "contiguous"}
+        how |= {"layout": "contiguous"}
+    if "CUDA" in device and (model.dtype, model.vae_dtype) == ("float16", "auto"):
+        how |= {"vae": "bfloat16 where float16 overflows"}
     return (
         versions
         | how

@@ -40,8 +40,10 @@ def test_a_gpu_that_holds_a_model_otherwise_is_of_another_class(
     assert determinism.current(config())["layout"] == "contiguous"
     for before in (config(channels_last=True), config(channels_last=False)):
         assert "layout" not in determinism.current(before)
+    assert "vae" in determinism.current(config(dtype="float16"))
+    assert "vae" not in determinism.current(config(dtype="float16", vae_dtype="float32"))
     monkeypatch.setattr(determinism, "_device", lambda _: "AMD")
-    assert "layout" not in determinism.current(config())
+    assert not {"layout", "vae"} & determinism.current(config(dtype="float16")).keys()
 
 
 def test_locks_have_the_default_as_they_had_it_before() -> None:
