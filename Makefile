@@ -1,9 +1,9 @@
 # `make demo` and `make test` are all that a newcomer needs; each sets the environment up first.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes share the tests; those that share a slow fixture run in the same one (conftest.py).
+# Three processes share the tests, of which one mostly waits for Ray; those that share a slow fixture run in the same one (conftest.py).
 # Plugins that only the slow tests use take seconds to load, in every process.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder \
 	-p no:schemathesis -p no:hypothesispytest
 
 .PHONY: demo demo-dreambooth serve test test-unit test-all wheel-check check format bench starter

@@ -87,7 +87,8 @@ def variables(s3_server: str) -> dict[str, str]:
 def new_bucket() -> str:
     """The URI of an empty bucket on the server that the environment names."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
-    botocore.session.get_session().create_client("s3").create_bucket(Bucket=name)
+    with contextlib.closing(botocore.session.get_session().create_client("s3")) as client:
+        client.create_bucket(Bucket=name)
     return f"s3://{name}"
 
 

@@ -7,6 +7,7 @@ MB in memory: of 1 GB it took 1.4 GB, a third more processor time and 1.5 times 
 Knows nothing of where copies are kept.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -14,7 +15,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -132,8 +133,11 @@ def _fetch(each: _Object, start: int, transfer: _Transfer) -> None:
     end = min(start + RANGE_BYTES, each.size)
     for attempt in range(1, TRIES + 1):
         try:
-            with each.path.open("rb+", buffering=0) as file:
-                for data in _read(each, start, end):
+            with (
+                each.path.open("rb+", buffering=0) as file,
+                contextlib.closing(_read(each, start, end)) as parts,
+            ):
+                for data in parts:
                     file.seek(start)
                     file.write(data)
                     start += len(data)
@@ -152,13 +156,14 @@ def _fetch(each: _Object, start: int, transfer: _Transfer) -> None:
         transfer.ended.wait(random.uniform(0, min(2.0**attempt, LONGEST_PAUSE_S)))
 
 
-def _read(each: _Object, start: int, end: int) -> Iterator[bytes]:
+def _read(each: _Object, start: int, end: int) -> Generator[bytes]:
     wanted = each.place | {"Range": f"bytes={start}-{end - 1}"}
     answer = s3.asked(each.uri, lambda: _client().get_object(**wanted))
-    if (etag := answer["ETag"].strip('"')) != each.etag:
-        raise StorageError(f"{each.uri} changed while it was fetched ({etag}); start again")
-    while data := s3.asked(each.uri, lambda: answer["Body"].read(READ_BYTES)):
-        yield data
+    with contextlib.closing(answer["Body"]) as body:
+        if (etag := answer["ETag"].strip('"')) != each.etag:
+            raise StorageError(f"{each.uri} changed while it was fetched ({etag}); start again")
+        while data := s3.asked(each.uri, lambda: body.read(READ_BYTES)):
+            yield data
 
 
 def _check(each: _Object, hashers: ThreadPoolExecutor) -> None:
@@ -213,6 +218,8 @@ def _digest(each: _Object, start: int, end: int) -> bytes:
 
 
 def forget_connections() -> None:
+    if _client.cache_info().currsize:
+        _client().close()
     _client.cache_clear()
 
 

@@ -4,6 +4,7 @@ Owns the questions to an S3 server, how its answers are told, and the removal of
 plain client gives up sooner and says more than the one that carries the data.
 """
 
+import contextlib
 import logging
 import os
 import uuid
@@ -54,10 +55,11 @@ def check(uri: str, write: bool = False, timeout_s: float = TIMEOUT_S) -> None:
     region = asked(uri, lambda: session.get_config_variable("region")) or "us-east-1"
     client = asked(uri, lambda: session.create_client("s3", region_name=region, config=timeouts))
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
-    if write:
-        key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
-        _check_writing(uri, client, bucket, key)
+    with contextlib.closing(client):
+        asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
+        if write:
+            key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
+            _check_writing(uri, client, bucket, key)
 
 
 def remove(fs: Any, paths: Iterable[str]) -> None:

@@ -41,6 +41,7 @@ def model(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         for part, data in enumerate((DATA[: 5 * MB], DATA[5 * MB :]), 1)
     ]
     client.complete_multipart_upload(**place, UploadId=number, MultipartUpload={"Parts": parts})
+    client.close()
     return uri
 
 

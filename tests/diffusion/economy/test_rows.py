@@ -148,14 +148,14 @@ def test_with_an_adapter(folders: dict[str, Path], tmp_path: Path) -> None:
     assert (found[3].pixels - expected).abs().max() <= TOLERANCE
 
 
-def test_neighbours_keep_their_bits(starter: Model) -> None:
+def test_neighbours_keep_their_bits(tiny: Model) -> None:
     """Nor do thrifty rows notice who is beside them, nor does naming a default change anything."""
     plain = [request(seed) for seed in range(2)]
     thrifty = [request(10 + seed, **KINDS[kind][0]) for seed, kind in enumerate((1, 2, 4))]
     named = [replace(each, cache_interval=1, guidance_interval=(0.0, 1.0)) for each in plain]
 
     def drawn(requests: list[Request]) -> dict[int, Result]:
-        return by_seed(Engine(starter, max_rows=4).generate(requests, keep_pixels=True))
+        return by_seed(Engine(tiny, max_rows=4).generate(requests, keep_pixels=True))
 
     mixed, alone = drawn([*thrifty, *plain]), drawn(plain) | drawn(thrifty[::-1])
     for seed, result in mixed.items():

@@ -46,14 +46,14 @@ def test_the_same_bits_in_every_shape(model: Model, linear: str) -> None:
     if linear == "onednn":
         onednn.use_for_linear(model.unet)
     replay = Replay(model.unet)
-    for places in (2, 1, 3, 8):
+    for places in (2, 1, 5):
         for sides in ((16, 16), (24, 16), (8, 32)):
             inputs = call(places, *sides)
             expected = plain(model, *inputs)
             assert torch.equal(replay(*inputs), expected)  # the module's own, and the proof
             assert torch.equal(replay(*inputs), expected)  # the recording's
     assert all(replay._verified.values())
-    assert len(replay._verified) == 12
+    assert len(replay._verified) == 9
 
 
 @torch.no_grad()

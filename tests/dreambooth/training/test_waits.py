@@ -23,8 +23,13 @@ pytestmark = [
     ("mode", "train"),
     [
         ("images", {"text_encoders": False, "min_snr_gamma": 5.0, "loss": "huber"}),
-        ("teacher", {"text_encoders": True, "caption_syntax": "a1111"}),
-        ("images", {"method": "full", "text_encoders": False, "ema_decay": 0.5}),
+        pytest.param(
+            *("teacher", {"text_encoders": True, "caption_syntax": "a1111"}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("images", {"method": "full", "text_encoders": False, "ema_decay": 0.5}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_no_micro_batch_waits(

@@ -142,7 +142,7 @@ def test_deterministic_pictures_have_the_bits_of_a_job(
             "height": sizes[number % 2][1],
             **({"prompt": f"a ring, {LONG}", "prompt_syntax": "a1111"} if number % 5 == 4 else {}),
         }
-        for number in range(12)
+        for number in range(8)
     ]
 
     async def ask(loop: EngineLoop, number: int) -> Any:
