@@ -1,7 +1,8 @@
 # `make demo` and `make test` are all that a newcomer needs; each sets the environment up first.
 PYTHON ?= python3
 BIN := .venv/bin
-# Three processes share the tests, of which one mostly waits for Ray; those that share a slow fixture run in the same one (conftest.py).
+# Three processes share the tests, of which one mostly waits for Ray; tests that share a slow fixture
+# run in the same one (conftest.py).
 # Plugins that only the slow tests use take seconds to load, in every process.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder \
 	-p no:schemathesis -p no:hypothesispytest
