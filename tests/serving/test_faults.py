@@ -20,7 +20,11 @@ from tests.serving.running import Running, metrics, running, wait_until
 
 pytestmark = pytest.mark.ray
 Picture = Callable[[int], Image.Image]
-TWO = {"models": [{"name": "starter", "uri": "starter"}], "scaling": {"min": 2, "max": 2}}
+TWO = {
+    "models": [{"name": "starter", "uri": "starter"}],
+    "scaling": {"min": 2, "max": 2},
+    "engine": {"max_pending_s": 3000},  # however slow the machine is, nobody is one too many
+}
 
 
 @pytest.fixture(scope="module")
