@@ -17,7 +17,7 @@ RUN apt-get update \
 COPY --from=uv /uv /usr/local/bin/uv
 # uv takes the base's Python if it is the one that the versions were locked with, or brings it.
 # Debian's login shells, in which KubeRay may start Ray, would forget PATH.
-ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 \
+ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 \
     PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN uv venv --python 3.11 /opt/venv \
     && echo "export PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh \
@@ -25,10 +25,10 @@ RUN uv venv --python 3.11 /opt/venv \
 # The libraries before the code: a changed line of code leaves their layer as it is.
 WORKDIR /opt/rayjobs
 COPY pyproject.toml constraints.txt ./
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install --python /opt/venv -c constraints.txt -r pyproject.toml --extra samplers
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install --python /opt/venv --no-deps . && rm -rf build ./*.egg-info
 USER 1001
 WORKDIR /home/ray
@@ -43,18 +43,18 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates wget \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=uv /uv /usr/local/bin/uv
-ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 \
+ENV UV_PYTHON_INSTALL_DIR=/opt/python UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 \
     PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 RUN uv venv --python 3.11 /opt/venv \
     && echo "export PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh \
     && useradd --uid 1001 --create-home --shell /bin/bash ray
 WORKDIR /opt/rayjobs
 COPY pyproject.toml constraints.txt ./
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install --python /opt/venv -c constraints.txt -r pyproject.toml --extra samplers \
     ${TORCH_BACKEND:+--torch-backend ${TORCH_BACKEND}}
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv pip install --python /opt/venv --no-deps . && rm -rf build ./*.egg-info
 USER 1001
 WORKDIR /home/ray
