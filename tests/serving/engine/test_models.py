@@ -4,8 +4,6 @@ import asyncio
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,81 +12,25 @@ import torch
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.models.options import LoadOptions, WordConfig
+from rayjobs.models.options import LoadOptions
 from serve.config import EngineConfig
 from serve.engine import memory, models
-from serve.engine.forecast import Forecast
-from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
+from serve.engine.models import LoadedModel, ModelMemoryFull
 from serve.engine.pacer import Pacer, StepTiming
 from serve.registry import Weights
+from tests.serving.engine.fakes import (
+    GB,
+    WORD,
+    A,
+    B,
+    C,
+    Cache,
+    one_gigabyte_each,
+    run,
+    use,
+)
 
-A, B, C = Weights("a"), Weights("b"), Weights("c")
-GB = 2**30
-WORD = WordConfig(uri="file", word="<sks>")
-
-
-@dataclass
-class FakeLoras:
-    """Counts what is admitted and forgotten."""
-
-    num_bytes: int = 0
-    admitted: list[str] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
-
-    def read(self, path: str) -> Any:
-        return SimpleNamespace(num_bytes=lambda dtype: GB, path=path)
-
-    def place(self, adapter: Any) -> Any:
-        return SimpleNamespace(path=adapter.path, sha256=adapter.path, num_bytes=GB)
-
-    def admit(self, adapter: Any) -> str:
-        self.admitted.append(adapter.path)
-        return str(adapter.sha256)
-
-    def forget(self, sha256: str) -> None:
-        self.forgotten.append(sha256)
-
-
-class Cache(ModelCache):
-    """Reads no files: a load makes a fake model, or raises the next of `errors[uri]`."""
-
-    def __init__(self, gigabytes: float, **config: Any):
-        engine = EngineConfig(model_memory_gb=gigabytes, **config)
-        self.loads: list[tuple[Weights, float]] = []
-        super().__init__(engine, Forecast(16, 1.0), lambda *load: self.loads.append(load))
-        self.errors: dict[str, deque[BaseException]] = {}
-
-    def _read(self, weights: Weights, base: LoadedModel | None) -> Any:
-        if self.errors.get(weights.uri):
-            raise self.errors[weights.uri].popleft()
-        return SimpleNamespace(uri=weights.uri, base=base)
-
-    def _with_engine(self, weights: Weights, model: Any, num_bytes: int) -> LoadedModel:
-        model.dtype, model.compiled = torch.float32, None
-        engine: Any = SimpleNamespace(loras=FakeLoras(), model=model, rows={})
-        batcher: Any = None
-        return LoadedModel(weights, engine, batcher, num_bytes)
-
-
-@pytest.fixture(autouse=True)
-def one_gigabyte_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_size_of", lambda uri: GB)
-    monkeypatch.setattr(models, "_fetch", lambda weights: weights)
-    monkeypatch.setattr(models, "_num_bytes", lambda model, shares: GB // 4 if shares else GB)
-
-
-def run(work: Awaitable[Any]) -> Any:
-    async def main() -> Any:
-        return await work
-
-    return asyncio.run(main())
-
-
-async def use(cache: ModelCache, weights: Weights) -> LoadedModel:
-    """Acquire and release, as a request does."""
-    loaded = await cache.acquire(weights)
-    cache.release(loaded)
-    return loaded
+__all__ = ["one_gigabyte_each"]
 
 
 def test_a_model_is_loaded_once_for_all_who_wait() -> None:
@@ -303,95 +245,6 @@ def test_a_failed_load_releases_its_base() -> None:
         with pytest.raises(BadInput):
             await cache.acquire(Weights("a", words=(WORD,)))
         assert base.users == 0
-
-    run(work())
-
-
-def adapter(name: str, sha256: str | None = None, num_bytes: int = 0) -> Any:
-    return SimpleNamespace(path=name, sha256=sha256 or name, num_bytes=num_bytes)
-
-
-def test_too_many_adapters_evict_the_oldest_idle_one() -> None:
-    async def work() -> None:
-        cache = Cache(4, max_loras=2)
-        loaded = await cache.acquire(A)
-        loras: Any = loaded.engine.loras
-        cache.admit(loaded, adapter("x"), set())
-        cache.admit(loaded, adapter("y"), set())
-        cache.admit(loaded, adapter("x"), set())  # there already
-        assert loras.admitted == ["x", "y"]
-        cache.admit(loaded, adapter("z"), {"x"})
-        assert loras.forgotten == ["y"]
-        cache.admit(loaded, adapter("w"), {"x", "z"})  # all in use: one more than usual
-        assert sorted(loaded.adapters) == ["w", "x", "z"]
-
-    run(work())
-
-
-def test_weights_that_two_paths_share_are_not_forgotten() -> None:
-    async def work() -> None:
-        cache = Cache(4, max_loras=2)
-        loaded = await cache.acquire(A)
-        loras: Any = loaded.engine.loras
-        cache.admit(loaded, adapter("x", "same"), set())
-        cache.admit(loaded, adapter("y", "same"), set())
-        cache.admit(loaded, adapter("z"), set())
-        assert loras.forgotten == []
-        cache.admit(loaded, adapter("w"), set())
-        assert loras.forgotten == ["same"]
-
-    run(work())
-
-
-def test_adapters_stay_within_their_memory() -> None:
-    async def work() -> None:
-        cache = Cache(4, lora_memory_gb=1)
-        loaded = await cache.acquire(A)
-        loras: Any = loaded.engine.loras
-        for name in ("x", "y", "z"):
-            cache.admit(loaded, adapter(name, num_bytes=GB // 3), set())
-        loaded.adapters["x"].used_s += 1  # a request came for it again
-        cache.admit(loaded, adapter("w", num_bytes=GB // 2), {"z"})
-        assert loras.forgotten == ["y", "x"]
-        with pytest.raises(ModelMemoryFull, match="LoRAs of requests in progress fill"):
-            cache.admit(loaded, adapter("v", num_bytes=GB // 2), {"w", "z"})
-        assert sorted(loaded.adapters) == ["w", "z"]
-
-    run(work())
-
-
-def test_a_replaced_adapter_leaves_with_its_last_row() -> None:
-    async def work() -> None:
-        cache = Cache(4)
-        loaded = await cache.acquire(A)
-        engine: Any = loaded.engine
-        cache.admit(loaded, adapter("x", "old"), set())
-        engine.rows = {0: SimpleNamespace(loras=(("old", 1.0),))}
-        cache.admit(loaded, adapter("x", "new"), {"x"})
-        assert engine.loras.forgotten == []
-        engine.rows = {}
-        cache.admit(loaded, adapter("y"), set())
-        assert engine.loras.forgotten == ["old"]
-
-    run(work())
-
-
-def test_an_adapter_makes_room_or_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "lora_file", lambda path: path)
-    monkeypatch.setattr(storage, "to_local", lambda uri: uri)
-
-    async def work() -> None:
-        cache = Cache(2.5, lora_memory_gb=1)
-        loaded = await cache.acquire(A)
-        await use(cache, B)
-        placed = await cache.read_adapter(loaded, "x", "1")
-        assert list(cache.loaded) == [A]
-        cache.admit(loaded, placed, set())
-        assert await cache.read_adapter(loaded, "x", "1") == "x"
-        small = Cache(2.5)  # of which adapters may take a quarter
-        loaded = await small.acquire(A)
-        with pytest.raises(BadInput, match=r"takes 1 GiB, more than engine.lora_memory_gb, 0.625"):
-            await small.read_adapter(loaded, "x", "1")
 
     run(work())
 
