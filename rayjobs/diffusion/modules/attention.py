@@ -96,30 +96,24 @@ def _flash(
     return output
 
 
-def _efficient(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    given = (q, k, v, _whole(attn_mask, q, k), torch.is_grad_enabled(), dropout_p, is_causal)
-    output: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(*given)[0]
-    return output
+def _with_whole_masks(operator: Any) -> Kernel:
+    """Of those of torch's kernels that take a mask for every head and query."""
 
+    def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        mask = _whole(attn_mask, q, k)
+        output: torch.Tensor = operator(
+            q, k, v, mask, torch.is_grad_enabled(), dropout_p, is_causal
+        )[0]
+        return output
 
-def _cudnn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    given = (q, k, v, _whole(attn_mask, q, k), torch.is_grad_enabled(), dropout_p, is_causal)
-    output: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(*given)[0]
-    return output
+    return attend
 
 
 def _whole(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -134,6 +128,6 @@ def _whole(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch
 KERNELS: dict[str, Kernel] = {
     "math": _math,
     "flash": _flash,
-    "efficient": _efficient,
-    "cudnn": _cudnn,
+    "efficient": _with_whole_masks(torch.ops.aten._scaled_dot_product_efficient_attention),
+    "cudnn": _with_whole_masks(torch.ops.aten._scaled_dot_product_cudnn_attention),
 }
