@@ -28,7 +28,7 @@ from rayjobs.dreambooth.data.photos import (
     shortened,
     tell_skipped,
 )
-from rayjobs.models.facts import find_weights
+from rayjobs.models.facts import find_weights, unpinned
 
 MAX_IDENTIFIER_TOKENS = 4
 COMMON_SHARE = 0.8
@@ -112,6 +112,7 @@ def resolve(config: DreamBoothConfig) -> ResolvedRun:
     if config.validation.every_n_steps:
         checks.check_encoders(config.validation.encoders, "validation.encoders")
     weights = find_weights(config.model)
+    warn(unpinned(config.model, weights))
     if weights.single is not None:
         _find_configurations(weights)
     config = _with_usual_steps(config, weights.usual.steps)

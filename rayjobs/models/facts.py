@@ -18,6 +18,9 @@ from rayjobs.diffusion.weights import STARTER, Source, Weights, locate
 from rayjobs.models.options import SourceConfig
 from rayjobs.storage import StorageError
 
+HUB_COPIES = "snapshots"
+"""The folder of the hub's cache in which a repository has a folder for each commit."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -83,6 +86,14 @@ def find_weights(config: SourceConfig | str, key: str = "model.uri") -> Weights:
         raise
     except ValueError as error:
         raise BadInput(f"{key}: {error}") from None
+
+
+def unpinned(config: SourceConfig, weights: Weights) -> list[str]:
+    """A warning for a model of the hub that may be another one tomorrow."""
+    if config.revision is not None or weights.path.parent.name != HUB_COPIES:
+        return []
+    commit = weights.path.name
+    return [f"model.uri: {config.uri} may change on the hub; model.revision={commit} pins it"]
 
 
 def to_source(config: SourceConfig | str) -> Source:

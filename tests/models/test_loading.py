@@ -9,7 +9,7 @@ from rayjobs.config import BadInput
 from rayjobs.diffusion.model import ModelOptions
 from rayjobs.diffusion.sampler_names import Prediction
 from rayjobs.diffusion.weights import locate
-from rayjobs.models.facts import ModelFacts, find_weights, read_facts
+from rayjobs.models.facts import ModelFacts, find_weights, read_facts, unpinned
 from rayjobs.models.loading import load, load_weights
 from rayjobs.models.options import LoadOptions, ModelConfig, SourceConfig
 from serve.config import ServeConfig
@@ -78,3 +78,17 @@ def test_what_is_no_model_has_no_facts_and_is_refused_by_its_key(tmp_path: Path)
     assert read_facts(str(tmp_path)) == read_facts("some/hub-id") == ModelFacts()
     with pytest.raises(BadInput, match=r"^model\.uri: model '.*' is not a diffusers folder"):
         find_weights(str(tmp_path))
+
+
+def test_a_model_of_the_hub_that_may_change_is_told_how_to_stay(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    copy = tmp_path / "models--owner--name" / "snapshots" / commit
+    copy.parent.mkdir(parents=True)
+    copy.symlink_to(folders["sdxl"])
+    config, weights = SourceConfig(uri="owner/name"), find_weights(str(copy))
+    (warning,) = unpinned(config, weights)
+    assert f"model.revision={commit}" in warning
+    assert not unpinned(config.model_copy(update={"revision": commit}), weights)
+    assert not unpinned(SourceConfig(uri=str(copy.resolve())), find_weights(str(copy.resolve())))

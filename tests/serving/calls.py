@@ -42,7 +42,7 @@ def ask_all(
 
     async def main() -> list[Answer]:
         connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=300)
+        timeout = aiohttp.ClientTimeout(total=1800)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             tasks = []
             for body in bodies:

@@ -34,12 +34,28 @@ def two() -> Iterator[Running]:
 
 
 def replicas(app: Running, kind: str = "Engine") -> list[psutil.Process]:
-    """The replicas of this application, not of another that may run here."""
+    """The replicas of this application, not of another that may run here.
+
+    They may be forks of a server of warm workers, so it is their connections that tell.
+    """
     return [
         process
-        for process in psutil.Process(app.process.pid).children(recursive=True)
-        if f"ServeReplica:images:{kind}" in " ".join(process.cmdline())
+        for process in psutil.process_iter()
+        if f"ServeReplica:images:{kind}" in _command(process) and _is_of(process, app.address)
     ]
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
+def _is_of(process: psutil.Process, address: str) -> bool:
+    """Whether it talks to the cluster at `address`."""
+    port = int(address.rpartition(":")[2])
+    return any(each.raddr and each.raddr.port == port for each in process.net_connections("tcp"))
 
 
 def refused(answers: list[Answer]) -> list[tuple[int, object]]:

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Picture = Callable[[int], Image.Image]
 CONFIG = {
     "models": [{"name": "starter", "uri": "starter"}],
-    "engine": {"max_pending_s": 600},
+    "engine": {"max_pending_s": 6000},
 }
 
 

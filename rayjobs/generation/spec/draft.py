@@ -44,7 +44,7 @@ from rayjobs.generation.spec.lock import (
 )
 from rayjobs.generation.spec.records import Spec
 from rayjobs.models import exports
-from rayjobs.models.facts import find_weights
+from rayjobs.models.facts import find_weights, unpinned
 
 T = TypeVar("T")
 
@@ -131,6 +131,8 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
 
 def _check_model(config: GenerateConfig) -> weights.Weights:
     model = find_weights(config.model)
+    for warning in unpinned(config.model, model):
+        print(f"warning: {warning}", file=sys.stderr)
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
