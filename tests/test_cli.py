@@ -66,11 +66,11 @@ def flux(folder: Path) -> Path:
 
 def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "job.yaml", "a.b=1", "--limit", "3", "c=2", "--extend", "d=3"]
-    options = cli._parse(command)
+    options = cli.parse(command)
     assert (options.overrides, options.limit, options.extend) == (["a.b=1", "c=2", "d=3"], 3, True)
     for wrong in (["verify", "x", "a=1"], ["generate", "job.yaml", "--extent"]):
         with pytest.raises(SystemExit):
-            cli._parse(wrong)
+            cli.parse(wrong)
         assert f"unrecognized arguments: {wrong[-1]}" in capsys.readouterr().err
 
 

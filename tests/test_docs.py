@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from docs import reference
-from rayjobs import cli, keys
+from rayjobs import keys
+from rayjobs.cli import arguments
 from rayjobs.diffusion.sampler_names import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def test_modules_and_keys_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=named(PAGES))
 def test_commands_exist(page: Path) -> None:
-    parser = cli._parser()
+    parser = arguments.build()
     actions = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
     commands = actions[0].choices
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL)

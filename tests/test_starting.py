@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rayjobs import keys, starting
-from rayjobs.cli import KINDS, main
+from rayjobs.cli import KINDS, commands, main
 
 COMMENTED_OUT = re.compile(r"^( *)#(?=(?:  )*\w+:)", re.MULTILINE)
 
@@ -63,6 +63,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_demo_runs_the_shipped_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     run: list[str] = []
-    monkeypatch.setattr("rayjobs.cli._generate", lambda options: run.append(options.config) or 0)
+    monkeypatch.setattr(commands, "generate", lambda options: run.append(options.config) or 0)
     assert main(["demo"]) == 0
     assert Path(run[0]).is_file()
