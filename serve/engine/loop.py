@@ -92,12 +92,12 @@ class EngineLoop:
 
     def pending_s(self) -> float:
         """Seconds until all current requests are done."""
-        return self.stepper.pending_s() + sum(self._preparing.values())
+        return self.stepper.backlog.pending_s() + sum(self._preparing.values())
 
     def load(self) -> dict[str, tuple[int, int]]:
         """Images in progress and waiting, by model."""
         load: dict[str, tuple[int, int]] = {}
-        active = list(self.stepper.states)
+        active = list(self.stepper.backlog.states)
         rows = [(s.request, len(s.images), 0) for s in active if s.started]
         rows += [(s.request, 0, len(s.request.seeds)) for s in active if not s.started]
         rows += [(request, 0, len(request.seeds)) for request in list(self._preparing)]
@@ -180,7 +180,7 @@ class EngineLoop:
         refused = self._refuse(request, entry.weights)
         if refused is not None:
             return refused
-        self._preparing[request] = self.stepper.work_s(request, entry.weights)
+        self._preparing[request] = self.stepper.backlog.work_s(request, entry.weights)
         loaded = None
         try:
             loaded = await self.models.acquire(entry.weights)
@@ -230,7 +230,7 @@ class EngineLoop:
         is_large = shape[-1] * shape[-2] > own[-1] * own[-2]
         if is_large and self.stepper.forecast.known_step_s(loaded.key(own), slots) is None:
             await self._make_one(request.model)
-        return self.stepper.too_long(loaded, shape, slots)
+        return self.stepper.backlog.too_long(loaded, shape, slots)
 
     async def _find(self, name: str) -> Entry | None:
         """An entry; only a name that is not known yet waits for storage."""
@@ -239,7 +239,7 @@ class EngineLoop:
     def _refuse(self, request: ImagesRequest, weights: Weights) -> Failed | None:
         """Refuse when too much work waits; retry after it is done."""
         pending_s = self.pending_s()
-        work_s = self.stepper.work_s(request, weights)
+        work_s = self.stepper.backlog.work_s(request, weights)
         if not pending_s or pending_s + work_s <= self.config.max_pending_s:
             return None
         return Failed("busy", "too many requests are waiting", None, pending_s)

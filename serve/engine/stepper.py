@@ -6,7 +6,6 @@ back to it. Knows nothing of names, of loading or of HTTP.
 
 import asyncio
 import contextlib
-import math
 import threading
 import time
 from collections import deque
@@ -18,21 +17,19 @@ from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.request import Result
+from serve.engine.backlog import Backlog
 from serve.engine.fairness import FairQueue, RowPriority, Shape
-from serve.engine.forecast import Forecast, Key
+from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
 from serve.engine.pacer import Pacer, StepTiming
 from serve.engine.previews import Previews
-from serve.engine.request_state import RequestState, estimate
+from serve.engine.request_state import RequestState
 from serve.engine.safety import Checks, Safety
 from serve.metrics import EngineMetrics
-from serve.protocol import Event, Failed, ImagesRequest, Step, Waiting
+from serve.protocol import Event, Failed, Step, Waiting
 from serve.registry import Weights
 
 BROKEN = Failed("broken", "the engine has failed")
-OWN_AREA = 1.25
-"""Up to so many times a model's own size it is always drawn: an edit of another shape is as large.
-"""
 WAITING_EVERY_S = 0.5
 """Time between two waiting events of a request."""
 
@@ -46,8 +43,7 @@ class Stepper:
         self.models = models
         self.forecast = forecast
         self.metrics = metrics
-        self.states: dict[RequestState, None] = {}
-        """In order of arrival."""
+        self.backlog = Backlog(models, forecast)
         self.failure: BaseException | None = None
         """What ended the thread; the process must then be replaced."""
         self._loop = asyncio.get_running_loop()
@@ -66,7 +62,7 @@ class Stepper:
 
     def submit(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         """Start a request at the next step, after its adapters are loaded."""
-        self.states[state] = None
+        self.backlog.states[state] = None
         self._post(lambda: self._enter(state, adapters))
         if self.failure is not None:
             self._send(state, state.fail(BROKEN))
@@ -80,49 +76,6 @@ class Stepper:
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
 
-    def work_s(self, request: ImagesRequest, weights: Weights) -> float:
-        """Seconds of work of a request that the engine has not seen yet."""
-        loaded = self.models.loaded.get(weights)
-        side, scale = 1024, 8
-        if loaded is not None:
-            side, scale = loaded.engine.model.default_side, loaded.engine.model.vae_scale
-        shape, slot_steps = estimate(request, side, scale)
-        return self.forecast.work_s((weights, shape), slot_steps, len(request.seeds))
-
-    def too_long(self, loaded: LoadedModel, shape: Shape, slots: int) -> Failed | None:
-        """Why an image of this latent shape is not made: everybody would wait for its steps.
-
-        A model's own size is always made, whatever it takes.
-        """
-        own = loaded.own_shape
-        if shape[-1] * shape[-2] <= OWN_AREA * own[-1] * own[-2]:
-            return None
-        limit_s = max(
-            self.forecast.max_step_s, self.forecast.known_step_s(loaded.key(own), slots) or 0.0
-        )
-        step_s = self.forecast.known_step_s(loaded.key(shape), slots)
-        if step_s is None or step_s <= limit_s:
-            return None
-        scale = loaded.engine.model.vae_scale
-        size = f"{shape[-1] * scale}x{shape[-2] * scale}"
-        message = (
-            f"a step of {size} takes about {step_s:.2g} s here, and others would wait longer than "
-            f"the {limit_s:.2g} s that they may; request a smaller size"
-        )
-        return Failed("invalid", message, "size")
-
-    def pending_s(self) -> float:
-        """Seconds until all requests are done, in batches as full as these requests make them."""
-        total, by_key = 0.0, dict[Key, list[tuple[int, int]]]()
-        for state in list(self.states):
-            if state.left and not state.over:
-                rows = by_key.setdefault(state.loaded.key(state.shape), [])
-                left = (math.ceil(each / state.slots) for each in list(state.left.values()))
-                rows += [(steps, state.slots) for steps in left]
-            elif not state.over:
-                total += self.work_s(state.request, state.loaded.weights)
-        return total + sum(self.forecast.drain_s(key, rows) for key, rows in by_key.items())
-
     def _post(self, change: Callable[[], None]) -> None:
         self._inbox.append(change)
         self._wake.set()
@@ -135,7 +88,7 @@ class Stepper:
                 self._run_once()
         except BaseException as error:
             self.failure = error
-            for state in list(self.states):
+            for state in list(self.backlog.states):
                 self._send(state, state.fail(BROKEN))
 
     def _run_once(self) -> None:
@@ -145,8 +98,8 @@ class Stepper:
         self._checks.report()
         self._report_waiting()
         self._detach_evicted()
-        num_images = sum(len(state.images) for state in list(self.states))
-        self.metrics.set_load(self.pending_s(), num_images)
+        num_images = sum(len(state.images) for state in list(self.backlog.states))
+        self.metrics.set_load(self.backlog.pending_s(), num_images)
         busy = {each.weights: each for each in self._loaded() if each.engine.num_pending}
         if busy:
             self._step(busy[self._queue.order(busy)[0]])
@@ -166,12 +119,12 @@ class Stepper:
         except DeviceLost:
             raise
         except ModelMemoryFull as error:
-            self._end(state, Failed("busy", str(error), None, max(5.0, self.pending_s())))
+            self._end(state, Failed("busy", str(error), None, max(5.0, self.backlog.pending_s())))
         except Exception as error:  # one bad request must not stop the others
             self._end(state, Failed("invalid", first_line(error)))
 
     def _add(self, state: RequestState) -> None:
-        work_s = self.work_s(replace(state.request, seeds=(0,)), state.loaded.weights)
+        work_s = self.backlog.work_s(replace(state.request, seeds=(0,)), state.loaded.weights)
         for image, engine_request in enumerate(state.engine_requests()):
             priority = RowPriority(state.request.caller, state.arrived_s, work_s)
             state.loaded.batcher.priorities[engine_request] = priority
@@ -185,7 +138,7 @@ class Stepper:
 
     def _admit(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         """Load the adapters read for a request, and those evicted since it was prepared."""
-        in_use = {lora.path for other in list(self.states) for lora in other.loras}
+        in_use = {lora.path for other in list(self.backlog.states) for lora in other.loras}
         for adapter in adapters:
             self.models.admit(state.loaded, adapter, in_use)
         for lora in state.loras:
@@ -206,16 +159,16 @@ class Stepper:
             state.loaded.engine.cancel(row_id)
             self._owners.pop((state.loaded, row_id), None)
             state.leave(row_id)
-        if state in self.states:
-            del self.states[state]
+        if state in self.backlog.states:
+            del self.backlog.states[state]
             self._on_loop(self.models.release, state.loaded)
 
     def _report_waiting(self) -> None:
         now_s = time.monotonic()
-        for position, state in enumerate(list(self.states)):
+        for position, state in enumerate(list(self.backlog.states)):
             if self._is_waiting_event_due(state, now_s):
                 state.notified_s = now_s
-                self._send(state, Waiting(position, self._until_started_s(state)))
+                self._send(state, Waiting(position, self.backlog.until_started_s(state)))
 
     def _is_waiting_event_due(self, state: RequestState, now_s: float) -> bool:
         """Everybody is told once, when the engine has taken the rows; again where it is wanted."""
@@ -224,20 +177,6 @@ class Stepper:
         if state.notified_s is None:
             return True
         return state.request.progress and now_s - state.notified_s > WAITING_EVERY_S
-
-    def _until_started_s(self, state: RequestState) -> float:
-        """Estimated: rows beyond `max_rows` start when earlier rows have finished."""
-        active = [other for other in list(self.states) if other.left]
-        shapes = len({(other.loaded.weights, other.shape) for other in active})
-        same = [other for other in active if other.shape == state.shape]
-        key = state.loaded.key(state.shape)
-        round_s = max(1, shapes) * self.forecast.step_s(key, self.forecast.bound(key))
-        before = [other for other in same if other.arrived_s < state.arrived_s]
-        beyond = sum(len(o.left) for o in before) + len(state.left) - self.models.config.max_rows
-        if beyond <= 0 or not before:
-            return round_s
-        slot_steps = sum(o.slot_steps for o in before) / sum(len(o.left) for o in before)
-        return round_s * (slot_steps / 2) * beyond / self.models.config.max_rows
 
     def _step(self, loaded: LoadedModel) -> None:
         engine, batcher = loaded.engine, loaded.batcher
@@ -319,8 +258,8 @@ class Stepper:
 
     def _end_too_long(self, loaded: LoadedModel, shape: Shape) -> None:
         """End requests whose steps turn out to take longer than others may wait."""
-        for state in [s for s in self.states if s.loaded is loaded and s.shape == shape]:
-            failed = None if state.over else self.too_long(loaded, shape, state.slots)
+        for state in [s for s in self.backlog.states if s.loaded is loaded and s.shape == shape]:
+            failed = None if state.over else self.backlog.too_long(loaded, shape, state.slots)
             if failed is not None:
                 self._end(state, failed)
 
