@@ -22,7 +22,7 @@ MODELS = {
     "dreambooth": "rayjobs.dreambooth.config:DreamBoothConfig",
     "evaluate": "rayjobs.dreambooth.config.evaluate:EvaluateConfig",
     "serve": "serve.config:ServeConfig",
-    "export": "rayjobs.generation.tools.export:ExportConfig",
+    "export": "rayjobs.generation.tools.export_config:ExportConfig",
     "build_processor": "rayjobs.generation.worker.processor:ProcessorConfig",
 }
 """Where each kind's model is defined; the last two are never a file of their own."""

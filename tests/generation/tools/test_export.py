@@ -19,7 +19,7 @@ from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.tools import export
-from rayjobs.generation.tools.export import ExportConfig
+from rayjobs.generation.tools.export_config import ExportConfig
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.quality import duplicates
 

@@ -1,0 +1,59 @@
+"""The keys of an export."""
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rayjobs.config import Config
+from rayjobs.generation.tools.filters import parse
+
+
+class ExportOutput(Config):
+    uri: str
+    """The new data set's folder, local or s3://."""
+    format: Literal["parquet", "webdataset", "folder"] = "parquet"
+    """The shards' format."""
+    image_format: Literal["png", "webp", "webp-lossless", "jpeg"] | None = None
+    """The pictures' format; without it, and without size, their bytes stay as they are."""
+    quality: int = Field(default=95, ge=1, le=100)
+    """Of jpeg and webp pictures that are encoded again."""
+    size: int | None = Field(default=None, ge=1)
+    """Pixels of the longer side; the other one keeps the picture's shape."""
+
+
+class ExportConfig(Config):
+    output: ExportOutput
+    where: tuple[str, ...] = ()
+    """Conditions such as `clip_score >= 0.25`, all of which must hold. Failed records are left out
+    unless one of them asks for `status`."""
+    splits: dict[str, float] = Field(default_factory=dict)
+    """Shares by name, such as {train: 0.9, test: 0.1}; an image is always in the same one."""
+    columns: tuple[str, ...] = ()
+    """Keep only these, and image, record and prompt; without any, all."""
+    drop_duplicates: bool = False
+    """Keep only the first picture of each group in the source's duplicates.parquet."""
+
+    @field_validator("where", "columns", mode="before")
+    @classmethod
+    def _one_or_more(cls, texts: Any) -> Any:
+        return (texts,) if isinstance(texts, str) else texts
+
+    @field_validator("where")
+    @classmethod
+    def _readable(cls, where: tuple[str, ...]) -> tuple[str, ...]:
+        for text in where:
+            parse(text)
+        return where
+
+    @field_validator("splits")
+    @classmethod
+    def _whole(cls, splits: dict[str, float]) -> dict[str, float]:
+        for name, share in splits.items():
+            if not re.fullmatch(r"\w+", name):
+                raise ValueError(f"{name!r} is no name of a split; use letters, digits and _")
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} is {share:g}; a share is above 0 and at most 1")
+        if splits and abs(sum(splits.values()) - 1) > 1e-9:
+            raise ValueError(f"the shares sum to {sum(splits.values()):g}, not to 1")
+        return splits
