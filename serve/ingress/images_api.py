@@ -31,6 +31,7 @@ from serve.limits.keeper import Limits
 from serve.metrics import IngressMetrics, merge
 from serve.protocol import TOO_LATE, Event, Failed, ImagesRequest
 from serve.registry import Registry
+from serve.tracing import span
 
 UPLOADS_AT_ONCE = 2
 """Uploads decoded at once; each takes a process of its own, and its pixels memory here."""
@@ -149,7 +150,8 @@ class ImagesApi:
             stack.callback(await self.keys.enter(who))
             try:
                 async with asyncio.timeout(self.config.limits.max_deadline_s) as timer:
-                    body, images_request = await read(request, _caller(who))
+                    with span("read"):
+                        body, images_request = await read(request, _caller(who))
                     until_s = arrived_s + (images_request.deadline_s or 0.0)
                     timer.reschedule(until_s)
                     await self.keys.take_images(who, len(images_request.seeds))
