@@ -6,6 +6,8 @@ Owns how each is deployed. Ray calls `build` with the `args` of a file.
 import contextlib
 import ctypes
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from serve.config import ServeConfig
 from serve.file import check_public
 from serve.ingress.api import create_app
 from serve.ingress.images_api import ImagesApi
+from serve.limits.actor import connect
+from serve.limits.keeper import Ask, Limits
 from serve.registry import Registry
 from serve.replica import EngineReplica
 from serve.router.fleet import Fleet
@@ -42,10 +46,12 @@ deployment: Any = ray_serve.deployment
 class Ingress:
     """HTTP, uploads and image formats; no torch."""
 
-    def __init__(self, config: ServeConfig, engine: Any):
+    async def __init__(self, config: ServeConfig, engine: Any):
         give_memory_back()
         self.config = config
-        self.api = ImagesApi(config, Fleet(engine))
+        limits = Limits(_shared_counts(config))
+        self.api = ImagesApi(config, Fleet(engine), limits)
+        await limits.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.config, self.api, adds_ids=False)
@@ -54,6 +60,13 @@ class Ingress:
         """From now on refuse requests for images; return how many are still being answered."""
         self.api.is_draining = True
         return self.api.active
+
+
+def _shared_counts(config: ServeConfig) -> Callable[[], Ask] | None:
+    """How limits are counted over all ingress replicas, where there are several."""
+    if not config.auth.keys or config.scaling.ingress == 1:
+        return None
+    return partial(connect, ray_serve.get_replica_context().app_name)
 
 
 def give_memory_back() -> None:

@@ -115,10 +115,9 @@ class KeyConfig(Config):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 of the key in hex, from `printf %s KEY | sha256sum | cut -c1-64`."""
     max_concurrent: int = Field(default=64, ge=1)
-    """Requests of this key in progress or waiting, in each ingress replica."""
+    """Requests of this key in progress or waiting."""
     images_per_minute: float | None = Field(default=None, gt=0)
-    """Images that this key may request per minute, of each ingress replica; without it, any
-    number."""
+    """Images that this key may request per minute; without it, any number."""
 
     @model_validator(mode="after")
     def _one_secret(self) -> "KeyConfig":

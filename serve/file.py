@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field
 
 from rayjobs.config import BadInput, Config, load_config
 from serve.config import ServeConfig
+from serve.tracing import check as check_exporter
 
 BUILDER = "serve.app:build"
 
@@ -39,8 +40,20 @@ class ApplicationFile(Config):
     args: ServeConfig
 
 
+class TracingFile(Config):
+    """Ray Serve's `tracing_config`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    enabled: bool = True
+    exporter_import_path: str = ""
+    """Ray's own without it: a file of spans beside Serve's logs."""
+
+
 class ServeFile(Config):
     model_config = ConfigDict(extra="allow")
+
+    tracing_config: TracingFile | None = None
 
     http_options: HttpOptions = HttpOptions()
     applications: tuple[ApplicationFile, ...]
@@ -75,6 +88,9 @@ def load(path: str, overrides: list[str] | None = None) -> tuple[ServeFile, dict
                 "own `serve run`"
             )
         check_public(file.http_options.host, app.args)
+    tracing = file.tracing_config
+    if tracing is not None and tracing.enabled and tracing.exporter_import_path:
+        check_exporter(tracing.exporter_import_path)
     values = file.model_dump(mode="json", exclude_unset=True)
     try:
         ServeDeploySchema.model_validate(values)

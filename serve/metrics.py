@@ -1,4 +1,4 @@
-"""Prometheus metrics of the engine replicas.
+"""Prometheus metrics of the engine replicas, and of the ingress replica that is asked.
 
 Owns the metrics' names. Each replica has a registry of its own, and the ingress merges their texts,
 so that `/metrics` of the API needs neither Ray's metrics agent nor its port. `ray.serve.metrics`
@@ -125,3 +125,21 @@ class EngineMetrics:
         return Histogram(
             f"{PREFIX}_{name}", help_text, labels, buckets=tuple(buckets), registry=self.registry
         )
+
+
+class IngressMetrics:
+    """Metrics of one ingress replica."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._shared = Gauge(
+            f"{PREFIX}_limits_shared",
+            "1 where keys' limits hold over all ingress replicas, 0 where each counts for itself",
+            registry=self.registry,
+        )
+
+    def set_shared(self, is_shared: bool) -> None:
+        self._shared.set(is_shared)
+
+    def text(self) -> str:
+        return generate_latest(self.registry).decode()

@@ -64,7 +64,8 @@ class Server:
             )
         schema = ServeDeploySchema.model_validate(self._values_anywhere())
         self._is_started = True
-        ray_serve.start(schema.proxy_location, schema.http_options.model_dump())
+        http = schema.http_options.model_dump()
+        ray_serve.start(schema.proxy_location, http, tracing_config=schema.tracing_config)
         client = _get_global_client()
         assert client is not None
         client.deploy_apps(schema, _blocking=False)

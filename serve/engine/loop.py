@@ -25,6 +25,7 @@ from serve.engine.stepper import BROKEN, Stepper
 from serve.metrics import EngineMetrics
 from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest
 from serve.registry import Entry, Registry, Weights
+from serve.tracing import Stages
 
 LAG_EVERY_S = 0.1
 WARM_STEPS = 3
@@ -63,10 +64,11 @@ class EngineLoop:
         Its deadline is kept here, so that it holds during a long step too.
         """
         arrived_s, state, outcome = time.monotonic(), None, "cancelled"
+        stages = Stages("prepare")
         until_s = _until(request.deadline_s)
         try:
             async with asyncio.timeout_at(until_s):
-                state = await self._prepare(request, arrived_s)
+                state = await self._prepare(request, arrived_s, stages)
             if isinstance(state, Failed):
                 outcome = state.kind
                 yield state
@@ -88,6 +90,7 @@ class EngineLoop:
         finally:
             if isinstance(state, RequestState):
                 self.stepper.withdraw(state)
+            stages.end(outcome)
             self.metrics.request_finished(request, outcome, time.monotonic() - arrived_s)
 
     def pending_s(self) -> float:
@@ -170,7 +173,9 @@ class EngineLoop:
         self._lag.cancel()
         await self.stepper.close()
 
-    async def _prepare(self, request: ImagesRequest, arrived_s: float) -> RequestState | Failed:
+    async def _prepare(
+        self, request: ImagesRequest, arrived_s: float, stages: Stages
+    ) -> RequestState | Failed:
         """A request's state with its model acquired and its adapters read, or a failure."""
         entry = await self._find(request.model)
         if entry is None or entry.weights is None:
@@ -188,7 +193,8 @@ class EngineLoop:
             if too_long is not None:
                 return too_long
             state, adapters = await self._new_state(request, entry, loaded)
-            state.arrived_s = arrived_s
+            state.arrived_s, state.stages = arrived_s, stages
+            stages.enter("wait")
             self.stepper.submit(state, adapters)
             loaded = None  # released with the state
             return state

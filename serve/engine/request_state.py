@@ -17,6 +17,7 @@ from rayjobs.diffusion.request import Lora, Request
 from serve.engine.models import LATENT_CHANNELS, LoadedModel
 from serve.images import to_image, to_pixels
 from serve.protocol import Event, Failed, Finished, ImagesRequest
+from serve.tracing import Stages
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class RequestState:
     notified_s: float | None = None
     """When its caller last got a waiting event."""
     over: bool = False
+    stages: Stages = field(default_factory=lambda: Stages("wait"))
+    """Where it is, for tracing."""
 
     @property
     def deadline_s(self) -> float:

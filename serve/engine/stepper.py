@@ -183,6 +183,7 @@ class Stepper:
         vae_s, trace_warmup_s = engine.side_s, engine.trace_warmup_s
         is_decoding = self._uses_autoencoder()
         batcher.usage = None
+        started_s = time.monotonic()
         self._pacer.begin()
         results: list[Result] | None = None
         try:
@@ -197,6 +198,8 @@ class Stepper:
         if results is None:
             self._shrink(loaded)
             return
+        step_s = time.monotonic() - started_s
+        self._trace(loaded, step_s, engine.side_s - vae_s)
         for row in batcher.chosen:
             self._report_progress(loaded, row.id)
         self._previews.send()
@@ -283,6 +286,18 @@ class Stepper:
             state = self._owners.get((loaded, row.id))
             if state is not None:
                 self._end(state, Failed("invalid", message, "size"))
+
+    def _trace(self, loaded: LoadedModel, step_s: float, side_s: float) -> None:
+        """Tell the requests of a step's rows where they are; several rows of one share stages."""
+        chosen = loaded.batcher.chosen
+        owners = {self._owners.get((loaded, row.id)): row for row in chosen}
+        for state, row in owners.items():
+            if state is not None and not state.over:
+                if not state.started:
+                    state.stages.enter("denoise", ago_s=step_s)
+                state.stages.note("step", done=row.sampler.position, rows=len(chosen))
+                if row.is_done:
+                    state.stages.enter("decode", ago_s=side_s)
 
     def _report_progress(self, loaded: LoadedModel, row_id: int) -> None:
         state = self._owners.get((loaded, row_id))

@@ -13,7 +13,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from serve import metrics
 from serve.config import ServeConfig
 from serve.errors import ApiError
 from serve.images import BadImage
@@ -126,8 +125,7 @@ def _add_operations(app: FastAPI, api: ImagesApi) -> None:
     @app.get("/metrics")
     async def prometheus(request: Request) -> Response:
         api.identify(request)
-        states = await api.engines.states()
-        text = metrics.merge({name: state["metrics"] for name, state in states.items()})
+        text = await api.metrics_text()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

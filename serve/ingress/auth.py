@@ -1,30 +1,26 @@
-"""API keys, and the limits of each.
+"""API keys, and what a caller over its limits is told.
 
-Owns authentication and rate limits. Knows nothing of what is requested.
+Owns authentication. Knows nothing of what is requested, nor where limits are counted.
 """
 
-import contextlib
 import hashlib
 import hmac
-import time
-from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable
+from functools import partial
 
 from serve.config import AuthConfig, KeyConfig
 from serve.errors import ApiError
 from serve.file import is_loopback
-
-MINUTE_S = 60.0
+from serve.limits.keeper import Limits
 
 
 class ApiKeys:
-    """Checks keys, and enforces their limits within this ingress replica."""
+    """Checks keys, and enforces their limits."""
 
-    def __init__(self, config: AuthConfig):
+    def __init__(self, config: AuthConfig, limits: Limits):
         self.config = config
+        self.limits = limits
         self._keys = [(_digest(key), key) for key in config.keys]
-        self._active: Counter[str] = Counter()
-        self._buckets: dict[str, tuple[float, float]] = {}
 
     def identify(self, authorization: str | None, host: str | None) -> KeyConfig | str:
         """The key sent, or the address where none is needed. Raises ApiError 401 or 403."""
@@ -44,39 +40,28 @@ class ApiKeys:
             raise ApiError(401, "the API key is not valid")
         return matches[0]
 
-    @contextlib.contextmanager
-    def count_request(self, who: KeyConfig | str) -> Generator[None]:
-        """A request counts while in this context, which starts before its body is read.
+    async def enter(self, who: KeyConfig | str) -> Callable[[], None]:
+        """Count a request from before its body is read until the function returned is called.
 
         Raises ApiError 429 where the key already has its maximum.
         """
         if not isinstance(who, KeyConfig):
-            yield
-            return
-        if self._active[who.name] >= who.max_concurrent:
+            return _nothing
+        if not await self.limits.enter(who):
             message = f"{who.max_concurrent} requests of this key are already in progress"
             raise ApiError(429, message, retry_after_s=1.0)
-        self._active[who.name] += 1
-        try:
-            yield
-        finally:
-            self._active[who.name] -= 1
+        return partial(self.limits.leave, who)
 
-    def take_images(self, key: KeyConfig | str, images: int) -> None:
-        """Take images from a key's token bucket, which refills in a minute. Raises ApiError 429."""
-        if not isinstance(key, KeyConfig) or key.images_per_minute is None:
-            return
-        rate = key.images_per_minute / MINUTE_S
-        now_s = time.monotonic()
-        left, since_s = self._buckets.get(key.name, (key.images_per_minute, now_s))
-        left = min(key.images_per_minute, left + rate * (now_s - since_s))
-        # A request larger than the bucket takes all of it; otherwise it could never be served.
-        wanted = min(float(images), key.images_per_minute)
-        if left < wanted:
-            self._buckets[key.name] = (left, now_s)
+    async def take_images(self, key: KeyConfig | str, images: int) -> None:
+        """Take images of what a key has in a minute. Raises ApiError 429."""
+        wait_s = await self.limits.take(key, images) if isinstance(key, KeyConfig) else 0.0
+        if isinstance(key, KeyConfig) and wait_s:
             message = f"this key may have {key.images_per_minute:g} images a minute"
-            raise ApiError(429, message, retry_after_s=(wanted - left) / rate)
-        self._buckets[key.name] = (left - wanted, now_s)
+            raise ApiError(429, message, retry_after_s=wait_s)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _digest(key: KeyConfig) -> bytes:

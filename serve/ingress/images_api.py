@@ -27,12 +27,17 @@ from serve.ingress.requests import ImagesRequestBuilder, describe
 from serve.ingress.responses import ResponseEncoder, sse
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import EditBody, GenerateBody, parse
+from serve.limits.keeper import Limits
+from serve.metrics import IngressMetrics, merge
 from serve.protocol import TOO_LATE, Event, Failed, ImagesRequest
 from serve.registry import Registry
+from serve.tracing import span
 
 UPLOADS_AT_ONCE = 2
 """Uploads decoded at once; each takes a process of its own, and its pixels memory here."""
 LOAD_EVERY_S = 1.0
+INGRESS = "ingress"
+"""The name, among those of replicas, of the ingress replica that answers."""
 STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 Asked = tuple[GenerateBody, ImagesRequest]
@@ -49,13 +54,14 @@ class Engines(Protocol):
 class ImagesApi:
     """Answers HTTP requests: key, body, images request, response."""
 
-    def __init__(self, config: ServeConfig, engines: Engines):
+    def __init__(self, config: ServeConfig, engines: Engines, limits: Limits | None = None):
         self.config = config
         self.engines = engines
         self.registry = Registry(config)
         self.registry.watch()
         self.builder = ImagesRequestBuilder(config, self.registry)
-        self.keys = ApiKeys(config.auth)
+        self.keys = ApiKeys(config.auth, limits or Limits())
+        self.metrics = IngressMetrics()
         self.results = ResultsStore(config.results)
         self.responses = ResponseEncoder(self.results)
         self.active = 0
@@ -121,6 +127,13 @@ class ImagesApi:
             )
         return found
 
+    async def metrics_text(self) -> str:
+        """The metrics of the engine replicas, and of this ingress replica."""
+        states = await self.engines.states()
+        self.metrics.set_shared(self.keys.limits.is_shared)
+        texts = {name: state["metrics"] for name, state in states.items()}
+        return merge(texts | {INGRESS: self.metrics.text()})
+
     async def look_up(self, name: str | None) -> None:
         """Look for a name that is not known yet, on storage that may be slow to answer."""
         if self.registry.get(name) is None:
@@ -134,13 +147,14 @@ class ImagesApi:
         arrived_s, who = loop.time(), self.identify(request)
         with ExitStack() as stack:
             stack.enter_context(self._counted())
-            stack.enter_context(self.keys.count_request(who))
+            stack.callback(await self.keys.enter(who))
             try:
                 async with asyncio.timeout(self.config.limits.max_deadline_s) as timer:
-                    body, images_request = await read(request, _caller(who))
+                    with span("read"):
+                        body, images_request = await read(request, _caller(who))
                     until_s = arrived_s + (images_request.deadline_s or 0.0)
                     timer.reschedule(until_s)
-                    self.keys.take_images(who, len(images_request.seeds))
+                    await self.keys.take_images(who, len(images_request.seeds))
                     left_s = max(0.001, until_s - loop.time())
                     images_request = replace(images_request, deadline_s=left_s)
                     return await self._respond(stack, body, images_request, kind, until_s)

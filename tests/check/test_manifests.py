@@ -120,3 +120,33 @@ def test_the_image_has_the_versions_of_a_clone() -> None:
     assert f"/uv/{uv}/" in (ROOT / "cluster.yaml").read_text()
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     assert {"pyproject.toml", "constraints.txt", "README.md", "rayjobs", "serve", "configs"} <= kept
+
+
+def merged(values: Any, patch: Any) -> Any:
+    """A JSON merge patch, as kustomize applies to kinds that are not Kubernetes' own."""
+    if not isinstance(values, dict) or not isinstance(patch, dict):
+        return patch
+    return values | {key: merged(values.get(key), value) for key, value in patch.items()}
+
+
+def test_serving_with_redis_is_taken_and_finds_it() -> None:
+    [overlay], [patch] = load("redis/kustomization"), load("redis/gcs")
+    assert [each["path"] for each in overlay["patches"]] == ["gcs.yaml"]
+    assert all((KUBERAY / "redis" / each).exists() for each in overlay["resources"])
+    [base], [serve] = load("kustomization"), load("serve")
+    assert "serve.yaml" in base["resources"]
+    assert patch["metadata"]["name"] == serve["metadata"]["name"]
+    service = merged(serve, patch)
+    assert list(schema.mistakes(service, schema.of_kuberay("RayService"))) == []
+    options = service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    [found, server] = load("redis/redis")
+    [port] = found["spec"]["ports"]
+    assert options["redisAddress"] == f"redis://{found['metadata']['name']}:{port['port']}"
+    pod = server["spec"]["template"]
+    assert found["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    [password] = pod["spec"]["containers"][0]["env"]
+    assert password["valueFrom"] == options["redisPassword"]["valueFrom"]
+    # A pod is a pod: the operator's schema has them, too.
+    [cluster] = load("cluster")
+    cluster["spec"]["headGroupSpec"]["template"] = pod
+    assert list(schema.mistakes(cluster, schema.of_kuberay("RayCluster"))) == []

@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import serve
-from serve.metrics import PREFIX, EngineMetrics, merge
+from serve.metrics import PREFIX, EngineMetrics, IngressMetrics, merge
 from serve.protocol import ImagesRequest
 
 BOARD = Path(serve.__file__).with_name("grafana.json")
@@ -47,6 +47,10 @@ def counted(times: int = 1) -> EngineMetrics:
     return found
 
 
+def everything() -> str:
+    return merge({"a": counted().text(), "ingress": IngressMetrics().text()})
+
+
 def families(text: str) -> list[Metric]:
     return list(text_string_to_metric_families(text))
 
@@ -61,7 +65,7 @@ def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 def labels_of_metrics() -> dict[str, set[str]]:
     """The labels of each metric, by its name in PromQL."""
     found: dict[str, set[str]] = {}
-    for name, labels in samples(merge({"a": counted().text()})):
+    for name, labels in samples(everything()):
         found.setdefault(name, set()).update(label for label, _ in labels)
     return found
 
@@ -119,7 +123,7 @@ def test_the_dashboard_asks_for_what_there_is(board: dict[str, Any]) -> None:
 
 def test_the_dashboard_shows_all_there_is(board: dict[str, Any]) -> None:
     asked = {name for each in targets(board) for name, _ in METRIC.findall(each["expr"])}
-    for family in families(counted().text()):
+    for family in families(everything()):
         assert asked & {sample.name for sample in family.samples}, family.name
 
 

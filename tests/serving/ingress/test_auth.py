@@ -12,6 +12,7 @@ from serve.errors import ApiError
 from serve.ingress.api import create_app
 from serve.ingress.auth import ApiKeys
 from serve.ingress.images_api import ImagesApi
+from serve.limits.keeper import Limits
 from serve.protocol import Event, ImagesRequest
 
 KEY = KeyConfig(name="team", key="k" * 20, max_concurrent=1, images_per_minute=3)
@@ -19,25 +20,31 @@ CONFIG = {"models": [{"name": "starter", "uri": "starter"}], "auth": {"keys": [K
 
 
 def test_a_key_s_images_of_a_minute() -> None:
-    keys = ApiKeys(AuthConfig(keys=(KEY,)))
-    keys.take_images(KEY, 2)
-    with pytest.raises(ApiError) as refused:
-        keys.take_images(KEY, 2)
-    assert refused.value.status == 429
-    assert 20 <= float(refused.value.headers["retry-after"]) <= 30
-    keys.take_images(KEY, 1)
-    keys.take_images("127.0.0.1", 1000)
+    async def main() -> None:
+        keys = ApiKeys(AuthConfig(keys=(KEY,)), Limits())
+        await keys.take_images(KEY, 2)
+        with pytest.raises(ApiError) as refused:
+            await keys.take_images(KEY, 2)
+        assert refused.value.status == 429
+        assert 20 <= float(refused.value.headers["retry-after"]) <= 30
+        await keys.take_images(KEY, 1)
+        await keys.take_images("127.0.0.1", 1000)
+
+    asyncio.run(main())
 
 
 def test_a_key_s_requests_at_once() -> None:
-    keys = ApiKeys(AuthConfig(keys=(KEY,)))
-    with keys.count_request(KEY):
-        with pytest.raises(ApiError, match="1 requests of this key"), keys.count_request(KEY):
-            pass
-        with keys.count_request("127.0.0.1"), keys.count_request("127.0.0.1"):
-            pass
-    with keys.count_request(KEY):
-        pass
+    async def main() -> None:
+        keys = ApiKeys(AuthConfig(keys=(KEY,)), Limits())
+        leave = await keys.enter(KEY)
+        with pytest.raises(ApiError, match="1 requests of this key"):
+            await keys.enter(KEY)
+        for _ in range(2):
+            await keys.enter("127.0.0.1")
+        leave()
+        await keys.enter(KEY)
+
+    asyncio.run(main())
 
 
 class Nobody:
