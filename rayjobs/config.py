@@ -35,6 +35,9 @@ class Workers(Config):
     """GPUs of a worker; a fraction puts several workers on one."""
     num_cpus: float = Field(default=1.0, gt=0)
     """CPUs of a worker; on a CPU also its threads."""
+    max_stall_s: float | None = Field(default=3600.0, gt=0)
+    """Seconds without progress of any worker after which the job ends, naming where they are; with
+    null it only tells."""
 
     @property
     def max_workers(self) -> int:

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayjobs.bar import LOG_EVERY_S, POLL_S, SHORTEST_S, Bar
+from rayjobs.watchdog import Places, Stall, Watch
 
 BEGAN, LAST = "began", "last"
 """The notes with the unix seconds at which work on the first began, and the last was done."""
@@ -29,6 +30,7 @@ class Counter:
     def __init__(self) -> None:
         self.done = 0
         self.notes: dict[str, Any] = {}
+        self.places = Places()
 
     def begin(self, **notes: Any) -> None:
         """Work on the first has begun: what was before is the start."""
@@ -49,6 +51,12 @@ class Counter:
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self.done, self.notes
+
+    def beat(self, who: str, at: str | None, progress: int) -> None:
+        self.places.beat(who, at, progress)
+
+    def stall(self) -> Stall:
+        return self.places.stall()
 
 
 class Progress:
@@ -109,6 +117,10 @@ class Progress:
             bar.update(new)
         elif done and new < 0:
             bar.n = done
+
+    def watch(self, limit_s: float | None) -> Watch:
+        """A context that ends when workers make no progress for so long."""
+        return Watch(lambda: ray.get(self.counter.stall.remote(), timeout=4 * POLL_S), limit_s)
 
     def read(self) -> tuple[int, dict[str, Any]]:
         """What is done, and the notes."""

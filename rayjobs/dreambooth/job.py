@@ -260,6 +260,7 @@ def _train(run: ResolvedRun, first: int, page: _Page) -> None:
     config = run.config
     with (
         Progress(config.train.steps, "steps", first) as progress,
+        progress.watch(config.workers.max_stall_s),
         tempfile.TemporaryDirectory(prefix="rayjobs-train-") as ray_files,
     ):
         page.progress = progress

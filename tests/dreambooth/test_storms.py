@@ -26,6 +26,7 @@ from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.dreambooth.config import DreamBoothConfig
 from rayjobs.dreambooth.resolved import resolve
 from rayjobs.models import exports
+from tests.draining import drain
 
 # Ray Train's own; Lightning reads deprecated parts of torch.
 pytestmark = [
@@ -262,6 +263,31 @@ def test_a_cluster_grows_and_shrinks(
     counts = [each.facts["workers"] for each in checkpoints(output).list()]
     assert (counts[0], counts[-1], set(counts)) == (1, 1, {1, 2})
     assert losses(output) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_a_checkpoint_is_written_at_once_on_notice(
+    priors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that is drained and then gone costs no step that was made before the notice."""
+    output = str(tmp_path / "out")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    node = made.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    settings = values(output, priors, LONG, every=100, keep=100, min=1, max=2)
+    with start(tmp_path, settings) as process:
+        try:
+            wait_for(output, 100, workers=2)
+            drain(made.address, node, 30)
+            wait_for(output, 101)
+            found = [each.step for each in checkpoints(output).list()]
+            made.remove_node(node, allow_graceful=False)
+            said, _ = process.communicate(timeout=240)
+        finally:
+            process.kill()
+            made.shutdown()
+    assert process.returncode == 0, said.decode()
+    assert found[-1] % 100, found
+    assert len(losses(output)) == 400
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ random state, since there is none) and when it is written. Uploads one checkpoin
 
 import json
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from rayjobs.storage import StorageError
 FILE = "state.pt"
 PART_WAIT_S = 1800.0
 POLL_S = 1.0
+NOTICE_EVERY_STEPS = 5
+"""Steps between two looks for a notice; workers wait for each other in each."""
 
 
 class CheckpointCallback(pl.Callback):
@@ -72,9 +76,8 @@ class CheckpointCallback(pl.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._rows.append(json.dumps(pl_module.metrics))
-        step, last = pl_module.step, self.config.train.steps
         self.stopped_with_patience = pl_module.stopped_with_patience
-        if step % self.config.checkpoint.every_n_steps == 0 or step == last:
+        if self._is_due(pl_module.step):
             self._save(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -85,6 +88,21 @@ class CheckpointCallback(pl.Callback):
             trackers.close(pl_module.loggers)
             trackers.store(self.uri, self.logs)
         shutil.rmtree(self.logs, ignore_errors=True)
+
+    def save_now(self, module: DreamBooth) -> None:
+        """Save this step, where that is not done anyway."""
+        if not self._is_due(module.step):
+            if self.rank == 0:
+                print(
+                    f"a machine will be taken away: checkpoint at step {module.step}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._save(module)
+
+    def _is_due(self, step: int) -> bool:
+        is_last = step == self.config.train.steps
+        return step % self.config.checkpoint.every_n_steps == 0 or is_last
 
     def _save(self, module: DreamBooth) -> None:
         if self.rank and not self.sharded:
@@ -163,6 +181,26 @@ class CheckpointCallback(pl.Callback):
             least = results.step_of_least(results.read_losses(self.uri, step))
             kept |= {least} - {None}  # type: ignore
         self.checkpoints.prune(kept)
+
+
+class CheckpointOnNotice(pl.Callback):
+    """Writes a checkpoint at once when a worker's machine will be taken away.
+
+    All workers call `find`, Ray Train's, at the same steps: it waits for each of them.
+    """
+
+    def __init__(self, checkpointing: CheckpointCallback, find: Callable[[], Any]):
+        self._checkpointing, self._find = checkpointing, find
+        self._known: Any = None
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if pl_module.step % NOTICE_EVERY_STEPS == 0:
+            found = self._find()
+            if found is not None and found != self._known:
+                self._known = found
+                self._checkpointing.save_now(pl_module)
 
 
 def state(module: DreamBooth) -> dict[str, Any]:

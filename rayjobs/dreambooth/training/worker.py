@@ -5,6 +5,7 @@ run.
 """
 
 import logging
+import os
 import time
 import uuid
 import warnings
@@ -30,7 +31,7 @@ from rayjobs.dreambooth.data.schedule import BatchSchedule
 from rayjobs.dreambooth.resolved import ResolvedRun
 from rayjobs.dreambooth.training import trackers
 from rayjobs.dreambooth.training.batches import Batch, Batches
-from rayjobs.dreambooth.training.callback import CheckpointCallback
+from rayjobs.dreambooth.training.callback import CheckpointCallback, CheckpointOnNotice
 from rayjobs.dreambooth.training.fsdp import RayFSDP2
 from rayjobs.dreambooth.training.held_out import HeldOutLoss
 from rayjobs.dreambooth.training.module import DreamBooth
@@ -40,6 +41,7 @@ from rayjobs.models.loading import load_weights
 from rayjobs.models.options import LoadOptions
 from rayjobs.progress import DEVICE, DOING, FATAL
 from rayjobs.telemetry.meters import Meters, RayMeters, Totals
+from rayjobs.watchdog import Beat
 
 STORAGE_WAIT_S = 900.0
 """How long workers wait for a storage server that cannot be reached."""
@@ -57,8 +59,11 @@ def train(settings: dict[str, Any]) -> None:
     counter = settings["counter"]
     if FATAL in ray.get(counter.read.remote())[1]:
         return
+    rank, num_workers = _rank_and_world_size()
+    beat = Beat(f"rank {rank} of {num_workers} on {os.uname().nodename}", counter.beat.remote)
     try:
-        _train(settings["run"], counter)
+        with beat.working(lambda: "its start"):
+            _train(settings["run"], counter, beat)
     except Exception as error:
         _report_error(error, counter)
         raise
@@ -76,7 +81,7 @@ def _report_error(error: Exception, counter: Any) -> None:
     ray.get(counter.set.remote(done, **note))
 
 
-def _train(run: ResolvedRun, counter: Any) -> None:
+def _train(run: ResolvedRun, counter: Any, beat: Beat) -> None:
     config = run.config
     storage.be_patient(STORAGE_WAIT_S)
     _silence_lightning()
@@ -92,7 +97,8 @@ def _train(run: ResolvedRun, counter: Any) -> None:
     first, attempt = _agree_on_start(checkpoints, rank)
     checkpointing = CheckpointCallback(run, rank, num_workers, sharded, attempt)
     checkpointing.resume(first)
-    batches.fill_cache(rank, num_workers, partial(_tell_encoding, counter) if rank == 0 else None)
+    tell = partial(_tell_encoding, counter if rank == 0 else None, beat)
+    batches.fill_cache(rank, num_workers, tell)
     _wait_for_all()
     looking = []
     if config.validation.loss_every_n_steps:
@@ -109,7 +115,8 @@ def _train(run: ResolvedRun, counter: Any) -> None:
         callbacks=[
             *looking,
             checkpointing,
-            _Told(counter, checkpointing, RayMeters(config.output.uri)),
+            CheckpointOnNotice(checkpointing, ray.train.get_preemption_info),
+            _Told(counter, checkpointing, RayMeters(config.output.uri), beat),
         ],
         logger=trackers.build(config, checkpointing.logs) if rank == 0 else False,
         max_epochs=1,
@@ -192,8 +199,8 @@ class _StepBatches:
 class _Told(pl.Callback):
     """Reports each step to the driver's progress bar and to the meters, once for all workers."""
 
-    def __init__(self, counter: Any, checkpointing: CheckpointCallback, meters: Meters):
-        self._counter = counter
+    def __init__(self, counter: Any, checkpointing: CheckpointCallback, meters: Meters, beat: Beat):
+        self._counter, self._beat = counter, beat
         self._checkpointing, self._meters = checkpointing, meters
         self._totals = Totals(meters)
         self._last = time.monotonic()
@@ -207,6 +214,7 @@ class _Told(pl.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._beat.tick(f"step {pl_module.step}")
         if trainer.is_global_zero and self._counter is not None:
             loss = f"{pl_module.metrics['loss']:.4f}"
             self._counter.set.remote(pl_module.step, loss=loss, workers=trainer.world_size)
@@ -230,9 +238,11 @@ def _name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def _tell_encoding(counter: Any, done: int, total: int) -> None:
-    doing = f"encoding pictures: {done:,} of {total:,} of the first worker's"
-    counter.set.remote(0, **{DOING: doing})
+def _tell_encoding(counter: Any, beat: Beat, done: int, total: int) -> None:
+    beat.tick(f"picture {done:,} of {total:,} to encode")
+    if counter is not None:
+        doing = f"encoding pictures: {done:,} of {total:,} of the first worker's"
+        counter.set.remote(0, **{DOING: doing})
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -5,7 +5,9 @@ through here. The engine is imported where it works, so that a driver starts wit
 """
 
 import logging
+import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import numpy as np
 import ray
 import ray.data
 import ray.exceptions
+from ray._private import state as ray_state
 
 from rayjobs import cluster, storage
 from rayjobs.config import Workers
@@ -23,10 +26,12 @@ from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Redo
+from rayjobs.generation.worker.notice import Notice
 from rayjobs.progress import Progress
 from rayjobs.reports.history import History
 from rayjobs.room import await_room, check_machine
 from rayjobs.telemetry.meters import RayMeters
+from rayjobs.watchdog import Beat
 
 T = TypeVar("T")
 MAX_SHARDS_PER_BLOCK = 64
@@ -41,27 +46,46 @@ class RayShardWorker:
     def __init__(
         self, config: dict[str, Any], lock: dict[str, Any], segment: int, run: str, **others: Any
     ):
-        from rayjobs.generation.worker.shards import Attempts, ShardWorker
-
         storage.be_patient(STORAGE_PATIENCE_S)
         self.progress = others["progress"]
+        name = f"worker {os.uname().nodename}-{os.getpid()}"
+        self.beat = Beat(name, self.progress.beat.remote)
+        with self.beat.working(lambda: "its start"):
+            self.worker = self._worker(config, lock, segment, run, others["redo"])
+        node = ray.get_runtime_context().get_node_id()
+        self.notice = Notice(lambda: _taken_away_in_s(node), self.worker.drop)
+        self.worker.takes_more = lambda: not self.notice.is_given()
+
+    def _worker(
+        self,
+        config: dict[str, Any],
+        lock: dict[str, Any],
+        segment: int,
+        run: str,
+        redo: Redo | None,
+    ) -> Any:
+        from rayjobs.generation.worker.shards import Attempts, ShardWorker
+
         job = GenerateConfig.model_validate(config)
         node = ray.get_runtime_context().get_node_id()
-        self.worker = ShardWorker(
+        worker = ShardWorker(
             job,
             Lock.model_validate(lock),
             segment,
-            redo=others["redo"],
+            redo=redo,
             report=self._report,
             attempts=Attempts(job.output.uri, run, node, _is_alive),
         )
-        self.worker.count_with(RayMeters(job.output.uri))
+        worker.count_with(RayMeters(job.output.uri))
+        return worker
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         self.progress.begin.remote()
-        with exit_if_device_lost():
+        engine = self.worker.generator.engine
+        with exit_if_device_lost(), self.beat.working(self.worker.place, lambda: engine.num_steps):
             for entry in self.worker.make(int(n) for shards in batch["shards"] for n in shards):
                 yield {key: np.array([value]) for key, value in entry.items()}
+            self.notice.leave()  # what is left of these shards is another worker's
 
     def _report(self, images: int, failed: int) -> None:
         self.progress.add.remote(images, failed)
@@ -69,6 +93,14 @@ class RayShardWorker:
 
 def _is_alive(node: str) -> bool:
     return any(each["Alive"] and each["NodeID"] == node for each in ray.nodes())
+
+
+def _taken_away_in_s(node: str) -> float | None:
+    """The seconds until a node that is being drained goes; None for another."""
+    deadline_ms = ray_state.state.get_draining_nodes().get(node)
+    if deadline_ms is None:
+        return None
+    return deadline_ms / 1000 - time.time() if deadline_ms else math.inf
 
 
 @contextmanager
@@ -94,7 +126,8 @@ def make(
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
     max_workers, made = min(workers.max_workers, len(shards)), History()
-    with Progress(num_images, "images") as progress:
+    progress = Progress(num_images, "images")
+    with progress, progress.watch(workers.max_stall_s):
         rows = blocks(shards, max_workers).map_batches(
             RayShardWorker,
             fn_constructor_args=(

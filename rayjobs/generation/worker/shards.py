@@ -162,6 +162,8 @@ class ShardWorker:
         self._check_model()
         self._redo = redo
         self._report = report
+        self.takes_more: Callable[[], bool] = lambda: True
+        """Whether another shard may be begun; asked before each."""
         self.count_with(Meters())
         self._began: float | None = None
         self._open: dict[int, _OpenShard] = {}
@@ -187,6 +189,16 @@ class ShardWorker:
             yield from self._committed(MAX_UNSAVED_SHARDS)
         yield from self._committed(0)
 
+    def place(self) -> str:
+        """What this worker is making, in words."""
+        shards = ", ".join(map(str, list(self._open)))
+        return f"shard {shards}" if shards else "shards that are being looked for or stored"
+
+    def drop(self) -> None:
+        """Leave open shards to others, as if they had not been begun."""
+        for number in list(self._open):
+            self.attempts.end(number)
+
     def record(self, number: int) -> Record:
         """Record `number` of the data set, with the seed that it is to be made again with."""
         record = record_of(self.spec, self.segment, number)
@@ -202,6 +214,8 @@ class ShardWorker:
         A shard that crashed too many workers is put into `suspects` instead.
         """
         for number in shards:
+            if not self.takes_more():
+                return
             if self._redo is None and self.manifest.is_committed(number):
                 self._commits.append(_completed(self.manifest.entry(number)))
                 continue
