@@ -1,4 +1,4 @@
-"""The arguments of `rayjobs submit` and `rayjobs stop`. Imports what they run only to run it."""
+"""The arguments of `rayjobs submit`, `stop` and `leave`. Imports what they run only to run it."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add(commands: Any, kinds: Sequence[str], of_generate: Callable[[Any], None]) -> None:
-    """Add both; `of_generate` adds the options that generate has alone."""
+    """Add them; `of_generate` adds the options that generate has alone."""
     submit = commands.add_parser("submit", help="have a Ray cluster run a job, and follow it")
     submit.add_argument("kind", metavar="KIND", choices=kinds, help=", ".join(kinds))
     submit.add_argument("config", metavar="CONFIG", help="a YAML file")
@@ -24,6 +24,9 @@ def add(commands: Any, kinds: Sequence[str], of_generate: Callable[[Any], None])
         command.add_argument(
             "--address", help="the dashboard, http://HEAD:8265; without it RAY_ADDRESS"
         )
+    leave = commands.add_parser("leave", help="tell Ray that this machine will be taken away")
+    leave.add_argument("--seconds", type=float, default=90.0, help="that it has (default: 90)")
+    leave.set_defaults(command=_leave)
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -42,3 +45,9 @@ def _stop(options: argparse.Namespace) -> int:
     from rayjobs.submission import submit
 
     return submit.stop(options.id, options.address)
+
+
+def _leave(options: argparse.Namespace) -> int:
+    from rayjobs.submission import leave
+
+    return leave.leave(options.seconds)

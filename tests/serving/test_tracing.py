@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import urllib.request
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from rayjobs.config import BadInput
 from serve.tracing import OTLP, check
+from tests.serving import running as applications
 from tests.serving.engine.loops import all_of, loaded_once, make_request, running
 
 __all__ = ["loaded_once"]
@@ -58,25 +61,25 @@ def test_an_exporter_that_is_not_there(exporter: str, told: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trace_from_the_caller_to_the_last_step(tmp_path: Path) -> None:
-    import urllib.request
-
-    from tests.serving import running as applications
+def test_a_trace_from_the_caller_to_the_last_step() -> None:
 
     exporter = "ray.serve._private.tracing_utils:default_tracing_exporter"
     environment = {
         "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": exporter,
         "RAY_SERVE_TRACING_SAMPLING_RATIO": "1",
-        "RAY_TMPDIR": str(tmp_path),
     }
     body = json.dumps({"prompt": "a", "size": "64x64", "num_inference_steps": 2}).encode()
     mine = "4bf92f3577b34da6a3ce929d0e0e4736"
     headers = {"content-type": "application/json", "traceparent": f"00-{mine}-00f067aa0ba902b7-01"}
     config = {"models": [{"name": "starter", "uri": "starter"}]}
-    with applications.running(config, environment=environment) as app:
-        url = f"{app.url}/v1/images/generations"
-        urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60).close()
-    names = {each["name"] for each in recorded(tmp_path) if mine in each["context"]["trace_id"]}
+    # Ray's sockets have short paths.
+    with TemporaryDirectory() as folder:
+        environment["RAY_TMPDIR"] = folder
+        with applications.running(config, environment=environment) as app:
+            url = f"{app.url}/v1/images/generations"
+            urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60).close()
+        found = recorded(Path(folder))
+    names = {each["name"] for each in found if mine in each["context"]["trace_id"]}
     assert {"read", "prepare", "wait", "denoise", "decode"} <= names
     assert any(name.startswith("proxy") for name in names), names
     assert any(name.startswith("route_to_replica Engine") for name in names), names

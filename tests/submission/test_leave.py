@@ -1,0 +1,32 @@
+"""A machine leaves its cluster."""
+
+import pytest
+import ray
+from ray._private import state
+from ray.cluster_utils import Cluster
+
+from rayjobs.config import BadInput
+from rayjobs.submission.leave import leave
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_this_machine_leaves(no_ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        leave(1.0, cluster.address)
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert list(state.state.get_draining_nodes()) == [cluster.head_node.node_id]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert "leaves the cluster" in capsys.readouterr().out
+
+
+def test_where_no_node_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(**_: object) -> None:
+        raise ConnectionError("none")
+
+    monkeypatch.setattr(ray, "init", nothing)
+    with pytest.raises(BadInput, match="no Ray node runs on this machine"):
+        leave(1.0)
