@@ -61,7 +61,8 @@ class Places:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._places: dict[str, Place] = {}
-        self._changed_s = clock()
+        self._changed_s: float | None = None
+        """None before the first worker: a job may wait for others' as long as they take."""
         self._longest_s = 0.0
 
     def beat(self, who: str, at: str | None, progress: int) -> None:
@@ -82,10 +83,12 @@ class Places:
         # Who stands longest comes first: the others may wait for it.
         places = sorted(self._places.values(), key=lambda each: each.changed_s)
         told = tuple(_told(each, now_s) for each in places)
-        return Stall(now_s - self._changed_s, self._longest_s, told)
+        changed_s = now_s if self._changed_s is None else self._changed_s
+        return Stall(now_s - changed_s, self._longest_s, told)
 
     def _go_on(self, now_s: float) -> None:
-        self._longest_s = max(self._longest_s, now_s - self._changed_s)
+        if self._changed_s is not None:
+            self._longest_s = max(self._longest_s, now_s - self._changed_s)
         self._changed_s = now_s
         for who in [w for w, each in self._places.items() if each.heard_s < now_s - GONE_S]:
             del self._places[who]

@@ -36,8 +36,10 @@ def test_who_stands_longest_is_named_first_and_silence_is_told() -> None:
 def test_a_worker_that_was_replaced_is_forgotten() -> None:
     clock = Clock()
     places = Places(clock)
+    clock.now_s = 10_000
+    assert places.stall().seconds == 0  # nobody has begun
     places.beat("worker 1", "shard 1", 1)
-    clock.now_s = GONE_S + 1
+    clock.now_s += GONE_S + 1
     places.beat("worker 2", "shard 1", 1)
     assert places.stall().places == ("worker 2 at shard 1",)
     places.beat("worker 2", None, 1)
