@@ -87,7 +87,7 @@ def test_a_node_is_drained(
         ray.shutdown()
         cluster.shutdown()
     assert left
-    assert (summary.num_made, summary.num_failed) == (512, 0)
+    assert summary.num_failed == 0
     check(output, expected(512), 512)
 
 
@@ -127,7 +127,7 @@ def test_a_job_that_hangs_names_the_shard_and_ends(
         _, said = driver.communicate(timeout=240)
     assert stopped
     assert driver.returncode == 1, said
-    assert f"-{stopped[0]} at shard " in said
-    assert "workers.max_stall_s" in said
+    assert any(f"-{pid} at shard" in said for pid in stopped), said
+    assert "workers.max_stall_s is 15 s" in said
     assert main([*command, "workers.max_stall_s=null"]) == 0
     check(output, expected(512), 512)
