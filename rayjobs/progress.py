@@ -16,6 +16,8 @@ from rayjobs.watchdog import Places, Stall, Watch
 
 BEGAN, LAST = "began", "last"
 """The notes with the unix seconds at which work on the first began, and the last was done."""
+MAX_REPORTS_PER_S = 100
+"""Of all workers together, but for those of fewer: each of them reports once a second."""
 FATAL = "fatal"
 """The note with an error that ends the work."""
 DEVICE = "device"
@@ -57,6 +59,32 @@ class Counter:
 
     def stall(self) -> Stall:
         return self.places.stall()
+
+
+class Reporter:
+    """A worker's way to the counter: at most one call in `every_s`, however much it does."""
+
+    def __init__(self, counter: Any, every_s: float):
+        self._counter, self._every_s = counter, every_s
+        self._done = self._failed = 0
+        self._next = 0.0
+
+    def add(self, done: int, failed: int = 0) -> None:
+        self._done += done
+        self._failed += failed
+        if time.monotonic() >= self._next:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._done:
+            self._counter.add.remote(self._done, self._failed)
+        self._done = self._failed = 0
+        self._next = time.monotonic() + self._every_s
+
+
+def report_every_s(num_workers: int) -> float:
+    """How often each of so many workers reports."""
+    return max(1.0, num_workers / MAX_REPORTS_PER_S)
 
 
 class Progress:

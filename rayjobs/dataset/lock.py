@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import Field
 
 from rayjobs import storage
@@ -69,7 +70,7 @@ class Segment(Config):
     def shard_of(self, record: int) -> int:
         return self.first_shard + (record - self.first_record) // self.images_per_shard
 
-    def count_records(self, shards: Sequence[int]) -> int:
+    def count_records(self, shards: Sequence[int] | np.ndarray) -> int:
         """Records of some of its shards, in ascending order: only the last may be a short one."""
         if not len(shards):
             return 0

@@ -97,13 +97,13 @@ class Manifest:
     def is_committed(self, shard: int) -> bool:
         # In this order: an entry goes away only once the compact file is there.
         group = self.compact_uri(shard // GROUP)
-        return storage.exists(self.entry_uri(shard)) or storage.exists(group)
+        return storage.is_file(self.entry_uri(shard)) or storage.is_file(group)
 
     def entry(self, shard: int) -> Entry | None:
         """A finished shard's entry."""
-        if storage.exists(self.entry_uri(shard)):
+        if storage.is_file(self.entry_uri(shard)):
             return self._read_entry(shard)
-        if storage.exists(self.compact_uri(shard // GROUP)):
+        if storage.is_file(self.compact_uri(shard // GROUP)):
             return self._read_compact(shard // GROUP).get(shard)
         return None
 
@@ -218,7 +218,7 @@ class Manifest:
         self._store(shard, files)
         entry = self._entry(shard, 0, files, facts)
         mine = storage.create_bytes(self.entry_uri(shard), canonical_json(entry), self.staging)
-        if mine and storage.exists(self.compact_uri(shard // GROUP)):
+        if mine and storage.is_file(self.compact_uri(shard // GROUP)):
             # Others were first, and their entries are gathered already: ours must not overrule.
             storage.remove(self.entry_uri(shard))
             mine = False
@@ -265,27 +265,38 @@ class Manifest:
         for folder in ("tmp", "attempts", "replacing"):
             storage.remove_folder(storage.join(self.uri, folder))
 
-    def compact(self, only: Iterable[int] | None = None) -> None:
-        """Gather the entries of groups that are complete; only when nobody replaces shards.
-
-        `only` names the groups to look at; without it all are.
-        """
+    def compact(self) -> None:
+        """Gather the entries of groups that are complete; only when nobody replaces shards."""
         single, compact = self._names()
         groups, counts = np.unique(single // GROUP, return_counts=True)
-        with ThreadPoolExecutor(READERS) as pool:
-            for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
-                if (only is not None and group not in only) or count + GROUP * (
-                    group in compact
-                ) < GROUP:
-                    continue
-                by_shard = self._read_compact(group) if group in compact else {}
+        for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+            if group in compact:
                 mine = single[single // GROUP == group].tolist()
-                for found in pool.map(self._read_single, mine):
-                    by_shard |= found
-                self._write_compact(group, by_shard)
-                list(pool.map(lambda shard: storage.remove(self.entry_uri(shard)), mine))
+                self._gather(group, self._read_compact(group) | self._read_singles(mine), mine)
+            elif count == GROUP:
+                self.gather(group, {})
 
-    def _write_compact(self, group: int, by_shard: dict[int, Entry]) -> None:
+    def gather(self, group: int, known: Mapping[int, Entry]) -> None:
+        """Gather the entries of a complete group; those that are `known` are not read again."""
+        shards = range(group * GROUP, (group + 1) * GROUP)
+        try:
+            read = self._read_singles([shard for shard in shards if shard not in known])
+        except storage.NotThere:
+            if storage.is_file(self.compact_uri(group)):  # another run was faster
+                return
+            raise
+        self._gather(group, {**known, **read}, shards)
+
+    def _gather(self, group: int, by_shard: Mapping[int, Entry], singles: Iterable[int]) -> None:
+        self._write_compact(group, by_shard)
+        names = (f"{shard:08d}.json" for shard in singles)
+        storage.remove_files(storage.join(self.uri, "manifest"), names)
+
+    def _read_singles(self, shards: list[int]) -> dict[int, Entry]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(shards, pool.map(self._read_entry, shards), strict=True))
+
+    def _write_compact(self, group: int, by_shard: Mapping[int, Entry]) -> None:
         rows = [by_shard[shard] for shard in sorted(by_shard)]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, ENTRY), buffer, compression="zstd")

@@ -12,9 +12,10 @@ import numpy as np
 
 from rayjobs import cluster, storage
 from rayjobs.config import BadInput, JobFailed, changed
+from rayjobs.dataset.gathering import Gathering
 from rayjobs.dataset.inspection import inspect, inspect_snapshots
 from rayjobs.dataset.lock import Lock, read_lock
-from rayjobs.dataset.manifest import GROUP, Manifest
+from rayjobs.dataset.manifest import Manifest
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig, resolve
 from rayjobs.generation.spec import determinism
@@ -26,7 +27,7 @@ from rayjobs.generation.spec.segments import ensure_segment, restore_snapshots
 from rayjobs.generation.worker import here
 from rayjobs.quality import duplicates
 from rayjobs.reports import card, dataset_report
-from rayjobs.reports.history import History
+from rayjobs.reports.history import Activity, History
 from rayjobs.reports.live import LivePage
 
 MAX_DEDUPLICATED = 100_000
@@ -254,16 +255,14 @@ def _make(
         make = pool.make
     segment = lock.segments[work.segment]
     mine = config_of(segment, config.output.uri, config)
-    done = manifest.committed(lock.num_shards)
-    made = History()
+    gathering = Gathering(manifest, manifest.committed(lock.num_shards))
+    made = Activity()
     for entry in make(mine, lock, work.segment, work.shards, work.redo, work.num_images):
         if entry["made"]:
             made.add(entry)
-        done[entry["shard"]] = True
-        group = entry["shard"] // GROUP
-        if work.redo is None and done[group * GROUP : (group + 1) * GROUP].sum() == GROUP:
-            manifest.compact([group])
-    images = made.total("rows") if work.redo is None else work.num_images
+        if work.redo is None:
+            gathering.add(entry)
+    images = made.rows if work.redo is None else work.num_images
     return _Made(images, made.active_s)
 
 
@@ -282,7 +281,7 @@ def _unfinished(
             shards = shards[np.isin(shards, list(only))]
         shards = shards[~done[shards]]
         if len(shards):
-            work.append(_Work(number, shards, None, segment.count_records(shards.tolist())))
+            work.append(_Work(number, shards, None, segment.count_records(shards)))
     return work
 
 

@@ -1,11 +1,12 @@
 """A data set's history: counts, speed and failures over time, from its manifest alone.
 
-Owns the columns kept of each finished shard, 64 bytes, and the arithmetic over them. Knows
-nothing of pictures or of pages.
+Owns the columns kept of each finished shard, 64 bytes, and the arithmetic over them, and
+what can be told without them. Knows nothing of pictures or of pages.
 """
 
 import os
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,39 @@ KINDS = {
     "finished_at": "d",
     "worker": "q",
 }
+
+
+class Activity:
+    """How many images were made, and when workers had shards: a few numbers for any data set."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        self._is_known = True
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        self.rows += entry["rows"]
+        end = entry.get("finished_at")
+        if not end:
+            self._is_known = False
+            return
+        start = end - max(entry.get("seconds") or 0.0, SHORTEST_S)
+        first = bisect_left(self._ends, start - PAUSE_S)
+        last = bisect_right(self._starts, end + PAUSE_S)
+        if first < last:
+            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
+        self._starts[first:last], self._ends[first:last] = [start], [end]
+
+    @property
+    def active_s(self) -> float:
+        """As History's."""
+        return sum(self._ends) - sum(self._starts) if self._is_known else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Images/s of all workers together, over the time in which they made any."""
+        return self.rows / self.active_s if self.active_s else 0.0
 
 
 class History:

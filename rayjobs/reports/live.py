@@ -11,7 +11,7 @@ import numpy as np
 
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.reports import dataset_report
-from rayjobs.reports.history import History
+from rayjobs.reports.history import Activity, History
 from rayjobs.reports.rewriter import Rewriter
 from rayjobs.reports.running import Running
 
@@ -32,16 +32,16 @@ class LivePage(Rewriter):
         self._seen = np.zeros(len(done), bool)
         """The shards in the whole history."""
         self._whole = History()
-        self._run = History()
+        self._run = Activity()
 
     def _write_page(self, again_by: float | None) -> bool:
-        if not len(self._run):
+        if not self._run.rows:
             self._look(self._seen | self._before)
-        if len(self._run):
+        if self._run.rows:
             self._look(self._seen)
             running = self._running(again_by)
             dataset_report.write(self._manifest.uri, MAX_PICTURES, self._whole, running)
-        return len(self._run) > 0
+        return self._run.rows > 0
 
     def _look(self, known: np.ndarray) -> None:
         """Take in what is finished and not `known`: that of earlier runs comes second."""
@@ -55,6 +55,6 @@ class LivePage(Rewriter):
                 self._run.add(entry)
 
     def _running(self, again_by: float | None) -> Running:
-        made = self._run.total("rows")
+        made = self._run.rows
         to_make = max(self._to_make, made)
         return Running(time.time(), again_by, made, to_make, self._run.rate, "images")

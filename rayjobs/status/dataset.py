@@ -110,9 +110,7 @@ class DataSetWatch:
         self._read(manifest, done)
         images = sum(
             each.count_records(
-                (
-                    np.flatnonzero(done[each.first_shard : each.shards.stop]) + each.first_shard
-                ).tolist()
+                np.flatnonzero(done[each.first_shard : each.shards.stop]) + each.first_shard
             )
             for each in lock.segments
         )

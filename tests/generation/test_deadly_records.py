@@ -14,8 +14,9 @@ from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.records import Record
 from rayjobs.generation.tools.verify import verify
+from rayjobs.generation.worker.attempts import Attempts
 from rayjobs.generation.worker.generator import RecordGenerator
-from rayjobs.generation.worker.shards import CRASHES_WORKER, Attempts, ShardWorker
+from rayjobs.generation.worker.shards import CRASHES_WORKER, ShardWorker
 from tests.generation.jobs import values
 
 pytestmark = pytest.mark.model
@@ -109,17 +110,19 @@ def test_only_the_death_of_the_very_process_is_evidence(tmp_path: Path) -> None:
     for run in range(20):
         for _ in range(2):
             attempts = Attempts(str(tmp_path), f"run {run}", "b", alive.__getitem__)
-            attempt = attempts.begin(0)
+            attempt = attempts.begin(0, attempts.last(0))
             assert (attempt.number, attempt.culprits) == (1, [])
             attempts.begin_record(0, attempt, 3)
     for number, culprits in ((1, []), (2, []), (3, [3])):
-        attempt = (mine := Attempts(str(tmp_path), "run 20", "a", alive.__getitem__)).begin(0)
+        mine = Attempts(str(tmp_path), "run 20", "a", alive.__getitem__)
+        attempt = mine.begin(0, mine.last(0))
         assert (attempt.number, attempt.culprits) == (number, culprits)
         mine.begin_record(0, attempt, 3)
     (tmp_path / "attempts" / "00000000.json").write_text(
         '{"number": 9, "record": 5, "deaths": {"3": 2}}'  # as older versions wrote it
     )
-    assert (Attempts(str(tmp_path), "run 21").begin(0)).deaths == {3: 2}
+    other = Attempts(str(tmp_path), "run 21")
+    assert other.begin(0, other.last(0)).deaths == {3: 2}
 
 
 @pytest.mark.parametrize("redo", [None, {0: {}}], ids=["first", "retry"])

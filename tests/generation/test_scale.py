@@ -1,6 +1,6 @@
 """The manifest of many shards: compaction changes where entries lie, never what they say."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,14 @@ def test_a_crash_within_compaction_is_harmless(
 ) -> None:
     manifest = place(str(tmp_path), range(FEWER))
     expected = {shard: entry(shard) for shard in range(FEWER)}
-    remove = storage.remove
+    remove = storage.remove_files
 
-    def killed(uri: str) -> None:
-        if int(Path(uri).stem) % GROUP >= 400:
-            raise KeyboardInterrupt
-        remove(uri)
+    def killed(folder: str, names: Iterable[str]) -> None:
+        remove(folder, [name for name in names if int(Path(name).stem) % GROUP < 400])
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "remove", killed)
+        patch.setattr(storage, "remove_files", killed)
         with pytest.raises(KeyboardInterrupt):
             manifest.compact()
     assert storage.exists(manifest.compact_uri(0))

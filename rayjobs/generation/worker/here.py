@@ -17,7 +17,7 @@ from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.records import Redo
-from rayjobs.reports.history import History
+from rayjobs.reports.history import Activity
 
 MAX_IMAGES = 64
 
@@ -49,7 +49,7 @@ def make(
             config, lock, segment, redo=redo, report=lambda images, _: bar.update(images)
         )
         with Bar(num_images, "images", time.time()) as bar:
-            made = History()
+            made = Activity()
             for entry in worker.make(map(int, shards)):
                 if entry["made"]:
                     made.add(entry)

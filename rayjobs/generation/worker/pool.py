@@ -27,8 +27,8 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.worker.notice import Notice
-from rayjobs.progress import Progress
-from rayjobs.reports.history import History
+from rayjobs.progress import Progress, Reporter, report_every_s
+from rayjobs.reports.history import Activity
 from rayjobs.room import await_room, check_machine
 from rayjobs.telemetry.meters import RayMeters
 from rayjobs.watchdog import Beat
@@ -48,6 +48,7 @@ class RayShardWorker:
     ):
         storage.be_patient(STORAGE_PATIENCE_S)
         self.progress = others["progress"]
+        self.reporter = Reporter(self.progress, others["report_every_s"])
         name = f"worker {os.uname().nodename}-{os.getpid()}"
         self.beat = Beat(name, self.progress.beat.remote)
         with self.beat.working(lambda: "its start"):
@@ -64,7 +65,8 @@ class RayShardWorker:
         run: str,
         redo: Redo | None,
     ) -> Any:
-        from rayjobs.generation.worker.shards import Attempts, ShardWorker
+        from rayjobs.generation.worker.attempts import Attempts
+        from rayjobs.generation.worker.shards import ShardWorker
 
         job = GenerateConfig.model_validate(config)
         node = ray.get_runtime_context().get_node_id()
@@ -73,7 +75,7 @@ class RayShardWorker:
             Lock.model_validate(lock),
             segment,
             redo=redo,
-            report=self._report,
+            report=self.reporter.add,
             attempts=Attempts(job.output.uri, run, node, _is_alive),
         )
         worker.count_with(RayMeters(job.output.uri))
@@ -85,10 +87,8 @@ class RayShardWorker:
         with exit_if_device_lost(), self.beat.working(self.worker.place, lambda: engine.num_steps):
             for entry in self.worker.make(int(n) for shards in batch["shards"] for n in shards):
                 yield {key: np.array([value]) for key, value in entry.items()}
+            self.reporter.flush()
             self.notice.leave()  # what is left of these shards is another worker's
-
-    def _report(self, images: int, failed: int) -> None:
-        self.progress.add.remote(images, failed)
 
 
 def _is_alive(node: str) -> bool:
@@ -125,7 +125,7 @@ def make(
 ) -> Iterator[Entry]:
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
-    max_workers, made = min(workers.max_workers, len(shards)), History()
+    max_workers, made = min(workers.max_workers, len(shards)), Activity()
     progress = Progress(num_images, "images")
     with progress, progress.watch(workers.max_stall_s):
         rows = blocks(shards, max_workers).map_batches(
@@ -136,7 +136,11 @@ def make(
                 segment,
                 uuid.uuid4().hex,
             ),
-            fn_constructor_kwargs={"redo": redo, "progress": progress.counter},
+            fn_constructor_kwargs={
+                "redo": redo,
+                "progress": progress.counter,
+                "report_every_s": report_every_s(max_workers),
+            },
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(workers.min, max_workers), max_size=max_workers
             ),

@@ -1,16 +1,15 @@
 """A worker: makes whole shards and commits them.
 
-Owns the way from shard numbers to committed shards inside one process, and the attempt markers by
-which a record that crashes its worker is marked failed while its neighbours survive. A plain class:
-`pool` wraps it for Ray, tests call it.
+Owns the way from shard numbers to committed shards inside one process. Which records crash workers
+`attempts` tells. A plain class: `pool` wraps it for Ray, tests call it.
 """
 
-import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from rayjobs import storage
 from rayjobs.config import BadInput
@@ -21,13 +20,12 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec import determinism
 from rayjobs.generation.spec.lock import open_spec, record_of, record_schema
 from rayjobs.generation.spec.records import Record, Redo
+from rayjobs.generation.worker.attempts import Attempt, Attempts
 from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.telemetry.meters import Meters, Totals
 
 MAX_UNSAVED_SHARDS = 2
 """Finished shards that may wait to be stored: more would fill the memory when storage is slow."""
-MAX_SOLO_CRASHES = 2
-"""Crashes of a worker while it made one record alone, after which that record is marked failed."""
 CRASHES_WORKER = "it ends the worker process that makes it"
 """The error of such a record."""
 
@@ -48,84 +46,6 @@ class _OpenShard:
     @property
     def missing(self) -> list[int]:
         return [number for number in self.numbers if number not in self.rows]
-
-
-@dataclass
-class Attempt:
-    """What is known of a shard's earlier attempts, this one counted."""
-
-    number: int = 1
-    record: int | None = None
-    """The record that is being made alone."""
-    deaths: dict[int, int] = field(default_factory=dict)
-    """Crashes of workers, by the record that each was making alone."""
-    run: str = ""
-    """The run whose worker makes it."""
-    node: str = ""
-    """The machine on which it is made."""
-
-    @property
-    def culprits(self) -> list[int]:
-        return [record for record, deaths in self.deaths.items() if deaths >= MAX_SOLO_CRASHES]
-
-
-class Attempts:
-    """Markers below attempts/ of the data set at `uri`, each written before its shard is made.
-
-    A marker that is there when a shard is begun means that the process which wrote it is gone. Its
-    record is to blame only if nothing else is: within one `run`, that is with the same driver, and
-    where the machine on which it was made still `is_alive`.
-    """
-
-    def __init__(
-        self,
-        uri: str,
-        run: str = "",
-        node: str = "",
-        is_alive: Callable[[str], bool] = lambda node: True,
-    ):
-        self.uri = uri
-        self._run = run
-        self._node = node
-        self._is_alive = is_alive
-
-    def begin(self, shard: int) -> Attempt:
-        """Note that a shard is being made; the result counts the earlier attempts."""
-        attempt = self._read(shard)
-        if attempt is None:
-            attempt = Attempt()
-        elif attempt.run == self._run and self._is_alive(attempt.node):
-            attempt.number += 1
-            if attempt.record is not None:
-                attempt.deaths[attempt.record] = attempt.deaths.get(attempt.record, 0) + 1
-        attempt.record, attempt.run, attempt.node = None, self._run, self._node
-        self._write(shard, attempt)
-        return attempt
-
-    def begin_record(self, shard: int, attempt: Attempt, record: int) -> None:
-        """Note that this record of a shard is being made, and no other."""
-        attempt.record = record
-        self._write(shard, attempt)
-
-    def end(self, shard: int) -> None:
-        storage.remove(self._marker(shard))
-
-    def _marker(self, shard: int) -> str:
-        return storage.join(self.uri, "attempts", f"{shard:08d}.json")
-
-    def _read(self, shard: int) -> Attempt | None:
-        try:
-            marker = json.loads(storage.read_bytes(self._marker(shard)))
-        except storage.NotThere:
-            return None
-        marker["deaths"] = {int(record): deaths for record, deaths in marker["deaths"].items()}
-        return Attempt(**{"run": "unknown"} | marker)
-
-    def _write(self, shard: int, attempt: Attempt) -> None:
-        staging = storage.join(self.uri, "tmp")
-        data = json.dumps(asdict(attempt)).encode()
-        # It has to outlive this process, not the machine: the engine should not wait for a disk.
-        storage.write_bytes(self._marker(shard), data, staging, durable=False)
 
 
 class ShardWorker:
@@ -168,6 +88,7 @@ class ShardWorker:
         self._began: float | None = None
         self._open: dict[int, _OpenShard] = {}
         self._commits: list[Future[Entry]] = []
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="looking")
         self._saving = ThreadPoolExecutor(MAX_UNSAVED_SHARDS, thread_name_prefix="saving")
 
     def count_with(self, meters: Meters) -> None:
@@ -213,19 +134,39 @@ class ShardWorker:
 
         A shard that crashed too many workers is put into `suspects` instead.
         """
-        for number in shards:
+        for number, entry, last in self._looked_up(shards):
             if not self.takes_more():
                 return
-            if self._redo is None and self.manifest.is_committed(number):
-                self._commits.append(_completed(self.manifest.entry(number)))
+            if entry is not None:
+                self._commits.append(_completed(entry))
                 continue
-            attempt = self.attempts.begin(number)
+            attempt = self.attempts.begin(number, last)
             self._meters.add("restarts", attempt.number > 1)
             self._check_lock()
             if attempt.number > self.config.workers.attempts:
                 suspects[number] = attempt
             else:
                 yield from map(self.record, self._begin(number).missing)
+
+    def _looked_up(
+        self, shards: Iterable[int]
+    ) -> Iterator[tuple[int, Entry | None, Attempt | None]]:
+        """Shards, each with its entry if it is finished, else with the last attempt at it.
+
+        Storage is asked while the shard before is made: the engine does not wait for answers.
+        """
+        ahead: deque[tuple[int, Future[tuple[Entry | None, Attempt | None]]]] = deque()
+        for number in shards:
+            ahead.append((number, self._looking.submit(self._look_up, number)))
+            if len(ahead) > 1:
+                before, found = ahead.popleft()
+                yield before, *found.result()
+        for number, found in ahead:
+            yield number, *found.result()
+
+    def _look_up(self, number: int) -> tuple[Entry | None, Attempt | None]:
+        entry = self.manifest.entry(number) if self._redo is None else None
+        return entry, self.attempts.last(number) if entry is None else None
 
     def _begin(self, number: int) -> _OpenShard:
         shard = self._open[number] = _OpenShard(number, self.segment.records_of(number))
