@@ -9,12 +9,10 @@ The second runs whole jobs of one-pixel images, made by no engine, each in a pro
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import ray
 
+from benchmarks.memory import Watch
 from rayjobs.dataset.manifest import Manifest
 from rayjobs.dataset.records import COLUMNS
 from rayjobs.diffusion import weights
@@ -32,7 +31,6 @@ from rayjobs.generation.spec.records import Record
 from rayjobs.generation.worker import shards as workers
 from rayjobs.generation.worker.pool import session
 
-POLL_S = 0.02
 MOST_MB = 200
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
@@ -157,6 +155,7 @@ class NoEngine:
 
     def __init__(self, config: GenerateConfig, model_name: str, guided: bool):
         self.model = SimpleNamespace(sha256=weights.locate(config.model.uri).sha256)
+        self.engine = SimpleNamespace(num_steps=0, step_s=0.0, side_s=0.0)
         self.row = dict.fromkeys(COLUMNS) | {"width": 1, "height": 1, "status": "ok"}
         self.row |= {"image": {"bytes": PIXEL, "path": None}, "sampler": "none", "steps": 1}
 
@@ -169,24 +168,6 @@ class NoEngine:
 def without_engine() -> None:
     """Runs in each process that Ray starts, before anything else."""
     workers.RecordGenerator = NoEngine  # ty: ignore[invalid-assignment]
-
-
-class Watch:
-    """This process's resident memory, looked at by a thread: now, and its peak since `start`."""
-
-    def __init__(self) -> None:
-        self.start_mb = self.peak_mb = resident_mb()
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while True:
-            self.peak_mb = max(self.peak_mb, resident_mb())
-            time.sleep(POLL_S)
-
-
-def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def run_without_engine(num_shards: int, output: str) -> dict[str, Any]:

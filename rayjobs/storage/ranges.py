@@ -25,11 +25,13 @@ from typing import Any
 from rayjobs.storage import s3
 from rayjobs.storage.s3 import StorageError, Unavailable
 
-RANGE_BYTES = 16 << 20
+RANGE_BYTES = 64 << 20
+"""Large ones are few requests: a thousand nodes at once would ask for more of smaller ones than S3
+answers to one prefix (`benchmarks.scale`)."""
 READ_BYTES = 1 << 20
 STREAMS = 16
 HASHERS = min(4, os.cpu_count() or 1)
-TRIES = 6
+TRIES = 10
 LONGEST_PAUSE_S = 8.0
 TOLD_BYTES = 200_000_000
 """Less is fetched without a word."""

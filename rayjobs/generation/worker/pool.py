@@ -1,6 +1,6 @@
 """Workers on Ray: Ray Data carries shard numbers to them and their entries back.
 
-Owns the pool and the blocks of shard numbers. Knows nothing of how shards are made; no pixel passes
+Owns the pool. Knows nothing of how shards are made; no pixel passes
 through here. The engine is imported where it works, so that a driver starts without it.
 """
 
@@ -26,6 +26,7 @@ from rayjobs.dataset.manifest import Entry
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import ResolvedConfig
 from rayjobs.generation.spec.records import Redo
+from rayjobs.generation.worker import blocks
 from rayjobs.generation.worker.notice import Notice
 from rayjobs.progress import Progress, Reporter, report_every_s
 from rayjobs.reports.history import Activity
@@ -34,7 +35,6 @@ from rayjobs.telemetry.meters import RayMeters
 from rayjobs.watchdog import Beat
 
 T = TypeVar("T")
-MAX_SHARDS_PER_BLOCK = 64
 STORAGE_PATIENCE_S = 900.0
 """How long workers wait for a storage server that is away."""
 MAX_DEATHS_AT_START = 3
@@ -128,7 +128,7 @@ def make(
     max_workers, made = min(workers.max_workers, len(shards)), Activity()
     progress = Progress(num_images, "images")
     with progress, progress.watch(workers.max_stall_s):
-        rows = blocks(shards, max_workers).map_batches(
+        rows = blocks.dataset(shards, max_workers).map_batches(
             RayShardWorker,
             fn_constructor_args=(
                 config.model_dump(mode="json"),
@@ -156,20 +156,6 @@ def make(
             progress.worked_s = made.active_s or None
         except ray.exceptions.RayError as error:
             raise cluster.unwrap_error(error) from None
-
-
-def blocks(shards: np.ndarray, workers: int) -> ray.data.Dataset:
-    """One row a block, one block a task: many shards each, fewer towards the end.
-
-    Large blocks keep a worker's batch full and Ray's bookkeeping short; small ones at the end let
-    all workers finish together.
-    """
-    rows, at = [], 0
-    while at < len(shards):
-        size = min(MAX_SHARDS_PER_BLOCK, max(1, (len(shards) - at) // (4 * workers)))
-        rows.append({"shards": shards[at : at + size].tolist()})
-        at += size
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 @contextmanager
