@@ -102,13 +102,14 @@ def run_here(num_images: int, num_gpus: int, output: str) -> dict[str, float]:
 
     config, manifest, most_open = configure(num_images, output), Manifest(output), [0]
     started_s: dict[str, float] = {}
+    loop: dict[str, float] = {}
 
     def make(
         config: GenerateConfig, lock: Lock, segment: int, shards: np.ndarray, *_: Any
     ) -> Iterator[Entry]:
         started_s["loop"] = time.process_time()
         yield from entries(lock, manifest, shards, num_gpus, most_open)
-        started_s["end"] = time.process_time()
+        started_s["end"], loop["peak_mb"] = time.process_time(), watch.peak_mb
 
     with ExitStack() as stack:
         for place, name, fake in (
@@ -128,6 +129,7 @@ def run_here(num_images: int, num_gpus: int, output: str) -> dict[str, float]:
         "gpus": num_gpus,
         "shards": -(-num_images // figures.IMAGES_PER_SHARD),
         "before_mb": watch.start_mb,
+        "loop_peak_mb": loop["peak_mb"],
         "peak_mb": watch.peak_mb,
         "start_cpu_s": started_s["loop"] - began_s,
         "loop_cpu_s": started_s["end"] - started_s["loop"],

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 
-SIZES = (1_000, 20_000)
-"""Shards, planned for as many workers as make them many blocks."""
-PLANNED_FOR = 64
+SIZES = (2_000, 40_000)
+"""Shards, planned for as many workers as make them many blocks: of the first ones Ray keeps more."""
+PLANNED_FOR = 256
 
 
 class Nothing:

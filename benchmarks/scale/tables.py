@@ -82,9 +82,9 @@ def drivers(measured: Sequence[dict[str, float]], per_block: dict[str, float] | 
                 f"{int(one['shards']):,}",
                 f"{blocks:,}",
                 f"{seconds / 3600:,.1f}",
-                f"{one['before_mb']:.0f}",
-                f"{one['peak_mb'] - one['before_mb']:.0f}",
+                f"{one['loop_peak_mb']:.0f}",
                 f"{ray_mb:.0f}",
+                f"**{max(one['peak_mb'], one['loop_peak_mb'] + ray_mb):.0f}**",
                 f"{int(one['most_open']):,}",
                 f"{one['loop_cpu_s']:.0f}",
                 f"{100 * commits_s / seconds:.2f} %",
@@ -92,7 +92,7 @@ def drivers(measured: Sequence[dict[str, float]], per_block: dict[str, float] | 
                 f"{one['report_cpu_s']:.0f}",
             ]
         )
-    head = ["images", "GPUs", "shards", "blocks", "hours", "MB before", "MB more", "MB of Ray Data"]
+    head = ["images", "GPUs", "shards", "blocks", "hours", "loop, MB", "Ray Data, MB", "peak, MB"]
     head += ["entries held", "loop, s", "commits' share", "Ray Data's share", "report, s"]
     return table(head, rows)
 

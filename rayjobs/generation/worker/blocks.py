@@ -13,8 +13,8 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-MAX_SHARDS_PER_BLOCK = 64
-BLOCKS_AHEAD = 4
+MAX_SHARDS_PER_BLOCK = 128
+BLOCKS_AHEAD = 3
 """The rest of the shards is that many blocks for each worker, if it is small enough."""
 
 
