@@ -1,4 +1,4 @@
-"""What Ray Data takes of the driver for each block of shards: real Ray, a worker that makes nothing.
+"""What Ray Data takes of the driver for each block of shards: real Ray, and a worker without work.
 
 In a process of its own. Counted from a tenth of the blocks on, so that no start counts.
 """
