@@ -35,7 +35,7 @@ def test_a_worker_with_notice_begins_no_shard_and_drops_what_is_open(tmp_path: P
     worker.takes_more = lambda: len(begun) < 2 and not begun.append(len(begun))  # type: ignore
     assert [entry["shard"] for entry in worker.make(range(4))] == [0, 1]
     worker._begin(3)
-    worker.attempts.begin(3)
+    worker.attempts.begin(3, None)
     worker.drop()
     assert not list((tmp_path / "out" / "attempts").glob("*"))
 
