@@ -30,7 +30,7 @@ SLOWEST_GPU = 1.5
 SHARD_SPREAD = 0.05
 """Between shards of one GPU; assumed, since prompts of one job cost the same."""
 LOST_PER_HOUR = 0.05
-"""Of spot workers: assumed, far more than the "over 20 % a month" of AWS' most interrupted class."""
+"""Of spot workers: assumed, far more than "over 20 %" a month, AWS' most interrupted class."""
 REPLACED_AFTER_S = 300.0
 """Until another worker has a lost one's place: assumed."""
 
