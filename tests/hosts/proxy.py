@@ -35,7 +35,7 @@ class Proxy:
         """Requests, by what became of them."""
         self._rate = 0.0
         self._random = random.Random(0)
-        self._is_away = False
+        self._is_away, self._num_refused = False, 0
         self._port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -54,6 +54,10 @@ class Proxy:
         """From now on this share of requests fails, and as many are slow; 0 ends it."""
         self._random, self._rate = random.Random(seed), rate
         self.seen.clear()
+
+    def refuse(self, count: int) -> None:
+        """Answer the next so many requests as a busy server does."""
+        self._num_refused = count
 
     def go_away(self) -> None:
         """Refuse new connections, and end those there are at their next request."""
@@ -106,6 +110,9 @@ class Proxy:
     def _draw(self) -> str:
         if self._is_away:
             return "away"
+        if self._num_refused:
+            self._num_refused -= 1
+            return "503"
         number = self._random.random()
         if number < self._rate:
             return self._random.choice(FAILURES)
