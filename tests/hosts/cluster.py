@@ -56,8 +56,10 @@ class Cluster:
 
     def make_whole(self) -> None:
         """Both nodes, whatever became of them; those that are well stay."""
-        if not all(map(self.network.is_running, NUMBERS)):
+        if not self.network.is_running(1):
             self.start()
+        elif not self.network.is_running(2) or self.network.host(2) not in self.living():
+            self.bring_back(2)
 
     def bring_back(self, number: int) -> None:
         """A new node on a host whose own is gone, as when a machine is replaced."""

@@ -77,19 +77,19 @@ def when(
     return thread
 
 
-def tell(name: str, hosts: Hosts, ended: float, calm_s: float, marks: Iterable[float]) -> None:
-    """The seconds of a job with a fault, whose work was done at these times."""
+def tell(name: str, hosts: Hosts, marks: Iterable[float]) -> None:
+    """What a fault cost a job whose work was done at these unix seconds."""
     times = sorted(marks)
-    total = ended - hosts.began
-    said = [
-        f"{name}: ended {total:.0f} s after the fault; all of it takes {calm_s:.0f} s undisturbed"
-    ]
     gaps = [b - a for a, b in itertools.pairwise(times) if b > hosts.began]
-    said.append(f"longest pause {max(gaps, default=0):.1f} s")
+    said = [
+        f"{name}: all was done {times[-1] - hosts.began:.0f} s after it began",
+        f"the longest pause was {max(gaps, default=0):.1f} s",
+    ]
     if hosts.dead is not None:
-        said.append(f"declared dead after {hosts.dead - hosts.began:.1f} s")
         later = [t - hosts.dead for t in times if t > hosts.dead]
-        said.append(f"next work done {min(later, default=0):.1f} s later")
-    if hosts.proxy.seen:
-        said.append(f"requests: {dict(hosts.proxy.seen)}")
+        said.append(f"the node was declared dead after {hosts.dead - hosts.began:.1f} s")
+        said.append(f"and work was done again {min(later, default=0):.1f} s later")
+    faults = {fate: count for fate, count in hosts.proxy.seen.items() if fate != "passed"}
+    if faults:
+        said.append(f"requests to S3: {faults} of {hosts.proxy.seen.total()}")
     print("\n" + "; ".join(said), flush=True)
