@@ -10,19 +10,15 @@ import pytest
 import yaml
 
 from rayjobs import storage
-from rayjobs.cli import main
 from rayjobs.dreambooth.checkpoints import Checkpoints
 from rayjobs.models import exports
 from tests.hosts import faults
 from tests.hosts.cluster import ONE_A_HOST, Cluster, ended
 from tests.hosts.faults import Hosts
+from tests.servers import environment, new_bucket
 
-# Ray Train's own; Lightning reads deprecated parts of torch.
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 STEPS, EVERY = 120, 5
 AT_STEP = 20
 """The fault comes once there is a checkpoint of this step."""
@@ -47,18 +43,19 @@ def write_config(folder: Path, output: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, no_ray: None) -> list[float]:
-    """The losses of one worker here, which nobody disturbed."""
-    folder = tmp_path_factory.mktemp("calm")
-    assert main(["dreambooth", write_config(folder, str(folder / "out"))]) == 0
-    return losses(str(folder / "out"))
-
-
-@pytest.fixture(scope="module")
-def no_ray() -> None:
-    import ray
-
-    ray.shutdown()
+def expected(
+    started: Cluster, s3_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    """The losses of one worker on one host, which nobody disturbed."""
+    started.make_whole()
+    with environment(s3_server):
+        storage.forget_connections()
+        output = f"{new_bucket()}/run"
+        config = write_config(tmp_path_factory.mktemp("calm"), output)
+        ended(started.submit("dreambooth", config, "workers.min=1", "workers.num_cpus=1.9"))
+        found = losses(output)
+    storage.forget_connections()
+    return found
 
 
 def losses(output: str) -> list[float]:

@@ -15,13 +15,13 @@ from tests.nodes import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+PROMPTS, SEEDS = 10, 40
 # What the manifest takes for granted and these hosts lack: GPUs, the hub, and an hour.
 HERE = (
     *("model.uri=starter", "model.dtype=float32", "model.device=cpu", "model.compile=no"),
     *("image.width=64", "image.height=64", "sampler.steps=2", "output.images_per_shard=4"),
-    *("workers.min=2", "workers.max=2", "workers.num_gpus=0", "workers.num_cpus=1.9"),
+    *("workers.num_gpus=0", "workers.num_cpus=1.9", f"seeds.count={SEEDS}"),
 )
-PROMPTS = 10
 
 
 def test_the_rayjobs_entrypoint(cluster: Cluster, bucket: str) -> None:
@@ -34,10 +34,10 @@ def test_the_rayjobs_entrypoint(cluster: Cluster, bucket: str) -> None:
     pd.DataFrame({"prompt": [f"star {n}" for n in range(PROMPTS)]}).to_parquet(table)
     storage.write_bytes(places["prompts.uri"], table.getvalue())
     code, said = cluster.ray_job("submit", "--", *entrypoint, *HERE)
-    print(said)
     assert code == 0, said
     output = places["output.uri"]
     entries = list(Manifest(output).entries())
-    assert sum(entry["rows"] for entry in entries) == 4 * PROMPTS
+    print("\n" + said.strip().splitlines()[-1])
+    assert sum(entry["rows"] for entry in entries) == SEEDS * PROMPTS
     assert {entry["node"] for entry in entries} == {"host-1", "host-2"}
     assert main(["verify", output]) == 0
