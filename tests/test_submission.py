@@ -9,16 +9,12 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import time
 import urllib.error
 import urllib.request
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +23,12 @@ import pytest
 import yaml
 
 from rayjobs.dataset.manifest import Manifest
+from tests.nodes import ROOT, bare_python, copy_repository, install, wait_for
 from tests.servers import free_ports
 
 # Every test uses a cluster that takes a minute to start.
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 DEMO = ("configs/demo/generate.yaml", "prompts.axes.shape=[star]", "sampler.steps=4")
 # One worker fits on a node of three CPUs, and a CPU is left for Ray Data's own tasks.
@@ -141,49 +137,20 @@ class Cluster:
             node.wait()
 
 
-def bare_python(folder: Path) -> str:
-    """A Python that has this one's libraries, and not the project."""
-    venv.create(folder, symlinks=True)
-    [packages] = folder.glob("lib/python*/site-packages")
-    (packages / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    return str(folder / "bin" / "python")
-
-
-def wait_for(ready: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if ready():
-                return
-        except (OSError, KeyError):
-            pass
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.3)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="r-", ignore_cleanup_errors=True) as folder:
-        copy_repository(Path(folder, "repository"))
+        repository = Path(folder, "repository")
+        copy_repository(repository)
+        for name in (".venv", "build", "demo"):  # what must not be uploaded
+            (repository / name).mkdir()
+            (repository / name / "large").write_bytes(bytes(1000))
         made = Cluster(folder)
         try:
             made.start()
             yield made
         finally:
             made.close()
-
-
-def copy_repository(target: Path) -> None:
-    """What git knows or would take, and beside it what must not be uploaded."""
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-    for folder in (".venv", "build", "demo"):
-        (target / folder).mkdir()
-        (target / folder / "large").write_bytes(bytes(1000))
 
 
 def test_a_job_uses_every_node(cluster: Cluster, tmp_path: Path) -> None:
@@ -296,9 +263,7 @@ def test_serving_is_deployed_once_the_nodes_have_the_code(cluster: Cluster, tmp_
     deploy(cluster, config)
     wait_for(lambda: state(cluster)["status"] == "DEPLOY_FAILED", 120)
     assert "No module named 'serve'" in state(cluster)["message"]
-    # As cluster.yaml does it; its libraries are there.
-    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
-    subprocess.run([cluster.python, *install, cluster.folder / "repository"], check=True)
+    install(cluster.python, cluster.folder / "repository")
     deploy(cluster, config)
     wait_for(lambda: state(cluster)["status"] == "RUNNING", 180)
     body = {"prompt": "a red star", "size": "64x64", "num_inference_steps": 2}

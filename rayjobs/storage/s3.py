@@ -7,12 +7,14 @@ plain client gives up sooner and says more than the one that carries the data.
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 TIMEOUT_S = 6
+CHECK_TRIES, CHECK_PAUSE_S = 3, 0.5
 NEVER = '"00000000000000000000000000000000"'
 MAX_REMOVED_AT_ONCE = 1000
 UNMET = ("PreconditionFailed", "412", "NoSuchKey", "404")
@@ -56,10 +58,23 @@ def check(uri: str, write: bool = False, timeout_s: float = TIMEOUT_S) -> None:
     client = asked(uri, lambda: session.create_client("s3", region_name=region, config=timeouts))
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     with contextlib.closing(client):
-        asked(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1))
+        _insist(uri, lambda: client.list_objects_v2(Bucket=bucket, MaxKeys=1), timeout_s)
         if write:
             key = f"{prefix.strip('/')}/.writable-{uuid.uuid4().hex}".lstrip("/")
-            _check_writing(uri, client, bucket, key)
+            _check_writing(uri, client, bucket, key, timeout_s)
+
+
+def _insist(uri: str, question: Any, timeout_s: float) -> Any:
+    """The answer, asked for again where the server said soon that it cannot: it may be busy."""
+    for _ in range(CHECK_TRIES - 1):
+        began = time.monotonic()
+        try:
+            return asked(uri, question)
+        except Unavailable:
+            if time.monotonic() - began > timeout_s / 2:
+                raise
+        time.sleep(CHECK_PAUSE_S)
+    return asked(uri, question)
 
 
 def remove(fs: Any, paths: Iterable[str]) -> None:
@@ -76,7 +91,7 @@ def remove(fs: Any, paths: Iterable[str]) -> None:
             raise StorageError(f"{name}: cannot be removed ({kept.get('Code')}); {HOW_TO_ALLOW}")
 
 
-def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:
+def _check_writing(uri: str, client: Any, bucket: str, key: str, timeout_s: float) -> None:
     """Put an object on a condition that cannot hold: nothing is written but a refusal."""
     import botocore.exceptions as s3_errors
 
@@ -90,7 +105,7 @@ def _check_writing(uri: str, client: Any, bucket: str, key: str) -> None:
         return True
 
     try:
-        ignored = asked(uri, put)
+        ignored = _insist(uri, put, timeout_s)
     except Unavailable:
         raise
     except StorageError as error:

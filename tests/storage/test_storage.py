@@ -12,7 +12,8 @@ from botocore.exceptions import ClientError
 from fsspec.implementations.local import LocalFileSystem
 
 from rayjobs import storage
-from rayjobs.storage import StorageError, join, s3
+from rayjobs.storage import StorageError, Unavailable, join, s3
+from tests.hosts.proxy import Proxy
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -202,3 +203,20 @@ def test_a_folder_goes_though_others_remove_its_files(
     storage.remove_folder(join(str(tmp_path), "folder"))
     assert calls
     assert not storage.exists(join(str(tmp_path), "folder"))
+
+
+def test_a_busy_server_is_asked_again(
+    bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "CHECK_PAUSE_S", 0.01)
+    proxy = Proxy(s3_server, "127.0.0.1")
+    proxy.start()
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        proxy.refuse(2)
+        storage.check(bucket, write=True)
+        proxy.refuse(s3.CHECK_TRIES)
+        with pytest.raises(Unavailable, match="SlowDown"):
+            storage.check(bucket)
+    finally:
+        proxy.close()
