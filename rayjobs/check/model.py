@@ -17,7 +17,8 @@ from rayjobs.diffusion.files.folder import STEMS
 from rayjobs.diffusion.files.header import read_header
 from rayjobs.diffusion.weights import Source, Weights, locate
 from rayjobs.models.options import SourceConfig
-from rayjobs.storage.door import find, open_fs, translate_errors
+from rayjobs.storage.door import find, open_fs
+from rayjobs.storage.patience import translate_errors
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 HEADER_BYTES = 2**20

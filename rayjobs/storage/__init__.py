@@ -2,9 +2,6 @@
 
 from rayjobs.storage.copies import cache_folder, fetch, state, to_local
 from rayjobs.storage.door import (
-    absolute,
-    absolute_if_path,
-    be_patient,
     check,
     create_bytes,
     etag,
@@ -13,8 +10,6 @@ from rayjobs.storage.door import (
     get_file,
     is_file,
     is_folder,
-    is_remote,
-    join,
     link,
     list_files,
     list_folders,
@@ -30,6 +25,8 @@ from rayjobs.storage.door import (
     through,
     write_bytes,
 )
+from rayjobs.storage.patience import be_patient
+from rayjobs.storage.places import absolute, absolute_if_path, is_remote, join
 from rayjobs.storage.s3 import NotThere, StorageError, Unavailable
 
 __all__ = [

@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from rayjobs.storage import ranges
-from rayjobs.storage.door import find, is_remote, open_fs
+from rayjobs.storage.door import find, open_fs
+from rayjobs.storage.places import is_remote
 from rayjobs.storage.s3 import StorageError
 
 

@@ -1,7 +1,7 @@
 """Can this bucket be used: asked before anything else, and answered in words.
 
-Owns the questions to an S3 server, how its answers are told, and the removal of many objects. A
-plain client gives up sooner and says more than the one that carries the data.
+Owns the questions to an S3 server, how its answers are told, puts on a condition and the removal of
+many objects. A plain client gives up sooner and says more than the one that carries the data.
 """
 
 import contextlib
@@ -161,3 +161,34 @@ def _refusal(uri: str, response: dict[str, Any]) -> StorageError:
     if response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500:
         return Unavailable(f"{uri}: the server answers {code}: {reason}")
     return StorageError(f"{uri}: access refused ({code}: {reason}); {HOW_TO_ALLOW}")
+
+
+def put_if(fs: Any, path: str, data: bytes, **condition: str) -> bool:
+    """Put an object on a condition, in one part: not all servers take one for the last of many.
+
+    What is there already and equal counts as put: the answer to an earlier try may have been lost.
+    """
+    place, _, key = path.partition("/")
+    for pause_s in (0.2, 1.0, 5.0, None):
+        try:
+            fs.call_s3("put_object", Bucket=place, Key=key, Body=data, **condition)
+            return True
+        except OSError as error:
+            # s3fs tells a failed condition by a plain OSError, or by FileExistsError.
+            told = repr(error) + repr(error.__cause__)
+            if "ConditionalRequestConflict" in told and pause_s is not None:
+                time.sleep(pause_s)  # two at the same moment: nobody may have won
+                continue
+            absent = "IfMatch" in condition and "NoSuchKey" in told
+            unmet = isinstance(error, FileExistsError) or "PreconditionFailed" in told
+            if not (absent or unmet or "At least one of the pre-conditions" in told):
+                raise
+            return "IfMatch" in condition and _holds(fs, path, data)
+    return False
+
+
+def _holds(fs: Any, path: str, data: bytes) -> bool:
+    try:
+        return bool(fs.cat_file(path) == data)
+    except FileNotFoundError:
+        return False
