@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Client:
 
 
 @pytest.fixture
-def client(cluster: Cluster, tmp_path: Path) -> Client:
+def client(cluster: Cluster, tmp_path: Path) -> Iterator[Client]:
     """Of configs/serve.yaml, with what these hosts have in the place of its models and GPUs."""
     values = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
     [application] = values["applications"]
@@ -95,16 +96,20 @@ def client(cluster: Cluster, tmp_path: Path) -> Client:
     application["args"]["scaling"] |= scaling
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump(values))
-    command = [Path(sys.executable).parent / "serve", "deploy", str(config)]
+    serve(cluster, "deploy", str(config))
+    wait_for(lambda: application_of(cluster)["status"] == "RUNNING", 300)
+    yield Client(f"http://{cluster.network.host(1)}:8000")
+    serve(cluster, "shutdown", "-y")
+
+
+def serve(cluster: Cluster, *command: str) -> None:
     subprocess.run(
-        [*command, "--address", cluster.address],
-        cwd=tmp_path,
+        [Path(sys.executable).parent / "serve", *command, "--address", cluster.address],
+        cwd=cluster.network.folder,
         env=cluster.environment,
         check=True,
         timeout=120,
     )
-    wait_for(lambda: application_of(cluster)["status"] == "RUNNING", 300)
-    return Client(f"http://{cluster.network.host(1)}:8000")
 
 
 def application_of(cluster: Cluster) -> Any:
