@@ -27,6 +27,8 @@ LONGEST_TELL_S = 1800.0
 GONE_S = 120.0
 """A worker that was not heard of for so long, while others go on, has been replaced."""
 MAX_NAMED = 3
+ENOUGH = signal.SIGUSR1
+"""Interrupts the main thread. Not SIGINT, which a process in a script's background ignores."""
 
 
 @dataclass
@@ -175,9 +177,12 @@ class Watch:
         self._read, self._limit_s = read, limit_s
         self._stop = threading.Event()
         self._reason: str | None = None
+        self._before: Any = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watch":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(ENOUGH, signal.default_int_handler)
         self._thread.start()
         return self
 
@@ -185,6 +190,8 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._stop.set()
+        if self._before is not None:  # one on its way must not end the process
+            signal.signal(ENOUGH, self._before or signal.SIG_IGN)
         if self._reason is not None and isinstance(error, KeyboardInterrupt):
             raise JobFailed(self._reason) from None
 
@@ -214,4 +221,4 @@ class Watch:
         )
         main = threading.main_thread().ident
         if main is not None and not self._stop.is_set():
-            signal.pthread_kill(main, signal.SIGINT)
+            signal.pthread_kill(main, ENOUGH if self._before is not None else signal.SIGINT)

@@ -1,5 +1,6 @@
 """A job that hangs: where its workers are is told, and at last it ends."""
 
+import signal
 import threading
 import time
 
@@ -72,8 +73,12 @@ def test_a_stall_is_told_now_and_then_and_ends_the_job(
         return Stall(time.monotonic() - began, 0.0, ("worker a at shard 5", *"bcde"))
 
     told = r"worker a at shard 5.*and 2 more; workers\.max_stall_s"
-    with pytest.raises(JobFailed, match=told), Watch(read, 0.5):
-        threading.Event().wait(20)
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        with pytest.raises(JobFailed, match=told), Watch(read, 0.5):
+            threading.Event().wait(20)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert "warning: no progress" in capsys.readouterr().err
 
 
