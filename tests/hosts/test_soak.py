@@ -4,6 +4,7 @@ The bytes are those of a run that nobody disturbed; the same command is given ag
 was lost.
 """
 
+import contextlib
 import os
 import random
 import threading
@@ -40,7 +41,8 @@ LONGEST = 4.0
 def kill_a_worker(hosts: Hosts) -> None:
     """One on each host: what Ray calls the process of a worker begins so."""
     for number in (1, 2):
-        hosts.cluster.network.kill(number, "ray::MapWorker(")
+        with contextlib.suppress(AssertionError):  # none works there at this moment
+            hosts.cluster.network.kill(number, "ray::MapWorker(")
 
 
 def kill_the_node(hosts: Hosts) -> None:
@@ -94,10 +96,7 @@ def test_something_dies_every_minute(hosts: Hosts, config: dict[str, Any], tmp_p
         if time.time() > next_s:
             fault = rng.choice(FAULTS)
             print(f"\n{time.time() - started:5.0f} s, {made(output):4} shards: {fault.__name__}")
-            try:
-                fault(hosts)
-            except AssertionError as error:  # no worker runs at this moment
-                print(error)
+            fault(hosts)
             count, next_s = count + 1, max(next_s + EVERY_S, time.time() + EVERY_S / 4)
         time.sleep(2)
     assert code == 0
