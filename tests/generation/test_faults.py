@@ -28,8 +28,6 @@ from tests.servers import Ceph
 pytestmark = pytest.mark.model
 
 ROOT = Path(__file__).parents[2]
-# Ray Data 2.60 reads its own deprecated switches.
-quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def hashes(uri: str) -> list[str]:
@@ -108,7 +106,6 @@ def take_away(server: Ceph, seconds: float) -> None:
     server.start()
 
 
-@quiet
 @pytest.mark.ray
 @pytest.mark.parametrize("output", [FOLDER, CEPH], indirect=True)
 def test_a_worker_and_a_node_die(
@@ -133,7 +130,6 @@ def test_a_worker_and_a_node_die(
     check(output, expected(256), 256)
 
 
-@quiet
 @pytest.mark.ray
 @pytest.mark.parametrize("output", [FOLDER, "moto"], indirect=True)
 def test_the_driver_dies_and_is_started_again(
@@ -146,7 +142,6 @@ def test_the_driver_dies_and_is_started_again(
     check(output, expected(32), 32)
 
 
-@quiet
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_driver_that_dies_again_and_again_in_one_shard_blames_no_record(
@@ -182,7 +177,6 @@ def test_a_driver_that_dies_again_and_again_in_one_shard_blames_no_record(
     check(output, hashes(calm), 8)
 
 
-@quiet
 @pytest.mark.ray
 def test_an_interruption_leaves_what_is_finished(
     tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]

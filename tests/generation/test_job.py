@@ -17,7 +17,6 @@ from rayjobs.generation.worker import pool
 from tests.conftest import jobs_in_process
 
 # Ray Data 2.60 reads its own deprecated switches.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def configure(output: Path, workers: int) -> GenerateConfig:

@@ -21,7 +21,7 @@ from rayjobs.generation.worker.notice import Notice
 from rayjobs.generation.worker.shards import ShardWorker
 from tests.draining import drain
 from tests.generation.jobs import values, write_job
-from tests.generation.test_faults import after, check, expected, quiet
+from tests.generation.test_faults import after, check, expected
 
 __all__ = ["expected"]
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,6 @@ def test_a_process_ends_when_it_is_done_or_in_time(
     assert did[:2] == ["drop", "exit 1"]
 
 
-@quiet
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_node_is_drained(
@@ -98,7 +97,6 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-@quiet
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_that_hangs_names_the_shard_and_ends(

@@ -36,9 +36,7 @@ def dataset(shards: np.ndarray, workers: int) -> ray.data.Dataset:
     """One row a block, one block a task."""
     source = _Shards(shards, workers)
     # A row for each block asked for, so that Ray cuts the one table of the one task into rows.
-    return ray.data.read_datasource(
-        source, override_num_blocks=source.num_blocks, ray_remote_args={"num_cpus": 0}
-    )
+    return ray.data.read_datasource(source, override_num_blocks=source.num_blocks, num_cpus=0)
 
 
 class _Shards(ray.data.Datasource):

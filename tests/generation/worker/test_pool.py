@@ -13,7 +13,7 @@ from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.tools.verify import verify
 
 # Ray Data 2.60 reads its own deprecated switches.
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.ray
 
 
 def config(folder: Path, rows: list[str], workers: dict[str, float]) -> GenerateConfig:

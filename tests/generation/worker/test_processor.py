@@ -23,7 +23,6 @@ from rayjobs.generation.worker.generator import RecordGenerator
 from rayjobs.generation.worker.processor import ImageStep
 
 # Ray Data 2.60 reads its own deprecated switches.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CONFIG = ProcessorConfig.model_validate(
     {
         "model": {"uri": "starter"},
