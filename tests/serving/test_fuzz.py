@@ -55,6 +55,9 @@ def test_no_request_is_a_server_error(small: Running, mode: GenerationMode) -> N
         def one(case: Any) -> None:
             response = case.call(base_url=small.url, timeout=60)
             seen.add(response.status_code)
+            if response.status_code == 504:  # they asked for it sooner than this machine makes it
+                assert response.json()["error"]["param"] == "deadline_s", response.text
+                return
             assert response.status_code < 500, response.text
             if response.status_code >= 400:
                 assert set(response.json()["error"]) == {"message", "type", "param", "code"}
