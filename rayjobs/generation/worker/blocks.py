@@ -16,6 +16,10 @@ from ray.data.block import BlockMetadata
 MAX_SHARDS_PER_BLOCK = 128
 BLOCKS_AHEAD = 3
 """The rest of the shards is that many blocks for each worker, if it is small enough."""
+BLOCKS_HELD = 2
+"""What Ray Data hands to one worker at once: one that it makes, one that waits there. Together less
+than its share, since those who wait with one worker cannot go to another. Ray Data asks for more
+workers where each has its two."""
 
 
 def spans(num_shards: int, workers: int) -> Iterator[tuple[int, int]]:

@@ -142,7 +142,9 @@ def make(
                 "report_every_s": report_every_s(max_workers),
             },
             compute=ray.data.ActorPoolStrategy(
-                min_size=min(workers.min, max_workers), max_size=max_workers
+                min_size=min(workers.min, max_workers),
+                max_size=max_workers,
+                max_tasks_in_flight_per_actor=blocks.BLOCKS_HELD,
             ),
             batch_size=1,
             num_cpus=workers.num_cpus,
