@@ -33,6 +33,14 @@ class Counter:
         self.done = 0
         self.notes: dict[str, Any] = {}
         self.places = Places()
+        self.workers: set[str] = set()
+
+    def join(self, worker: str) -> None:
+        """A worker of this run is there, of that name in what it makes."""
+        self.workers.add(worker)
+
+    def has(self, worker: str) -> bool:
+        return worker in self.workers
 
     def begin(self, **notes: Any) -> None:
         """Work on the first has begun: what was before is the start."""
@@ -145,6 +153,10 @@ class Progress:
             bar.update(new)
         elif done and new < 0:
             bar.n = done
+
+    def is_own(self, worker: str) -> bool:
+        """Whether a worker of that name was of this run, dead ones included."""
+        return bool(ray.get(self.counter.has.remote(worker)))
 
     def watch(self, limit_s: float | None) -> Watch:
         """A context that ends when workers make no progress for so long."""

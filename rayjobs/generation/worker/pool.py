@@ -53,6 +53,7 @@ class RayShardWorker:
         self.beat = Beat(name, self.progress.beat.remote)
         with self.beat.working(lambda: "its start"):
             self.worker = self._worker(config, lock, segment, run, others["redo"])
+        self.progress.join.remote(self.worker.name)
         node = ray.get_runtime_context().get_node_id()
         self.notice = Notice(lambda: _taken_away_in_s(node), self.worker.drop)
         self.worker.takes_more = lambda: not self.notice.is_given()
@@ -126,6 +127,7 @@ def make(
     """Make shards of a segment on a pool of workers; yield the entry of each once committed."""
     workers = config.workers
     max_workers, made = min(workers.max_workers, len(shards)), Activity()
+    told: set[int] = set()
     progress = Progress(num_images, "images")
     with progress, progress.watch(workers.max_stall_s):
         rows = blocks.dataset(shards, max_workers).map_batches(
@@ -152,6 +154,12 @@ def make(
         )
         try:
             for entry in rows.iter_rows():
+                # Of a block whose worker died, another one tells all again: what it finds finished
+                # may be that one's work, and may have been told before.
+                entry["made"] = entry["made"] or progress.is_own(entry.get("worker", ""))
+                if entry["shard"] in told:
+                    continue
+                told.add(entry["shard"])
                 if entry["made"]:
                     made.add(entry)
                 yield entry

@@ -70,6 +70,7 @@ class ShardWorker:
         mine = determinism.current(config)
         allowed = config.engine.allow_class_change
         changed = not determinism.check_same(lock.determinism, mine, allowed)
+        self.name = f"{os.uname().nodename}-{os.getpid()}"
         self.facts = {"class": determinism.identify(mine), "class_changed": changed}
         self.config = config
         self.segment = lock.segments[segment]
@@ -238,7 +239,7 @@ class ShardWorker:
             "failed": sum(row["status"] != "ok" for row in rows),
             "seconds": round(time.monotonic() - shard.started, 3),
             "finished_at": round(time.time(), 3),
-            "worker": f"{os.uname().nodename}-{os.getpid()}",
+            "worker": self.name,
             "node": os.uname().nodename,
             **self.facts,
         }
