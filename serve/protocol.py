@@ -122,5 +122,5 @@ class Failed:
     retry_after_s: float | None = None
 
 
-TOO_LATE = Failed("deadline", "the deadline passed before the images were made", "deadline_s")
+TOO_LATE = Failed("deadline", "the deadline passed before the images were ready", "deadline_s")
 Event = Waiting | Step | Partial | Finished | Failed
