@@ -5,7 +5,7 @@ are made.
 """
 
 import hashlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ Numbers = Callable[[int], range | None]
 ORIGIN = ("prompt", "model_sha256")
 Doubt = Callable[[dict[str, Any]], str | None]
 """Why a row with its `ORIGIN` is none of the job's, if it is none."""
+Look = Callable[[dict[str, Any]], Iterable[str]]
+"""What else is wrong with a row, by its `COLUMNS` and its image_id."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class Fault:
 
 
 def inspect(
-    manifest: Manifest, num_shards: int, numbers: Numbers, doubt: Doubt | None = None
+    manifest: Manifest,
+    num_shards: int,
+    numbers: Numbers,
+    doubt: Doubt | None = None,
+    look: Look | None = None,
 ) -> Iterator[tuple[Entry | None, list[Fault]]]:
     """Read every finished shard: its entry and what is wrong, first what belongs to no shard.
 
@@ -54,7 +60,8 @@ def inspect(
     yield None, [*beside, *_strays(manifest, shards)]
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(
-            lambda entry: (entry, list(_shard_faults(manifest, entry, numbers, doubt))), entries
+            lambda entry: (entry, list(_shard_faults(manifest, entry, numbers, doubt, look))),
+            entries,
         )
 
 
@@ -96,14 +103,18 @@ def _strays(manifest: Manifest, shards: Container[int]) -> Iterator[Fault]:
 
 
 def _shard_faults(
-    manifest: Manifest, entry: Entry, numbers: Numbers, doubt: Doubt | None
+    manifest: Manifest, entry: Entry, numbers: Numbers, doubt: Doubt | None, look: Look | None
 ) -> Iterator[Fault]:
-    for text in _shard_texts(manifest, entry, numbers(entry["shard"]), doubt):
+    for text in _shard_texts(manifest, entry, numbers(entry["shard"]), doubt, look):
         yield Fault(text, entry["shard"])
 
 
 def _shard_texts(
-    manifest: Manifest, entry: Entry, numbers: range | None, doubt: Doubt | None
+    manifest: Manifest,
+    entry: Entry,
+    numbers: range | None,
+    doubt: Doubt | None,
+    look: Look | None,
 ) -> Iterator[str]:
     shard, failed = entry["shard"], 0
     if not entry["rows"] and numbers is None:  # of an export's, which has nothing of this shard
@@ -117,13 +128,15 @@ def _shard_texts(
         yield f"shard {shard}: {entry['file']} {difference}"
     seen, is_doubtful = [], False
     try:
-        for row in manifest.format.read(manifest.data, shard, COLUMNS + ORIGIN * bool(doubt)):
+        columns = COLUMNS + ORIGIN * bool(doubt) + ("image_id",) * bool(look)
+        for row in manifest.format.read(manifest.data, shard, columns):
             seen.append(row["record"])
             failed += row["status"] != "ok"
-            yield from (f"shard {shard}, record {row['record']}: {f}" for f in _row_faults(row))
+            where = f"shard {shard}, record {row['record']}"
+            yield from (f"{where}: {text}" for text in _row_faults(row, look))
             if doubt and not is_doubtful and (why := doubt(row)):
                 is_doubtful = True  # the others are of that job, too
-                yield f"shard {shard}, record {row['record']}: {why}"
+                yield f"{where}: {why}"
     except storage.Unavailable:  # which says nothing of the shard
         raise
     except Exception as error:  # damaged bytes break a reader in any way
@@ -144,12 +157,14 @@ def _count_faults(
         yield f"holds {failed} failed records, not {entry['failed']}"
 
 
-def _row_faults(row: dict[str, Any]) -> Iterator[str]:
+def _row_faults(row: dict[str, Any], look: Look | None) -> Iterator[str]:
     if row["image"] is None:
         if row["status"] == "ok":
             yield "there is no picture"
     elif row["image_sha256"] not in (None, hashlib.sha256(row["image"]["bytes"]).hexdigest()):
         yield "the picture is not the one that was made (its SHA-256 differs)"
+    if look is not None:
+        yield from look(row)
 
 
 def _span(numbers: list[int]) -> str:

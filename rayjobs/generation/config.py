@@ -21,6 +21,7 @@ from rayjobs.diffusion.request import (
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
+from rayjobs.provenance.keys import Marking
 
 
 class PromptsConfig(Config):
@@ -278,6 +279,7 @@ class OutputConfig(Config):
     """A larger job is refused: raise this to confirm that it is meant."""
     license: str | None = None
     """Of the images, for the data set's card, such as openrail++."""
+    provenance: Marking = Field(default=Marking(), exclude_if=lambda value: value == Marking())
 
 
 class EngineConfig(Config):

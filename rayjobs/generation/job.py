@@ -141,8 +141,9 @@ def _damaged(lock: Lock, manifest: Manifest) -> list[_Work]:
     """Damaged shards; files of the manifest that cannot be read are removed."""
     redo: dict[int, dict[int, int | None]] = {}
     lost: set[int] = set()
-    doubt = Origin(manifest.uri, lock).doubt
-    for _, faults in inspect(manifest, lock.num_shards, lock.records_of, doubt):
+    origin = Origin(manifest.uri, lock)
+    look = origin.look if origin.is_marked else None
+    for _, faults in inspect(manifest, lock.num_shards, lock.records_of, origin.doubt, look):
         for fault in faults:
             if fault.manifest_file is not None:
                 storage.remove(manifest.file_uri(fault.manifest_file))

@@ -1,14 +1,17 @@
-"""Whether a record is of its data set's own job, told by its prompt and its model.
+"""Whether a record is of its data set's own job, told by its prompt, its model and its watermark.
 
-Owns the comparison with the snapshots. Pixels are not looked at: to make a record again shows them.
+Owns the comparison with the snapshots. Other pixels are not looked at: to make a record again shows
+them.
 """
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from rayjobs.dataset.lock import Lock
 from rayjobs.generation.spec.lock import config_of, open_spec, record_of
 from rayjobs.generation.spec.records import Spec
+from rayjobs.provenance import marks
 
 
 class Origin:
@@ -37,3 +40,14 @@ class Origin:
         if row["prompt"] != prompt:
             return f"has the prompt {row['prompt']!r}, where the job has {prompt!r}"
         return None
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether any record has to have a watermark."""
+        return any(marks.is_marked(segment.job) for segment in self.lock.segments)
+
+    def look(self, row: dict[str, Any]) -> Iterator[str]:
+        """What is wrong with a row's watermark, where its job asks for one."""
+        its = (segment for segment in self.lock.segments if row["record"] in segment.records)
+        if any(marks.is_marked(segment.job) for segment in its):
+            yield from marks.faults(row, marked=True, signed=False)

@@ -22,6 +22,7 @@ from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.generation.tools.export_config import ExportConfig
 from rayjobs.generation.tools.exporter import ShardExporter, build
+from rayjobs.provenance.keys import Provenance
 from rayjobs.quality import duplicates
 
 NUM_THREADS = 3
@@ -106,12 +107,22 @@ def read_lock(uri: str) -> dict[str, Any] | None:
 def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, Any]:
     """What decides the target, by key."""
     values = config.model_dump(mode="json")
+    values["output"].pop("provenance")
     output = {f"output.{key}": v for key, v in values.pop("output").items() if key != "uri"}
+    output |= _marks(config)
     # Of equal shares in another order, other images would be in the splits.
     values["splits"] = [[name, share] for name, share in config.splits.items()]
     table_sha256 = duplicates.table_sha256(source_uri) if config.drop_duplicates else None
     source = {"source": lock.fingerprint, "duplicates_sha256": table_sha256}
     return {"version": 1} | source | output | values
+
+
+def _marks(config: ExportConfig) -> dict[str, Any]:
+    """What every picture has to carry; wherever the key lies, and not where nothing was asked."""
+    asked = config.output.provenance
+    if asked == Provenance():
+        return {}
+    return {"output.provenance": {"marked": asked.watermark, "signed": asked.key is not None}}
 
 
 def _damaged(target: Manifest) -> frozenset[int]:

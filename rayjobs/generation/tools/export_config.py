@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from rayjobs.config import Config
 from rayjobs.generation.tools.filters import parse
+from rayjobs.provenance.keys import Provenance
 
 
 class ExportOutput(Config):
@@ -20,6 +21,7 @@ class ExportOutput(Config):
     """Of jpeg and webp pictures that are encoded again."""
     size: int | None = Field(default=None, ge=1)
     """Pixels of the longer side; the other one keeps the picture's shape."""
+    provenance: Provenance = Provenance()
 
 
 class ExportConfig(Config):

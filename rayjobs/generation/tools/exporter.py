@@ -27,8 +27,11 @@ from rayjobs.dataset.records import Row, canonical_json, feature
 from rayjobs.generation.spec.lock import data_set_schema
 from rayjobs.generation.tools.export_config import ExportConfig, ExportOutput
 from rayjobs.generation.tools.filters import Condition, parse
-from rayjobs.images.encode import encode_picture
+from rayjobs.images import watermark
+from rayjobs.images.credentials import Signing
+from rayjobs.images.encode import encode_picture, extension_of
 from rayjobs.images.parameters import parameters_text
+from rayjobs.provenance import marks
 from rayjobs.quality import duplicates
 from rayjobs.reports import card
 
@@ -53,6 +56,8 @@ class ShardExporter:
     """Of a source shard's number; a target shard's has its split's in front."""
     image_format: str
     """Of pictures that are encoded again."""
+    signing: Signing | None = None
+    """The operator's key, of content credentials."""
     damaged: frozenset[int] = frozenset()
     """The target's shards that are to be written again."""
 
@@ -109,22 +114,32 @@ class ShardExporter:
 
     def _convert(self, row: Row) -> Row:
         """The row with its picture as the target wants it."""
-        output = self.output
-        if row["image"] is None or (output.image_format is None and output.size is None):
+        if row["image"] is None:
             return row
+        output, data = self.output, row["image"]["bytes"]
+        changed: Row = {}
+        if output.image_format or output.size or output.provenance.watermark:
+            image = self._changed(row)
+            text = parameters_text(row) if self.image_format == "png" else None
+            data = encode_picture(image, self.image_format, output.quality, text)
+            changed = {"width": image.width, "height": image.height}
+        if self.signing is not None:
+            named = {name: row.get(name) for name in marks.RECORD}
+            data = self.signing.sign(data, extension_of(data), named)
+        if data is not row["image"]["bytes"]:
+            changed["image"] = {"bytes": data, "path": None}
+            changed["image_sha256"] = hashlib.sha256(data).hexdigest()
+        return row | changed
+
+    def _changed(self, row: Row) -> Image.Image:
+        """The picture at the size of the output, with a watermark where that is asked."""
+        output = self.output
         image: Image.Image = Image.open(io.BytesIO(row["image"]["bytes"]))
-        text = parameters_text(row) if self.image_format == "png" else None
         if output.size is not None:
             share = output.size / max(image.size)
             size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
             image = image.resize(size, Image.Resampling.LANCZOS)
-        data = encode_picture(image, self.image_format, output.quality, text)
-        return row | {
-            "image": {"bytes": data, "path": None},
-            "image_sha256": hashlib.sha256(data).hexdigest(),
-            "width": image.width,
-            "height": image.height,
-        }
+        return watermark.mark(image, row["image_id"]) if output.provenance.watermark else image
 
     def _store(self, number: int, rows: list[Row], facts: dict[str, Any]) -> None:
         target = self.target
@@ -168,6 +183,7 @@ def build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
         splits=config.splits or {"train": 1.0},
         digits=len(str(max(0, lock.num_shards - 1))),
         image_format=config.output.image_format or own,
+        signing=marks.load_signing(config.output.provenance),
     )
 
 

@@ -5,20 +5,23 @@ Owns the findings and the comparison of what is made again. Changes nothing.
 
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.inspection import Doubt, Numbers, inspect, inspect_snapshots
+from rayjobs.dataset.inspection import Fault, inspect, inspect_snapshots
 from rayjobs.dataset.lock import Lock, Segment, read_lock
 from rayjobs.dataset.manifest import Entry, Manifest
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.spec.lock import config_again, open_spec, record_of, record_schema
 from rayjobs.generation.spec.origin import Origin
 from rayjobs.generation.tools import export
+from rayjobs.provenance import marks
 
 MAX_FAULTS_SHOWN = 100
 
@@ -50,9 +53,13 @@ def verify(uri: str, regenerate: int = 0, seed: int | None = None) -> Findings:
         _check_class(uri, lock)
     findings = Findings(way_out=f"rayjobs repair {uri}")
     findings.faults += [fault.text for fault in inspect_snapshots(uri, lock)]
-    doubt = None if findings.faults else Origin(uri, lock).doubt
-    manifest = Manifest(uri, lock.format)
-    entries = _inspect(manifest, lock.num_shards, lock.records_of, findings, doubt)
+    origin, manifest = Origin(uri, lock), Manifest(uri, lock.format)
+    doubt, look = (
+        None if findings.faults else origin.doubt,
+        origin.look if origin.is_marked else None,
+    )
+    checked = inspect(manifest, lock.num_shards, lock.records_of, doubt, look)
+    entries = _gather(checked, lock.num_shards, findings)
     findings.num_missing = lock.num_shards - len(entries)
     if regenerate and entries and not findings.faults:
         rng = random.Random(seed)
@@ -71,20 +78,20 @@ def _verify_export(uri: str, regenerate: int) -> Findings:
     if regenerate:
         raise BadInput(f"{uri} is an export; --regenerate is for the data set that it is of")
     findings = Findings(way_out="the same `rayjobs export` command with --repair")
-    _inspect(Manifest(uri, lock["output.format"]), 0, lambda shard: None, findings)
+    asked = lock.get("output.provenance") or {}
+    if asked.get("signed"):
+        marks.check_library()
+    look = partial(marks.faults, **asked) if asked else None
+    manifest = Manifest(uri, lock["output.format"])
+    _gather(inspect(manifest, 0, lambda shard: None, None, look), 0, findings)
     return findings
 
 
-def _inspect(
-    manifest: Manifest,
-    num_shards: int,
-    numbers: Numbers,
-    findings: Findings,
-    doubt: Doubt | None = None,
+def _gather(
+    checked: Iterable[tuple[Entry | None, list[Fault]]], num_shards: int, findings: Findings
 ) -> list[Entry]:
     """The entries of finished shards, with all that is wrong in the findings."""
     entries = []
-    checked = inspect(manifest, num_shards, numbers, doubt)
     for entry, faults in tqdm(checked, "shards", num_shards or None, file=sys.stderr, disable=None):
         findings.faults += [fault.text for fault in faults]
         if entry is not None:

@@ -24,6 +24,7 @@ from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig, economy_of
 from rayjobs.generation.spec.records import Record, sizes_of
+from rayjobs.images import watermark
 from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture
 from rayjobs.images.parameters import parameters_text
@@ -64,6 +65,7 @@ class RecordGenerator:
         bank = self.engine.loras
         use = bank.fuse(uses) if self.is_fused else bank.use_of(uses)
         warming.warm(self.engine, config.model.compile_cache, sizes_of(config))
+        self.is_marked = config.output.provenance.watermark
         self.lora_ids = [list(each) for each in use]
         self._changes = self.engine.loras.sampler_changes(use)
         self.scorer = load_scorer(config.quality, self.model)
@@ -100,6 +102,7 @@ class RecordGenerator:
             ({} if syntax == "plain" else {"prompt_syntax": syntax})
             | ({"fused": True} if self.is_fused else {})
             | economy_of(record.economy)
+            | ({"watermark": watermark.VERSION} if self.is_marked else {})
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -181,11 +184,13 @@ class RecordGenerator:
         row["warnings"] = "; ".join(result.warnings) or None
         if result.image is None or error:
             return record, row | {"status": "failed", "error": error}
-        row |= {"width": result.image.width, "height": result.image.height}
-        row |= pixels.measure(result.image)
-        output = self.config.output
+        image, output = result.image, self.config.output
+        if self.is_marked:
+            image = watermark.mark(image, row["image_id"])
+        row |= {"width": image.width, "height": image.height}
+        row |= pixels.measure(image)
         text = parameters_text(row) if output.image_format == "png" else None
-        data = encode_picture(result.image, output.image_format, output.quality, text)
+        data = encode_picture(image, output.image_format, output.quality, text)
         row["image"] = {"bytes": data, "path": None}
         row["image_sha256"] = hashlib.sha256(data).hexdigest()
         return record, row
