@@ -18,6 +18,7 @@ from ray.serve.context import _get_global_client
 
 from rayjobs import storage
 from rayjobs.config import BadInput
+from rayjobs.provenance.marks import load_signing
 from rayjobs.storage import StorageError
 from serve.config import ServeConfig
 from serve.file import check_public
@@ -93,8 +94,9 @@ def build(args: ServeConfig) -> Application:
 
 
 def check(config: ServeConfig) -> None:
-    """Raise BadInput for models that are not there and for results that cannot be stored."""
+    """Raise BadInput for models that are not there, keys that do not sign, results not stored."""
     Registry(config)
+    load_signing(config.provenance)
     if config.results.uri is not None:
         try:
             storage.check(config.results.uri, write=True, timeout_s=RESULTS_ANSWER_S)

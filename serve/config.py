@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config
 from rayjobs.models.options import LoadOptions, SourceConfig
+from rayjobs.provenance.keys import Provenance
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/*\s]+")
@@ -224,6 +225,7 @@ class ServeConfig(Config):
     scaling: ScalingConfig = ScalingConfig()
     safety: SafetyConfig = SafetyConfig()
     results: ResultsConfig = ResultsConfig()
+    provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServeConfig":

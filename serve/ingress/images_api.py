@@ -28,6 +28,7 @@ from serve.ingress.responses import ResponseEncoder, sse
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import EditBody, GenerateBody, parse
 from serve.limits.keeper import Limits
+from serve.marks import Marks
 from serve.metrics import IngressMetrics, merge
 from serve.protocol import TOO_LATE, Event, Failed, ImagesRequest
 from serve.registry import Registry
@@ -63,7 +64,7 @@ class ImagesApi:
         self.keys = ApiKeys(config.auth, limits or Limits())
         self.metrics = IngressMetrics()
         self.results = ResultsStore(config.results)
-        self.responses = ResponseEncoder(self.results)
+        self.responses = ResponseEncoder(self.results, Marks(config.provenance))
         self.active = 0
         """Requests for images that are being answered."""
         self.is_draining = False

@@ -14,10 +14,12 @@ from typing import Any
 
 from fastapi.sse import format_sse_event
 
+from rayjobs.provenance.keys import Provenance
 from serve import errors, images
 from serve.errors import ApiError
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody, ImageOut, ImagesOut, TokenDetails, Usage
+from serve.marks import Marks
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step, Waiting
 
 PATCH = 16
@@ -28,8 +30,9 @@ TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 class ResponseEncoder:
     """Encodes the events of a request as a response."""
 
-    def __init__(self, results: ResultsStore, threads: int = 4):
+    def __init__(self, results: ResultsStore, marks: Marks | None = None, threads: int = 4):
         self.results = results
+        self.marks = marks or Marks(Provenance())
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
     async def whole(
@@ -86,45 +89,61 @@ class ResponseEncoder:
         elif isinstance(event, Partial):
             name = f"{kind}.partial_image"
             size = (request.width or event.pixels.width, request.height or event.pixels.height)
-            data = await self._image_fields(body, event.pixels, size)
+            text = await self._run(_partial_text, body, event.pixels, size)
+            data = _image_fields(body, text, size)
             data |= {"partial_image_index": event.index, "image_index": event.image}
         elif isinstance(event, Finished):
             name = f"{kind}.completed"
             size = (event.pixels.width, event.pixels.height)
-            data = await self._image_fields(body, event.pixels, size)
+            image_id, text = await self._run(self._text, body, request, event)
+            data = _image_fields(body, text, size)
+            data |= {} if image_id is None else {"image_id": image_id}
             data |= {"usage": usage(request, [event]).model_dump(), "image_index": event.image}
             data |= {"seed": event.seed, "warnings": [*request.warnings, *event.warnings]}
         else:
             return []
         return [(name, {"type": name, **data})]
 
-    async def _image_fields(
-        self, body: GenerateBody, pixels: Pixels, size: tuple[int, int]
-    ) -> dict[str, Any]:
-        return {
-            "b64_json": await self._run(_to_base64, body, images.fitted, pixels, *size),
-            "created_at": int(time.time()),
-            "output_format": body.output_format or "png",
-            "size": f"{size[0]}x{size[1]}",
-            "background": "opaque",
-            "quality": "auto",
-        }
-
     async def _image(self, body: GenerateBody, request: ImagesRequest, event: Finished) -> ImageOut:
         out = ImageOut(seed=event.seed, warnings=[*request.warnings, *event.warnings])
         if body.response_format == "url":
-            data = await self._run(_encoded, body, event.pixels)
+            out.image_id, data = await self._run(self._file, body, request, event)
             out.url = await self.results.put(data, body.output_format or "png")
         else:
-            out.b64_json = await self._run(_to_base64, body, lambda pixels: pixels, event.pixels)
+            out.image_id, out.b64_json = await self._run(self._text, body, request, event)
         return out
+
+    def _file(
+        self, body: GenerateBody, request: ImagesRequest, event: Finished
+    ) -> tuple[str | None, bytes]:
+        """A finished picture's id and file, with all that it is to carry."""
+        image_id = self.marks.image_id(request, event.seed)
+        data = _encoded(body, self.marks.mark(event.pixels, image_id))
+        return image_id, self.marks.sign(data, image_id, request.model)
+
+    def _text(
+        self, body: GenerateBody, request: ImagesRequest, event: Finished
+    ) -> tuple[str | None, str]:
+        image_id, data = self._file(body, request, event)
+        return image_id, base64.b64encode(data).decode()
 
     async def _run(self, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
-def _to_base64(body: GenerateBody, fit: Callable[..., Pixels], *args: Any) -> str:
-    return base64.b64encode(_encoded(body, fit(*args))).decode()
+def _image_fields(body: GenerateBody, text: str, size: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "b64_json": text,
+        "created_at": int(time.time()),
+        "output_format": body.output_format or "png",
+        "size": f"{size[0]}x{size[1]}",
+        "background": "opaque",
+        "quality": "auto",
+    }
+
+
+def _partial_text(body: GenerateBody, pixels: Pixels, size: tuple[int, int]) -> str:
+    return base64.b64encode(_encoded(body, images.fitted(pixels, *size))).decode()
 
 
 def _encoded(body: GenerateBody, pixels: Pixels) -> bytes:

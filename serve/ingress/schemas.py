@@ -136,6 +136,7 @@ class ImageOut(BaseModel):
     url: str | None = None
     revised_prompt: str | None = None
     seed: int
+    image_id: str | None = None
     warnings: list[str] = []
 
 

@@ -1,8 +1,12 @@
 """Links, a safety checker, the order of a stream's images, and which replica is asked."""
 
 import asyncio
+import base64
+import io
+import json
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +16,17 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+from rayjobs.images import watermark
+from rayjobs.images.credentials import read_credentials
+from rayjobs.provenance.keys import Provenance
 from serve.config import ResultsConfig, SafetyConfig
 from serve.engine import safety
 from serve.ingress.responses import ResponseEncoder, usage
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody
+from serve.marks import Marks
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step
+from tests.chain import make_chain
 
 
 def pixels(value: int = 0, side: int = 16) -> Pixels:
@@ -88,6 +97,30 @@ def test_links_are_presigned(bucket: str) -> None:
     with urllib.request.urlopen(image["url"]) as response:
         picture = Image.open(response)
         assert (picture.format, picture.size) == ("WEBP", (16, 16))
+
+
+def test_pictures_carry_their_id_and_credentials(tmp_path: Path) -> None:
+    keys = Provenance(watermark=True, **make_chain().write(tmp_path))
+    made, request = Finished(0, 3, pixels(200, 256)), make_request(1)
+
+    async def main(body: GenerateBody) -> list[dict[str, Any]]:
+        answers = ResponseEncoder(ResultsStore(ResultsConfig()), Marks(keys))
+        whole = (await answers.whole(body, request, told(made)))["data"][0]
+        stream = answers.stream(body, request, told(made), "image_generation")
+        (block,) = [data.decode() async for data in stream]
+        return [whole, json.loads(block.split("data: ")[1])]
+
+    whole, streamed = asyncio.run(main(GenerateBody(prompt="p", output_format="webp")))
+    assert whole["image_id"] == streamed["image_id"] == Marks(keys).image_id(request, 3)
+    other = Marks(keys).image_id(replace(request, prompt="q"), 3)
+    assert len({whole["image_id"], other, Marks(keys).image_id(request, 4)}) == 3
+    for answer in (whole, streamed):
+        data = base64.b64decode(answer["b64_json"])
+        assert watermark.read(Image.open(io.BytesIO(data))) == whole["image_id"][:16]
+        found = read_credentials(data, "webp")
+        assert found is not None
+        assert found.is_valid
+        assert found.record == {"image_id": whole["image_id"], "model": "m"}
 
 
 @pytest.fixture
