@@ -14,7 +14,6 @@ import heapq
 import io
 import itertools
 import tarfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,48 +24,13 @@ from pyarrow import types
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.json_rows import dump_line, dump_rows, is_list, json_kind, load_row
+from rayjobs.dataset.lance_files import Lance
+from rayjobs.dataset.layout import Format
 from rayjobs.dataset.records import DTYPES, Row
 from rayjobs.images.encode import EXTENSION, extension_of
 
 ROWS_PER_GROUP = 32
 MAX_DIGITS = 38
-
-
-class Format(ABC):
-    """One way to lay out shards below a data set's `data` folder."""
-
-    @abstractmethod
-    def name(self, shard: int) -> str:
-        """The shard's file or folder, below `data`."""
-
-    @abstractmethod
-    def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
-        """The shard's files by name below `data`, in the order in which they are to be written."""
-
-    @abstractmethod
-    def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
-        """What the data set's card says for `datasets.load_dataset` to find pictures and types."""
-
-    def read(
-        self,
-        data_uri: str,
-        shard: int,
-        columns: Sequence[str] | None = None,
-        schema: pa.Schema | None = None,
-    ) -> Iterator[Row]:
-        """A finished shard's rows, one at a time; pictures are read only when asked for.
-
-        Missing `columns` are None. With the records' `schema`, values that JSON holds in another
-        form get their types back; parquet needs none.
-        """
-        for row in self._rows(storage.join(data_uri, self.name(shard)), columns, schema):
-            yield row if columns is None else {name: row.get(name) for name in columns}
-
-    @abstractmethod
-    def _rows(
-        self, uri: str, columns: Sequence[str] | None, schema: pa.Schema | None
-    ) -> Iterator[Row]:
-        """The rows of the shard at `uri`, with these columns at least."""
 
 
 class Parquet(Format):
@@ -91,6 +55,9 @@ class Parquet(Format):
         with storage.open_input(uri) as file:
             for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_GROUP, columns=columns):
                 yield from batch.to_pylist()
+
+    def check(self, schema: pa.Schema) -> None:
+        _leaves(schema)
 
     def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
         return {"configs": [{"config_name": "default", "data_files": "data/*.parquet"}]}
@@ -196,6 +163,7 @@ FORMATS: dict[str, Format] = {
     "parquet": Parquet(),
     "webdataset": WebDataset(),
     "folder": Folder(),
+    "lance": Lance(),
 }
 
 
@@ -213,8 +181,7 @@ def check_schema(output_format: str, schema: pa.Schema) -> None:
                 f"column {field.name!r} has a name that means pictures in metadata.jsonl; rename "
                 "it, or use output.format=parquet or webdataset"
             )
-    if output_format == "parquet":
-        _leaves(schema)
+    FORMATS[output_format].check(schema)
 
 
 def _is_too_precise(kind: pa.DataType) -> bool:

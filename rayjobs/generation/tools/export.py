@@ -160,11 +160,14 @@ def _map_threads(work: Callable[[Entry], None], items: Iterable[Entry]) -> Itera
 
 
 def _finish(exporter: ShardExporter, lock: Lock, started: float) -> Summary:
-    counts, num_bytes = dict.fromkeys(exporter.splits, 0), 0
+    rows: dict[str, dict[int, int]] = {name: {} for name in exporter.splits}
+    num_bytes = 0
     exporter.target.compact()
     for entry in exporter.target.entries():
-        counts[list(counts)[entry["shard"] // 10**exporter.digits]] += entry["rows"]
+        rows[list(rows)[entry["shard"] // 10**exporter.digits]][entry["shard"]] = entry["rows"]
         num_bytes += entry["bytes"]
+    counts = {name: sum(shards.values()) for name, shards in rows.items()}
+    exporter.target.format.seal(exporter.output.uri, exporter.schema, rows)
     exporter.write_card(counts, lock)
     exporter.target.clean()
     return Summary(

@@ -13,8 +13,8 @@ from rayjobs.provenance.keys import Provenance
 class ExportOutput(Config):
     uri: str
     """The new data set's folder, local or s3://."""
-    format: Literal["parquet", "webdataset", "folder"] = "parquet"
-    """The shards' format."""
+    format: Literal["parquet", "webdataset", "folder", "lance"] = "parquet"
+    """The shards' format; lance makes a Lance data set of the folder, once all is there."""
     image_format: Literal["png", "webp", "webp-lossless", "jpeg"] | None = None
     """The pictures' format; without it, and without size, their bytes stay as they are."""
     quality: int = Field(default=95, ge=1, le=100)

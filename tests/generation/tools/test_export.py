@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lance
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +22,7 @@ from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.tools import export
 from rayjobs.generation.tools.export_config import ExportConfig
+from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.quality import duplicates
 
@@ -215,3 +218,44 @@ def test_splits_on_s3(source: str, bucket: str) -> None:
             found = FORMATS["parquet"].read(storage.join(target, "data"), entry["shard"])
             by_split.setdefault(entry["shard"] // 10, set()).update(r["image_id"] for r in found)
     assert sum(map(len, by_split.values())) == len(set.union(*by_split.values())) == 12
+
+
+def test_lance(source: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed on the way and run again: nobody reads a part, and then all of it is there."""
+    uri, written = f"{bucket}/lance", list[int]()
+    config = configure_export(uri, output={"format": "lance"}, splits={"train": 0.5, "test": 0.5})
+
+    def die(self: Manifest, shard: int, *args: Any) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard)
+        return commit(self, shard, *args)
+
+    commit = Manifest.commit
+    monkeypatch.setattr(Manifest, "commit", die)
+    with pytest.raises(KeyboardInterrupt):
+        export.run(source, config)
+    assert not storage.list_files(f"{uri}/_versions")
+    monkeypatch.setattr(Manifest, "commit", commit)
+    counts = export.run(source, config).splits
+    assert sum(counts.values()) == 12
+
+    def read(version: Any = None) -> Any:
+        options = {"aws_endpoint": os.environ["AWS_ENDPOINT_URL"], "allow_http": "true"}
+        return lance.dataset(uri, version, storage_options=options)
+
+    good = [row for row in rows(source) if row["status"] == "ok"]
+    assert sorted(read().to_table().to_pylist(), key=lambda row: row["record"]) == good
+    assert {name: read(name).count_rows() for name in counts} == counts
+    version = read().version
+    export.run(source, config)
+    assert read().version == version
+    assert verify(uri).faults == []
+
+
+def test_lance_files_load_by_split(source: str, tmp_path: Path) -> None:
+    splits = {"train": 0.5, "test": 0.5}
+    done = export.run(source, configure_export(tmp_path, output={"format": "lance"}, splits=splits))
+    loaded = datasets.load_dataset(str(tmp_path))
+    assert {name: len(part) for name, part in loaded.items()} == done.splits
+    assert loaded["train"][0]["image"].height == 64
