@@ -182,8 +182,12 @@ def check(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from rayjobs.generation.tools import verify
+    from rayjobs.generation.tools import picture, verify
 
+    if picture.is_picture(options.uri):
+        lines, is_well = picture.tell(options.uri, options.trust)
+        print("\n".join(lines))
+        return DONE if is_well else SOME_FAILED
     findings = verify.verify(options.uri, options.regenerate)
     for fault in findings.faults[: verify.MAX_FAULTS_SHOWN]:
         print(fault)

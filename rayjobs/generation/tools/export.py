@@ -20,7 +20,8 @@ from rayjobs.dataset import lock as locks
 from rayjobs.dataset.inspection import inspect
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry, Manifest
-from rayjobs.generation.tools.export_config import ExportConfig
+from rayjobs.generation.tools import hub
+from rayjobs.generation.tools.export_config import ExportConfig, ExportOutput
 from rayjobs.generation.tools.exporter import ShardExporter, build
 from rayjobs.provenance.keys import Provenance
 from rayjobs.quality import duplicates
@@ -49,11 +50,25 @@ def load(overrides: list[str]) -> ExportConfig:
 def run(source_uri: str, config: ExportConfig, repair: bool = False) -> Summary:
     """Export every finished shard that is not exported yet, or was made again since.
 
-    With `repair` the target's shards that are damaged are exported again, too.
+    To the Hub it is by way of a local folder. With `repair` the target's shards that are damaged
+    are exported again, too.
 
     Raises BadInput when a condition or column does not fit the source, or when the target holds
     something else.
     """
+    uri, staging = config.output.uri, config.output.staging
+    if staging is None:
+        return _export(source_uri, config, repair)
+    hub.ensure(uri, config.output.private)
+    local = ExportOutput.model_validate(
+        config.output.model_dump() | {"uri": storage.absolute(staging), "staging": None}
+    )
+    done = _export(source_uri, config.model_copy(update={"output": local}), repair)
+    hub.upload(uri, local.uri)
+    return replace(done, output_uri=uri)
+
+
+def _export(source_uri: str, config: ExportConfig, repair: bool) -> Summary:
     started = time.monotonic()
     storage.check(source_uri)
     storage.check(config.output.uri, write=True)
@@ -107,8 +122,9 @@ def read_lock(uri: str) -> dict[str, Any] | None:
 def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, Any]:
     """What decides the target, by key."""
     values = config.model_dump(mode="json")
-    values["output"].pop("provenance")
-    output = {f"output.{key}": v for key, v in values.pop("output").items() if key != "uri"}
+    for key in ("uri", "staging", "private", "provenance"):
+        values["output"].pop(key)
+    output = {f"output.{key}": v for key, v in values.pop("output").items()}
     output |= _marks(config)
     # Of equal shares in another order, other images would be in the splits.
     values["splits"] = [[name, share] for name, share in config.splits.items()]

@@ -3,16 +3,24 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from rayjobs import storage
 from rayjobs.config import Config
+from rayjobs.generation.tools import hub
 from rayjobs.generation.tools.filters import parse
 from rayjobs.provenance.keys import Provenance
 
 
 class ExportOutput(Config):
     uri: str
-    """The new data set's folder, local or s3://."""
+    """The new data set's folder, local or s3://, or hf://datasets/OWNER/NAME on the Hugging Face
+    Hub."""
+    staging: str | None = None
+    """Of hf://: the local folder in which the export is made before it is uploaded. Keep it until
+    the command has ended well: run again, it goes on there."""
+    private: bool = True
+    """Whether a repository on the Hub that is not there yet is made a private one."""
     format: Literal["parquet", "webdataset", "folder", "lance"] = "parquet"
     """The shards' format; lance makes a Lance data set of the folder, once all is there."""
     image_format: Literal["png", "webp", "webp-lossless", "jpeg"] | None = None
@@ -22,6 +30,16 @@ class ExportOutput(Config):
     size: int | None = Field(default=None, ge=1)
     """Pixels of the longer side; the other one keeps the picture's shape."""
     provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _has_staging(self) -> "ExportOutput":
+        if hub.is_hub(self.uri):
+            hub.repository(self.uri)
+            if self.staging is None or storage.is_remote(self.staging):
+                raise ValueError(f"{self.uri} needs output.staging, a local folder to make it in")
+        elif self.staging is not None:
+            raise ValueError("staging is for hf:// only; leave it out")
+        return self
 
 
 class ExportConfig(Config):

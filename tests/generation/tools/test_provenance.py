@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from rayjobs import cli
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import read_lock
 from rayjobs.dataset.manifest import Manifest
@@ -19,6 +20,7 @@ from rayjobs.generation.tools.export_config import ExportConfig
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 from rayjobs.images import watermark
+from rayjobs.images.credentials import Signing
 from rayjobs.images.encode import encode_picture
 from tests.chain import make_chain
 
@@ -104,3 +106,19 @@ def test_a_key_that_is_not_there_is_named(plain: str, tmp_path: Path) -> None:
         export.run(plain, ExportConfig.model_validate({"output": output}))
     with pytest.raises(ValueError, match="certificates and key go together"):
         ExportConfig.model_validate({"output": output | {"provenance": {"key": keys["key"]}}})
+
+
+def test_a_picture_alone(plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain, row = make_chain(), rows(plain)[0]
+    bare, signed = tmp_path / "bare.png", tmp_path / "signed.png"
+    bare.write_bytes(row["image"]["bytes"])
+    marked = encode_picture(watermark.mark(picture(row), row["image_id"]), "png", 90)
+    named = {"image_id": row["image_id"]}
+    signed.write_bytes(Signing(chain.certificates, chain.key).sign(marked, "png", named))
+    (tmp_path / "issuer.pem").write_bytes(chain.issuer)
+    assert cli.main(["verify", str(bare)]) == 3
+    assert capsys.readouterr().out == "watermark: none\ncredentials: none\n"
+    assert cli.main(["verify", str(signed), "--trust", str(tmp_path / "issuer.pem")]) == 0
+    said = capsys.readouterr().out
+    assert f"begins with {row['image_id'][:16]}" in said
+    assert f"valid, signed by operator, trusted, image_id {row['image_id']}" in said
