@@ -23,12 +23,12 @@ from serve.errors import ApiError, translate_failure
 from serve.ingress import streams
 from serve.ingress.auth import ApiKeys
 from serve.ingress.bodies import Form, open_form, read_json
+from serve.ingress.marks import Marks
 from serve.ingress.requests import ImagesRequestBuilder, describe
 from serve.ingress.responses import ResponseEncoder, sse
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import EditBody, GenerateBody, parse
 from serve.limits.keeper import Limits
-from serve.marks import Marks
 from serve.metrics import IngressMetrics, merge
 from serve.protocol import TOO_LATE, Event, Failed, ImagesRequest
 from serve.registry import Registry

@@ -17,9 +17,9 @@ from fastapi.sse import format_sse_event
 from rayjobs.provenance.keys import Provenance
 from serve import errors, images
 from serve.errors import ApiError
+from serve.ingress.marks import Marks
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody, ImageOut, ImagesOut, TokenDetails, Usage
-from serve.marks import Marks
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step, Waiting
 
 PATCH = 16

@@ -21,10 +21,10 @@ from rayjobs.images.credentials import read_credentials
 from rayjobs.provenance.keys import Provenance
 from serve.config import ResultsConfig, SafetyConfig
 from serve.engine import safety
+from serve.ingress.marks import Marks
 from serve.ingress.responses import ResponseEncoder, usage
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody
-from serve.marks import Marks
 from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step
 from tests.chain import make_chain
 
