@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.batcher import Batcher, BatchPolicy
+from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
@@ -58,6 +59,7 @@ class Engine:
         self.model = model
         alone = fixed_shape and model.device.startswith("cuda")
         self.loras = LoraBank(model, exact=fixed_shape and not alone)
+        self.controls = ControlBank(model)
         self.prompts = PromptEncoder(
             model, self.loras, 1 if alone else max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
         )
@@ -112,7 +114,8 @@ class Engine:
                     height=height,
                     loras=tuple(Lora(path=path, scale=of) for path, of in self.loras.fused),
                 )
-                rows = [prepare_row(n, asked, self.model, self.loras) for n in range(number)]
+                banks = self.loras, self.controls
+                rows = [prepare_row(n, asked, self.model, *banks) for n in range(number)]
                 self._encode_prompts(rows)
                 self._predict_noise(rows)
                 assert rows[0].latents is not None
@@ -123,7 +126,7 @@ class Engine:
         """Queue a request; it joins at the next step. An invalid one comes back as a failure."""
         row_id = next(self._ids)
         try:
-            row = prepare_row(row_id, request, self.model, self.loras)
+            row = prepare_row(row_id, request, self.model, self.loras, self.controls)
         except Exception as error:  # an invalid request must not stop the others
             reason = row_reason(error)
             self._failed.append(Result(id=row_id, request=request, error=reason))

@@ -229,6 +229,16 @@ def assemble(
     )
 
 
+def hold(module: Any, model: Model) -> None:
+    """Keep a network beside a model as its UNet is kept."""
+    module.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
+    if model.device == "cpu":
+        _suit_cpu(module, model.options)
+    if model.options.channels_last:
+        module.to(memory_format=torch.channels_last)
+    use_kernel(module, model.options.attention)
+
+
 def _compiled(pipeline: Any, options: ModelOptions, device: str) -> Compiled | None:
     if options.compile == "no":
         return None

@@ -45,6 +45,23 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Control:
+    """One ControlNet of a request: its local diffusers folder, a picture that it is to follow (a
+    PIL image, encoded bytes or a local path), its strength, and the shares of the request's calls
+    between which it is on, as `control_guidance_start` and `_end` of diffusers' pipelines."""
+
+    path: str
+    image: Image | bytes | str
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for a scale or shares that are none."""
+        check_control(self.scale, self.start, self.end)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One image to make.
 
@@ -64,6 +81,7 @@ class Request:
     is made anew) each step's latents are blended with the init image's, noised alike, as diffusers'
     inpainting pipelines do for UNets of four channels; `keep_unmasked` then puts the init image's
     own pixels back where the mask is black.
+    `controls` are ControlNets with their pictures, which are stretched to the request's size.
     `negative_prompt` None and "" differ for SDXL models, as in diffusers. `prompt_syntax` is how
     both are written: `plain`, or with the web UI's weights and of any length.
     """
@@ -89,6 +107,7 @@ class Request:
     mask: Image | bytes | str | None = None
     keep_unmasked: bool = False
     loras: tuple[Lora, ...] = ()
+    controls: tuple[Control, ...] = ()
 
     @property
     def own_steps(self) -> int | None:
@@ -113,8 +132,8 @@ class Request:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
         for name in ("width", "height"):
             check_side(name, getattr(self, name))
-        for lora in self.loras:
-            lora.check()
+        for part in (*self.loras, *self.controls):
+            part.check()
         for name in ("guidance_scale", "guidance_rescale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -155,6 +174,17 @@ def check_strength(strength: float, steps: int) -> None:
         raise ValueError(
             f"strength {strength} of {steps} steps leaves no step to make; "
             f"raise strength to at least {1 / steps:.3g} or steps to {int(1 / strength) + 1}"
+        )
+
+
+def check_control(scale: float, start: float, end: float) -> None:
+    """Raise ValueError unless a control has a number and two ascending shares of the schedule."""
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"the scale of a control is {scale!r}; it must be a number")
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"a control goes from {start} to {end}; start and end must be shares of the schedule, "
+            "the smaller one first, such as 0 and 0.6"
         )
 
 

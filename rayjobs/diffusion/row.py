@@ -12,6 +12,7 @@ import torch
 from PIL.Image import Image
 
 from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
+from rayjobs.diffusion.control.bank import ControlBank, RowControl
 from rayjobs.diffusion.economy.plan import Call, count_slots, plan_calls
 from rayjobs.diffusion.facts import Usual
 from rayjobs.diffusion.model import Model
@@ -56,6 +57,7 @@ class Row:
     calls: tuple[Call, ...]
     loras: LoraUse
     size_ids: list[float]
+    controls: tuple[RowControl, ...] = ()
     init_1CHW: torch.Tensor | None = None
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
@@ -172,7 +174,9 @@ class Row:
         return Result(id=self.id, request=self.request, warnings=tuple(warnings), **outcome)
 
 
-def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) -> Row:
+def prepare_row(
+    row_id: int, request: Request, model: Model, loras: LoraBank, controls: ControlBank
+) -> Row:
     """Check a request against the model and make its row; an init image is opened, not yet encoded.
 
     Raises ValueError or ImportError saying what is wrong with the request.
@@ -209,6 +213,7 @@ def prepare_row(row_id: int, request: Request, model: Model, loras: LoraBank) ->
         calls=calls,
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
+        controls=controls.of_row(request.controls, (width, height), len(sampler.timesteps)),
         warnings=tuple(
             filter(
                 None,
@@ -261,6 +266,11 @@ def _calls(request: Request, sampler: Sampler, num_texts: int, model: Model) -> 
         raise ValueError(
             f"cache_interval is {request.cache_interval}, but the UNet is compiled as a whole; "
             "leave cache_interval out or set compile to blocks"
+        )
+    if request.cache_interval > 1 and request.controls:
+        raise ValueError(
+            f"cache_interval is {request.cache_interval}, but the request has controls, which act "
+            "on the blocks that it leaves out; leave one of them out"
         )
     interval = request.guidance_interval if num_texts > 1 else None
     return plan_calls(len(sampler.timesteps), sampler.num_skipped, interval, request.cache_interval)

@@ -16,6 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from rayjobs.diffusion.adapters.bank import Gathered, LoraBank
+from rayjobs.diffusion.control.calls import ControlCalls
 from rayjobs.diffusion.economy import deep
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
@@ -47,11 +48,14 @@ class UNetBatch:
         fixed_shape: bool,
         alone: bool = False,
     ):
+        layout = torch.channels_last if model.options.channels_last else torch.contiguous_format
         self.model = model
         self.loras = loras
         self.num_slots = 2 if alone else num_slots
         self.fixed_shape = fixed_shape
         self.alone = alone
+        self._controls = ControlCalls(alone=fixed_shape, memory_format=layout)
+        self._layout_of_memory = layout
         self._conditions: dict[tuple[bool, bool], tuple[_Asked, list[dict[str, Any]]]] = {}
 
     def predict_noise(self, rows: Sequence[Row]) -> list[torch.Tensor]:
@@ -63,9 +67,10 @@ class UNetBatch:
         return [guided[row] for row in rows]
 
     def _kind(self, row: Row) -> tuple[bool, bool]:
-        """Rows of one kind share calls. Compiled calls are for rows without adapters, which others
-        would else keep from theirs."""
-        return row.reuses, self.model.compiled is not None and self.loras.differs(row.loras)
+        """Rows of one kind share calls. Compiled calls are for rows without adapters and controls,
+        which others would else keep from theirs."""
+        is_extra = self.loras.differs(row.loras) or bool(row.controls)
+        return row.reuses, self.model.compiled is not None and is_extra
 
     def _predict_alike(self, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
         """For rows that all reuse what the deep blocks gave, or none of which does."""
@@ -79,7 +84,8 @@ class UNetBatch:
         for condition in self._all_conditions(rows):
             now = slice(first, first + condition["num_slots"])
             deep_PCHW = None if taken is None else taken[now]
-            noise_PCHW, deep_PCHW = self._call(x_PCHW[now], t_P[now], condition, deep_PCHW, keeps)
+            call = slots[now], x_PCHW[now], t_P[now], condition
+            noise_PCHW, deep_PCHW = self._call(*call, deep_PCHW, keeps)
             outputs.append(noise_PCHW)
             if keeps and deep_PCHW is not None:
                 _keep(slots[now], deep_PCHW)
@@ -92,6 +98,7 @@ class UNetBatch:
 
     def _call(
         self,
+        slots: Sequence[tuple[Row, int]],
         x_PCHW: torch.Tensor,
         t_P: torch.Tensor,
         condition: dict[str, Any],
@@ -107,16 +114,18 @@ class UNetBatch:
         arguments, padding = condition["arguments"], condition["size"] - num
         loras: Gathered = condition["loras"]
         x_PCHW, t_P = _padded(x_PCHW, padding).to(model.dtype), _padded(t_P, padding)
+        controls = self._controls.residuals(slots, x_PCHW, t_P, arguments)
+        arguments = {**arguments, **controls}
         way, replay = deep.whole, "replay"
         if deep_PCHW is not None:
             # In one order of memory, which padding would change, and with it bits.
-            like = torch.channels_last if model.options.channels_last else torch.contiguous_format
-            padded = _padded(deep_PCHW, padding).contiguous(memory_format=like)
+            padded = _padded(deep_PCHW, padding)
+            padded = padded.contiguous(memory_format=self._layout_of_memory)
             arguments = {**arguments, deep.DEEP: padded}
             way, replay = deep.reusing, "replay_reusing"
         elif keeps:
             way, replay = deep.keeping, "replay_keeping"
-        compiled = None if loras.uses else model.compiled
+        compiled = None if loras.uses or controls else model.compiled
         with loras.applied():
             if compiled is not None and compiled.takes(way, x_PCHW, arguments):
                 given = compiled(way, x_PCHW, t_P, arguments)

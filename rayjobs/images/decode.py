@@ -103,6 +103,11 @@ def open_mask(source: Image.Image | bytes | str) -> Image.Image:
     return _open(source, "mask").mask()
 
 
+def open_control(source: Image.Image | bytes | str) -> Image.Image:
+    """A control's picture: RGB, upright, on white. Raises ValueError that names no path."""
+    return _open(source, "control image").on_white()
+
+
 def _open(source: Image.Image | bytes | str, what: str) -> Picture:
     try:
         if isinstance(source, Image.Image):

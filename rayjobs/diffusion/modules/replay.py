@@ -58,7 +58,8 @@ class Replay:
         self.trace_warmup_s = 0.0
         """What first calls of a shape took longer than its others will."""
         self._replayed_s = 0.0
-        self._recordings: dict[str, Any] = {}
+        self._recordings: dict[tuple[str, int], Any] = {}
+        """By what is beside the weights, and the number of inputs: those of controls are more."""
         self._verified: dict[tuple[Hashable, ...], bool] = {}
 
     def __call__(
@@ -69,7 +70,8 @@ class Replay:
         beside: Beside = NOTHING,
     ) -> Any:
         """The prediction (P, C, H, W) and what else the way gives, perhaps inference tensors;
-        `arguments` are the way's own, of the same names at every call. Raises what it raises.
+        `arguments` are the way's own: of the same names where they are as many. Raises what it
+        raises.
         """
         inputs = (x_PCHW, t_P, *_flat(arguments))
         # Texts have lengths too.
@@ -101,10 +103,11 @@ class Replay:
         if len(inputs[0]) > MAX_SLOTS:
             return False
         try:
-            if beside.names not in self._recordings:
+            kind = beside.names, len(inputs)
+            if kind not in self._recordings:
                 if beside.names and len(self._recordings) > MAX_RECORDINGS:
                     return False
-                self._recordings[beside.names] = self._record(inputs, arguments, beside)
+                self._recordings[kind] = self._record(inputs, arguments, beside)
             started_s = perf_counter()
             replayed = _tensors(self._replay(inputs, beside))
             is_same = all(map(torch.equal, replayed, given))
@@ -117,7 +120,7 @@ class Replay:
         weights = [tensors[name] for tensors, name in (*self._slots, *beside.places)]
         # Nothing is fused or specialized: operators are called as Python calls them.
         with torch.inference_mode(), torch.jit.optimized_execution(False):
-            return self._recordings[beside.names](*inputs, *weights)
+            return self._recordings[beside.names, len(inputs)](*inputs, *weights)
 
     def _record(
         self, inputs: tuple[torch.Tensor, ...], arguments: Mapping[str, Any], beside: Beside
@@ -155,13 +158,21 @@ def _flat(arguments: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors of nested arguments, in order."""
     tensors = []
     for value in arguments.values():
-        tensors += _flat(value) if isinstance(value, Mapping) else [value]
+        if isinstance(value, Mapping):
+            tensors += _flat(value)
+        else:
+            tensors += value if isinstance(value, tuple) else [value]
     return tensors
 
 
 def _shaped(arguments: Mapping[str, Any], tensors: Any) -> dict[str, Any]:
     """Other tensors in place of those in `arguments`."""
-    return {
-        name: _shaped(value, tensors) if isinstance(value, Mapping) else next(tensors)
-        for name, value in arguments.items()
-    }
+    shaped: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            shaped[name] = _shaped(value, tensors)
+        elif isinstance(value, tuple):
+            shaped[name] = tuple(next(tensors) for _ in value)
+        else:
+            shaped[name] = next(tensors)
+    return shaped

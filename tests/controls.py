@@ -1,0 +1,43 @@
+"""Small random ControlNets. Loads torch: import it inside fixtures."""
+
+from pathlib import Path
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors.torch import save_file
+
+SPREAD = 0.3
+"""Of the layers that training begins with zeros in, so that each control moves the picture."""
+
+
+def save_controlnets(model: Path, folder: Path, count: int = 2) -> list[str]:
+    """ControlNets for the model in a folder, as diffusers saves them; their folders.
+
+    Those of odd numbers read pictures with red and blue exchanged.
+    """
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    paths = []
+    for number in range(count):
+        torch.manual_seed(100 + number)
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+        ends = [net.controlnet_cond_embedding.conv_out, *net.controlnet_down_blocks]
+        for layer in [*ends, net.controlnet_mid_block]:
+            torch.nn.init.normal_(layer.weight, std=SPREAD)
+        order = "bgr" if number % 2 else "rgb"
+        net.register_to_config(controlnet_conditioning_channel_order=order)
+        net.save_pretrained(folder / f"net-{number}")
+        paths.append(str(folder / f"net-{number}"))
+    return paths
+
+
+def save_lora(model: Path, file: Path) -> str:
+    """A random adapter of rank 2 for the attention of that model's UNet."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    torch.manual_seed(7)
+    tensors = {}
+    for name, layer in unet.named_modules():
+        if name.endswith((".to_q", ".to_v")):
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(2, layer.in_features) * 0.2
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 2) * 0.2
+    save_file(tensors, file)
+    return str(file)
