@@ -17,7 +17,7 @@ from PIL import Image, ImageCms
 
 from rayjobs.config import BadInput
 from rayjobs.dreambooth.data.photos import find_photos
-from rayjobs.generation.worker.generator import read_init
+from rayjobs.generation.worker.pictures import read_picture
 from rayjobs.images.sandbox import Sandbox, SandboxPool
 from serve.images import BadImage, read_image, to_image
 
@@ -31,7 +31,7 @@ ROTATED = 6
 def generated(data: bytes, folder: Path) -> Image.Image:
     file = folder / "init.png"
     file.write_bytes(data)
-    init = read_init(str(file), SANDBOX)
+    init = read_picture(str(file), "init image", SANDBOX)
     if init.image is None:
         raise ValueError(init.error)
     return init.image

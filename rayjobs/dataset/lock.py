@@ -18,7 +18,14 @@ from rayjobs.dataset.records import ENGINE_VERSION, canonical_json
 
 LOCATIONS = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init.uri")
 LOCATIONS += ("model.base", "model.revision")
-LOCATIONS += ("model.loras", "model.words", "quality.clip", "quality.aesthetic", "quality.safety")
+LOCATIONS += (
+    "controls",
+    "model.loras",
+    "model.words",
+    "quality.clip",
+    "quality.aesthetic",
+    "quality.safety",
+)
 """Keys that may change, since the lock holds hashes of what lies there."""
 
 
@@ -35,6 +42,8 @@ class Segment(Config):
     model_name: str
     model_sha256: str
     loras_sha256: tuple[str, ...] = ()
+    controls_sha256: tuple[str, ...] = Field(default=(), exclude_if=lambda given: not given)
+    """Of ControlNets and of the pictures that all records follow, with their settings."""
     scorers_sha256: dict[str, str] = Field(default_factory=dict)
     guided: bool
     """Whether any record may use guidance: it decides the shape of every UNet call."""
@@ -81,7 +90,8 @@ class Segment(Config):
         parts = self.model_dump(
             mode="json",
             include={"job", "prompts_sha256", "num_prompts", "init_sha256"}
-            | {"model_sha256", "loras_sha256", "scorers_sha256", "guided", "engine_version"},
+            | {"model_sha256", "loras_sha256", "controls_sha256", "scorers_sha256"}
+            | {"guided", "engine_version"},
         )
         flat = _flat(parts)
         return {k: v for k, v in flat.items() if k.removeprefix("job.") not in LOCATIONS}

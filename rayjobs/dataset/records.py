@@ -66,6 +66,7 @@ OPTIONAL = {
     "cache_interval": pa.int32(),
     "timesteps": pa.list_(pa.int32()),
     "sigmas": pa.list_(pa.float64()),
+    "control_images": pa.list_(pa.string()),
 }
 """Columns that are there only where a job may give them: many data sets are older."""
 OVERRIDES = {

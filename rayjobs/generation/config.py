@@ -19,6 +19,7 @@ from rayjobs.diffusion.request import (
     num_scheduled,
 )
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
+from rayjobs.generation.controls import ControlConfig
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 from rayjobs.provenance.keys import Marking
@@ -322,6 +323,8 @@ class GenerateConfig(Config):
     parameters: ParametersConfig = ParametersConfig()
     image: ImageConfig = ImageConfig()
     init: InitConfig = InitConfig()
+    controls: tuple[ControlConfig, ...] = Field(default=(), exclude_if=lambda given: not given)
+    """ControlNets, each with a picture that images are to follow."""
     quality: QualityConfig = QualityConfig()
     output: OutputConfig
     engine: EngineConfig = EngineConfig()
@@ -337,4 +340,12 @@ class GenerateConfig(Config):
                 raise ValueError(f"sampler.{name} and parameters.steps are both given; remove one")
         for text in (self.sampler.negative_prompt or "", *self.parameters.negative_prompt):
             check_syntax(f"negative_prompt: {text!r:.80}", text, self.prompts.syntax, negative=True)
+        if (
+            self.controls
+            and max(self.parameters.cache_interval or (self.sampler.cache_interval,)) > 1
+        ):
+            raise ValueError(
+                "controls and cache_interval are both given; controls act on the blocks that "
+                "cache_interval leaves out, so leave one of them out"
+            )
         return self

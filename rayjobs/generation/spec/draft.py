@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
+
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import check_schema
@@ -43,6 +45,7 @@ from rayjobs.generation.spec.lock import (
     record_schema,
 )
 from rayjobs.generation.spec.records import Spec
+from rayjobs.images.decode import open_control
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights, unpinned
 
@@ -73,13 +76,16 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     storage.check(config.output.uri, write=True)
     loras = [lora.uri for lora in config.model.loras]
     scorers = [getattr(config.quality, name) for name in SCORES]
-    for uri in (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers):
+    controls = [uri for each in config.controls for uri in (each.uri, each.image)]
+    named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers, *controls)
+    for uri in named:
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
     loras_sha256, usual = _check_loras(config, model)
     config = _with_usual(config, usual)
     _warn_of_use(config, usual)
+    controls_sha256 = _check_controls(config, model)
     scorers_sha256 = _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -88,6 +94,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
         _check_sampler_column(config, rows, model)
+        _check_control_columns(config, rows)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
@@ -104,6 +111,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
                 "model.words", lambda: exports.identity(model.sha256, config.model.words)
             ),
             loras_sha256=loras_sha256,
+            controls_sha256=controls_sha256,
             scorers_sha256=scorers_sha256,
             guided=_is_guided(config, rows),
             num_records=spec.num_records,
@@ -181,6 +189,39 @@ def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[
         title = notes.title_of(read_header(file).metadata)
         known.append(adapter_usual(f"{file_name(lora.uri)} {title}"))
     return tuple(said), next(filter(None, known), model.usual)
+
+
+def _check_controls(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
+    """Hash and settings of each control; of the picture, too, that all records follow.
+
+    Raises BadInput for a ControlNet that does not fit the model, and for a picture that is not one.
+    """
+    if not config.controls:
+        return ()
+    from rayjobs.diffusion.control import files
+
+    said = []
+    for number, control in enumerate(config.controls):
+        path = storage.fetch(control.uri)
+        (net,) = _named(f"controls.{number}.uri", partial(files.check, [path], model))
+        followed = f"column {control.column}"
+        if control.image is not None:
+            data = storage.read_bytes(control.image)
+            _named(f"controls.{number}.image", partial(open_control, data))
+            followed = hashlib.sha256(data).hexdigest()
+        said.append(f"{net} x {control.scale:g} {control.start:g}-{control.end:g} {followed}")
+    return tuple(said)
+
+
+def _check_control_columns(config: GenerateConfig, rows: Snapshot) -> None:
+    kinds = {field.name: field.type for field in rows.passed_through}
+    for number, control in enumerate(config.controls):
+        kind = kinds.get(control.column or "", pa.string())
+        if kind != pa.string():
+            raise BadInput(
+                f"controls.{number}.column: {control.column} of {config.prompts.uri} holds {kind}, "
+                "not the names of pictures"
+            )
 
 
 def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:

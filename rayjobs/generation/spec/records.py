@@ -58,6 +58,11 @@ class Record:
     """Where records of the job have that column; without it they are plain."""
     economy: Mapping[str, Any] = field(default_factory=dict)
     """Those settings of ECONOMY of which records of the job have columns."""
+    control_images: tuple[str | None, ...] = ()
+    """The picture of each of the job's controls, as the prompt file has it or by its file's name;
+    None where the row has no such control."""
+    control_uris: tuple[str | None, ...] = ()
+    """Those pictures' locations; not part of the record, as `init_uri`."""
     passed_through: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -127,6 +132,7 @@ class Spec:
         values["prompt"] = self._texts.text(row["prompt"], text)
         values["seed"] = self._seed(row.get("seed"), values["prompt"], self.first_seed + seed)
         values["init_uri"] = self._init_uri(values["init_image"], "init_image" in row)
+        values |= self._controls(row)
         others = {key: row[key] for key in row if key != "prompt" and key not in OVERRIDES}
         return Record(number=number, passed_through=others, **values)
 
@@ -164,6 +170,17 @@ class Spec:
             return derived_seed(seeds.job_seed, prompt, index)
         return seeds.values[index] if seeds.values else seeds.start + index
 
+    def _controls(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The pictures of a row's controls: of its own columns, or the job's."""
+        images, uris = [], []
+        for control in self.config.controls:
+            from_row = row.get(control.column or "") or None
+            named = (control.image or "").rpartition("/")[-1] or None
+            images.append(named if from_row is None else from_row)
+            own = from_row is not None
+            uris.append(self._init_uri(from_row, True) if own else control.image)
+        return {"control_images": tuple(images), "control_uris": tuple(uris)}
+
     def _init_uri(self, name: str | None, from_row: bool) -> str | None:
         """A name in a prompt file is relative to that file, one of the folder to the folder."""
         if name is None or "://" in name or name.startswith("/"):
@@ -179,6 +196,7 @@ def optional_columns(config: GenerateConfig, rows: Rows) -> list[str]:
     given = {*rows.columns, *itertools.chain(*config.parameters.axes)}
     given |= economy_of(dict(config.sampler)).keys()
     given |= set() if config.prompts.syntax == "plain" else {SYNTAX.name}
+    given |= {"control_images"} if config.controls else set()
     return [name for name in OPTIONAL if name in given]
 
 
@@ -190,6 +208,12 @@ def derived_seed(job_seed: int, prompt: str, index: int) -> int:
 
 def _check_columns(config: GenerateConfig, rows: Rows, init_images: Sequence[str]) -> None:
     columns = set(rows.columns)
+    for number, control in enumerate(config.controls):
+        if control.column not in (None, *columns - {"prompt"}):
+            raise BadInput(
+                f"controls.{number}.column: {config.prompts.uri or 'prompts.inline'} has no column "
+                f"{control.column!r}; it has {', '.join(rows.columns)}"
+            )
     for names in config.parameters.axes:
         for name in columns.intersection(names, OVERRIDES):
             raise BadInput(

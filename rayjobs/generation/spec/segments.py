@@ -129,7 +129,8 @@ def _check_optional(lock: Lock, draft: JobDraft) -> None:
     for name in OPTIONAL:
         if (name in whole) != (name in mine):
             how = "give" if name in whole else "leave out"
-            key = "prompts.syntax" if name == SYNTAX.name else f"sampler.{name}"
+            keys = {SYNTAX.name: "prompts.syntax", "control_images": "controls"}
+            key = keys.get(name, f"sampler.{name}")
             raise BadInput(
                 f"--extend cannot change whether records have a {name}: {how} {key}, or choose "
                 "another output.uri"

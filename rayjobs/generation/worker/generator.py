@@ -8,41 +8,27 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any
-
-from PIL import Image
 
 from rayjobs import storage
 from rayjobs.dataset.records import ENGINE_VERSION, SCORES, SYNTAX, Row, image_id
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.side import beside_steps
-from rayjobs.diffusion.request import Lora, Request, Result
+from rayjobs.diffusion.request import Control, Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig, economy_of
 from rayjobs.generation.spec.records import Record, sizes_of
+from rayjobs.generation.worker.pictures import NO_SOURCES, PictureReader, Sources
 from rayjobs.images import watermark
-from rayjobs.images.container import UnreadableImage
 from rayjobs.images.encode import encode_picture
 from rayjobs.images.parameters import parameters_text
-from rayjobs.images.sandbox import Sandbox
 from rayjobs.models import loading, warming
 from rayjobs.quality import pixels
 
 BATCHES_AHEAD = 2
 """Init images are read and decoded this much ahead, and finished pictures wait this much."""
-
-
-@dataclass(frozen=True)
-class Init:
-    """An init image: its file's hash and its picture, or why there is none."""
-
-    sha256: str
-    image: Image.Image | None
-    error: str | None = None
 
 
 class RecordGenerator:
@@ -60,6 +46,8 @@ class RecordGenerator:
         self.loras = tuple(
             Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
+        self.control_paths = [str(storage.fetch(each.uri)) for each in config.controls]
+        self._control_ids = [self.engine.controls.load(path).sha256 for path in self.control_paths]
         uses = [(lora.path, lora.scale) for lora in self.loras]
         self.is_fused = config.engine.fuse_loras and bool(uses)
         bank = self.engine.loras
@@ -71,31 +59,31 @@ class RecordGenerator:
         self.scorer = load_scorer(config.quality, self.model)
         self._scoring = beside_steps(self.model.device, "scoring")
         self._ahead = BATCHES_AHEAD * size
-        self._init = lru_cache(maxsize=4)(partial(read_init, sandbox=Sandbox()))
-        self._reading = ThreadPoolExecutor(2, thread_name_prefix="reading")
+        self._pictures = PictureReader()
         threads = max(1, min(4, int(config.workers.num_cpus)))
         self._encoding = ThreadPoolExecutor(threads, thread_name_prefix="encoding")
 
     def generate(self, records: Iterable[Record]) -> Iterator[tuple[Record, Row]]:
         """Generate `records`, read only as the engine has room; failed ones are rows too."""
-        pending: dict[Request, tuple[Record, Init | None]] = {}
+        pending: dict[Request, tuple[Record, Sources]] = {}
         rows: deque[Future[tuple[Record, Row]]] = deque()
         for result in self.engine.generate(self._requests(records, pending)):
-            record, init = pending.pop(result.request)
+            record, sources = pending.pop(result.request)
             scores = self._scoring.submit(self._score, record, result)
-            rows.append(self._encoding.submit(self._row, record, init, result, scores))
+            rows.append(self._encoding.submit(self._row, record, sources, result, scores))
             while rows and (rows[0].done() or len(rows) > self._ahead):
                 yield rows.popleft().result()
         for row in rows:
             yield row.result()
 
-    def image_id(self, record: Record, init_sha256: str | None) -> str:
+    def image_id(self, record: Record, sources: Sources) -> str:
         """Over everything that decides the pixels, and nothing else."""
         sampler, model = self.config.sampler, self.config.model
         sampler_class, options = resolve(
             self._sampler(record), sampler.options, self.model.prediction
         )
         changes = {key: value for key, value in self._changes.items() if key != "_class_name"}
+        init_sha256 = None if sources.init is None else sources.init.sha256
         side = self.model.default_side if init_sha256 is None else None
         syntax = record.prompt_syntax or "plain"
         return image_id(
@@ -103,6 +91,7 @@ class RecordGenerator:
             | ({"fused": True} if self.is_fused else {})
             | economy_of(record.economy)
             | ({"watermark": watermark.VERSION} if self.is_marked else {})
+            | self._controls_id(sources)
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -128,27 +117,51 @@ class RecordGenerator:
         )
 
     def _requests(
-        self, records: Iterable[Record], pending: dict[Request, tuple[Record, Init | None]]
+        self, records: Iterable[Record], pending: dict[Request, tuple[Record, Sources]]
     ) -> Iterator[Request]:
-        """What the engine is asked for, with init images read ahead."""
-        waiting: deque[tuple[Record, Future[Init] | None]] = deque()
+        """What the engine is asked for, with pictures read ahead."""
+        waiting: deque[tuple[Record, Future[Sources] | None]] = deque()
 
         def ready() -> Request:
             record, future = waiting.popleft()
-            init = None if future is None else future.result()
-            request = self._request(record, init)
-            pending[request] = (record, init)
+            sources = NO_SOURCES if future is None else future.result()
+            request = self._request(record, sources)
+            pending[request] = (record, sources)
             return request
 
         for record in records:
-            uri = record.init_uri
-            waiting.append((record, self._reading.submit(self._init, uri) if uri else None))
-            if uri is None or len(waiting) > self._ahead:
+            reading = self._pictures.begin(record)
+            waiting.append((record, reading))
+            if reading is None or len(waiting) > self._ahead:
                 yield ready()
         while waiting:
             yield ready()
 
-    def _request(self, record: Record, init: Init | None) -> Request:
+    def _controls_id(self, sources: Sources) -> dict[str, Any]:
+        """What of controls decides a record's pixels; nothing where it has none."""
+        each = zip(self._control_ids, sources.controls, self.config.controls, strict=False)
+        used = [
+            [net, source.sha256, control.scale, control.start, control.end]
+            for net, source, control in each
+            if source is not None
+        ]
+        return {"controls": used} if used else {}
+
+    def _controls(self, sources: Sources) -> tuple[Control, ...]:
+        each = zip(self.control_paths, sources.controls, self.config.controls, strict=False)
+        return tuple(
+            Control(
+                path=path,
+                image=source.pixels,
+                scale=control.scale,
+                start=control.start,
+                end=control.end,
+            )
+            for path, source, control in each
+            if source is not None
+        )
+
+    def _request(self, record: Record, sources: Sources) -> Request:
         return Request(
             prompt=record.prompt,
             negative_prompt=record.negative_prompt,
@@ -163,10 +176,10 @@ class RecordGenerator:
             **{name: _fixed(value) for name, value in economy_of(record.economy).items()},
             width=record.width,
             height=record.height,
-            # Empty bytes fail at once; the row then has the init image's own reason.
-            init_image=None if init is None else init.image or b"",
+            init_image=None if sources.init is None else sources.init.pixels,
             strength=record.strength,
             loras=self.loras,
+            controls=self._controls(sources),
         )
 
     def _score(self, record: Record, result: Result) -> Row:
@@ -177,10 +190,10 @@ class RecordGenerator:
         return scores
 
     def _row(
-        self, record: Record, init: Init | None, result: Result, scores: Future[Row]
+        self, record: Record, sources: Sources, result: Result, scores: Future[Row]
     ) -> tuple[Record, Row]:
-        error = init.error if init is not None and init.error else result.error
-        row = self.columns(record, init) | scores.result()
+        error = sources.error or result.error
+        row = self.columns(record, sources) | scores.result()
         row["warnings"] = "; ".join(result.warnings) or None
         if result.image is None or error:
             return record, row | {"status": "failed", "error": error}
@@ -195,12 +208,12 @@ class RecordGenerator:
         row["image_sha256"] = hashlib.sha256(data).hexdigest()
         return record, row
 
-    def columns(self, record: Record, init: Init | None) -> Row:
+    def columns(self, record: Record, sources: Sources = NO_SOURCES) -> Row:
         """The row of a record as far as it is known before its picture is."""
-        side = None if init is not None else self.model.default_side
+        side = None if sources.init is not None else self.model.default_side
         return {
             "image": None,
-            "image_id": self.image_id(record, init.sha256 if init else None),
+            "image_id": self.image_id(record, sources),
             "image_sha256": None,
             "record": record.number,
             "prompt": record.prompt,
@@ -221,6 +234,7 @@ class RecordGenerator:
             "error": None,
             **({SYNTAX.name: record.prompt_syntax} if record.prompt_syntax else {}),
             **{k: list(v) if isinstance(v, tuple) else v for k, v in record.economy.items()},
+            **({"control_images": list(record.control_images)} if record.control_images else {}),
             **record.passed_through,
         }
 
@@ -238,23 +252,6 @@ class RecordGenerator:
 
 def _fixed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def read_init(uri: str, sandbox: Sandbox) -> Init:
-    """The init image at `uri`. Raises storage.Unavailable when the storage does not answer."""
-    try:
-        data = storage.read_bytes(uri)
-    except storage.Unavailable:
-        raise
-    except storage.NotThere:
-        return Init("", None, "init image cannot be read: it is missing")
-    except storage.StorageError:
-        return Init("", None, "init image cannot be read: access to it is refused")
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        return Init(sha256, sandbox.decode(data).on_white())
-    except UnreadableImage as error:
-        return Init(sha256, None, f"init image cannot be read: it {error}")
 
 
 def load_scorer(config: QualityConfig, model: Model) -> Any:

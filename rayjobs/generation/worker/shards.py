@@ -227,7 +227,7 @@ class ShardWorker:
         self._commits.append(entry)
 
     def _failed_row(self, record: int) -> Row:
-        row = self.generator.columns(self.record(record), None)
+        row = self.generator.columns(self.record(record))
         return row | {"status": "failed", "error": CRASHES_WORKER}
 
     def _commit(self, shard: _OpenShard) -> Entry:

@@ -20,6 +20,7 @@ from rayjobs.generation.spec.lock import job_part
 from rayjobs.generation.spec.records import Record, derived_seed
 from rayjobs.generation.worker import generator as generator_module
 from rayjobs.generation.worker.generator import RecordGenerator
+from rayjobs.generation.worker.pictures import NO_SOURCES
 from rayjobs.generation.worker.processor import ImageStep
 
 # Ray Data 2.60 reads its own deprecated switches.
@@ -189,8 +190,8 @@ def test_what_rows_leave_out_is_in_their_identity_only_where_it_is(
     assert all(len(set(column)) == 5 for column in zip(*found.values(), strict=True))
     monkeypatch.setattr(generator_module, "image_id", lambda decides: decides)
     named = replace(record, economy=dict(ECONOMY))
-    assert generator.image_id(record, None) == generator.image_id(named, None)
-    assert not {*ECONOMY} & {*generator.image_id(named, None)}
+    assert generator.image_id(record, NO_SOURCES) == generator.image_id(named, NO_SOURCES)
+    assert not {*ECONOMY} & {*generator.image_id(named, NO_SOURCES)}
     assert not {*ECONOMY} & {*job_part(usual)["sampler"]}
 
 
