@@ -144,6 +144,7 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     changed: dict[str, Any] = {
         "models": tuple(map(absolute, config.models)),
         "loras": tuple(map(absolute, config.loras)),
+        "controls": tuple(map(absolute, config.controls)),
         "registry": absolute(config.registry),
         "safety": absolute(config.safety),
     }

@@ -49,6 +49,20 @@ class LoraConfig(Config):
         return check_name(name)
 
 
+class ControlConfig(Config):
+    name: str
+    """The name that requests use."""
+    uri: str
+    """A ControlNet: a diffusers folder of safetensors, local or s3://."""
+    base: str | None = None
+    """The name of the model that it is for; without it, any model that it fits."""
+
+    @field_validator("name")
+    @classmethod
+    def _valid_name(cls, name: str) -> str:
+        return check_name(name)
+
+
 class RegistryConfig(Config):
     uri: str | None = None
     """A folder of DreamBooth runs or exports, local or s3://; each is served under its name."""
@@ -76,6 +90,9 @@ class EngineConfig(Config):
     """LoRAs kept in memory for each model."""
     lora_memory_gb: float | None = Field(default=None, gt=0)
     """GiB for the LoRAs of each model, part of model_memory_gb; without it, a quarter of that."""
+    control_memory_gb: float | None = Field(default=None, gt=0)
+    """GiB for the ControlNets of each model, part of model_memory_gb; without it, a quarter of
+    that."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads; without it, as many as the replica's CPUs."""
 
@@ -98,6 +115,10 @@ class LimitsConfig(Config):
     """LoRAs of one request."""
     max_lora_scale: float = Field(default=4.0, gt=0)
     """Largest absolute scale of a LoRA."""
+    max_controls: int = Field(default=4, ge=0)
+    """ControlNets of one request."""
+    max_control_scale: float = Field(default=4.0, gt=0)
+    """Largest absolute scale of a ControlNet."""
     max_guidance_scale: float = Field(default=50.0, gt=0)
     """Largest guidance_scale."""
     max_upload_bytes: int = Field(default=50 * 2**20, ge=1024)
@@ -216,6 +237,8 @@ class ServeConfig(Config):
     """Other names for models, for clients that send names of their own: {gpt-image-1: sdxl}."""
     loras: tuple[LoraConfig, ...] = ()
     """Adapters by name, for requests that ask for them."""
+    controls: tuple[ControlConfig, ...] = ()
+    """ControlNets by name, for requests that bring a picture to follow."""
     registry: RegistryConfig = RegistryConfig()
     serves: tuple[Kind, ...] = ("text-to-image", "image-to-image")
     """Which requests this application serves; two applications may share them."""
@@ -229,7 +252,7 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServeConfig":
-        names = [each.name for each in (*self.models, *self.loras)]
+        names = [each.name for each in (*self.models, *self.loras, *self.controls)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the name {name!r} is used twice; names must differ")

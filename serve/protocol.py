@@ -21,6 +21,17 @@ class Pixels:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ControlUse:
+    """A ControlNet of a request, by its name in the registry, and the picture to follow."""
+
+    name: str
+    pixels: Pixels
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImagesRequest:
     """One call of the API: `len(seeds)` images that differ only in their seeds.
 
@@ -52,6 +63,7 @@ class ImagesRequest:
     mask: Pixels | None = None
     strength: float = 0.5
     loras: tuple[tuple[str, float], ...] = ()
+    controls: tuple[ControlUse, ...] = ()
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
     progress: bool = False
@@ -65,6 +77,12 @@ class ImagesRequest:
     def has_schedule(self) -> bool:
         """Whether the sampler's steps are the caller's own."""
         return self.timesteps is not None or self.sigmas is not None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all in the registry that it needs."""
+        controls = (use.name for use in self.controls)
+        return [self.model, *(name for name, _ in self.loras), *controls]
 
 
 @dataclass(frozen=True)

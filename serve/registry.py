@@ -50,13 +50,15 @@ class Entry:
     """A name that requests can use."""
 
     name: str
-    kind: Literal["model", "lora"]
+    kind: Literal["model", "lora", "control"]
     weights: Weights | None
-    """None for an adapter that fits any model."""
+    """None for a ControlNet, and for an adapter that fits any model."""
     lora: str | None = None
     """The adapter's file; a `model` with one always uses it at scale 1."""
+    control: str | None = None
+    """The folder of a ControlNet."""
     base: str | None = None
-    """The name of the model that an adapter belongs to."""
+    """The name of the model that an adapter or a ControlNet belongs to."""
     facts: ModelFacts = NO_FACTS
     hints: tuple[str, ...] = ()
     """Prompts that the model was tuned on, or that show what it can draw."""
@@ -202,21 +204,27 @@ class Registry:
             yield Entry(model.name, "model", weights, facts=facts, hints=_hints(model))
         for lora in self.config.loras:
             yield self._lora(lora)
+        for control in self.config.controls:
+            self._check_base("controls", control.base)
+            yield Entry(control.name, "control", None, control=control.uri, base=control.base)
+
+    def _check_base(self, key: str, name: str | None) -> None:
+        known = [model.name for model in self.config.models]
+        if name is not None and name not in known:
+            raise BadInput(f"{key}: base {name!r} is not in models; known are {', '.join(known)}")
 
     def _lora(self, lora: LoraConfig) -> Entry:
         note = exports.read(lora.uri) if is_folder(lora.uri) else None
         if note is not None and note.kind != "lora":
             raise BadInput(f"loras: {lora.uri} is an export of kind {note.kind}; list it in models")
+        self._check_base("loras", lora.base)
         base = next((m for m in self.config.models if m.name == lora.base), None)
-        if lora.base is not None and base is None:
-            known = ", ".join(model.name for model in self.config.models)
-            raise BadInput(f"loras: base {lora.base!r} is not in models; known are {known}")
         weights = None if base is None else _weights(base, _how(base))
         hints = (note.instance_prompt,) if note is not None and note.instance_prompt else ()
         facts = ModelFacts() if base is None else read_facts(base)
         usual = adapter_usual(f"{lora.name} {file_name(lora.uri)}")
         facts = facts if usual is None else replace(facts, usual=usual)
-        return Entry(lora.name, "lora", weights, lora.uri, lora.base, facts, hints)
+        return Entry(lora.name, "lora", weights, lora.uri, base=lora.base, facts=facts, hints=hints)
 
 
 def _hints(model: ModelConfig) -> tuple[str, ...]:

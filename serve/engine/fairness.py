@@ -6,7 +6,7 @@ Switching rows between two steps is free: a row that is not chosen keeps its lat
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -73,6 +73,8 @@ class PrioritizedRow(Protocol):
     @property
     def reuses(self) -> bool: ...
     @property
+    def controls(self) -> Sequence[object]: ...
+    @property
     def request(self) -> Hashable: ...
 
 
@@ -91,7 +93,7 @@ class BatchUsage:
     callers: tuple[tuple[str, int], ...]
     """Each row's caller and slots."""
     is_plain: bool = True
-    """No row reused deep features: what the batch cost tells what others will."""
+    """No row reused deep features or had a control: what the batch cost tells what others will."""
 
 
 class FairBatcher(Generic[R]):
@@ -160,7 +162,7 @@ class FairBatcher(Generic[R]):
         callers = [(p.caller, row.num_slots) for p, row in zip(priorities, rows, strict=True)]
         slots = sum(row.num_slots for row in rows)
         oldest_s = min(priority.arrived_s for priority in priorities)
-        is_plain = not any(row.reuses for row in rows)
+        is_plain = not any(row.reuses or row.controls for row in rows)
         return BatchUsage(rows[0].shape, len(rows), slots, oldest_s, tuple(callers), is_plain)
 
     def _fill_batch(self, shape: Shape) -> list[R]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
+from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.modules.compiled import make_deterministic
 from rayjobs.diffusion.request import Lora
 from rayjobs.models.facts import ModelFacts
@@ -112,11 +113,13 @@ class EngineLoop:
     def names(self) -> list[str]:
         """Names of models and adapters that are in memory."""
         loaded_models = dict(self.models.loaded)
-        adapters = {uri for loaded in loaded_models.values() for uri in list(loaded.uris)}
+        beside = {uri for loaded in loaded_models.values() for uri in list(loaded.uris)}
+        beside |= {uri for loaded in loaded_models.values() for uri in loaded.controls.uris()}
+        own = [(entry, entry.lora or entry.control) for entry in self.registry.entries()]
         return [
             entry.name
-            for entry in self.registry.entries()
-            if (entry.weights in loaded_models if entry.lora is None else entry.lora in adapters)
+            for entry, uri in own
+            if (entry.weights in loaded_models if uri is None else uri in beside)
         ]
 
     def facts(self) -> dict[str, ModelFacts]:
@@ -226,7 +229,14 @@ class EngineLoop:
             Lora(path=one.path if isinstance(one, PlacedAdapter) else one, scale=scale)
             for one, scale in adapters
         )
-        return RequestState(request, loaded, asyncio.Queue(), loras), new
+        nets = [await self._control(loaded, use.name) for use in request.controls]
+        return RequestState(request, loaded, asyncio.Queue(), loras, tuple(nets)), new
+
+    async def _control(self, loaded: LoadedModel, name: str) -> ControlNet:
+        entry = await self._find(name)
+        if entry is None or entry.control is None:
+            raise BadInput("a ControlNet of this request no longer exists")
+        return await self.models.read_control(loaded, entry.control)
 
     async def _too_long(self, request: ImagesRequest, loaded: LoadedModel) -> Failed | None:
         """Whether steps of this size would let others wait too long, measured if need be."""

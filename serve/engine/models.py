@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.adapters.reader import Adapter
+from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.faults import OutOfMemory
 from rayjobs.diffusion.files.beside import lora_file
@@ -33,13 +35,14 @@ from rayjobs.models.options import SourceConfig
 from rayjobs.models.warming import warm
 from serve.config import EngineConfig
 from serve.engine import memory
+from serve.engine.controls import ControlCache
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
 from serve.registry import Weights
 
 LATENT_CHANNELS = 4
 ADAPTER_SHARE = 0.25
-"""Of the memory for models, which the adapters of each may take."""
+"""Of the memory for models, which the adapters of each may take, and as much its ControlNets."""
 
 
 class ModelMemoryFull(RuntimeError):
@@ -77,11 +80,16 @@ class LoadedModel:
     """Path and version of each adapter, by its uri."""
     base: "LoadedModel | None" = None
     """The model whose parts it shares; it stays in memory as long as this one."""
+    max_control_bytes: float = float("inf")
+
+    @cached_property
+    def controls(self) -> ControlCache:
+        return ControlCache(self.engine, self.max_control_bytes)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of its own weights and of its adapters."""
-        return self.num_bytes + self.engine.loras.num_bytes
+        """Bytes of its own weights, and of its adapters and ControlNets."""
+        return self.num_bytes + self.engine.loras.num_bytes + self.engine.controls.num_bytes
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -120,7 +128,8 @@ class ModelCache:
         # One at a time: while diffusers loads, new parameters anywhere in the process have no data.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._max_bytes = memory.for_models(config)
-        self._max_adapter_bytes = _adapter_memory(config, self._max_bytes)
+        self._max_adapter_bytes = _share(config.lora_memory_gb, self._max_bytes)
+        self._max_control_bytes = _share(config.control_memory_gb, self._max_bytes)
 
     async def acquire(self, weights: Weights) -> LoadedModel:
         """The model, loaded if necessary and kept until `release`. Other models continue meanwhile.
@@ -174,6 +183,28 @@ class ModelCache:
             raise BadInput(f"the adapter cannot be loaded: {first_line(error)}") from None
         loaded.uris = {**loaded.uris, uri: (placed.path, version)}
         return placed
+
+    async def read_control(self, loaded: LoadedModel, uri: str) -> ControlNet:
+        """A ControlNet to admit between two steps.
+
+        Raises BadInput for a folder that is none, or is for other models, or too large; Unavailable
+        while its storage is away.
+        """
+        known, run = loaded.controls.find(uri), asyncio.get_running_loop().run_in_executor
+        if known is not None:
+            return known
+        try:
+            path, num_bytes = await run(self._fetcher, loaded.controls.fetch, uri)
+            with contextlib.suppress(ModelMemoryFull):
+                self._make_room(num_bytes)
+            return await run(self._loader, loaded.controls.read, uri, path)
+        except storage.Unavailable:
+            raise
+        except torch.OutOfMemoryError:
+            reason = "the ControlNet does not fit in memory; try again later"
+            raise ModelMemoryFull(reason) from None
+        except Exception as error:  # a damaged file may raise anything
+            raise BadInput(f"the ControlNet cannot be loaded: {first_line(error)}") from None
 
     def admit(self, loaded: LoadedModel, placed: PlacedAdapter, in_use: set[str]) -> None:
         """Keep an adapter; the least recently used ones that are not in use leave for it.
@@ -278,7 +309,8 @@ class ModelCache:
             batcher=batcher,
             isolate_oom=True,
         )
-        return LoadedModel(weights, engine, batcher, num_bytes)
+        limit = self._max_control_bytes
+        return LoadedModel(weights, engine, batcher, num_bytes, max_control_bytes=limit)
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict idle models until `num_bytes` fit; a first model is always tried."""
@@ -306,9 +338,8 @@ class ModelCache:
             self.release(loaded.base)
 
 
-def _adapter_memory(config: EngineConfig, model_bytes: float) -> float:
-    given = config.lora_memory_gb
-    return ADAPTER_SHARE * model_bytes if given is None else given * 2**30
+def _share(given_gb: float | None, model_bytes: float) -> float:
+    return ADAPTER_SHARE * model_bytes if given_gb is None else given_gb * 2**30
 
 
 def _fetch(weights: Weights) -> Weights:

@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.economy.plan import count_slots, plan_calls
-from rayjobs.diffusion.request import Lora, Request
+from rayjobs.diffusion.request import Control, Lora, Request
 from serve.engine.models import LATENT_CHANNELS, LoadedModel
 from serve.images import to_image, to_pixels
 from serve.protocol import Event, Failed, Finished, ImagesRequest
@@ -28,6 +29,8 @@ class RequestState:
     loaded: LoadedModel
     events: asyncio.Queue[Event]
     loras: tuple[Lora, ...] = ()
+    controls: tuple[ControlNet, ...] = ()
+    """Of the request's controls, in their order."""
     arrived_s: float = field(default_factory=time.monotonic)
     shape: tuple[int, ...] = (0, 0, 0)
     images: dict[int, int] = field(default_factory=dict)
@@ -59,6 +62,16 @@ class RequestState:
     def engine_requests(self) -> list[Request]:
         """The engine's requests, one for each image."""
         request = self.request
+        controls = tuple(
+            Control(
+                path=net.path,
+                image=to_image(use.pixels),
+                scale=use.scale,
+                start=use.start,
+                end=use.end,
+            )
+            for net, use in zip(self.controls, request.controls, strict=True)
+        )
         return [
             Request(
                 prompt=request.prompt,
@@ -81,6 +94,7 @@ class RequestState:
                 mask=None if request.mask is None else to_image(request.mask),
                 keep_unmasked=request.mask is not None,
                 loras=self.loras,
+                controls=controls,
             )
             for seed in request.seeds
         ]

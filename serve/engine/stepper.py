@@ -18,6 +18,7 @@ from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.request import Result
 from serve.engine.backlog import Backlog
+from serve.engine.controls import ControlMemoryFull
 from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
@@ -118,7 +119,7 @@ class Stepper:
             self._add(state)
         except DeviceLost:
             raise
-        except ModelMemoryFull as error:
+        except (ModelMemoryFull, ControlMemoryFull) as error:
             self._end(state, Failed("busy", str(error), None, max(5.0, self.backlog.pending_s())))
         except Exception as error:  # one bad request must not stop the others
             self._end(state, Failed("invalid", first_line(error)))
@@ -138,6 +139,7 @@ class Stepper:
 
     def _admit(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         """Load the adapters read for a request, and those evicted since it was prepared."""
+        state.loaded.controls.admit(state.controls)
         in_use = {lora.path for other in list(self.backlog.states) for lora in other.loras}
         for adapter in adapters:
             self.models.admit(state.loaded, adapter, in_use)

@@ -74,14 +74,14 @@ class LimitedBody:
                     await self()
 
 
-async def read_json(request: Request) -> Any:
+async def read_json(request: Request, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """A JSON body, refused by its Content-Length or while it comes. Raises ApiError."""
     _check_type(request, "application/json")
     data = bytearray()
-    _check_length(int(request.headers.get("content-length") or 0))
+    _check_length(int(request.headers.get("content-length") or 0), max_bytes)
     async for chunk in request.stream():
         data += chunk
-        _check_length(len(data))
+        _check_length(len(data), max_bytes)
     try:
         return json.loads(bytes(data))
     except (ValueError, RecursionError):
@@ -172,6 +172,6 @@ def _check_type(request: Request, wanted: str) -> None:
         raise ApiError(415, f"the body is encoded with {encoding}; send it as it is")
 
 
-def _check_length(num_bytes: int) -> None:
-    if num_bytes > MAX_JSON_BYTES:
-        raise ApiError(413, f"the body has {num_bytes} bytes or more; at most {MAX_JSON_BYTES}")
+def _check_length(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise ApiError(413, f"the body has {num_bytes} bytes or more; at most {max_bytes}")

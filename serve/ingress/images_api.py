@@ -22,7 +22,7 @@ from serve.config import KeyConfig, ServeConfig
 from serve.errors import ApiError, translate_failure
 from serve.ingress import streams
 from serve.ingress.auth import ApiKeys
-from serve.ingress.bodies import Form, open_form, read_json
+from serve.ingress.bodies import MAX_JSON_BYTES, Form, open_form, read_json
 from serve.ingress.marks import Marks
 from serve.ingress.requests import ImagesRequestBuilder, describe
 from serve.ingress.responses import ResponseEncoder, sse
@@ -30,7 +30,7 @@ from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import EditBody, GenerateBody, parse
 from serve.limits.keeper import Limits
 from serve.metrics import IngressMetrics, merge
-from serve.protocol import TOO_LATE, Event, Failed, ImagesRequest
+from serve.protocol import TOO_LATE, ControlUse, Event, Failed, ImagesRequest
 from serve.registry import Registry
 from serve.tracing import span
 
@@ -70,6 +70,9 @@ class ImagesApi:
         self.is_draining = False
         self._load: tuple[float, list[dict[str, Any]]] | None = None
         """When the replicas were asked for their load, and their states."""
+        pictures = 4 * config.limits.max_upload_bytes // 3 if config.controls else 0
+        self._max_json_bytes = MAX_JSON_BYTES + pictures
+        """Of a body, whose control pictures together are as large as an upload at most."""
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="lookups")
         self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="uploads")
         self._sandboxes = SandboxPool(UPLOADS_AT_ONCE)
@@ -175,9 +178,26 @@ class ImagesApi:
             self.active -= 1
 
     async def _read_generation(self, request: Request, caller: str) -> Asked:
-        body = parse(GenerateBody, await read_json(request))
+        body = parse(GenerateBody, await read_json(request, self._max_json_bytes))
         await self._check(body)
-        return body, self.builder.build_generation(body, caller, request.state.request_id)
+        controls = await _in(self._uploads, self._controls, body) if body.controls else ()
+        id = request.state.request_id
+        return body, self.builder.build_generation(body, caller, id, controls)
+
+    def _controls(self, body: GenerateBody) -> tuple[ControlUse, ...]:
+        """A request's control pictures, decoded, in a thread: as few at once as threads."""
+        limits = self.config.limits
+        bounds = (limits.max_upload_bytes, limits.max_upload_pixels, self._sandboxes.decode)
+        return tuple(
+            ControlUse(
+                name=use.name,
+                pixels=images.read_image(use.image, "controls", *bounds),
+                scale=use.scale,
+                start=use.start,
+                end=use.end,
+            )
+            for use in body.controls or ()
+        )
 
     async def _read_edit(self, request: Request, caller: str) -> Asked:
         async with open_form(request) as form:
@@ -189,7 +209,8 @@ class ImagesApi:
 
     async def _check(self, body: GenerateBody) -> None:
         """Refuse what can be refused before an image is decoded or made."""
-        for name in (body.model, *(use.name for use in body.loras or ())):
+        named = (*(body.loras or ()), *(body.controls or ()))
+        for name in (body.model, *(use.name for use in named)):
             await self.look_up(name)
         if self.builder.entry(body.model).facts.family is None:
             await self.loaded_names()  # its files are not readable here: replicas know its size
@@ -209,7 +230,7 @@ class ImagesApi:
         if "mask" in form.files:
             size = (image.width, image.height)
             mask = images.read_mask(form.files["mask"].file.read(), size, *bounds)
-        return self.builder.build_edit(body, image, mask, caller, id)
+        return self.builder.build_edit(body, image, mask, caller, id, self._controls(body))
 
     async def _respond(
         self, stack: ExitStack, body: Any, images_request: ImagesRequest, kind: str, until_s: float

@@ -10,6 +10,7 @@ from typing import Any
 
 from rayjobs.diffusion.economy.plan import check_guidance_interval
 from rayjobs.diffusion.request import (
+    check_control,
     check_schedule,
     check_side,
     check_strength,
@@ -22,7 +23,7 @@ from serve import images
 from serve.config import LimitsConfig, ServeConfig
 from serve.errors import ApiError
 from serve.ingress.schemas import EditBody, GenerateBody
-from serve.protocol import ImagesRequest, Pixels
+from serve.protocol import ControlUse, ImagesRequest, Pixels
 from serve.registry import Entry, Registry
 
 STRENGTH = 0.6
@@ -47,15 +48,28 @@ class ImagesRequestBuilder:
             raise ApiError(404, message, param="model", code="model_not_found")
         return entry
 
-    def build_generation(self, body: GenerateBody, caller: str, request_id: str) -> ImagesRequest:
+    def build_generation(
+        self,
+        body: GenerateBody,
+        caller: str,
+        request_id: str,
+        controls: tuple[ControlUse, ...] = (),
+    ) -> ImagesRequest:
         entry = self.entry(body.model)
         size = body.width_height
         if size is None and entry.facts.side is not None:
             size = (entry.facts.side, entry.facts.side)
-        return self._build(body, entry, size, caller=caller, id=request_id)
+        more = {"caller": caller, "id": request_id, "controls": controls}
+        return self._build(body, entry, size, **more)
 
     def build_edit(
-        self, body: EditBody, image: Pixels, mask: Pixels | None, caller: str, request_id: str
+        self,
+        body: EditBody,
+        image: Pixels,
+        mask: Pixels | None,
+        caller: str,
+        request_id: str,
+        controls: tuple[ControlUse, ...] = (),
     ) -> ImagesRequest:
         entry = self.entry(body.model)
         size = body.width_height or self._size_like(image, entry.facts)
@@ -73,6 +87,7 @@ class ImagesRequestBuilder:
             init=images.fitted(image, *size),
             mask=None if mask is None else images.fitted(mask, *size),
             strength=strength,
+            controls=controls,
         )
 
     def check(self, body: GenerateBody) -> None:
@@ -99,6 +114,7 @@ class ImagesRequestBuilder:
             self._check_sampler(body.sampler, entry.facts)
         self._check_economy(body, entry.facts)
         self._check_loras(body, entry)
+        self._check_controls(body, entry)
 
     def _build(
         self, body: GenerateBody, entry: Entry, size: tuple[int, int] | None, **more: Any
@@ -176,6 +192,24 @@ class ImagesRequestBuilder:
                     400, f"The LoRA {use.name!r} is for another model, {lora.base}.", param="loras"
                 )
             _check_max("loras", abs(use.scale), self.limits.max_lora_scale)
+
+    def _check_controls(self, body: GenerateBody, entry: Entry) -> None:
+        uses = body.controls or []
+        _check_max("controls", len(uses), self.limits.max_controls)
+        if uses and (body.cache_interval or 1) > 1:
+            message = "controls and cache_interval do not go together; leave one of them out."
+            raise ApiError(400, message, param="cache_interval")
+        for use in uses:
+            control = self.registry.get(use.name)
+            if control is None or control.control is None:
+                message = f"The ControlNet {use.name!r} does not exist; GET /v1/models lists them."
+                raise ApiError(404, message, param="controls", code="model_not_found")
+            if control.base not in (None, entry.name, entry.base):
+                message = f"The ControlNet {use.name!r} is for another model, {control.base}."
+                raise ApiError(400, message, param="controls")
+            _check_max("controls", abs(use.scale), self.limits.max_control_scale)
+            check = partial(check_control, use.scale, use.start, use.end)
+            self._check_field("controls", check)
 
     def _size_like(self, image: Pixels, facts: ModelFacts) -> tuple[int, int]:
         """The image's aspect ratio, at about as many pixels as the model was trained on."""

@@ -4,6 +4,7 @@ Owns the fields, their bounds and their error messages. Knows nothing of models,
 one installation, or of HTTP. Fields of our own stand beside OpenAI's.
 """
 
+import base64
 import json
 import re
 from typing import Annotated, Any, Literal
@@ -13,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from serve.errors import ApiError
 
+DATA_URL = re.compile(r"data:[^,]{0,100};base64,")
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 EXAMPLES = {
     "loras": '[{"name": "sks-dog", "scale": 0.8}]',
+    "controls": '[{"name": "edges", "image": "iVBORw0KGgo..."}]',
     "guidance_interval": "[0.2, 0.8]",
     "timesteps": "[999, 845, 730, 587, 443, 310, 193, 116, 53, 13]",
     "sigmas": "[14.6, 2.2, 0.6, 0]",
@@ -31,6 +34,26 @@ class LoraUse(BaseModel):
 
     name: str
     scale: Finite = 1.0
+
+
+class ControlUse(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    image: bytes = Field(description="a PNG, JPEG or WebP file in base64, or its data: URL")
+    scale: Finite = 1.0
+    start: Finite = Field(default=0.0, ge=0, le=1)
+    end: Finite = Field(default=1.0, ge=0, le=1)
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _decoded(cls, text: Any) -> bytes:
+        if not isinstance(text, str):
+            raise ValueError("it must be the text of a picture in base64")
+        try:
+            return base64.b64decode(DATA_URL.sub("", text), validate=True)
+        except ValueError:
+            raise ValueError("it is not base64") from None
 
 
 class GenerateBody(BaseModel):
@@ -72,6 +95,7 @@ class GenerateBody(BaseModel):
     clip_skip: int | None = Field(default=None, ge=0, le=32)
     sampler: str | None = None
     loras: list[LoraUse] | None = None
+    controls: list[ControlUse] | None = None
     deadline_s: Finite | None = Field(default=None, gt=0)
     progress: bool | None = Field(
         default=None, description="with stream: also send waiting and step events"

@@ -63,7 +63,7 @@ class Fleet:
                 await asyncio.sleep(0.2 * 2**attempt)
 
     async def _attempt(self, request: ImagesRequest) -> AsyncIterator[Event]:
-        names = ",".join([request.model, *(name for name, _ in request.loras)])
+        names = ",".join(request.names)
         events = self._stream.options(multiplexed_model_id=names).remote(request)
         try:
             async for event in events:

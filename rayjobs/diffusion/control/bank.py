@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
 
-from rayjobs.diffusion.control.files import ControlFiles, check_fit, locate, outline
+from rayjobs.diffusion.control.files import check_fit, locate, outline
 from rayjobs.diffusion.model import Model, hold
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.modules.upload import upload
@@ -31,8 +31,9 @@ class Residuals(NamedTuple):
 class ControlNet:
     """A loaded ControlNet, without the layers that read pictures: each of these is read once."""
 
-    def __init__(self, path: str, sha256: str, net: Any):
+    def __init__(self, path: str, stamp: tuple[int, ...], sha256: str, net: Any):
         self.path = path
+        self.stamp = stamp
         self.sha256 = sha256
         self._read = net.controlnet_cond_embedding
         self._is_bgr = net.config.controlnet_conditioning_channel_order == "bgr"
@@ -92,24 +93,34 @@ class ControlBank:
 
         Raises ValueError when it is none, cannot be read, or is for another model.
         """
-        files = locate(path)
-        stamp = files.stamp()
-        known = self._known.get(path)
-        if known is None or known[0] != stamp or known[1] not in self._nets:
-            net = self.read(path, files)
-            self._nets.setdefault(net.sha256, net)
-            self._known[path] = known = stamp, net.sha256
-        return self._nets[known[1]]
+        return self.hold(self.find(path) or self.read(path))
 
-    def read(self, path: str, files: ControlFiles | None = None) -> ControlNet:
+    def find(self, path: str) -> ControlNet | None:
+        """The same, where it is held and its files are not other ones since."""
+        stamp, sha256 = self._known.get(path, ((), ""))
+        net = self._nets.get(sha256)
+        return net if net is not None and stamp == _stamp(path) else None
+
+    def read(self, path: str) -> ControlNet:
         """The same, not held yet: touches nothing, so that any thread may do it."""
-        files = files or locate(path)
-        net = outline(files)
+        files = locate(path)
+        stamp, net = files.stamp(), outline(files)
         check_fit(files.name, net, self.model.unet, self.model.vae_scale)
         state = {name: it.to(self.model.dtype) for name, it in load_file(files.weights).items()}
         net.load_state_dict(state, assign=True)
         hold(net, self.model)
-        return ControlNet(path, files.sha256, net)
+        return ControlNet(path, stamp, files.sha256, net)
+
+    def hold(self, net: ControlNet) -> ControlNet:
+        """Keep one that was read, as the one that was used last."""
+        net = self._nets.pop(net.sha256, net)
+        self._nets[net.sha256] = net
+        self._known[net.path] = net.stamp, net.sha256
+        return net
+
+    def held(self) -> list[str]:
+        """Hashes, the least recently used first."""
+        return list(self._nets)
 
     def of_row(
         self, controls: Sequence[Control], size: tuple[int, int], num_calls: int
@@ -128,7 +139,7 @@ class ControlBank:
 
     @property
     def num_bytes(self) -> int:
-        return sum(net.num_bytes for net in self._nets.values())
+        return sum(net.num_bytes for net in list(self._nets.values()))
 
     def forget(self, sha256: str) -> None:
         """Give a ControlNet's memory back; rows that use it keep it until they end."""
@@ -150,6 +161,14 @@ def interval(start: float, end: float, num_calls: int) -> tuple[int, int]:
     """
     on = [n for n in range(num_calls) if n / num_calls >= start and (n + 1) / num_calls <= end]
     return (on[0], on[-1] + 1) if on else (0, 0)
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """None where the files cannot be asked: what is held is then read again, which says why."""
+    try:
+        return locate(path).stamp()
+    except (ValueError, OSError):
+        return None
 
 
 def _residuals(

@@ -60,7 +60,8 @@ class Cache(ModelCache):
 
     def _with_engine(self, weights: Weights, model: Any, num_bytes: int) -> LoadedModel:
         model.dtype, model.compiled = torch.float32, None
-        engine: Any = SimpleNamespace(loras=FakeLoras(), model=model, rows={})
+        parts = {"loras": FakeLoras(), "controls": SimpleNamespace(num_bytes=0)}
+        engine: Any = SimpleNamespace(**parts, model=model, rows={})
         batcher: Any = None
         return LoadedModel(weights, engine, batcher, num_bytes)
 

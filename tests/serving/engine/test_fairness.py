@@ -15,6 +15,7 @@ class Row:
     share_left: float = 1.0
     share: float = 1.0
     reuses: bool = False
+    controls: tuple[object, ...] = ()
     request: object = field(default_factory=object)
 
 
