@@ -95,7 +95,7 @@ def measure(model: Model, folder: str, steps: int, rounds: int) -> dict[str, lis
     control = Control(path=folder, image=Image.radial_gradient("L").resize((side, side)))
     plain_class, control_class = PIPELINES[model.family]
     plain = plain_class.from_pretrained(
-        locate(Source(uri=model.uri)).path, torch_dtype=torch.float32
+        locate(Source(uri=model.uri)).path, dtype=torch.float32
     )
     net = ControlNetModel.from_pretrained(folder)
     controlled = control_class(**plain.components, controlnet=net)

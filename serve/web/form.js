@@ -24,7 +24,7 @@ export const limitsOf = (model) => model.limits ?? {};
 export function fillModels(list) {
   models = list;
   const kept = $("model").value;
-  const bases = list.filter(({ kind }) => kind !== "lora");
+  const bases = list.filter(({ kind }) => kind === "model");
   const options = bases.map(({ id, loaded }) =>
     node("option", { value: id }, loaded === false ? `${id} (not loaded)` : id),
   );
