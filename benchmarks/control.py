@@ -94,9 +94,7 @@ def measure(model: Model, folder: str, steps: int, rounds: int) -> dict[str, lis
     side = model.default_side
     control = Control(path=folder, image=Image.radial_gradient("L").resize((side, side)))
     plain_class, control_class = PIPELINES[model.family]
-    plain = plain_class.from_pretrained(
-        locate(Source(uri=model.uri)).path, dtype=torch.float32
-    )
+    plain = plain_class.from_pretrained(locate(Source(uri=model.uri)).path, dtype=torch.float32)
     net = ControlNetModel.from_pretrained(folder)
     controlled = control_class(**plain.components, controlnet=net)
     for pipeline in (plain, controlled):

@@ -114,8 +114,7 @@ class UNetBatch:
         arguments, padding = condition["arguments"], condition["size"] - num
         loras: Gathered = condition["loras"]
         x_PCHW, t_P = _padded(x_PCHW, padding).to(model.dtype), _padded(t_P, padding)
-        controls = self._controls.residuals(slots, x_PCHW, t_P, arguments)
-        arguments = {**arguments, **controls}
+        arguments = {**arguments, **self._controls.residuals(slots, x_PCHW, t_P, arguments)}
         way, replay = deep.whole, "replay"
         if deep_PCHW is not None:
             # In one order of memory, which padding would change, and with it bits.
@@ -125,7 +124,10 @@ class UNetBatch:
             way, replay = deep.reusing, "replay_reusing"
         elif keeps:
             way, replay = deep.keeping, "replay_keeping"
-        compiled = None if loras.uses or controls else model.compiled
+        # Those of rows with controls are not compiled outside their intervals either: bits would
+        # depend on whether another row is inside its own.
+        is_plain = not loras.uses and not any(row.controls for row, _ in slots)
+        compiled = model.compiled if is_plain else None
         with loras.applied():
             if compiled is not None and compiled.takes(way, x_PCHW, arguments):
                 given = compiled(way, x_PCHW, t_P, arguments)

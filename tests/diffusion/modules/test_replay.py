@@ -89,7 +89,8 @@ def test_errors_are_of_the_module_s_kind(model: Model, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(model.unet, "forward", out_of_memory)
-        patch.setitem(replay._recordings, "", broken)
+        (kind,) = replay._recordings
+        patch.setitem(replay._recordings, kind, broken)
         with pytest.raises(torch.OutOfMemoryError, match="none left"):
             replay(*inputs)
     assert torch.equal(replay(*inputs), expected)
