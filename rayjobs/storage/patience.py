@@ -15,7 +15,12 @@ from rayjobs.storage.places import is_remote
 from rayjobs.storage.s3 import HOW_TO_ALLOW, NotThere, StorageError, Unavailable
 
 LONGEST_WAIT_S = 15.0
-AWAY = (errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
+S3_INTERNAL = getattr(errno, "EREMOTEIO", errno.EIO)
+"""What s3fs makes of a 500: the server asks for another try."""
+AWAY = (
+    *(errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET),
+    S3_INTERNAL,
+)
 num_retries = 0
 """How often a call of this process was made again."""
 _patience_s = 0.0

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 from fsspec.implementations.local import LocalFileSystem
+from s3fs.errors import translate_boto_error
 
 from rayjobs import storage
 from rayjobs.storage import StorageError, Unavailable, join, s3
+from rayjobs.storage.patience import translate_errors
 from tests.hosts.proxy import Proxy
 
 
@@ -203,6 +205,13 @@ def test_a_folder_goes_though_others_remove_its_files(
     storage.remove_folder(join(str(tmp_path), "folder"))
     assert calls
     assert not storage.exists(join(str(tmp_path), "folder"))
+
+
+@pytest.mark.parametrize("code", ["InternalError", "500", "SlowDown", "ServiceUnavailable", "503"])
+def test_a_server_that_asks_for_another_try_is_away(code: str) -> None:
+    said = ClientError({"Error": {"Code": code, "Message": "try again"}}, "GetObject")
+    with pytest.raises(Unavailable, match="try again"), translate_errors("s3://bucket/key"):
+        raise translate_boto_error(said)
 
 
 def test_a_busy_server_is_asked_again(
