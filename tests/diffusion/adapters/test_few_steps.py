@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from rayjobs.diffusion.adapters.bank import LoraBank
+from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.diffusion.row import prepare_row
+from rayjobs.diffusion.row import Row, prepare_row
 from tests.diffusion.adapters import formats_kohya
 from tests.diffusion.adapters.made import make, write
+
+
+def row_of(request: Request, model: Model, bank: LoraBank) -> Row:
+    return prepare_row(0, request, model, bank, ControlBank(model))
 
 
 @pytest.mark.parametrize(
@@ -35,14 +40,14 @@ def test_it_brings_its_sampler(
     path = write(make(tiny, formats_kohya.kohya_diffusers_names), tmp_path, f"{name}.safetensors")
     lora = (Lora(path=path, scale=0.7),)
     request = Request(prompt="x", steps=4, sampler=asked, loras=lora)
-    sampler = prepare_row(0, request, tiny, bank).sampler
+    sampler = row_of(request, tiny, bank).sampler
     is_trailing = name.startswith(("sdxl_lightning", "Hyper"))
     told = {"timestep_spacing": "trailing"} if is_trailing else {}
     expected: Any = getattr(diffusers, kind).from_config(tiny.scheduler.config, **told)
     expected.set_timesteps(4)
     assert type(sampler.scheduler) is type(expected)
     assert torch.equal(sampler.timesteps, expected.timesteps)
-    without = prepare_row(1, Request(prompt="x", steps=4, sampler=asked), tiny, bank).sampler
+    without = row_of(Request(prompt="x", steps=4, sampler=asked), tiny, bank).sampler
     assert (type(without.scheduler) is type(expected)) == (asked is not None or kind[0] == "E")
 
 
@@ -72,8 +77,8 @@ def test_an_adapter_of_few_steps_is_known_by_what_it_is_called(
     assert (
         usual == tiny.usual if steps is None else (usual.steps, usual.guidance_scale) == (steps, 1)
     )
-    row = prepare_row(0, Request(prompt="x", seed=0, loras=(Lora(path=str(file)),)), tiny, bank)
+    row = row_of(Request(prompt="x", seed=0, loras=(Lora(path=str(file)),)), tiny, bank)
     assert (row.num_slots == 1) == (steps is not None)
     assert not row.warnings
     asked = Request(prompt="x", seed=0, steps=30, loras=(Lora(path=str(file)),))
-    assert bool(prepare_row(0, asked, tiny, bank).warnings) == (steps is not None)
+    assert bool(row_of(asked, tiny, bank).warnings) == (steps is not None)

@@ -29,10 +29,9 @@ def test_an_activation(num_threads: int, layout: torch.memory_format) -> None:
 
 def test_a_text(tiny: Model) -> None:
     """Of a model whose layers are of odd widths."""
-    loras = Engine(tiny).loras
-    rows = [
-        prepare_row(number, Request(prompt=f"a text {number}"), tiny, loras) for number in range(4)
-    ]
+    engine = Engine(tiny)
+    banks = engine.loras, engine.controls
+    rows = [prepare_row(n, Request(prompt=f"a text {n}"), tiny, *banks) for n in range(4)]
     texts = [row.texts[-1] for row in rows]
     first = Engine(tiny, max_rows=4).prompts.encode(texts)
     again = Engine(tiny, max_rows=4).prompts.encode(texts[::-1])[::-1]
