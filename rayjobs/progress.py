@@ -103,7 +103,7 @@ class Progress:
         self.worked_s: float | None = None
         """How long the work took, without the start: known at the end, or told by its owner."""
         # Without CPUs of its own it can always be placed, and here no other node's end ends it.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(Counter).options(num_cpus=0, scheduling_strategy=here)
         self.counter: Any = actor.remote()
         self._started = time.time()

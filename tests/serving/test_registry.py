@@ -30,8 +30,11 @@ from serve.engine.loop import EngineLoop
 from serve.images import to_image
 from serve.protocol import Event, Failed, Finished, ImagesRequest
 from serve.registry import Registry
+from tests.nodes import wait_for
 from tests.serving.calls import ask_all
 from tests.serving.running import get
+
+REFRESHED_S = 60.0
 
 pytestmark = pytest.mark.model
 
@@ -225,6 +228,10 @@ def test_an_adapter_for_another_model_is_told(
     assert "for another model" in failed.message
 
 
+def listed(app_url: str) -> list[str]:
+    return [each["id"] for each in json.loads(get(f"{app_url}/v1/models"))["data"]]
+
+
 @pytest.mark.ray
 def test_an_export_on_s3_is_served_without_a_restart(
     tmp_path: Path, app_url: str, bucket: str, served_runs: str, starter: Model
@@ -236,9 +243,7 @@ def test_an_export_on_s3_is_served_without_a_restart(
     for path in place.iterdir():
         storage.put_file(f"{served_runs}/dog/export/{path.name}", path)
     try:
-        time.sleep(1.1)
-        listed = json.loads(get(f"{app_url}/v1/models"))["data"]
-        assert [each["id"] for each in listed] == ["starter", "dog"]
+        wait_for(lambda: listed(app_url) == ["starter", "dog"], REFRESHED_S)
         assert json.loads(get(f"{app_url}/v1/models/dog"))["kind"] == "lora"
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(f"{app_url}/v1/models/..%2Fdog")
@@ -250,7 +255,7 @@ def test_an_export_on_s3_is_served_without_a_restart(
         assert np.abs(dog - base).mean() > 1
     finally:
         storage.remove_folder(served_runs)
-        time.sleep(1.1)
+        wait_for(lambda: listed(app_url) == ["starter"], REFRESHED_S)
 
 
 def test_an_odd_note_hides_itself_only(tmp_path: Path, starter: Model) -> None:
