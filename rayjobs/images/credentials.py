@@ -49,7 +49,7 @@ class Signing:
 
     def sign(self, data: bytes, extension: str, record: Mapping[str, Any]) -> bytes:
         """The picture's file with credentials that name its record. Raises BadKey."""
-        c2pa = library()
+        c2pa = load_library()
         out = io.BytesIO()
         try:
             with c2pa.Signer.from_info(self._info) as signer, self._builder(record) as builder:
@@ -60,12 +60,12 @@ class Signing:
 
     @cached_property
     def _info(self) -> Any:
-        c2pa = library()
+        c2pa = load_library()
         kind = getattr(c2pa.C2paSigningAlg, algorithm(self.key))
         return c2pa.C2paSignerInfo(kind, self.certificates, self.key, self.timestamps)
 
     def _builder(self, record: Mapping[str, Any]) -> Any:
-        c2pa = library()
+        c2pa = load_library()
         # Thumbnails would be larger than the picture.
         settings = c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}})
         return c2pa.Builder(_note(record), context=c2pa.Context(settings))
@@ -94,7 +94,7 @@ def read_credentials(data: bytes, extension: str, anchors: bytes | None = None) 
 
     It is trusted when its certificates lead to one of the `anchors`, which are PEM too.
     """
-    c2pa = library()
+    c2pa = load_library()
     trust = {} if anchors is None else {"trust": {"trust_anchors": anchors.decode()}}
     context = c2pa.Context(c2pa.Settings.from_dict({"verify": {"verify_trust": True}, **trust}))
     try:
@@ -134,7 +134,7 @@ def _note(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def library() -> Any:
+def load_library() -> Any:
     """c2pa-python, where it is installed. Raises BadKey."""
     try:
         import c2pa

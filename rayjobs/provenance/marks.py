@@ -36,7 +36,7 @@ def load_signing(keys: Provenance) -> credentials.Signing | None:
 def check_library() -> None:
     """Raise BadInput where credentials cannot be read."""
     try:
-        credentials.library()
+        credentials.load_library()
     except credentials.BadKey as error:
         raise BadInput(str(error)) from None
 
