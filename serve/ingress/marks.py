@@ -5,7 +5,7 @@ done is `rayjobs.images`'. Keeps nothing between calls: any thread may call.
 """
 
 import hashlib
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from rayjobs.dataset.records import image_id
@@ -53,8 +53,12 @@ class Marks:
 
 
 def _short(value: Any) -> Any:
-    """Pictures as their hashes; what else a request holds is JSON already."""
+    """What a request holds as JSON, with the hashes of pictures for the pictures."""
     if isinstance(value, Pixels):
         head = f"{value.mode} {value.width} {value.height} ".encode()
         return hashlib.sha256(head + value.data).hexdigest()
+    if isinstance(value, tuple):
+        return [_short(each) for each in value]
+    if is_dataclass(value):
+        return {field.name: _short(getattr(value, field.name)) for field in fields(value)}
     return value

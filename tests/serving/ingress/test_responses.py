@@ -25,7 +25,7 @@ from serve.ingress.marks import Marks
 from serve.ingress.responses import ResponseEncoder, usage
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import GenerateBody
-from serve.protocol import Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step
+from serve.protocol import ControlUse, Event, Failed, Finished, ImagesRequest, Partial, Pixels, Step
 from tests.chain import make_chain
 
 
@@ -121,6 +121,17 @@ def test_pictures_carry_their_id_and_credentials(tmp_path: Path) -> None:
         assert found is not None
         assert found.is_valid
         assert found.record == {"image_id": whole["image_id"], "model": "m"}
+
+
+def test_an_id_is_of_the_pictures_that_were_to_be_followed() -> None:
+    marks = Marks(Provenance(watermark=True))
+    uses = [ControlUse(name="edges", pixels=pixels(value)) for value in (0, 1)]
+    asked = [
+        replace(make_request(1), controls=controls) for controls in ((), (uses[0],), (uses[1],))
+    ]
+    assert len({marks.image_id(request, 3) for request in asked}) == 3
+    again = replace(asked[1], controls=(ControlUse(name="edges", pixels=pixels(0)),))
+    assert marks.image_id(again, 3) == marks.image_id(asked[1], 3)
 
 
 @pytest.fixture
