@@ -4,12 +4,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -64,6 +67,16 @@ def build_pipeline(name: str, root: Path) -> StableDiffusionXLPipeline | StableD
         scheduler=scheduler,
         add_watermarker=False,
     )
+
+
+def save_inpainting(folder: Path, to: Path) -> Path:
+    """A model whose UNet takes a mask and the masked picture too, of the parts of another."""
+    classes = StableDiffusionXLInpaintPipeline, StableDiffusionInpaintPipeline
+    pipeline, _ = reference_pipeline.__wrapped__(folder, *classes)
+    torch.manual_seed(1)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
+    pipeline.save_pretrained(to)
+    return to
 
 
 def text_config(tokenizer: components.CLIPTokenizer) -> CLIPTextConfig:

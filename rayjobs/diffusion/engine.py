@@ -7,16 +7,18 @@ shape and the dtype, and nothing else. Knows nothing of where requests come from
 from collections.abc import Iterable, Iterator
 from itertools import count, islice, product
 from time import perf_counter
+from typing import Any
 
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 
 from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.batcher import Batcher, BatchPolicy
 from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.faults import check, row_reason
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Lora, Request, Result
+from rayjobs.diffusion.request import SIZE_MULTIPLE, Lora, Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
 from rayjobs.diffusion.text.encoder import PromptEncoder
 from rayjobs.diffusion.unet_batch import UNetBatch
@@ -110,12 +112,16 @@ class Engine:
                     prompt="",
                     steps=1,
                     guidance_scale=scale,
-                    width=width,
-                    height=height,
+                    width=width or self.model.default_side,
+                    height=height or self.model.default_side,
                     loras=tuple(Lora(path=path, scale=of) for path, of in self.loras.fused),
+                    **(_all_masked() if self.model.needs_mask else {}),
                 )
                 banks = self.loras, self.controls
                 rows = [prepare_row(n, asked, self.model, *banks) for n in range(number)]
+                for row in rows:
+                    if not row.is_ready:
+                        row.encode_init(self.model)
                 self._encode_prompts(rows)
                 self._predict_noise(rows)
                 assert rows[0].latents is not None
@@ -148,8 +154,7 @@ class Engine:
 
     def progress(self, row_id: int) -> tuple[int, int]:
         """UNet calls made for a request and those it takes in all; KeyError when it is not here."""
-        sampler = self.rows[row_id].sampler
-        return sampler.position, len(sampler.timesteps)
+        return self.rows[row_id].progress
 
     def preview(self, row_id: int) -> Image | None:
         """What a request's picture looks like by now, one pixel for each latent; None before its
@@ -245,10 +250,15 @@ class Engine:
                 self._fail(row, row_reason(error))
 
     def _decode_finished(self, rows: list[Row]) -> None:
+        """Finished rows leave for the autoencoder: to be decoded, or to begin their next pass."""
         for row in rows:
             if row.is_done and row.id in self.rows:
                 self._batcher.discard(row)
-                self._vae.decode(row, self.keep_pixels)
+                if row.then is None:
+                    self._vae.decode(row, self.keep_pixels)
+                else:
+                    self.rows[row.id] = row.follow()
+                    self._vae.encode(row.then)
 
     def _collect(self) -> list[Result]:
         """Failures and decoded pictures since the last step."""
@@ -264,3 +274,9 @@ class Engine:
     def _fail(self, row: Row, reason: str) -> None:
         del self.rows[row.id]
         self._failed.append(row.result(error=reason))
+
+
+def _all_masked() -> dict[str, Any]:
+    """What a request for an inpainting model has beside a plain one's."""
+    picture = new_image("RGB", (SIZE_MULTIPLE, SIZE_MULTIPLE), "white")
+    return {"init_image": picture, "mask": picture, "strength": 1.0}

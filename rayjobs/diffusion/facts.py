@@ -14,10 +14,18 @@ from rayjobs.diffusion.sampler_names import Prediction
 FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
     "StableDiffusionPipeline": "sd",
     "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
 }
 """By the class of a model's pipeline."""
+
+LATENTS = 4
+"""Channels of the latents of all models that are drawn here."""
+INPAINTING = 9
+"""Channels that the UNets of inpainting models take: latents, a mask, and the masked picture's
+latents."""
 
 STEPS = 30
 FEW_STEPS = 4
@@ -77,6 +85,11 @@ def vae_scale(vae: Mapping[str, Any]) -> int:
 def default_side(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
     """Pixels along a side of the pictures that the model was trained on."""
     return int(unet.get("sample_size", 128)) * vae_scale(vae)
+
+
+def needs_mask(unet: Mapping[str, Any]) -> bool:
+    """Whether a model only makes masked parts of pictures anew."""
+    return bool(unet.get("in_channels", LATENTS) == INPAINTING)
 
 
 def as_told(scheduler: Mapping[str, Any], prediction_type: str) -> dict[str, Any]:

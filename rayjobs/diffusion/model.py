@@ -98,6 +98,11 @@ class Model:
         return facts.default_side(self.unet.config, self.vae.config)
 
     @property
+    def needs_mask(self) -> bool:
+        """Whether it only makes masked parts of pictures anew, which its UNet takes as inputs."""
+        return facts.needs_mask(self.unet.config)
+
+    @property
     def default_guidance_scale(self) -> float:
         return self.usual.guidance_scale
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from rayjobs.diffusion.passes import Pass
+
 MOST_STEPS = 1000
 """The noise levels that all models of the family were trained on."""
 LEVELS = {
@@ -79,9 +81,11 @@ class Request:
     image-to-image; `strength` in (0, 1] says how much of the schedule it goes through. With a
     `mask` (of the same kinds; white is made anew, black stays; with an alpha channel, transparent
     is made anew) each step's latents are blended with the init image's, noised alike, as diffusers'
-    inpainting pipelines do for UNets of four channels; `keep_unmasked` then puts the init image's
-    own pixels back where the mask is black.
+    inpainting pipelines do for UNets of four channels; inpainting models' UNets of nine see mask
+    and picture instead, and need both. `keep_unmasked` then puts the init image's own pixels back
+    where the mask is black.
     `controls` are ControlNets with their pictures, which are stretched to the request's size.
+    `passes` draw the picture anew, as large as they say; the result is the last one's.
     `negative_prompt` None and "" differ for SDXL models, as in diffusers. `prompt_syntax` is how
     both are written: `plain`, or with the web UI's weights and of any length.
     """
@@ -108,6 +112,7 @@ class Request:
     keep_unmasked: bool = False
     loras: tuple[Lora, ...] = ()
     controls: tuple[Control, ...] = ()
+    passes: tuple[Pass, ...] = ()
 
     @property
     def own_steps(self) -> int | None:
@@ -140,6 +145,11 @@ class Request:
                 raise ValueError(f"{name} is {value}; it must be a number of at least 0")
         if self.clip_skip is not None and self.clip_skip < 0:
             raise ValueError(f"clip_skip is {self.clip_skip}; it must be at least 0")
+        for number, each in enumerate(self.passes):
+            each.check(self, number)
+        self._check_init()
+
+    def _check_init(self) -> None:
         if self.init_image is not None:
             check_strength(self.strength, self.own_steps or MOST_STEPS)
         elif self.mask is not None:

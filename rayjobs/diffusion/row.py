@@ -3,7 +3,6 @@
 Owns the request's texts, sampler, generator and latents. Knows nothing of the other rows.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,20 +13,30 @@ from PIL.Image import Image
 from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.control.bank import ControlBank, RowControl
 from rayjobs.diffusion.economy.plan import Call, count_slots, plan_calls
-from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.facts import LATENTS, Usual
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.request import Request, Result, check_side, check_strength
+from rayjobs.diffusion.passes import Via
+from rayjobs.diffusion.request import (
+    SIZE_MULTIPLE,
+    Request,
+    Result,
+    check_side,
+    check_strength,
+)
 from rayjobs.diffusion.sampler import Sampler, Steps
 from rayjobs.diffusion.sampler_names import check_schedule_taken
-from rayjobs.diffusion.text.chunks import Tokens, padded, tokenize
 from rayjobs.diffusion.text.encoder import Embedding, Text
-from rayjobs.diffusion.text.schedule import stages
+from rayjobs.diffusion.text.said import said_by
+from rayjobs.diffusion.vae.following import resized_latents, resized_picture
 from rayjobs.diffusion.vae.inpainting import Inpainting
 from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
+from rayjobs.diffusion.vae.worker import decode_row
 from rayjobs.images.decode import open_image, open_mask
 
-MAX_TEXTS = 64
-"""Of a prompt whose words change from step to step."""
+NO_MASK = (
+    "the model only makes masked parts of a picture anew, and the request has no mask; give "
+    "init_image and mask (all white for the whole picture), or take another model"
+)
 
 
 class LastStep(NamedTuple):
@@ -38,10 +47,21 @@ class LastStep(NamedTuple):
     timestep: torch.Tensor
 
 
+class Parts(NamedTuple):
+    """What a row is made for, and what it may use."""
+
+    model: Model
+    loras: LoraBank
+    controls: ControlBank
+
+
 @dataclass(eq=False)
 class Row:
     """`shape` is (C, H, W) of the latents. `said` are the texts of each slot, of two the negative
     ones first: one for all calls, or one for each.
+
+    `request` is what was asked for, `settings` what it says of this pass, which is its `number`-th;
+    `then` is the row of the next one, which has the same id and goes on with the same generator.
 
     `calls` are those of the UNet, from first to last. `latents` are None until an init image is
     encoded; `embeddings` until the prompts are.
@@ -49,6 +69,7 @@ class Row:
 
     id: int
     request: Request
+    settings: Request
     sampler: Sampler
     generator: torch.Generator
     guidance_scale: float
@@ -68,6 +89,13 @@ class Row:
     """The last step, for a preview."""
     warnings: tuple[str, ...] = ()
     """What of the request is not done as asked, apart from its texts."""
+    number: int = 0
+    via: Via = "pixel"
+    before: "Row | None" = None
+    """The row of the pass before, until its picture is taken over."""
+    then: "Row | None" = None
+    steps_before: int = 0
+    """UNet calls of the passes before."""
 
     @property
     def is_ready(self) -> bool:
@@ -78,9 +106,21 @@ class Row:
         return self.sampler.is_done
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """UNet calls made for the request, and those that it takes in all its passes."""
+        left = sum(len(row.sampler.timesteps) for row in self.rows)
+        return self.steps_before + self.sampler.position, self.steps_before + left
+
+    @property
+    def rows(self) -> "list[Row]":
+        """Itself and those of the passes after it."""
+        return [self] if self.then is None else [self, *self.then.rows]
+
+    @property
     def share_left(self) -> float:
         """Of its steps, 0..1."""
-        return 1 - self.sampler.position / len(self.sampler.timesteps)
+        made, total = self.progress
+        return 1 - made / total
 
     @property
     def call(self) -> Call:
@@ -110,8 +150,15 @@ class Row:
 
     @property
     def slots_left(self) -> float:
-        """Of all calls that are left, as many as such of all blocks would cost."""
-        return count_slots(self.calls[self.sampler.position :], len(self.said))
+        """Of all calls that are left, as many as such of all blocks would cost; those of later
+        passes count as many times as their latents are larger."""
+        own = count_slots(self.calls[self.sampler.position :], len(self.said))
+        return own if self.then is None else own + self.then.slots_left * self.then.area / self.area
+
+    @property
+    def area(self) -> int:
+        """Of its latents."""
+        return self.shape[1] * self.shape[2]
 
     @property
     def texts(self) -> list[Text]:
@@ -138,24 +185,51 @@ class Row:
         """What the UNet sees of this row at this step."""
         assert self.latents is not None
         self._shown = self.sampler.scale_input(self.latents)
-        return self._shown
+        return self._shown if self.inpainting is None else self.inpainting.input(self._shown)
 
     def encode_init(self, model: Model) -> None:
-        """First latents from the init image, drawing from the generator as diffusers does."""
-        assert self.init_1CHW is not None
-        init_1CHW = encode_image(self.init_1CHW, self.generator, model)
-        noise_1CHW = draw_noise(self.generator, self.shape, model)
-        self.init_1CHW = None
-        if self.inpainting is None:
-            self.latents = self.sampler.noised(init_1CHW, noise_1CHW)
+        """First latents from the init image, or from what the pass before made, drawing from the
+        generator as diffusers does."""
+        if self.before is not None:
+            before, self.before = self.before, None
+            self._take_over(before, model)
+        if self.is_ready:
             return
-        self.inpainting.known_1CHW, self.inpainting.noise_1CHW = init_1CHW, noise_1CHW
-        if self.request.strength == 1:
-            self.latents = self.sampler.start(noise_1CHW)
-        else:
-            self.latents = self.sampler.noised(init_1CHW, noise_1CHW)
-        # diffusers encodes the masked image too, which UNets of four channels do not read.
-        draw_noise(self.generator, self.shape, model)
+        assert self.init_1CHW is not None
+        init_1CHW, self.init_1CHW = self.init_1CHW, None
+        if self.inpainting is not None:
+            how = self.settings.strength, self.sampler, self.generator
+            self.latents = self.inpainting.begin(init_1CHW, *how, model)
+            return
+        init_1CHW = encode_image(init_1CHW, self.generator, model)
+        noise_1CHW = draw_noise(self.generator, self.shape, model)
+        self.latents = self.sampler.noised(init_1CHW, noise_1CHW)
+
+    def _take_over(self, before: "Row", model: Model) -> None:
+        assert before.latents is not None
+        if self.via == "latent":
+            init_1CHW = resized_latents(before.latents, self.shape)
+            self.latents = self.sampler.noised(
+                init_1CHW, draw_noise(self.generator, self.shape, model)
+            )
+            return
+        image = decode_row(before, model)[1]
+        height, width = (side * model.vae_scale for side in self.shape[1:])
+        self.init_1CHW = resized_picture(image, width, height, model)
+        self._mask(model)
+
+    def _mask(self, model: Model) -> None:
+        if self.request.mask is not None:
+            assert self.init_1CHW is not None
+            mask = open_mask(self.request.mask)
+            self.inpainting = Inpainting(mask, self.init_1CHW, self.request.keep_unmasked, model)
+
+    def follow(self) -> "Row":
+        """The row of the next pass, which begins with what this one has made."""
+        assert self.then is not None
+        self.then.before, self.then.steps_before = self, self.progress[0]
+        self.then.warnings = (*self.warnings, *self.then.warnings)
+        return self.then
 
     def advance(self, noise_1CHW: torch.Tensor) -> None:
         """One step of this row's own sampler."""
@@ -177,62 +251,83 @@ class Row:
 def prepare_row(
     row_id: int, request: Request, model: Model, loras: LoraBank, controls: ControlBank
 ) -> Row:
-    """Check a request against the model and make its row; an init image is opened, not yet encoded.
+    """Check a request against the model and make its row, and those of its passes; an init image is
+    opened, not yet encoded.
 
     Raises ValueError or ImportError saying what is wrong with the request.
     """
     request.check()
+    if model.needs_mask and request.mask is None:
+        raise ValueError(NO_MASK)
     image = None if request.init_image is None else open_image(request.init_image)
     width, height = _size(request, image, model)
-    use = loras.use_of((lora.path, lora.scale) for lora in request.loras)
-    usual = loras.usual(use)
-    guidance = request.guidance_scale
-    guidance = usual.guidance_scale if guidance is None else guidance
-    steps = _steps(request, usual, model)
-    if image is not None:
-        check_strength(request.strength, steps.num)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    sampler = Sampler(
-        request.sampler,
-        request.sampler_options,
-        loras.sampler_config(use),
-        steps,
-        None if image is None else request.strength,
-        generator,
-    )
-    said = _said(request, guidance, use, model, len(sampler.timesteps))
-    calls = _calls(request, sampler, len(said), model)
-    row = Row(
+    parts = Parts(model, loras, controls)
+    first = Row(
         id=row_id,
         request=request,
-        sampler=sampler,
-        generator=generator,
-        guidance_scale=guidance,
-        shape=(model.unet.config.in_channels, height // model.vae_scale, width // model.vae_scale),
-        said=said,
-        calls=calls,
-        loras=use,
-        size_ids=[height, width, 0, 0, height, width],
-        controls=controls.of_row(request.controls, (width, height), len(sampler.timesteps)),
-        warnings=tuple(
-            filter(
-                None,
-                [
-                    usual.warning(steps.num, guidance),
-                    _unguided(request, calls),
-                    *loras.warnings(use),
-                ],
-            )
-        ),
+        **_of_pass(request, (width, height), image is not None, generator, parts),
     )
     if image is None:
-        row.latents = sampler.start(draw_noise(generator, row.shape, model))
+        first.latents = first.sampler.start(draw_noise(generator, first.shape, model))
     else:
-        row.init_1CHW = fitted(image, width, height, model)
-        if request.mask is not None:
-            mask = open_mask(request.mask)
-            row.inpainting = Inpainting(mask, row.init_1CHW, request.keep_unmasked, model)
-    return row
+        first.init_1CHW = fitted(image, width, height, model)
+        first._mask(model)
+    row = first
+    for number, each in enumerate(request.passes, start=1):
+        width, height = each.size(width, height, max(SIZE_MULTIPLE, model.vae_scale))
+        settings = each.settings(request, width, height)
+        own = _of_pass(settings, (width, height), True, generator, parts)
+        row.then = Row(id=row_id, request=request, number=number, via=each.via, **own)
+        row = row.then
+    return first
+
+
+def _of_pass(
+    settings: Request,
+    size: tuple[int, int],
+    from_image: bool,
+    generator: torch.Generator,
+    parts: Parts,
+) -> dict[str, Any]:
+    """What a row has of its own in one pass of a request."""
+    model, loras, controls = parts
+    use = loras.use_of((lora.path, lora.scale) for lora in settings.loras)
+    usual = loras.usual(use)
+    guidance = settings.guidance_scale
+    guidance = usual.guidance_scale if guidance is None else guidance
+    steps = _steps(settings, usual, model)
+    if from_image:
+        check_strength(settings.strength, steps.num)
+    sampler = Sampler(
+        settings.sampler,
+        settings.sampler_options,
+        loras.sampler_config(use),
+        steps,
+        settings.strength if from_image else None,
+        generator,
+    )
+    said = said_by(settings, guidance, use, model, len(sampler.timesteps))
+    calls = _calls(settings, sampler, len(said), model)
+    warnings = [
+        usual.warning(steps.num, guidance),
+        _unguided(settings, calls),
+        *loras.warnings(use),
+    ]
+    width, height = size
+    return {
+        "settings": settings,
+        "sampler": sampler,
+        "generator": generator,
+        "guidance_scale": guidance,
+        "shape": (LATENTS, height // model.vae_scale, width // model.vae_scale),
+        "said": said,
+        "calls": calls,
+        "loras": use,
+        "size_ids": [height, width, 0, 0, height, width],
+        "controls": controls.of_row(settings.controls, size, len(sampler.timesteps)),
+        "warnings": tuple(filter(None, warnings)),
+    }
 
 
 def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int]:
@@ -285,49 +380,3 @@ def _unguided(request: Request, calls: tuple[Call, ...]) -> str | None:
         f"guidance_interval [{start:g}, {end:g}] holds none of the steps that are made, so they "
         "have no guidance"
     )
-
-
-def _said(
-    request: Request, guidance: float, use: LoraUse, model: Model, num_calls: int
-) -> list[tuple[Text, ...]]:
-    """The negative text, which guidance needs, and the prompt, in as many chunks; in the web UI's
-    syntax perhaps of other words at each of the row's calls.
-
-    clip_skip leaves the negative one alone, as in diffusers, but in the web UI's syntax.
-    """
-    layers = min(encoder.config.num_hidden_layers for encoder in model.text_encoders)
-    if (request.clip_skip or 0) > layers - 1:
-        raise ValueError(
-            f"clip_skip is {request.clip_skip}; this model allows at most {layers - 1}"
-        )
-    syntax, skip = request.prompt_syntax, request.clip_skip
-    asked = [(request.prompt, Text((), skip, use))]
-    # A UNet distilled with guidance as an input (LCM) takes it there instead.
-    if guidance > 1 and model.unet.config.time_cond_proj_dim is None:
-        is_zero = request.negative_prompt is None and model.force_zeros
-        negative = Text((), None if syntax == "plain" else skip, use, is_zero)
-        asked.insert(0, (request.negative_prompt or "", negative))
-    told = [
-        _tokens(model, words, syntax, num_calls, negative=like is not asked[-1][1])
-        for words, like in asked
-    ]
-    count = max(len(tokens.chunks) for tokens in itertools.chain.from_iterable(told))
-    return [
-        tuple(
-            like._replace(chunks=padded(model, tokens.chunks, count), warnings=tokens.warnings)
-            for tokens in of_slot
-        )
-        for (_, like), of_slot in zip(asked, told, strict=True)
-    ]
-
-
-def _tokens(
-    model: Model, words: str, syntax: str, num_calls: int, *, negative: bool
-) -> list[Tokens]:
-    """A prompt as tokens: once, or for each call where its words change."""
-    texts = [words] if syntax == "plain" else stages(words, num_calls)
-    different = dict.fromkeys(texts)
-    if len(different) > MAX_TEXTS:
-        raise ValueError(f"a prompt says {len(different)} texts by turns; at most {MAX_TEXTS}")
-    made = {text: tokenize(model, text, syntax, negative=negative) for text in different}
-    return [made[text] for text in texts] if len(made) > 1 else [made[texts[0]]]

@@ -18,14 +18,15 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from rayjobs.diffusion.adapters.bank import Gathered, LoraBank
 from rayjobs.diffusion.control.calls import ControlCalls
 from rayjobs.diffusion.economy import deep
+from rayjobs.diffusion.facts import LATENTS
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 
 if TYPE_CHECKING:
     from rayjobs.diffusion.row import Row
 
-_Asked = tuple[tuple[int, int, int], ...]
-"""Each row's id, stage and slots."""
+_Asked = tuple[tuple[int, int, int, int], ...]
+"""Each row's id, pass, stage and slots."""
 MAX_COMMON_CHUNKS = 12
 """Texts of different lengths share a call where a common multiple of these is no longer."""
 
@@ -114,7 +115,8 @@ class UNetBatch:
         arguments, padding = condition["arguments"], condition["size"] - num
         loras: Gathered = condition["loras"]
         x_PCHW, t_P = _padded(x_PCHW, padding).to(model.dtype), _padded(t_P, padding)
-        arguments = {**arguments, **self._controls.residuals(slots, x_PCHW, t_P, arguments)}
+        latents_PCHW = x_PCHW[:, :LATENTS]
+        arguments = {**arguments, **self._controls.residuals(slots, latents_PCHW, t_P, arguments)}
         way, replay = deep.whole, "replay"
         if deep_PCHW is not None:
             # In one order of memory, which padding would change, and with it bits.
@@ -142,7 +144,7 @@ class UNetBatch:
 
     def _all_conditions(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """What the calls of these rows are conditioned on; kept while they ask for the same."""
-        asked = tuple((row.id, row.stage, row.num_slots) for row in rows)
+        asked = tuple((row.id, row.number, row.stage, row.num_slots) for row in rows)
         kind = self._kind(rows[0])
         before, conditions = self._conditions.get(kind, ((), []))
         if asked != before:
@@ -203,8 +205,8 @@ class UNetBatch:
             if row.num_slots == 2:
                 text = noise_PCHW[slot + 1 : slot + 2]
                 noise = noise + row.guidance_scale * (text - noise)
-                if row.request.guidance_rescale > 0:
-                    noise = rescale_noise_cfg(noise, text, row.request.guidance_rescale)
+                if row.settings.guidance_rescale > 0:
+                    noise = rescale_noise_cfg(noise, text, row.settings.guidance_rescale)
             guided.append(noise)
             slot += row.num_slots
         return guided

@@ -109,9 +109,18 @@ class Weights:
         self.single.check_config(self.unet_config(folder), vae, str(folder))
 
     def unet_config(self, folder: Path) -> dict[str, Any]:
-        """Of a UNet alone, its own; else the one in a folder of configurations."""
+        """Of a UNet alone, its own; else the one in a folder of configurations, which may be those
+        of the model that a single file of an inpainting model was made from."""
         own = self.path / "config.json"
-        return read_json(own if own.is_file() else folder / "unet" / "config.json")
+        config = read_json(own if own.is_file() else folder / "unet" / "config.json")
+        if self.single is None or config.get("in_channels", facts.LATENTS) == self.single.channels:
+            return config
+        return config | {"in_channels": self.single.channels}
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the model only makes masked parts of pictures anew."""
+        return facts.needs_mask(self._unet_config)
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -206,7 +215,8 @@ class Weights:
             return read_json(self.path / "unet" / "config.json")
         marks = ("time_embedding.cond_proj.weight", "time_embed.cond_proj.weight")
         has_guidance = any(name.endswith(marks) for name in self.single.header.names)
-        return {"time_cond_proj_dim": 1} if has_guidance else {}
+        guidance = {"time_cond_proj_dim": 1} if has_guidance else {}
+        return guidance | {"in_channels": self.single.channels}
 
 
 def _drawing(scheduler: Mapping[str, Any]) -> str:

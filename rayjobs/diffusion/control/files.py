@@ -98,7 +98,8 @@ def outline(files: ControlFiles) -> Any:
 
 def check_fit(name: str, net: Any, unet: Any, vae_scale: int) -> None:
     """Raise ValueError unless a ControlNet is made for UNets such as this one."""
-    own, others = net.config, unet.config
+    # Of an inpainting model's UNet it gets the latents alone.
+    own, others = net.config, {**unet.config, "in_channels": facts.LATENTS}
     for key in NOT_READ:
         if own.get(key):
             raise ValueError(f"ControlNet {name} has {key} {own[key]}, which is not supported")

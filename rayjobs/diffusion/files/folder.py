@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayjobs.diffusion.facts import INPAINTING, LATENTS
 from rayjobs.diffusion.files import foreign, layout
 from rayjobs.diffusion.files.header import read_header
 
@@ -53,11 +54,11 @@ def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> dict[st
 
 def check_unet(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise ValueError for a UNet of another kind of model."""
-    channels = config.get("in_channels", 4)
-    if channels != 4:
+    channels = config.get("in_channels", LATENTS)
+    if channels not in (LATENTS, INPAINTING):
         raise ValueError(
-            f"model {str(folder)!r}: its UNet takes {channels} channels, not 4 (inpainting and "
-            "editing models are not supported)"
+            f"model {str(folder)!r}: its UNet takes {channels} channels, not {LATENTS}, or "
+            f"{INPAINTING} as inpainting models do (editing models are not supported)"
         )
     if config.get("encoder_hid_dim_type") is not None:
         raise ValueError(f"model {str(folder)!r}: its UNet reads the texts of another encoder")
@@ -238,11 +239,11 @@ def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
             f"reads {reads}; parts of two models are mixed"
         )
     _check_sizes(folder, unet, configs.get("text_encoder_2", {}))
-    channels = configs["vae"].get("latent_channels", 4)
-    if channels != unet.get("in_channels", 4):
+    channels = configs["vae"].get("latent_channels", LATENTS)
+    if channels != unet.get("out_channels", LATENTS):
         raise ValueError(
             f"model {str(folder)!r}: its autoencoder has {channels} channels, its UNet "
-            f"{unet.get('in_channels', 4)}; parts of two models are mixed"
+            f"{unet.get('out_channels', LATENTS)}; parts of two models are mixed"
         )
 
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rayjobs.diffusion.facts import INPAINTING, LATENTS
 from rayjobs.diffusion.files import foreign, layout
 from rayjobs.diffusion.files.header import Header
 
 LDM = "model.diffusion_model."
 SD_ENCODER = "cond_stage_model.transformer."
 FIRST_ENCODER, SECOND_ENCODER = "conditioner.embedders.0.", "conditioner.embedders.1."
-CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an editing (pix2pix)", 9: "an inpainting"}
+CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an editing (pix2pix)"}
 
 V_KEYS = {"v_pred", "vpred", "v_prediction", "v_parameterization"}
 ZERO_SNR_KEYS = {"ztsnr", "zsnr", "zero_snr", "zero_terminal_snr"}
@@ -68,6 +69,11 @@ class Single:
     @property
     def family(self) -> str:
         return "sd" if self.version in ("sd1", "sd2") else "sdxl"
+
+    @property
+    def channels(self) -> int:
+        """That the UNet takes."""
+        return _channels(self.header, self.prefix)
 
     @property
     def has_bare_encoder(self) -> bool:
@@ -191,18 +197,17 @@ def _parts(names: frozenset[str]) -> frozenset[str]:
 
 
 def _check_unet(header: Header, prefix: str | None, parts: frozenset[str]) -> None:
-    first = "conv_in.weight" if prefix is None else f"{prefix}input_blocks.0.0.weight"
     last = "conv_out.weight" if prefix is None else f"{prefix}out.2.weight"
-    shape = header.shape(first) or (0, 0)
-    if shape[1] != 4:
-        kind = CHANNELS.get(shape[1], "another kind of")
+    channels = _channels(header, prefix)
+    if channels not in (LATENTS, INPAINTING):
+        kind = CHANNELS.get(channels, "another kind of")
         raise ValueError(
-            f"{header.path} is {kind} model: its UNet takes {shape[1]} channels, not the 4 that "
-            "this engine gives it"
+            f"{header.path} is {kind} model: its UNet takes {channels} channels, not the {LATENTS} "
+            f"or (inpainting) {INPAINTING} that this engine gives it"
         )
-    given = (header.shape(last) or (4,))[0]
-    if given != 4:
-        raise ValueError(f"{header.path}: its UNet gives {given} channels, not 4")
+    given = (header.shape(last) or (LATENTS,))[0]
+    if given != LATENTS:
+        raise ValueError(f"{header.path}: its UNet gives {given} channels, not {LATENTS}")
     # The refiner's one text encoder is the larger one, in the first place.
     larger = f"{FIRST_ENCODER}model."
     is_refiner = any(name.startswith(larger) for name in header.names)
@@ -210,6 +215,12 @@ def _check_unet(header: Header, prefix: str | None, parts: frozenset[str]) -> No
         raise ValueError(
             f"{header.path} is an SDXL refiner, which this engine does not run; give a base model"
         )
+
+
+def _channels(header: Header, prefix: str | None) -> int:
+    """That the UNet takes."""
+    first = "conv_in.weight" if prefix is None else f"{prefix}input_blocks.0.0.weight"
+    return (header.shape(first) or (0, 0))[1]
 
 
 def _version(header: Header, prefix: str | None, parts: frozenset[str]) -> Version:

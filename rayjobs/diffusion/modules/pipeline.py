@@ -86,8 +86,10 @@ def _of_single(weights: Weights, single: Single, dtype: torch.dtype, parts: dict
         config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
         parts["text_encoder"] = CLIPTextModel(config).to(dtype=dtype)
         _fill_encoder(parts["text_encoder"], single, SD_ENCODER)
-    if single.prefix != LDM:
-        parts["unet"] = _load_unet(single, weights.unet_config(folder), folder, dtype)
+    config = weights.unet_config(folder)
+    # diffusers takes the folder's number of channels: that of the model it was made from.
+    if single.prefix != LDM or config != read_json(folder / "unet" / "config.json"):
+        parts["unet"] = _load_unet(single, config, folder, dtype)
     kind: Any = StableDiffusionXLPipeline if weights.family == "sdxl" else StableDiffusionPipeline
     pipeline = kind.from_single_file(
         str(single.header.path), config=str(folder), dtype=dtype, **parts
@@ -107,7 +109,13 @@ def _load_unet(single: Single, config: Mapping[str, Any], folder: Path, dtype: t
             if name.startswith(single.prefix)
         }
         kind: Any = UNet2DConditionModel
-        return kind.from_single_file(state, config=str(folder), subfolder="unet", torch_dtype=dtype)
+        return kind.from_single_file(
+            state,
+            config=str(folder),
+            subfolder="unet",
+            torch_dtype=dtype,
+            in_channels=single.channels,
+        )
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(dict(config))
     unet.load_state_dict({name: it.to(dtype) for name, it in state.items()}, assign=True)

@@ -1,8 +1,9 @@
-"""Making part of a picture anew: each step's latents are blended with the known picture's.
+"""Making part of a picture anew, as diffusers' inpainting pipelines do.
 
-Owns the mask in latents and in pixels. Knows nothing of requests or of batches. The blend is that
-of diffusers' inpainting pipelines for UNets of four channels (RePaint without resampling,
-arXiv 2201.09865).
+Owns the mask in latents and in pixels, and what follows from it: for UNets of four channels each
+step's latents are blended with the known picture's (RePaint without resampling, arXiv 2201.09865);
+those of nine channels see the mask and the rest of the picture at every step. Knows nothing of
+requests or of batches.
 """
 
 import torch
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from rayjobs.diffusion.facts import LATENTS
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 from rayjobs.diffusion.sampler import Sampler
+from rayjobs.diffusion.vae.latents import draw_noise, encode_image
 
 
 class Inpainting:
@@ -26,6 +29,8 @@ class Inpainting:
     """The init image's latents."""
     noise_1CHW: torch.Tensor
     """The noise that the row began with."""
+    inputs_1CHW: torch.Tensor | None = None
+    """What a UNet of nine channels gets beside the latents."""
 
     def __init__(self, mask: Image.Image, init_1CHW: torch.Tensor, keep_pixels: bool, model: Model):
         height, width = init_1CHW.shape[-2:]
@@ -35,12 +40,47 @@ class Inpainting:
         mode = "default" if mask.size == (width, height) else "crop"
         mask_11HW: torch.Tensor = processor.preprocess(mask, height, width, resize_mode=mode)
         size = (height // model.vae_scale, width // model.vae_scale)
-        hard_11hw = F.interpolate((mask_11HW >= 0.5).float(), size=size)
+        hard_11HW = mask_11HW >= 0.5
+        hard_11hw = F.interpolate(hard_11HW.float(), size=size)
         self.mask_11hw = upload(hard_11hw.to(model.dtype), model.device)
+        self._masked_1CHW = init_1CHW * ~hard_11HW if model.needs_mask else None
         self._over = (init_1CHW[0] / 2 + 0.5, mask_11HW[0]) if keep_pixels else None
 
+    def begin(
+        self,
+        init_1CHW: torch.Tensor,
+        strength: float,
+        sampler: Sampler,
+        generator: torch.Generator,
+        model: Model,
+    ) -> torch.Tensor:
+        """The row's first latents, drawing from the generator as diffusers does."""
+        shape = (LATENTS, *self.mask_11hw.shape[-2:])
+        masked_1CHW, self._masked_1CHW = self._masked_1CHW, None
+        if masked_1CHW is None or strength < 1:
+            self.known_1CHW = encode_image(init_1CHW, generator, model)
+        self.noise_1CHW = draw_noise(generator, shape, model)
+        if masked_1CHW is None:
+            # diffusers encodes the masked image too, which UNets of four channels do not read.
+            draw_noise(generator, shape, model)
+        else:
+            masked_1CHW = encode_image(masked_1CHW, generator, model)
+            self.inputs_1CHW = torch.cat([self.mask_11hw, masked_1CHW], dim=1)
+        if strength == 1:
+            return sampler.start(self.noise_1CHW)
+        return sampler.noised(self.known_1CHW, self.noise_1CHW)
+
+    def input(self, x_1CHW: torch.Tensor) -> torch.Tensor:
+        """What the UNet takes: the latents, or of nine channels the mask and the picture too."""
+        if self.inputs_1CHW is None:
+            return x_1CHW
+        return torch.cat([x_1CHW, self.inputs_1CHW], dim=1)
+
     def blend(self, x_1CHW: torch.Tensor, sampler: Sampler) -> torch.Tensor:
-        """The latents after a step, with the known picture at the next step's noise around."""
+        """The latents after a step; for UNets of four channels with the known picture at the next
+        step's noise around."""
+        if self.inputs_1CHW is not None:
+            return x_1CHW
         known_1CHW = sampler.noised(self.known_1CHW, self.noise_1CHW)
         return ((1 - self.mask_11hw) * known_1CHW + self.mask_11hw * x_1CHW).to(x_1CHW.dtype)
 

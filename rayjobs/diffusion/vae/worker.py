@@ -42,12 +42,12 @@ class VaeWorker:
         self._decoding: dict[Future[Decoded], Row] = {}
 
     def encode(self, row: Row) -> None:
-        """Make the first latents of an image-to-image row."""
+        """Make the first latents of a row from its init image, or from the pass before."""
         self._encoding[self._executor.submit(row.encode_init, self.model)] = row
 
     def decode(self, row: Row, keep_pixels: bool = False) -> None:
         """Make the picture of a row that has taken its last step, and keep its float pixels."""
-        work = self._executor.submit(_decode_with_room, row, self.model, keep_pixels)
+        work = self._executor.submit(decode_row, row, self.model, keep_pixels)
         self._decoding[work] = row
 
     def cancel(self, row: Row) -> None:
@@ -133,8 +133,11 @@ class _SideExecutor:
             wait(futures, return_when=FIRST_COMPLETED)
 
 
-def _decode_with_room(row: Row, model: Model, keep_pixels: bool) -> Decoded:
-    """Once more where memory lacks: what steps have left may be enough, but not in one piece."""
+def decode_row(row: Row, model: Model, keep_pixels: bool = False) -> Decoded:
+    """A finished row's picture.
+
+    Once more where memory lacks: what steps have left may be enough, but not in one piece.
+    """
     try:
         return _decode(row, model, keep_pixels)
     except Exception as error:

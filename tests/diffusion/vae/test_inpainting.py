@@ -13,7 +13,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.request import Request
 from rayjobs.diffusion.sampler import SAMPLERS, resolve
-from tests.families import reference_pipeline
+from tests.families import reference_pipeline, save_inpainting
 
 pytestmark = pytest.mark.model
 
@@ -70,6 +70,34 @@ def test_equals_diffusers(folders: dict[str, Path], kind: str, picture: Picture)
         if result.request is not plain:
             difference = (result.pixels - reference(folders[kind], result.request)).abs().max()
             assert difference <= TOLERANCE, (result.request.sampler, difference)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd"])
+def test_nine_channels_equal_diffusers(
+    folders: dict[str, Path], kind: str, picture: Picture, tmp_path: Path
+) -> None:
+    """Each row of one batch, whatever its strength."""
+    folder = save_inpainting(folders[kind], tmp_path / "model")
+    requests = [
+        Request(
+            prompt="a red star",
+            seed=number,
+            steps=6,
+            sampler=name,
+            guidance_scale=[1.0, 5.0][number % 2],
+            init_image=picture(number),
+            mask=half_mask(),
+            strength=[0.5, 1.0][number // 2 % 2],
+        )
+        for number, name in enumerate(["euler", "euler_a", "ddim", "dpmpp_2m"])
+    ]
+    engine = Engine(load_model(str(folder)), max_rows=4, fixed_shape=kind == "sd")
+    for result in engine.generate(requests, keep_pixels=True):
+        assert result.error is None, (result.request.sampler, result.error)
+        difference = (result.pixels - reference(folder, result.request)).abs().max()
+        assert difference <= TOLERANCE, (result.request.sampler, difference)
+    (plain,) = engine.generate([Request(prompt="a star", init_image=picture(1))])
+    assert "give init_image and mask (all white for the whole picture)" in str(plain.error)
 
 
 def test_known_pixels_are_kept(starter: Model, picture: Picture) -> None:
