@@ -7,6 +7,7 @@ data, pickled and sent between processes.
 from dataclasses import dataclass
 from typing import Literal
 
+from rayjobs.diffusion.passes import Pass
 from rayjobs.diffusion.text.syntax import PromptSyntax
 
 
@@ -64,6 +65,7 @@ class ImagesRequest:
     strength: float = 0.5
     loras: tuple[tuple[str, float], ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    passes: tuple[Pass, ...] = ()
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
     progress: bool = False

@@ -1,11 +1,13 @@
 """The memory of a configuration's workers against the GPU on which they may be."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rayjobs.check import memory, model
 from rayjobs.check.nodes import NodeType
 from rayjobs.check.report import Report
+from rayjobs.diffusion.passes import final_size
 
 Seen = Sequence[tuple[Any, Any]]
 """The keys of each model that is loaded, and its files where they were looked at."""
@@ -77,4 +79,5 @@ def _pixels(config: Any, weights: Any) -> int:
     for name in ("width", "height"):
         given = getattr(axes, name, ()) or (getattr(image, name, None),)
         sides.append(max(value or side for value in given))
-    return sides[0] * sides[1]
+    wide, high = sides
+    return math.prod(final_size([e.asked for e in getattr(config, "passes", ())], wide, high))

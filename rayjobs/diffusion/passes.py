@@ -6,7 +6,6 @@ a row is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -91,13 +90,3 @@ def final_size(
     for each in passes:
         width, height = each.size(width, height, multiple)
     return width, height
-
-
-def work_of(passes: Sequence[Pass], steps: int, width: int, height: int) -> float:
-    """Steps of the passes together, in those of the first one's size."""
-    total, (across, down) = 0.0, (width, height)
-    for each in passes:
-        across, down = each.size(across, down, 8)
-        made = max(1, int((each.steps or steps) * each.strength))
-        total += made * across * down / (width * height)
-    return total if math.isfinite(total) else 0.0

@@ -228,6 +228,7 @@ class Row:
         """The row of the next pass, which begins with what this one has made."""
         assert self.then is not None
         self.then.before, self.then.steps_before = self, self.progress[0]
+        self.then.last_step = self.last_step
         self.then.warnings = (*self.warnings, *self.then.warnings)
         return self.then
 

@@ -48,6 +48,12 @@ def resolve(
     return sampler_class, {**preset, **options}
 
 
+def check_begins_anywhere(name: str, sampler_class: Any) -> None:
+    """Raise ValueError for a sampler that cannot begin from a picture."""
+    if not hasattr(sampler_class, "add_noise"):
+        raise ValueError(f"sampler {name!r} cannot do image-to-image; take another")
+
+
 @lru_cache
 def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
@@ -121,8 +127,7 @@ class Sampler:
             ) from None
         first = 0
         if strength is not None:
-            if not hasattr(self.scheduler, "add_noise"):
-                raise ValueError(f"sampler {name!r} cannot do image-to-image")
+            check_begins_anywhere(name, sampler_class)
             order = self.scheduler.order
             first = max(steps.num - min(int(steps.num * strength), steps.num), 0) * order
         self.timesteps = self.scheduler.timesteps[first:]

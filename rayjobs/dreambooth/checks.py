@@ -39,7 +39,13 @@ def check_precision(config: DreamBoothConfig) -> None:
 
 
 def check_objective(weights: Weights) -> None:
-    """Refuse a model whose own noise schedule cannot be trained on."""
+    """Refuse a model with other inputs than training gives, or whose noise schedule cannot be
+    trained on."""
+    if weights.needs_mask:
+        raise BadInput(
+            "model.uri: the model only makes masked parts of pictures anew, which is not trained "
+            "here; give the model that it was made from"
+        )
     values = weights.scheduler
     kind = values.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):

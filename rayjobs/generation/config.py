@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayjobs.config import Config, Workers
 from rayjobs.diffusion.economy.plan import check_guidance_interval
+from rayjobs.diffusion.passes import MOST_PASSES
 from rayjobs.diffusion.request import (
     MOST_STEPS,
     check_schedule,
@@ -20,6 +21,7 @@ from rayjobs.diffusion.request import (
 )
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.generation.controls import ControlConfig
+from rayjobs.generation.passes import PassConfig
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 from rayjobs.provenance.keys import Marking
@@ -325,6 +327,10 @@ class GenerateConfig(Config):
     init: InitConfig = InitConfig()
     controls: tuple[ControlConfig, ...] = Field(default=(), exclude_if=lambda given: not given)
     """ControlNets, each with a picture that images are to follow."""
+    passes: tuple[PassConfig, ...] = Field(
+        default=(), max_length=MOST_PASSES, exclude_if=lambda given: not given
+    )
+    """What each image goes through after it is made first."""
     quality: QualityConfig = QualityConfig()
     output: OutputConfig
     engine: EngineConfig = EngineConfig()
@@ -332,9 +338,14 @@ class GenerateConfig(Config):
 
     @model_validator(mode="after")
     def _together(self) -> "GenerateConfig":
+        steps = min(self.parameters.steps or (self.sampler.own_steps or MOST_STEPS,))
         if self.init.uri is not None:
-            steps = self.parameters.steps or (self.sampler.own_steps or MOST_STEPS,)
-            check_strength(min(self.parameters.strength or (self.init.strength,)), min(steps))
+            check_strength(min(self.parameters.strength or (self.init.strength,)), steps)
+        for number, each in enumerate(self.passes):
+            try:
+                check_strength(each.strength, each.steps or steps)
+            except ValueError as error:
+                raise ValueError(f"passes.{number}: {error}") from None
         for name in ("timesteps", "sigmas"):
             if self.parameters.steps and getattr(self.sampler, name) is not None:
                 raise ValueError(f"sampler.{name} and parameters.steps are both given; remove one")

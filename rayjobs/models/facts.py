@@ -34,6 +34,8 @@ class ModelFacts:
     prediction: Prediction = EPSILON
     usual: Usual | None = None
     """The steps and guidance that it is made for."""
+    needs_mask: bool = False
+    """Whether it only makes masked parts of pictures anew."""
 
     @property
     def is_edm(self) -> bool:
@@ -72,6 +74,7 @@ def read_facts(config: SourceConfig | str) -> ModelFacts:
         max(8, facts.vae_scale(vae)),
         Prediction.of(sampler),
         facts.usual(family, sampler, unet, facts.names_of(index, unet)),
+        facts.needs_mask(unet),
     )
 
 
@@ -122,6 +125,7 @@ def _facts_of_file(config: SourceConfig) -> ModelFacts:
             8,
             weights.prediction,
             weights.usual,
+            weights.needs_mask,
         )
     except ValueError:
         return ModelFacts()

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
@@ -20,11 +21,11 @@ from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
-from serve.engine.request_state import RequestState, estimate, slots_of
+from serve.engine.request_state import RequestState, largest_shape, slots_of
 from serve.engine.safety import Safety
 from serve.engine.stepper import BROKEN, Stepper
 from serve.metrics import EngineMetrics
-from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest
+from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest, Pixels
 from serve.registry import Entry, Registry, Weights
 from serve.tracing import Stages
 
@@ -132,7 +133,12 @@ class EngineLoop:
                 model = loaded.engine.model
                 multiple = max(8, model.vae_scale)
                 facts[entry.name] = ModelFacts(
-                    model.family, model.default_side, multiple, model.prediction, model.usual
+                    model.family,
+                    model.default_side,
+                    multiple,
+                    model.prediction,
+                    model.usual,
+                    model.needs_mask,
                 )
         return facts
 
@@ -153,6 +159,17 @@ class EngineLoop:
         request = ImagesRequest(
             id="warm-up", caller="", model=name, prompt="", seeds=seeds, steps=WARM_STEPS
         )
+        failed = await self._failure_of(request)
+        facts = self.facts().get(name)
+        if failed is None or facts is None or facts.side is None or not facts.needs_mask:
+            return failed
+        # Known only now of a model of the hub.
+        white = Pixels(8, 8, b"\xff" * 192), Pixels(8, 8, b"\xff" * 64, "L")
+        size = {"width": facts.side, "height": facts.side}
+        masked = replace(request, init=white[0], mask=white[1], strength=1.0, **size)
+        return await self._failure_of(masked)
+
+    async def _failure_of(self, request: ImagesRequest) -> Failed | None:
         events = [event async for event in self.generate(request)]
         return next((event for event in events if isinstance(event, Failed)), None)
 
@@ -241,7 +258,7 @@ class EngineLoop:
     async def _too_long(self, request: ImagesRequest, loaded: LoadedModel) -> Failed | None:
         """Whether steps of this size would let others wait too long, measured if need be."""
         model = loaded.engine.model
-        shape, _ = estimate(request, model.default_side, model.vae_scale)
+        shape = largest_shape(request, model.default_side, model.vae_scale)
         slots, own = slots_of(request), loaded.own_shape
         is_large = shape[-1] * shape[-2] > own[-1] * own[-2]
         if is_large and self.stepper.forecast.known_step_s(loaded.key(own), slots) is None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.economy.plan import count_slots, plan_calls
+from rayjobs.diffusion.passes import final_size
 from rayjobs.diffusion.request import Control, Lora, Request
 from serve.engine.models import LATENT_CHANNELS, LoadedModel
 from serve.images import to_image, to_pixels
@@ -33,6 +34,9 @@ class RequestState:
     """Of the request's controls, in their order."""
     arrived_s: float = field(default_factory=time.monotonic)
     shape: tuple[int, ...] = (0, 0, 0)
+    """Of its first pass."""
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+    """Of all its passes."""
     images: dict[int, int] = field(default_factory=dict)
     """The image number of each unfinished row, by row id."""
     left: dict[int, float] = field(default_factory=dict)
@@ -95,20 +99,27 @@ class RequestState:
                 keep_unmasked=request.mask is not None,
                 loras=self.loras,
                 controls=controls,
+                passes=request.passes,
             )
             for seed in request.seeds
         ]
 
     def enter(self, row_id: int, image: int, row: Any) -> None:
         """Record a row that the engine has accepted."""
-        total = len(row.sampler.timesteps)
+        _, total = row.progress
         self.images[row_id] = image
         self.shape = row.shape
-        self.slots = len(row.said)
-        self.left[row_id] = row.slots_left
+        self.shapes = {each.shape for each in row.rows}
+        self.slots = max(len(each.said) for each in row.rows)
+        self.note_left(row_id, row)
         # No preview after the last step: the finished image follows.
         self.num_partials = count = min(self.request.partial_images, max(0, total - 1))
         self.preview_steps[row_id] = [round(total * (n + 1) / (count + 1)) for n in range(count)]
+
+    def note_left(self, row_id: int, row: Any) -> None:
+        """Record what is left to do of a row, in slots of the first pass's shape."""
+        larger = row.area / (self.shape[1] * self.shape[2])
+        self.left[row_id] = row.slots_left * larger
 
     def finish(self, row_id: int, image: Image.Image, warnings: tuple[str, ...]) -> Finished:
         number = self.images[row_id]
@@ -132,20 +143,41 @@ class RequestState:
         return failed
 
 
+def largest_shape(request: ImagesRequest, default_side: int, scale: int) -> tuple[int, ...]:
+    """Of the latents of its last pass."""
+    return _shape(final_size(request.passes, *_size(request, default_side), scale), scale)
+
+
+def _shape(size: tuple[int, int], scale: int) -> tuple[int, ...]:
+    return (LATENT_CHANNELS, size[1] // scale, size[0] // scale)
+
+
+def _size(request: ImagesRequest, default_side: int) -> tuple[int, int]:
+    """Width and height of its first pass."""
+    width = request.width or (request.init.width if request.init else default_side)
+    return width, request.height or (request.init.height if request.init else default_side)
+
+
 def estimate(
     request: ImagesRequest, default_side: int, scale: int
 ) -> tuple[tuple[int, ...], float]:
-    """Latent shape and slots times steps of a request that the engine has not seen yet."""
-    width = request.width or (request.init.width if request.init else default_side)
-    height = request.height or (request.init.height if request.init else default_side)
+    """Latent shape and slots times steps of a request that the engine has not seen yet; those of
+    later passes count as many times as they are larger."""
+    size = _size(request, default_side)
     steps = request.steps if request.init is None else max(1, int(request.steps * request.strength))
-    shape = (LATENT_CHANNELS, height // scale, width // scale)
     skipped, slots = request.steps - steps, slots_of(request)
     interval = request.guidance_interval if slots > 1 else None
     calls = plan_calls(steps, skipped, interval, request.cache_interval)
-    return shape, count_slots(calls, slots) * len(request.seeds)
+    each = count_slots(calls, slots)
+    for number, later in enumerate(request.passes, start=1):
+        wide, high = final_size(request.passes[:number], *size, scale)
+        made = max(1, int((later.steps or request.steps) * later.strength))
+        each += made * slots * wide * high / (size[0] * size[1])
+    return _shape(size, scale), each * len(request.seeds)
 
 
 def slots_of(request: ImagesRequest) -> int:
     """Slots of each of its rows in a batch, at most."""
-    return 1 if request.guidance_scale is not None and request.guidance_scale <= 1 else 2
+    own = [request.guidance_scale, *(each.guidance_scale for each in request.passes)]
+    given = [scale for scale in own if scale is not None]
+    return 1 if request.guidance_scale is not None and max(given) <= 1 else 2

@@ -263,7 +263,7 @@ class Stepper:
 
     def _end_too_long(self, loaded: LoadedModel, shape: Shape) -> None:
         """End requests whose steps turn out to take longer than others may wait."""
-        for state in [s for s in self.backlog.states if s.loaded is loaded and s.shape == shape]:
+        for state in [s for s in self.backlog.states if s.loaded is loaded and shape in s.shapes]:
             failed = None if state.over else self.backlog.too_long(loaded, shape, state.slots)
             if failed is not None:
                 self._end(state, failed)
@@ -297,8 +297,8 @@ class Stepper:
             if state is not None and not state.over:
                 if not state.started:
                     state.stages.enter("denoise", ago_s=step_s)
-                state.stages.note("step", done=row.sampler.position, rows=len(chosen))
-                if row.is_done:
+                state.stages.note("step", done=row.progress[0], rows=len(chosen))
+                if row.is_done and row.then is None:
                     state.stages.enter("decode", ago_s=side_s)
 
     def _report_progress(self, loaded: LoadedModel, row_id: int) -> None:
@@ -309,7 +309,7 @@ class Stepper:
             state.started = True
             self.metrics.started(time.monotonic() - state.arrived_s)
         done, total = loaded.engine.progress(row_id)
-        state.left[row_id] = loaded.engine.rows[row_id].slots_left
+        state.note_left(row_id, loaded.engine.rows[row_id])
         image = state.images[row_id]
         if state.request.progress:
             since_s = time.monotonic() - state.arrived_s

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from rayjobs.diffusion.economy.plan import check_guidance_interval
+from rayjobs.diffusion.passes import final_size
 from rayjobs.diffusion.request import (
     check_control,
     check_schedule,
@@ -72,6 +73,15 @@ class ImagesRequestBuilder:
         controls: tuple[ControlUse, ...] = (),
     ) -> ImagesRequest:
         entry = self.entry(body.model)
+        if mask is None and entry.facts.needs_mask:
+            message = (
+                f"The model {entry.name!r} only makes masked parts of a picture anew; give a mask, "
+                "or take another model."
+            )
+            raise ApiError(400, message, param="mask")
+        if mask is not None and "latent" in [each.via for each in body.passes or ()]:
+            message = "passes: via is latent, but a mask needs the picture; take via pixel."
+            raise ApiError(400, message, param="passes")
         size = body.width_height or self._size_like(image, entry.facts)
         strength = body.strength
         if strength is None:
@@ -115,12 +125,22 @@ class ImagesRequestBuilder:
         self._check_economy(body, entry.facts)
         self._check_loras(body, entry)
         self._check_controls(body, entry)
+        self._check_passes(body, entry.facts)
+        if entry.facts.needs_mask and not isinstance(body, EditBody):
+            message = (
+                f"The model {entry.name!r} only makes masked parts of a picture anew; send the "
+                "picture and a mask to POST /v1/images/edits, or take another model."
+            )
+            raise ApiError(400, message, param="model")
 
     def _build(
         self, body: GenerateBody, entry: Entry, size: tuple[int, int] | None, **more: Any
     ) -> ImagesRequest:
         first = secrets.randbits(32) if body.seed is None else body.seed
         seeds = tuple((first + number) % 2**63 for number in range(body.n or 1))
+        passes = tuple(each.asked for each in body.passes or ())
+        if passes and size is not None:
+            self._check_largest(final_size(passes, *size, entry.facts.multiple))
         width, height = size or (None, None)
         deadline_s = min(body.deadline_s or float("inf"), self.limits.max_deadline_s)
         return ImagesRequest(
@@ -141,6 +161,7 @@ class ImagesRequestBuilder:
             width=width,
             height=height,
             loras=tuple((use.name, use.scale) for use in body.loras or ()),
+            passes=passes,
             partial_images=body.partial_images or 0,
             progress=bool(body.progress and body.stream),
             deadline_s=deadline_s,
@@ -211,6 +232,29 @@ class ImagesRequestBuilder:
             check = partial(check_control, use.scale, use.start, use.end)
             self._check_field("controls", check)
 
+    def _check_passes(self, body: GenerateBody, facts: ModelFacts) -> None:
+        for number, each in enumerate(body.passes or ()):
+            steps = each.steps or self._steps(body, facts)
+            _check_max(f"passes.{number}.steps", steps, self.limits.max_steps)
+            guidance = each.guidance_scale or 0
+            _check_max(f"passes.{number}.guidance_scale", guidance, self.limits.max_guidance_scale)
+            check = partial(check_strength, each.strength, steps)
+            self._check_field(f"passes.{number}.strength", check)
+            if each.sampler is not None and facts.family is not None:
+                known = partial(check_name, each.sampler, facts.prediction)
+                self._check_field(f"passes.{number}.sampler", known)
+
+    def _check_largest(self, size: tuple[int, int]) -> None:
+        """Refuse pictures that become larger, by their passes, than they may be."""
+        limits, (width, height) = self.limits, size
+        if max(size) <= limits.max_side and width * height <= limits.max_pixels:
+            return
+        message = (
+            f"The passes make a picture of {width}x{height}; at most {limits.max_side} a side and "
+            f"{limits.max_pixels} pixels. Lower their scale, or the size."
+        )
+        raise ApiError(400, message, param="passes")
+
     def _size_like(self, image: Pixels, facts: ModelFacts) -> tuple[int, int]:
         """The image's aspect ratio, at about as many pixels as the model was trained on."""
         side = facts.side or 512
@@ -268,6 +312,7 @@ def describe(entry: Entry, limits: LimitsConfig, loaded: bool) -> dict[str, Any]
             "strength": STRENGTH,
         },
         "samplers": samplers(entry.facts),
+        "needs_mask": entry.facts.needs_mask,
         "loaded": loaded,
         "prompt_hint": next(iter(entry.hints), None),
         "prompt_hints": list(entry.hints),

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi.sse import format_sse_event
 
+from rayjobs.diffusion.passes import final_size
 from rayjobs.provenance.keys import Provenance
 from serve import errors, images
 from serve.errors import ApiError
@@ -88,7 +89,8 @@ class ResponseEncoder:
             data["seconds_left"] = event.seconds_left
         elif isinstance(event, Partial):
             name = f"{kind}.partial_image"
-            size = (request.width or event.pixels.width, request.height or event.pixels.height)
+            first = (request.width or event.pixels.width, request.height or event.pixels.height)
+            size = final_size(request.passes, *first)
             text = await self._run(_partial_text, body, event.pixels, size)
             data = _image_fields(body, text, size)
             data |= {"partial_image_index": event.index, "image_index": event.image}

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from rayjobs.diffusion.passes import MOST_PASSES, MOST_SCALE, STRENGTH, Pass, Via
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from serve.errors import ApiError
 
@@ -19,6 +20,7 @@ SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 EXAMPLES = {
     "loras": '[{"name": "sks-dog", "scale": 0.8}]',
     "controls": '[{"name": "edges", "image": "iVBORw0KGgo..."}]',
+    "passes": '[{"scale": 1.5, "strength": 0.4}]',
     "guidance_interval": "[0.2, 0.8]",
     "timesteps": "[999, 845, 730, 587, 443, 310, 193, 116, 53, 13]",
     "sigmas": "[14.6, 2.2, 0.6, 0]",
@@ -54,6 +56,25 @@ class ControlUse(BaseModel):
             return base64.b64decode(DATA_URL.sub("", text), validate=True)
         except ValueError:
             raise ValueError("it is not base64") from None
+
+
+class PassUse(BaseModel):
+    """What the picture goes through after it is made first: it is made anew, larger."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scale: Finite = Field(default=1.0, ge=1, le=MOST_SCALE)
+    via: Via = "pixel"
+    strength: Finite = Field(default=STRENGTH, gt=0, le=1)
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    sampler: str | None = None
+    guidance_scale: Finite | None = Field(default=None, ge=0)
+    guidance_rescale: Finite | None = Field(default=None, ge=0, le=1)
+
+    @property
+    def asked(self) -> Pass:
+        """As the engine is asked for it."""
+        return Pass(**dict(self))
 
 
 class GenerateBody(BaseModel):
@@ -96,6 +117,7 @@ class GenerateBody(BaseModel):
     sampler: str | None = None
     loras: list[LoraUse] | None = None
     controls: list[ControlUse] | None = None
+    passes: list[PassUse] | None = Field(default=None, max_length=MOST_PASSES)
     deadline_s: Finite | None = Field(default=None, gt=0)
     progress: bool | None = Field(
         default=None, description="with stream: also send waiting and step events"

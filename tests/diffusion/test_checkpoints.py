@@ -106,6 +106,14 @@ def test_v_prediction_with_zero_terminal_snr(files: Files) -> None:
     assert torch.allclose(last, -z_1CHW, atol=1e-2)
 
 
+def test_an_inpainting_model_s_file_with_the_folder_of_another(files: Files) -> None:
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    nine = torch.randn(files.tensors[name].shape[0], 9, 3, 3)
+    model = load_model(files.file("nine", files.tensors | {name: nine}), config=files.folder)
+    assert model.needs_mask
+    assert torch.equal(model.unet.conv_in.weight, nine)
+
+
 def test_playground_has_the_schedule_and_the_latents_of_its_file(files: Files) -> None:
     marks = {"edm_mean": torch.tensor([MEAN]), "edm_std": torch.tensor([STD])}
     uri = files.file("playground", files.tensors | marks)

@@ -55,7 +55,8 @@ class Inpainting:
         model: Model,
     ) -> torch.Tensor:
         """The row's first latents, drawing from the generator as diffusers does."""
-        shape = (LATENTS, *self.mask_11hw.shape[-2:])
+        _, _, height, width = self.mask_11hw.shape
+        shape = (LATENTS, height, width)
         masked_1CHW, self._masked_1CHW = self._masked_1CHW, None
         if masked_1CHW is None or strength < 1:
             self.known_1CHW = encode_image(init_1CHW, generator, model)

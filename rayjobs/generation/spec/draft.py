@@ -86,6 +86,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     config = _with_usual(config, usual)
     _warn_of_use(config, usual)
     controls_sha256 = _check_controls(config, model)
+    _check_passes(config, model)
     scorers_sha256 = _hash_scorers(config)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -134,6 +135,7 @@ def _is_guided(config: GenerateConfig, rows: Snapshot) -> bool:
     if "guidance_scale" in rows.columns:
         return True
     scales = config.parameters.guidance_scale or (config.sampler.guidance_scale,)
+    scales += tuple(each.guidance_scale for each in config.passes if each.guidance_scale)
     return any(scale is None or scale > 1 for scale in scales)
 
 
@@ -141,6 +143,11 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     model = find_weights(config.model)
     for warning in unpinned(config.model, model):
         print(f"warning: {warning}", file=sys.stderr)
+    if model.needs_mask:
+        raise BadInput(
+            f"model.uri: {config.model.uri} only makes masked parts of pictures anew, and jobs "
+            "have no masks; serve it, where edits may have one, or take another model"
+        )
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
@@ -169,6 +176,19 @@ def _check_sampler(name: str, config: GenerateConfig, model: weights.Weights) ->
     own, steps = model.usual.timesteps, config.parameters.steps or (config.sampler.steps,)
     if own is not None and not given and {None, len(own)}.intersection(steps):
         check_schedule_taken(name, "timesteps", model.prediction, own)
+
+
+def _check_passes(config: GenerateConfig, model: weights.Weights) -> None:
+    """Raise BadInput for a pass whose sampler cannot draw the model, or begin from a picture."""
+    from rayjobs.diffusion.sampler import check_begins_anywhere, resolve
+
+    own = config.parameters.sampler or (config.sampler.name or model.scheduler_name,)
+    for number, each in enumerate(config.passes):
+        options = each.sampler_options or ({} if each.sampler else config.sampler.options)
+        for name in (each.sampler,) if each.sampler else own:
+            key = f"passes.{number}.sampler"
+            kind, _ = _named(key, partial(resolve, name, options, model.prediction))
+            _named(key, partial(check_begins_anywhere, name, kind))
 
 
 def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:

@@ -18,6 +18,7 @@ import numpy as np
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.economy.plan import check_cache_interval, check_guidance_interval
+from rayjobs.diffusion.passes import final_size
 from rayjobs.diffusion.request import check_schedule, check_side, check_strength
 from rayjobs.generation.config import MOST_STEPS, GenerateConfig, OutputConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -205,7 +206,9 @@ def _pixels(spec: Spec) -> tuple[float, list[str]]:
         assumptions.append(f"images of {side} pixels where no size is given, {known}")
     if {"width", "height"} & set(spec.rows.columns):
         assumptions.append("rows with a size of their own are counted like the others")
-    return sum((w or side) * (h or side) for w, h in sizes) / len(sizes), assumptions
+    passes = [each.asked for each in config.passes]
+    finals = [final_size(passes, w or side, h or side) for w, h in sizes]
+    return sum(width * height for width, height in finals) / len(finals), assumptions
 
 
 def _refused_rows(spec: Spec) -> list[str]:

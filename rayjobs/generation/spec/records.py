@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.records import OPTIONAL, OVERRIDES, SYNTAX
+from rayjobs.diffusion.passes import final_size
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
 from rayjobs.generation.prompts.templates import TemplateTexts
@@ -231,6 +232,18 @@ def _check_columns(config: GenerateConfig, rows: Rows, init_images: Sequence[str
             "parameters.strength changes nothing without init images; give init.uri or an "
             "init_image column, or remove it"
         )
+
+
+def all_sizes_of(config: GenerateConfig, side: int) -> list[tuple[int | None, int | None]]:
+    """The same, and those of their passes, of a model whose own pictures are of this side."""
+    sizes = sizes_of(config)
+    passes = [each.asked for each in config.passes]
+    for number in range(1, len(passes) + 1):
+        sizes += [
+            final_size(passes[:number], wide or side, high or side)
+            for wide, high in sizes_of(config)
+        ]
+    return sizes
 
 
 def sizes_of(config: GenerateConfig) -> list[tuple[int | None, int | None]]:

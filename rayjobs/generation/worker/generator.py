@@ -15,11 +15,12 @@ from rayjobs.dataset.records import ENGINE_VERSION, SCORES, SYNTAX, Row, image_i
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.side import beside_steps
+from rayjobs.diffusion.passes import Pass
 from rayjobs.diffusion.request import Control, Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig, economy_of
-from rayjobs.generation.spec.records import Record, sizes_of
+from rayjobs.generation.spec.records import Record, all_sizes_of
 from rayjobs.generation.worker.pictures import NO_SOURCES, PictureReader, Sources
 from rayjobs.images import watermark
 from rayjobs.images.encode import encode_picture
@@ -52,7 +53,9 @@ class RecordGenerator:
         self.is_fused = config.engine.fuse_loras and bool(uses)
         bank = self.engine.loras
         use = bank.fuse(uses) if self.is_fused else bank.use_of(uses)
-        warming.warm(self.engine, config.model.compile_cache, sizes_of(config))
+        sizes = all_sizes_of(config, self.model.default_side)
+        warming.warm(self.engine, config.model.compile_cache, sizes)
+        self.passes = tuple(each.asked for each in config.passes)
         self.is_marked = config.output.provenance.watermark
         self.lora_ids = [list(each) for each in use]
         self._changes = self.engine.loras.sampler_changes(use)
@@ -92,6 +95,7 @@ class RecordGenerator:
             | economy_of(record.economy)
             | ({"watermark": watermark.VERSION} if self.is_marked else {})
             | self._controls_id(sources)
+            | ({"passes": [self._pass_id(each) for each in self.passes]} if self.passes else {})
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -147,6 +151,14 @@ class RecordGenerator:
         ]
         return {"controls": used} if used else {}
 
+    def _pass_id(self, each: Pass) -> dict[str, Any]:
+        """What of a pass decides pixels, beside the record's own settings."""
+        own = {"scale": each.scale, "strength": each.strength, "via": each.via, **each.own}
+        if each.sampler is None:
+            return own
+        kind, options = resolve(each.sampler, each.sampler_options or {}, self.model.prediction)
+        return own | {"sampler": kind.__name__, "sampler_options": options}
+
     def _controls(self, sources: Sources) -> tuple[Control, ...]:
         each = zip(self.control_paths, sources.controls, self.config.controls, strict=False)
         return tuple(
@@ -180,6 +192,7 @@ class RecordGenerator:
             strength=record.strength,
             loras=self.loras,
             controls=self._controls(sources),
+            passes=self.passes,
         )
 
     def _score(self, record: Record, result: Result) -> Row:

@@ -110,8 +110,6 @@ ONLY_UNET = without(XL, "cond", "first")
 REFUSED: dict[str, tuple[Shapes, str]] = {
     "refiner": (REFINER, "is an SDXL refiner"),
     "bare refiner": (BARE_REFINER, "is an SDXL refiner"),
-    "inpainting": (first(9), "is an inpainting model: its UNet takes 9 channels"),
-    "sd inpainting": (first(9, SD1), "is an inpainting model"),
     "pix2pix": (first(8, SD1), r"is an editing \(pix2pix\) model"),
     "depth": (first(5, SD2), "is a depth model"),
     "upscaler": (first(7, SD2), "is an upscaling model"),

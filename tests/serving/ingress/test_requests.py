@@ -1,6 +1,7 @@
 """From a body to a request: defaults, limits, sizes, and LoRAs of the right model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from serve.config import ServeConfig
 from serve.engine.request_state import estimate
 from serve.errors import ApiError
 from serve.ingress.requests import ImagesRequestBuilder, describe
-from serve.ingress.schemas import EditBody, GenerateBody
+from serve.ingress.schemas import EditBody, GenerateBody, PassUse
 from serve.protocol import ImagesRequest, Pixels
 from serve.registry import Entry, Registry, Weights
 
@@ -50,6 +51,7 @@ def builder() -> ImagesRequestBuilder:
             facts=ModelFacts("sdxl", 512, 8, Prediction(is_edm=True)),
         ),
         Entry("few", "model", Weights("few"), facts=FEW),
+        Entry("fill", "model", Weights("fill"), facts=replace(SDXL, needs_mask=True)),
         Entry("hub", "model", weights["hub"]),
         Entry("dog", "lora", weights["sdxl"], lora="dog", base="sdxl"),
         Entry("far", "lora", weights["hub"], lora="far", base="hub"),
@@ -180,6 +182,10 @@ def test_work_is_estimated_by_what_is_left_out(builder: ImagesRequestBuilder) ->
     assert work(n=3, guidance_interval=[0.0, 0.5]) == 45
     assert work(cache_interval=2) == pytest.approx(10 + 10 * REUSE_COST)
     assert work(guidance_scale=1, guidance_interval=[0.5, 1.0], cache_interval=10) < 4
+    # Half of the steps, of four times as many pixels.
+    assert work(size="256x256", passes=[{"scale": 2, "strength": 0.5}]) == 20 + 10 * 4
+    guided = [{"scale": 1, "strength": 0.5, "guidance_scale": 3}]
+    assert work(guidance_scale=1, passes=guided) == 20 + 10
 
 
 @pytest.mark.parametrize(
@@ -220,6 +226,23 @@ def test_a_mask_changes_the_default_strength(builder: ImagesRequestBuilder) -> N
     assert (plain.strength, masked.strength) == (0.6, 1.0)
     assert masked.mask is not None
     assert (masked.mask.width, masked.mask.height) == (512, 512)
+
+
+def test_an_inpainting_model_needs_a_mask(builder: ImagesRequestBuilder) -> None:
+    assert refusal(generation, builder, model="fill")[:2] == (400, "model")
+    body, mask = EditBody(prompt="p", model="fill"), Pixels(64, 64, bytes(64 * 64), "L")
+    told = refusal(builder.build_edit, body, grey(64, 64), None, "me", "id")
+    assert told == (
+        400,
+        "mask",
+        "The model 'fill' only makes masked parts of a picture anew; give a mask, or take another "
+        "model.",
+    )
+    builder.check(body)
+    assert builder.build_edit(body, grey(64, 64), mask, "me", "id").mask is not None
+    latent = EditBody(prompt="p", passes=[PassUse(via="latent")])
+    told = refusal(builder.build_edit, latent, grey(64, 64), mask, "me", "id")
+    assert told[:2] == (400, "passes")
 
 
 def test_a_strength_too_small_for_a_step_is_refused(builder: ImagesRequestBuilder) -> None:
