@@ -100,7 +100,7 @@ class WebDataset(Format):
                 members = itertools.chain([first], members)
             good = _samples(tar, members, columns, schema)
             for row in _in_order(good, failed):
-                yield {"image": None, **row}
+                yield {**dict.fromkeys(_picture_names(schema)), **row}
 
     def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
         features = [
@@ -128,12 +128,12 @@ class Folder(Format):
             if row["image"] is None:
                 failed += dump_line(plain)
                 continue
-            named: Row = {}
+            named: Row = {_file_key(name): None for name in pictures(schema)}
             for extension, picture in _pictures(row, schema):
                 column, _, _ = extension.rpartition(".")
                 file_name = f"{plain['record']:012d}.{extension}"
                 files[f"{self.name(shard)}/{file_name}"] = picture
-                named[f"{column}_file_name" if column else "file_name"] = file_name
+                named[_file_key(column or "image")] = file_name
             good += dump_line({**named, **plain})
         if failed:
             files[f"{self.name(shard)}/failed.jsonl"] = failed
@@ -148,15 +148,10 @@ class Folder(Format):
             failed = [load_row(line, schema) for line in lines]
         lines = storage.read_bytes(storage.join(uri, "metadata.jsonl")).splitlines()
         for row in _in_order((load_row(line, schema) for line in lines), failed):
-            row["image"] = None
-            for key in [
-                key
-                for key in row
-                if key == "file_name" or is_conditioning(key.removesuffix("_file_name"))
-            ]:
-                file_name = row.pop(key)
-                name = "image" if key == "file_name" else key.removesuffix("_file_name")
-                if columns is None or name in columns:
+            row |= dict.fromkeys(_picture_names(schema))
+            for key in [key for key in row if _is_file_key(key)]:
+                file_name, name = row.pop(key), key.removesuffix("file_name").rstrip("_") or "image"
+                if file_name is not None and (columns is None or name in columns):
                     row[name] = _image(storage.read_bytes(storage.join(uri, file_name)))
             yield row
 
@@ -221,7 +216,7 @@ def _samples(
     schema: pa.Schema | None,
 ) -> Iterator[Row]:
     for _, parts in itertools.groupby(members, key=lambda member: member.name.split(".")[0]):
-        row: Row = {"image": None}
+        row: Row = dict.fromkeys(_picture_names(schema))
         for member in parts:
             column = member.name.rpartition(".")[0].partition(".")[2] or "image"
             if member.name.endswith(".json"):
@@ -229,6 +224,20 @@ def _samples(
             elif not member.name.endswith(".txt") and (columns is None or column in columns):
                 row[column] = _image(_content(tar, member))
         yield row
+
+
+def _file_key(column: str) -> str:
+    """The key of a picture's file in metadata.jsonl, by which Hugging Face names its column."""
+    return "file_name" if column == "image" else f"{column}_file_name"
+
+
+def _is_file_key(key: str) -> bool:
+    column = key.removesuffix("_file_name")
+    return key == "file_name" or (column != key and is_conditioning(column))
+
+
+def _picture_names(schema: pa.Schema | None) -> list[str]:
+    return ["image"] if schema is None else pictures(schema)
 
 
 def _pictures(row: Row, schema: pa.Schema) -> Iterator[tuple[str, bytes]]:
