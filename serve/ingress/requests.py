@@ -18,6 +18,7 @@ from rayjobs.diffusion.request import (
 )
 from rayjobs.diffusion.sampler_names import check_name, check_schedule_taken, fitting
 from rayjobs.diffusion.text.syntax import check_syntax
+from rayjobs.images.edges import check_preprocess
 from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
@@ -210,6 +211,7 @@ class ImagesRequestBuilder:
             _check_max("controls", abs(use.scale), self.limits.max_control_scale)
             check = partial(check_control, use.scale, use.start, use.end)
             self._check_field("controls", check)
+            self._check_field("controls", partial(check_preprocess, use.preprocess))
 
     def _size_like(self, image: Pixels, facts: ModelFacts) -> tuple[int, int]:
         """The image's aspect ratio, at about as many pixels as the model was trained on."""

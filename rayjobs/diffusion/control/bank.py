@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rayjobs.diffusion.control.files import check_fit, locate, outline
-from rayjobs.diffusion.control.fitting import as_pixels
+from rayjobs.diffusion.control.fitting import as_pixels, fitted
 from rayjobs.diffusion.model import Model, hold
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.modules.upload import upload
@@ -132,7 +132,10 @@ class ControlBank:
         for control in controls:
             picture = open_control(control.image)
             first, last = interval(control.start, control.end, num_calls)
-            pixels = as_pixels(picture, size, self.model.vae_scale)
+            scale = self.model.vae_scale
+            if control.preprocess is not None:
+                picture = fitted(picture, size, scale, control.preprocess)
+            pixels = as_pixels(picture, size, scale)
             made.append(RowControl(self.load(control.path), control.scale, first, last, pixels))
         return tuple(made)
 

@@ -11,6 +11,7 @@ from rayjobs.diffusion.control.fitting import fitted
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.request import Control
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.controls import ControlConfig
 from rayjobs.generation.worker.pictures import Sources
 from rayjobs.images.encode import encode_picture
 
@@ -28,7 +29,7 @@ class JobControls:
     def identity(self, sources: Sources) -> dict[str, Any]:
         """What of controls decides a record's pixels; nothing where it has none."""
         used = [
-            [net, source.sha256, control.scale, control.start, control.end]
+            [net, source.sha256, control.scale, control.start, control.end, *_way(control)]
             for net, source, control in zip(self._ids, sources.controls, self._config, strict=False)
             if source is not None
         ]
@@ -42,6 +43,7 @@ class JobControls:
                 scale=control.scale,
                 start=control.start,
                 end=control.end,
+                preprocess=control.preprocess,
             )
             for path, source, control in zip(
                 self._paths, sources.controls, self._config, strict=False
@@ -55,8 +57,13 @@ class JobControls:
         if not self._is_stored:
             return {}
         found: Row = {}
-        for name, source in zip(conditioning(len(self._config)), sources.controls, strict=False):
+        names = conditioning(len(self._config))
+        for name, source, control in zip(names, sources.controls, self._config, strict=False):
             if source is not None and source.image is not None:
-                picture = fitted(source.image, size, self._vae_scale)
+                picture = fitted(source.image, size, self._vae_scale, control.preprocess)
                 found[name] = {"bytes": encode_picture(picture, "png", 100), "path": None}
         return found
+
+
+def _way(control: ControlConfig) -> list[str]:
+    return [] if control.preprocess is None else [control.preprocess]
