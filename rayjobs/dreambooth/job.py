@@ -37,7 +37,6 @@ from rayjobs.reports.running import Running
 from rayjobs.room import await_room
 from rayjobs.storage import StorageError
 
-
 GROUP_START_S = "15"
 """How long Ray Train waits for room that it has been told of: after a lost host it is told of that
 one's for up to 20 s more, and asks again with less only when this time is over (its own: 60)."""
