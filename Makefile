@@ -48,8 +48,9 @@ bench: setup ## the engine against diffusers' own pipeline, the job against the 
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.job
 
-starter: setup ## train the starter model again, from nothing
+starter: setup ## train the starter model and its ControlNet again, from nothing
 	$(BIN)/python -m rayjobs.starter.train --out rayjobs/starter/model
+	$(BIN)/python -m rayjobs.starter.control --out rayjobs/starter/outlines
 
 IMAGE ?= rayjobs
 BUILDER ?= docker

@@ -30,6 +30,7 @@ class ControlUse:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    preprocess: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

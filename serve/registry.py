@@ -76,7 +76,7 @@ class Registry:
         """Why an export is not served, by its name."""
         self._fixed = {entry.name: entry for entry in self._configured()}
         self._exports: dict[str, tuple[str, Entry]] = {}
-        self._scanned_s = float("-inf")
+        self._began_s = self._scanned_s = float("-inf")
         self._scan_lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
@@ -88,12 +88,16 @@ class Registry:
         name = self.config.aliases.get(name, name) if name is not None else self._default_name()
         return None if name is None else self._fixed.get(name) or self._export(name)
 
-    def find(self, name: str | None) -> Entry | None:
-        """As `get`, but a name that is not known yet is looked for in the registry folder first."""
+    def find(self, name: str | None, promised: bool = False) -> Entry | None:
+        """As `get`, but a name that is not known yet is looked for in the registry folder first.
+
+        One that is `promised`, since another process has seen it there, is looked for now, however
+        short a time ago that was done last.
+        """
         known = self.get(name)
         is_possible = name is None or NAME.fullmatch(name)
         if known is None and is_possible and self.config.registry.uri is not None:
-            self.refresh(at_once=True)
+            self.refresh(at_once=True, after_s=time.monotonic() if promised else None)
             known = self.get(name)
         return known
 
@@ -118,15 +122,18 @@ class Registry:
             if known is not None and known.facts.family is None:
                 self._fixed[name] = replace(known, facts=reported)
 
-    def refresh(self, at_once: bool = False) -> None:
-        """Look for new, changed and removed exports, at most as often as configured.
+    def refresh(self, at_once: bool = False, after_s: float | None = None) -> None:
+        """Look for new, changed and removed exports, at most as often as configured, or unless that
+        has begun since `after_s`.
 
         While the storage is not available, nothing changes.
         """
         with self._scan_lock:
             every_s = self.config.registry.refresh_s
             every_s = min(1.0, every_s) if at_once else every_s
-            if time.monotonic() - self._scanned_s >= every_s:
+            is_due = time.monotonic() - self._scanned_s >= every_s
+            if is_due or (after_s is not None and self._began_s < after_s):
+                self._began_s = time.monotonic()
                 self._scan()
                 self._scanned_s = time.monotonic()
 

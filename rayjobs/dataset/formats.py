@@ -26,7 +26,7 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.json_rows import dump_line, dump_rows, is_list, json_kind, load_row
 from rayjobs.dataset.lance_files import Lance
 from rayjobs.dataset.layout import Format
-from rayjobs.dataset.records import DTYPES, Row
+from rayjobs.dataset.records import DTYPES, Row, is_conditioning, pictures
 from rayjobs.images.encode import EXTENSION, extension_of
 
 ROWS_PER_GROUP = 32
@@ -40,11 +40,12 @@ class Parquet(Format):
     def encode(self, shard: int, rows: Sequence[Row], schema: pa.Schema) -> dict[str, bytes]:
         arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
         buffer = io.BytesIO()
+        bare = {f"{name}.bytes" for name in pictures(schema)}  # which are compressed themselves
         pq.write_table(
             pa.Table.from_arrays(arrays, schema=schema),
             buffer,
             row_group_size=ROWS_PER_GROUP,
-            compression={leaf: "zstd" for leaf in _leaves(schema) if leaf != "image.bytes"},
+            compression={leaf: "zstd" for leaf in _leaves(schema) if leaf not in bare},
             use_dictionary=False,
         )
         return {self.name(shard): buffer.getvalue()}
@@ -64,7 +65,8 @@ class Parquet(Format):
 
 
 class WebDataset(Format):
-    """Samples are KEY.png (or .jpg, .webp), KEY.json and KEY.txt; KEY is the record's number."""
+    """Samples are KEY.png (or .jpg, .webp), KEY.json and KEY.txt; KEY is the record's number. A
+    picture of another column has its name before the extension."""
 
     def name(self, shard: int) -> str:
         return f"shard-{shard:08d}.tar"
@@ -78,12 +80,9 @@ class WebDataset(Format):
                 _add(tar, f"__failed-{shard:08d}__", failed)
             for row, plain in pairs:
                 if row["image"] is not None:
-                    picture, key = row["image"]["bytes"], f"{plain['record']:012d}"
-                    members = {
-                        extension_of(picture): picture,
-                        "json": dump_line(plain),
-                        "txt": plain["prompt"].encode(),
-                    }
+                    key = f"{plain['record']:012d}"
+                    members = {"json": dump_line(plain), "txt": plain["prompt"].encode()}
+                    members |= dict(_pictures(row, schema))
                     for extension in sorted(members):
                         _add(tar, f"{key}.{extension}", members[extension])
         return {self.name(shard): buffer.getvalue()}
@@ -99,13 +98,14 @@ class WebDataset(Format):
                 failed = [load_row(line, schema) for line in _content(tar, first).splitlines()]
             elif first is not None:
                 members = itertools.chain([first], members)
-            good = _samples(tar, members, columns is None or "image" in columns, schema)
+            good = _samples(tar, members, columns, schema)
             for row in _in_order(good, failed):
-                yield {"image": None, **row}
+                yield {**dict.fromkeys(_picture_names(schema)), **row}
 
     def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
         features = [
             {"name": EXTENSION[image_format], "dtype": "image"},
+            *({"name": f"{name}.png", "dtype": "image"} for name in pictures(schema)[1:]),
             {"name": "json", "struct": _features(schema)},
             *({"name": name, "dtype": "string"} for name in ("txt", "__key__", "__url__")),
         ]
@@ -128,10 +128,13 @@ class Folder(Format):
             if row["image"] is None:
                 failed += dump_line(plain)
                 continue
-            picture = row["image"]["bytes"]
-            file_name = f"{plain['record']:012d}.{extension_of(picture)}"
-            files[f"{self.name(shard)}/{file_name}"] = picture
-            good += dump_line({"file_name": file_name, **plain})
+            named: Row = {_file_key(name): None for name in pictures(schema)}
+            for extension, picture in _pictures(row, schema):
+                column, _, _ = extension.rpartition(".")
+                file_name = f"{plain['record']:012d}.{extension}"
+                files[f"{self.name(shard)}/{file_name}"] = picture
+                named[_file_key(column or "image")] = file_name
+            good += dump_line({**named, **plain})
         if failed:
             files[f"{self.name(shard)}/failed.jsonl"] = failed
         return {**files, f"{self.name(shard)}/metadata.jsonl": good}
@@ -145,14 +148,16 @@ class Folder(Format):
             failed = [load_row(line, schema) for line in lines]
         lines = storage.read_bytes(storage.join(uri, "metadata.jsonl")).splitlines()
         for row in _in_order((load_row(line, schema) for line in lines), failed):
-            file_name = row.pop("file_name", None)
-            row["image"] = None
-            if file_name is not None and (columns is None or "image" in columns):
-                row["image"] = _image(storage.read_bytes(storage.join(uri, file_name)))
+            row |= dict.fromkeys(_picture_names(schema))
+            for key in [key for key in row if _is_file_key(key)]:
+                file_name, name = row.pop(key), key.removesuffix("file_name").rstrip("_") or "image"
+                if file_name is not None and (columns is None or name in columns):
+                    row[name] = _image(storage.read_bytes(storage.join(uri, file_name)))
             yield row
 
     def card(self, schema: pa.Schema, image_format: str) -> dict[str, Any]:
-        features = [{"name": "image", "dtype": "image"}, *_features(schema)]
+        features = [{"name": name, "dtype": "image"} for name in pictures(schema)]
+        features += _features(schema)
         data_files = ["data/*/[0-9]*", "data/*/metadata.jsonl"]
         return {
             "configs": [{"config_name": "default", "data_files": data_files, "features": features}]
@@ -207,18 +212,42 @@ def _leaves(schema: pa.Schema) -> list[str]:
 def _samples(
     tar: tarfile.TarFile,
     members: Iterable[tarfile.TarInfo],
-    with_image: bool,
+    columns: Sequence[str] | None,
     schema: pa.Schema | None,
 ) -> Iterator[Row]:
     for _, parts in itertools.groupby(members, key=lambda member: member.name.split(".")[0]):
-        row: Row = {}
-        image = None
+        row: Row = dict.fromkeys(_picture_names(schema))
         for member in parts:
+            column = member.name.rpartition(".")[0].partition(".")[2] or "image"
             if member.name.endswith(".json"):
-                row = load_row(_content(tar, member), schema)
-            elif with_image and not member.name.endswith(".txt"):
-                image = _image(_content(tar, member))
-        yield {"image": image, **row}
+                row |= load_row(_content(tar, member), schema)
+            elif not member.name.endswith(".txt") and (columns is None or column in columns):
+                row[column] = _image(_content(tar, member))
+        yield row
+
+
+def _file_key(column: str) -> str:
+    """The key of a picture's file in metadata.jsonl, by which Hugging Face names its column."""
+    return "file_name" if column == "image" else f"{column}_file_name"
+
+
+def _is_file_key(key: str) -> bool:
+    column = key.removesuffix("_file_name")
+    return key == "file_name" or (column != key and is_conditioning(column))
+
+
+def _picture_names(schema: pa.Schema | None) -> list[str]:
+    return ["image"] if schema is None else pictures(schema)
+
+
+def _pictures(row: Row, schema: pa.Schema) -> Iterator[tuple[str, bytes]]:
+    """A row's pictures by what follows their sample's key: an extension, and before that of each
+    but the image its column."""
+    for name in pictures(schema):
+        if row.get(name) is not None:
+            data = row[name]["bytes"]
+            column = "" if name == "image" else f"{name}."
+            yield column + extension_of(data), data
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -242,8 +271,8 @@ def _in_order(good: Iterable[Row], failed: Iterable[Row]) -> Iterator[Row]:
 
 
 def _features(schema: pa.Schema) -> list[dict[str, Any]]:
-    """The columns but the image, as a card lists Hugging Face features."""
-    fields = [field for field in schema if field.name != "image"]
+    """The columns but the pictures, as a card lists Hugging Face features."""
+    fields = [field for field in schema if field.name not in pictures(schema)]
     return [{"name": field.name, **_feature(json_kind(field.type))} for field in fields]
 
 

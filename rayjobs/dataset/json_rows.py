@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
-from rayjobs.dataset.records import Row
+from rayjobs.dataset.records import Row, pictures
 
 
 def json_kind(kind: pa.DataType) -> pa.DataType | None:
@@ -33,11 +33,12 @@ def json_kind(kind: pa.DataType) -> pa.DataType | None:
 
 
 def dump_rows(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[Row]:
-    """Each row's columns but the image as JSON values, in the schema's order.
+    """Each row's columns but its pictures as JSON values, in the schema's order.
 
     Values go through their column's type first: what JSON says is what parquet would.
     """
-    fields = [field for field in schema if field.name != "image"]
+    beside = pictures(schema)
+    fields = [field for field in schema if field.name not in beside]
     columns = [
         [
             _to_json(value, field.type)

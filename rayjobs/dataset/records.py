@@ -69,6 +69,11 @@ OPTIONAL = {
     "control_images": pa.list_(pa.string()),
 }
 """Columns that are there only where a job may give them: many data sets are older."""
+CONDITIONING = "conditioning_image"
+"""The column of the picture that an image follows, where a job stores it: as diffusers' training of
+ControlNets names it. Those of further ones are numbered, from 2."""
+OURS = {b"rayjobs": b"picture"}
+"""What arrow keeps with those columns."""
 OVERRIDES = {
     "negative_prompt": pa.string(),
     SYNTAX.name: SYNTAX.type,
@@ -100,18 +105,41 @@ def schema(
     passed_through: Sequence[pa.Field] = (),
     scores: Sequence[str] = (),
     optional: Collection[str] = (),
+    stored: Sequence[str] = (),
 ) -> pa.Schema:
     """The records' schema, with scores and a prompt file's other columns at the end.
+
+    `stored` are the columns of control pictures.
 
     Its metadata makes Hugging Face `datasets` load the `image` column as images.
     """
     fields = [pa.field(name, kind) for name, kind in COLUMNS.items()]
     fields += [pa.field(name, kind) for name, kind in OPTIONAL.items() if name in optional]
+    fields += [pa.field(name, IMAGE, metadata=OURS) for name in stored]
     fields += [pa.field(*SCORES[score]) for score in scores]
     fields += [field.with_type(_known(field.type)) for field in passed_through]
     whole = pa.schema(fields)
     features = {field.name: feature(field.type) for field in whole}
     return whole.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def conditioning(number: int) -> list[str]:
+    """The columns of so many control pictures."""
+    return [f"{CONDITIONING}_{n}" if n > 1 else CONDITIONING for n in range(1, number + 1)]
+
+
+def pictures(whole: pa.Schema) -> list[str]:
+    """The columns that formats keep as files of their own where they can, the image first; a prompt
+    file's are values like others."""
+    return [field.name for field in whole if field.name == "image" or field.metadata == OURS]
+
+
+def is_conditioning(name: str) -> bool:
+    """Whether a column of that name may hold a control picture."""
+    number = name.removeprefix(CONDITIONING)
+    return name.startswith(CONDITIONING) and (
+        not number or (number[0] == "_" and number[1:].isdigit())
+    )
 
 
 def _known(kind: pa.DataType) -> pa.DataType:

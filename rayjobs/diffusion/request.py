@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayjobs.diffusion.economy.plan import check_cache_interval, check_guidance_interval
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
+from rayjobs.images.edges import check_preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -50,17 +51,22 @@ class Lora:
 class Control:
     """One ControlNet of a request: its local diffusers folder, a picture that it is to follow (a
     PIL image, encoded bytes or a local path), its strength, and the shares of the request's calls
-    between which it is on, as `control_guidance_start` and `_end` of diffusers' pipelines."""
+    between which it is on, as `control_guidance_start` and `_end` of diffusers' pipelines.
+
+    With `preprocess` the ControlNet follows what that draws out of the picture: edges, of `canny`.
+    """
 
     path: str
     image: Image | bytes | str
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    preprocess: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError for a scale or shares that are none."""
+        """Raise ValueError for a scale, shares or a way to draw that are none."""
         check_control(self.scale, self.start, self.end)
+        check_preprocess(self.preprocess)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

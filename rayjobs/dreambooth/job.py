@@ -6,6 +6,7 @@ imported there: the driver and Ray's controller start without Lightning and diff
 """
 
 import dataclasses
+import os
 import sys
 import tempfile
 import threading
@@ -35,6 +36,10 @@ from rayjobs.reports.rewriter import Rewriter
 from rayjobs.reports.running import Running
 from rayjobs.room import await_room
 from rayjobs.storage import StorageError
+
+GROUP_START_S = "15"
+"""How long Ray Train waits for room that it has been told of: after a lost host it is told of that
+one's for up to 20 s more, and asks again with less only when this time is over (its own: 60)."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +338,7 @@ def _scaling(workers: WorkersConfig) -> ScalingConfig:
         "resources_per_worker": resources,
     }
     if workers.max_workers > workers.min:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", GROUP_START_S)
         settings["num_workers"] = (workers.min, workers.max_workers)
         settings["elastic_resize_monitor_interval_s"] = workers.resize_interval_s
     return ScalingConfig(**settings)

@@ -282,6 +282,9 @@ class OutputConfig(Config):
     """A larger job is refused: raise this to confirm that it is meant."""
     license: str | None = None
     """Of the images, for the data set's card, such as openrail++."""
+    control_images: bool = Field(default=False, exclude_if=lambda given: not given)
+    """Store the pictures of `controls` beside each image, as large as it: those of the first are in
+    the column conditioning_image, of the second in conditioning_image_2."""
     provenance: Marking = Field(default=Marking(), exclude_if=lambda value: value == Marking())
 
 
@@ -351,6 +354,8 @@ class GenerateConfig(Config):
                 raise ValueError(f"sampler.{name} and parameters.steps are both given; remove one")
         for text in (self.sampler.negative_prompt or "", *self.parameters.negative_prompt):
             check_syntax(f"negative_prompt: {text!r:.80}", text, self.prompts.syntax, negative=True)
+        if self.output.control_images and not self.controls:
+            raise ValueError("output.control_images is given without controls; leave it out")
         if (
             self.controls
             and max(self.parameters.cache_interval or (self.sampler.cache_interval,)) > 1

@@ -3,6 +3,8 @@
 Owns their names, types and defaults. Imports neither torch nor ray.
 """
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from rayjobs.config import Config
@@ -13,7 +15,8 @@ class ControlConfig(Config):
     """A ControlNet, and the picture that each image is to follow."""
 
     uri: str
-    """The ControlNet: a diffusers folder of safetensors, local or s3://, for the model's family."""
+    """The ControlNet: a diffusers folder of safetensors, local or s3://, for the model's family; or
+    `starter`, which follows outlines with the starter model."""
     image: str | None = None
     """The picture, local or s3://, that all images follow."""
     column: str | None = None
@@ -25,6 +28,9 @@ class ControlConfig(Config):
     """The share of the schedule at which it sets in."""
     end: float = Field(default=1.0, ge=0, le=1)
     """The share of the schedule at which it ends."""
+    preprocess: Literal["canny"] | None = Field(default=None, exclude_if=lambda way: way is None)
+    """What is drawn out of the picture for the ControlNet: edges, by OpenCV's Canny with thresholds
+    of 100 and 200, at the image's size. Needs the extra `canny`."""
 
     @model_validator(mode="after")
     def _is_possible(self) -> "ControlConfig":

@@ -22,13 +22,12 @@ def resolve(config: GenerateConfig) -> ResolvedConfig:
     values = config.model_copy(update={"model": exports.resolve(config.model)}).model_dump()
     parts = [values["output"], values["prompts"], values["init"]]
     parts += [part for key in ("loras", "words") for part in values["model"][key]]
-    parts += values.get("controls", ())
     for part in parts:
         if part["uri"] is not None:
             part["uri"] = storage.absolute(part["uri"])
     named = [(values["model"], key) for key in ("uri", "config", "base")]
     named += [(values["quality"], score) for score in values["quality"]]
-    named += [(control, "image") for control in values.get("controls", ())]
+    named += [(control, key) for control in values.get("controls", ()) for key in ("uri", "image")]
     for part, key in named:  # a path, or a name that a hub or the package knows
         if part.get(key) is not None:
             part[key] = storage.absolute_if_path(part[key])

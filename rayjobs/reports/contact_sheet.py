@@ -16,6 +16,7 @@ from PIL import Image
 
 from rayjobs import storage
 from rayjobs.dataset.formats import FORMATS
+from rayjobs.dataset.records import is_conditioning
 from rayjobs.images.encode import extension_of
 
 VERSION = 1
@@ -133,12 +134,19 @@ class _SheetWriter:
 
     def add(self, row: dict[str, Any]) -> None:
         prompt = self._prompts.setdefault(row["prompt"], len(self._prompts))
-        plain = {name: _plain(value) for name, value in row.items() if name not in NOT_SHOWN}
+        followed = [name for name in row if is_conditioning(name) and row[name] is not None]
+        plain = {
+            name: _plain(value)
+            for name, value in row.items()
+            if name not in NOT_SHOWN and name not in followed
+        }
         # By identity: 0 is a seed, and equal to False.
         shown = {k: v for k, v in plain.items() if v is not None and v is not False and v != ""}
         thumb = large = None
+        controls: list[str] = []
         if row["image"] is not None:
             try:
+                controls = [thumbnails(row[name]["bytes"], False)[0] for name in followed]
                 thumb, large = thumbnails(row["image"]["bytes"], self._with_large)
                 self._extension = self._extension or extension_of(row["image"]["bytes"])
             except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -149,7 +157,8 @@ class _SheetWriter:
         if row["status"] != "ok":
             self._failed.append(row["record"])
         self._num_flagged += bool(row.get("blank") or row.get("warnings"))
-        self._rows.append({"of": shown, "p": prompt, "thumb": thumb})
+        made = {"of": shown, "p": prompt, "thumb": thumb}
+        self._rows.append(made | {"controls": controls} if controls else made)
         self._large.append(large)
         if len(self._rows) == PICTURES_PER_FILE:
             self.flush()

@@ -243,7 +243,9 @@ const report = (() => {
     const image = row.thumb ? node("img", { src: row.thumb, width: row.of.width, height: row.of.height,
       alt: short(row.prompt) }) : node("p", { class: "bad" }, row.of.error || "failed");
     const terms = everything(row).flatMap(([name, one]) => [node("dt", {}, name), node("dd", {}, one)]);
-    $("large").querySelector(".picture").replaceChildren(image);
+    const followed = (row.controls || []).map((src) => node("img", { src, class: "control", alt: "control picture",
+      title: "The picture that this one follows" }));
+    $("large").querySelector(".picture").replaceChildren(image, ...followed);
     $("large").querySelector(".facts").replaceChildren(node("p", {}, row.prompt), node("dl", {}, ...terms),
       node("p", { class: "quiet" },
         isFile ? "The whole picture: " : `Record ${row.of.record} is in `, node("a", { href: place }, place)));

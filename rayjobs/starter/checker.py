@@ -15,6 +15,7 @@ from PIL import Image
 from rayjobs.starter import world
 
 REFERENCE_SIDE = 40
+MATCH = 0.8
 ROTATIONS_DEG = range(-18, 19, 6)
 PLAIN = re.compile(r"an? (\w+) (\w+) on an? (\w+) background")
 
@@ -70,6 +71,13 @@ def matches(picture: np.ndarray, caption: str) -> bool:
     if found is None:
         raise ValueError(f"caption {caption!r} is not of the plain grammar")
     return read(picture) == Reading(*found.groups())
+
+
+def follows(picture: np.ndarray, cover: np.ndarray) -> bool:
+    """Whether the figure of a picture (H, W, 3) lies where `cover` (H, W) in 0..1 says: what both
+    take up is at least MATCH of what either does."""
+    seen, wanted = figure(picture), cover > 0.5
+    return bool((seen & wanted).sum() >= MATCH * (seen | wanted).sum())
 
 
 def perceptual(rgb: np.ndarray) -> np.ndarray:

@@ -6,10 +6,6 @@ stopped run goes on where it was and ends at the same weights. Knows nothing of 
 """
 
 import argparse
-import math
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +16,12 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 
 from rayjobs.starter import components, world
-
-CHECKPOINT_EVERY = 250
+from rayjobs.starter.optimize import Schedule, optimize
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a run. Rates are AdamW's peak values; each cycle is that many optimizer steps
-    from warm-up to zero, as cosine restarts (arXiv 1608.03983) have it."""
+    """The numbers of a run. Cycles and rates are those of `Schedule`."""
 
     seed: int = 0
     num_pictures: int = 30_000
@@ -37,8 +31,6 @@ class Recipe:
     unet_cycles: tuple[int, ...] = (6_000,)
     unet_batch: int = 40
     unet_rate: float = 1.2e-3
-    warmup_steps: int = 200
-    ema: float = 0.998
     drop_to_zeros: float = 0.09
     drop_to_empty: float = 0.04
     min_snr: float = 5.0
@@ -77,14 +69,14 @@ def train_vae(pictures: np.ndarray, work: Path, recipe: Recipe) -> Any:
         others = [
             world.random_collage(rng, components.SIDE) for _ in range(recipe.vae_batch - len(known))
         ]
-        x_BCHW = _to_tensor(np.concatenate([known, np.stack(others)]))
+        x_BCHW = to_tensor(np.concatenate([known, np.stack(others)]))
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x_BCHW).latent_dist
             y_BCHW = vae.decode(posterior.sample(generator)).sample.float()
         return _picture_loss(y_BCHW, x_BCHW) + 1e-6 * posterior.kl().mean()
 
-    _optimize(vae, loss, work / "vae.pt", recipe.vae_cycles, recipe.vae_rate, recipe)
+    optimize(vae, loss, work / "vae.pt", Schedule(recipe.vae_cycles, recipe.vae_rate))
     return vae.eval()
 
 
@@ -101,7 +93,7 @@ def encode_pictures(vae: Any, pictures: np.ndarray) -> torch.Tensor:
     """Posterior means (N, 4, h, w), unscaled."""
     chunks = np.array_split(pictures, max(1, len(pictures) // 64))
     with torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([vae.encode(_to_tensor(c)).latent_dist.mean.float() for c in chunks])
+        return torch.cat([vae.encode(to_tensor(c)).latent_dist.mean.float() for c in chunks])
 
 
 class Denoiser(torch.nn.Module):
@@ -138,7 +130,7 @@ def train_denoiser(
         components.save_tokenizer(work / "tokenizer", components.END),
         components.save_tokenizer(work / "tokenizer_2", "!"),
     ]
-    tokens_2NL = torch.stack([_tokenize(tokenizer, [*captions, ""]) for tokenizer in tokenizers])
+    tokens_2NL = torch.stack([tokenize(tokenizer, [*captions, ""]) for tokenizer in tokenizers])
     denoiser = Denoiser(tokenizers[0])
     alphas = components.build_scheduler().alphas_cumprod
 
@@ -159,7 +151,8 @@ def train_denoiser(
         weight_B = snr_B.clamp(max=recipe.min_snr) / snr_B
         return (weight_B * (eps - noise).pow(2).mean(dim=(1, 2, 3))).mean()
 
-    _optimize(denoiser, loss, work / "unet.pt", recipe.unet_cycles, recipe.unet_rate, recipe)
+    schedule = Schedule(recipe.unet_cycles, recipe.unet_rate)
+    optimize(denoiser, loss, work / "unet.pt", schedule)
     return denoiser.eval()
 
 
@@ -183,89 +176,12 @@ def save_model(denoiser: Denoiser, vae: Any, work: Path, out: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files as 0600
 
 
-def _optimize(
-    model: torch.nn.Module,
-    loss: Callable[[int], torch.Tensor],
-    checkpoint: Path,
-    cycles: tuple[int, ...],
-    peak_rate: float,
-    recipe: Recipe,
-) -> None:
-    """AdamW with warm-up, cosine decay, clipping; `model` ends with the average of its weights."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=1e-2)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
-    )
-    first, num_steps = 0, sum(cycles)
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    model.train()
-    started, recent = time.monotonic(), []
-    for step in range(first, num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak_rate * _decay(step, cycles, recipe.warmup_steps)
-        value = loss(step)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update_parameters(model)
-        recent.append(float(value.detach()))
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == num_steps:
-            _save_checkpoint(checkpoint, model, average, optimizer, step + 1)
-            step_s = (time.monotonic() - started) / (step + 1 - first)
-            left_min = (num_steps - step - 1) * step_s / 60
-            print(
-                f"{checkpoint.stem} step {step + 1}/{num_steps} loss {np.mean(recent):.4f} "
-                f"{step_s:.2f} s/step, {left_min:.0f} min left",
-                flush=True,
-            )
-            recent = []
-    model.load_state_dict(average.module.state_dict())
-
-
-def _save_checkpoint(
-    path: Path,
-    model: torch.nn.Module,
-    average: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _decay(step: int, cycles: tuple[int, ...], warmup_steps: int) -> float:
-    """The rate at `step` as a fraction of the peak."""
-    for num_steps in cycles[:-1]:
-        if step < num_steps:
-            break
-        step -= num_steps
-    else:
-        num_steps = cycles[-1]
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in -1..1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _tokenize(tokenizer: components.CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: components.CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return tokens.input_ids
 

@@ -100,14 +100,31 @@ def figure_mask(
 
 def draw(scene: Scene, rng: np.random.Generator, side: int = 64) -> np.ndarray:
     """A picture (side, side, 3) uint8 of `scene`; `rng` decides shade, shift, size and turn."""
+    return draw_covered(scene, rng, side)[0]
+
+
+def draw_covered(
+    scene: Scene, rng: np.random.Generator, side: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same, and how much (side, side) in 0..1 of each pixel its figures cover."""
     ground = shaded(scene.ground, rng, side)
     colour = _patterned(scene, rng, side)
-    picture = ground
+    picture, whole = ground, np.zeros((side, side), np.float32)
     for centre, radius in _placements(scene, rng):
         turn = float(rng.uniform(-MAX_ROTATION_DEG, MAX_ROTATION_DEG))
-        cover = figure_mask(scene.shape, side, centre, radius, turn)[..., None]
-        picture = picture * (1 - cover) + colour * cover
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        cover = figure_mask(scene.shape, side, centre, radius, turn)
+        whole = np.maximum(whole, cover)
+        picture = picture * (1 - cover[..., None]) + colour * cover[..., None]
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8), whole
+
+
+def edges(cover: np.ndarray) -> np.ndarray:
+    """Figures' outlines, white on black (side, side, 3) uint8: their pixels with a neighbour that
+    is none of theirs."""
+    inside = np.pad(cover > 0.5, 1)
+    within = inside[2:, 1:-1] & inside[:-2, 1:-1] & inside[1:-1, 2:] & inside[1:-1, :-2]
+    line = inside[1:-1, 1:-1] & ~within
+    return np.repeat(np.where(line, 255, 0).astype(np.uint8)[..., None], 3, axis=-1)
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:

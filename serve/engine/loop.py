@@ -266,8 +266,8 @@ class EngineLoop:
         return self.stepper.backlog.too_long(loaded, shape, slots)
 
     async def _find(self, name: str) -> Entry | None:
-        """An entry; only a name that is not known yet waits for storage."""
-        return self.registry.get(name) or await asyncio.to_thread(self.registry.find, name)
+        """An entry; only a name that is not known yet, but to the ingress, waits for storage."""
+        return self.registry.get(name) or await asyncio.to_thread(self.registry.find, name, True)
 
     def _refuse(self, request: ImagesRequest, weights: Weights) -> Failed | None:
         """Refuse when too much work waits; retry after it is done."""

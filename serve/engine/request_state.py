@@ -73,6 +73,7 @@ class RequestState:
                 scale=use.scale,
                 start=use.start,
                 end=use.end,
+                preprocess=use.preprocess,
             )
             for net, use in zip(self.controls, request.controls, strict=True)
         )

@@ -28,6 +28,8 @@ IDLE_S = 30.0
 DISCARD_S = 10.0
 """How long the rest of a refused body is read and thrown away."""
 FILES = ("image", "mask")
+CONTROLS = "control_image"
+"""Files that `controls` name."""
 INDEXED = re.compile(r"([^\[\]]+)\[\d*\]")
 """`image[]` or `image[0]`, as clients name the parts of a list."""
 MEMBER = re.compile(r"([^\[\]]+)\[(\d*)\]\[([^\[\]]+)\]")
@@ -39,6 +41,8 @@ class Form:
     """A form's files, which are read when their turn has come, and its fields."""
 
     files: dict[str, UploadFile] = field(default_factory=dict)
+    controls: dict[str, UploadFile] = field(default_factory=dict)
+    """Files of `control_image`, by the names that they were sent with."""
     values: dict[str, Any] = field(default_factory=dict)
     members: list[tuple[str, str, str, str]] = field(default_factory=list)
     """Fields of objects in lists: the list's name, the object's number or "", field and value."""
@@ -110,6 +114,12 @@ def _add_file(form: Form, name: str, file: UploadFile) -> None:
     """OpenAI's API takes several images; of them the first is used here, which is told."""
     indexed = INDEXED.fullmatch(name)
     plain = indexed[1] if indexed else name
+    if plain == CONTROLS and file.filename:
+        if file.filename in form.controls:
+            told = f"Two files of {plain} are called {file.filename!r}; give each its own name."
+            raise ApiError(400, told, param=plain, code="invalid_value")
+        form.controls[file.filename] = file
+        return
     if plain not in FILES:
         raise ApiError(400, f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
     if plain not in form.files:
@@ -127,7 +137,7 @@ def _add_value(form: Form, name: str, value: str) -> None:
         return
     indexed = INDEXED.fullmatch(name)
     name = indexed[1] if indexed else name
-    if name in FILES:
+    if name in (*FILES, CONTROLS):
         raise ApiError(400, f"{name} must be a file.", param=name, code="invalid_value")
     before = form.values.get(name)
     if indexed and isinstance(before, list | None):

@@ -195,13 +195,14 @@ class ImagesApi:
                 scale=use.scale,
                 start=use.start,
                 end=use.end,
+                preprocess=use.preprocess,
             )
             for use in body.controls or ()
         )
 
     async def _read_edit(self, request: Request, caller: str) -> Asked:
         async with open_form(request) as form:
-            body = parse(EditBody, form.values)
+            body = parse(EditBody, form.values, form.controls)
             await self._check(body)
             build = self._build_edit
             asked = await _in(self._uploads, build, body, form, caller, request.state.request_id)

@@ -19,6 +19,7 @@ from rayjobs.diffusion.request import (
 )
 from rayjobs.diffusion.sampler_names import check_name, check_schedule_taken, fitting
 from rayjobs.diffusion.text.syntax import check_syntax
+from rayjobs.images.edges import check_preprocess
 from rayjobs.models.facts import ModelFacts
 from serve import images
 from serve.config import LimitsConfig, ServeConfig
@@ -231,6 +232,7 @@ class ImagesRequestBuilder:
             _check_max("controls", abs(use.scale), self.limits.max_control_scale)
             check = partial(check_control, use.scale, use.start, use.end)
             self._check_field("controls", check)
+            self._check_field("controls", partial(check_preprocess, use.preprocess))
 
     def _check_passes(self, body: GenerateBody, facts: ModelFacts) -> None:
         for number, each in enumerate(body.passes or ()):

@@ -7,14 +7,18 @@ one installation, or of HTTP. Fields of our own stand beside OpenAI's.
 import base64
 import json
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from starlette.datastructures import UploadFile
 
 from rayjobs.diffusion.passes import MOST_PASSES, MOST_SCALE, STRENGTH, Pass, Via
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from serve.errors import ApiError
 
+NONE: Mapping[str, UploadFile] = MappingProxyType({})
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,")
 SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 EXAMPLES = {
@@ -42,16 +46,26 @@ class ControlUse(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    image: bytes = Field(description="a PNG, JPEG or WebP file in base64, or its data: URL")
+    image: bytes = Field(
+        description="a PNG, JPEG or WebP file in base64, or its data: URL; in a form also the name "
+        "of a file that is sent as control_image"
+    )
     scale: Finite = 1.0
     start: Finite = Field(default=0.0, ge=0, le=1)
     end: Finite = Field(default=1.0, ge=0, le=1)
+    preprocess: Literal["canny"] | None = Field(
+        default=None, description="draw the picture's edges first, and follow those"
+    )
 
     @field_validator("image", mode="before")
     @classmethod
-    def _decoded(cls, text: Any) -> bytes:
+    def _decoded(cls, text: Any, info: ValidationInfo) -> bytes:
         if not isinstance(text, str):
             raise ValueError("it must be the text of a picture in base64")
+        if text in (files := info.context or {}):
+            files[text].file.seek(0)
+            content: bytes = files[text].file.read()
+            return content
         try:
             return base64.b64decode(DATA_URL.sub("", text), validate=True)
         except ValueError:
@@ -224,12 +238,15 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
     return whole
 
 
-def parse(model: type[GenerateBody], values: Any) -> Any:
-    """A body from JSON or from form fields. Raises ApiError naming the first wrong field."""
+def parse(model: type[GenerateBody], values: Any, files: Mapping[str, UploadFile] = NONE) -> Any:
+    """A body from JSON or from form fields, with the files that these name.
+
+    Raises ApiError naming the first wrong field.
+    """
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=files)
     except ValidationError as error:
         raise translate_error(error, model) from None
 

@@ -24,7 +24,7 @@ from PIL import Image
 from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.dataset.formats import FORMATS, check_schema
-from rayjobs.dataset.records import IMAGE, schema
+from rayjobs.dataset.records import IMAGE, conditioning, schema
 from rayjobs.images.encode import EXTENSION, encode_picture
 
 Row = dict[str, Any]
@@ -206,6 +206,45 @@ def test_huggingface_loads_images_with_all_columns(
         assert row["image"] is None or row["image"].convert("RGB").size == (64, 64)
         assert [row[column] is None for column in PASSED if column != "box"] == [k % 2 > 0] * 29
         assert row["embedding"] == (None if k % 2 else [0.5, 1.0, -2.0])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pictures_that_images_follow_are_pictures(
+    name: str,
+    record: Callable[..., Row],
+    picture: Callable[[int], Image.Image],
+    tmp_path: Path,
+) -> None:
+    """Two of each of the even records, none of the others; failed ones have none."""
+    columns = conditioning(2)
+    kinds = schema([pa.field(key, kind) for key, (kind, _) in PASSED.items()], stored=columns)
+    rows, _ = passing([record(k) for k in range(12)])
+    for row in rows:
+        for number, column in enumerate(columns):
+            followed = encode_picture(picture(100 * number + row["record"]), "png", 100)
+            has_one = row["record"] % 2 == 0 and row["image"] is not None
+            row[column] = {"bytes": followed, "path": None} if has_one else None
+    write(name, str(tmp_path / "set"), [rows[:4], rows[4:8], rows[8:]], kinds)
+    read = [
+        row
+        for shard in range(3)
+        for row in FORMATS[name].read(str(tmp_path / "set" / "data"), shard, None, kinds)
+    ]
+    assert [[row[column] for column in columns] for row in read] == [
+        [row[column] for column in columns] for row in rows
+    ]
+    assert FORMATS[name].encode(0, read[:4], kinds) == FORMATS[name].encode(0, rows[:4], kinds)
+    header = yaml.safe_dump(FORMATS[name].card(kinds, "png"))
+    (tmp_path / "set" / "README.md").write_text(f"---\n{header}---\n# Set\n")
+    loaded = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    for row in loaded["train"]:
+        facts = row["json"] if name == "webdataset" else row
+        for number, column in enumerate(columns):
+            found = row[f"{column}.png" if name == "webdataset" else column]
+            is_there = facts["record"] % 2 == 0 and facts["status"] == "ok"
+            wanted = picture(100 * number + facts["record"]) if is_there else None
+            assert (found is None) == (wanted is None)
+            assert found is None or found.tobytes() == wanted.tobytes()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("reader", ["polars", "duckdb"])

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.model
 
 Picture = Callable[[int], Image.Image]
 TOLERANCE = 1e-4
+LANCZOS = Image.Resampling.LANCZOS
 ROWS = 8
 PLAIN = StableDiffusionXLPipeline, StableDiffusionPipeline
 TEXT_TO_IMAGE = StableDiffusionXLControlNetPipeline, StableDiffusionControlNetPipeline
@@ -191,6 +194,22 @@ def test_only_rows_in_their_interval_are_in_a_call(
     assert slots == [3, 3, 1]  # of 7; and no call at the third step
 
 
+def test_edges_are_drawn_at_the_image_s_size(
+    files: dict[str, Files], sdxl: Model, picture: Picture
+) -> None:
+    """As OpenCV draws them of the picture as it is stretched; the result is that of such edges."""
+    large = picture(1).resize((200, 120))
+    grey = cv2.cvtColor(np.asarray(large.resize((64, 96), LANCZOS)), cv2.COLOR_RGB2GRAY)
+    edges = Image.fromarray(cv2.Canny(grey, 100, 200)).convert("RGB")
+    control = Control(path=files["sdxl"].nets[0], image=large)
+    common: dict[str, Any] = {"prompt": "a star", "steps": 2, "width": 64, "height": 96}
+    each = [replace(control, preprocess="canny"), replace(control, image=edges), control]
+    requests = [Request(**common, controls=(one,), seed=3) for one in each]
+    drawn, given, plain = Engine(sdxl, ROWS).generate(requests, keep_pixels=True)
+    assert torch.equal(drawn.pixels, given.pixels)
+    assert not torch.equal(drawn.pixels, plain.pixels)
+
+
 def test_what_does_not_fit_is_refused(
     files: dict[str, Files], sdxl: Model, picture: Picture, tmp_path: Path
 ) -> None:
@@ -209,6 +228,7 @@ def test_what_does_not_fit_is_refused(
         ("the scale of a control is inf", {"scale": float("inf")}, {}),
         ("a control goes from 0.5 to 0.5", {"start": 0.5, "end": 0.5}, {}),
         ("the request has controls", {}, {"cache_interval": 2}),
+        ("preprocess is 'depth'; it must be canny", {"preprocess": "depth"}, {}),
     ]
     for message, of_control, of_request in cases:
         control = replace(good, **of_control)

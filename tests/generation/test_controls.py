@@ -1,5 +1,6 @@
 """Jobs whose pictures follow others: what records say of it, and which mistakes are told."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from PIL import Image
 
 from rayjobs.cli import main
 from rayjobs.dataset.manifest import Manifest
+from rayjobs.dataset.records import conditioning
 from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
+from rayjobs.generation.tools import export
+from rayjobs.generation.tools.export_config import ExportConfig
+from rayjobs.generation.tools.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -32,7 +37,43 @@ def place(
     picture(1).save(place / "one.png")
     picture(2).save(place / "two.png")
     (place / "prompts.csv").write_text(ROWS)
+    (place / "taken.csv").write_text("prompt,conditioning_image\na red star,x\n")
     return place
+
+
+def test_control_pictures_are_stored_beside_the_images(
+    folders: dict[str, Path], place: Path, tmp_path: Path, in_process: None
+) -> None:
+    """As large as these, in data sets, exports and made again; ids and images do not change."""
+    of_row = {"uri": str(place / "net-0"), "column": "outline"}
+    of_all = {"uri": str(place / "net-1"), "image": str(place / "two.png")}
+    values = configured(folders["sdxl"], place, tmp_path / "plain", of_row, of_all)
+    plain = rows_of(values)
+    values["output"] = {"uri": str(tmp_path / "set"), "control_images": True}
+    rows = rows_of(values)
+    assert [row["image_id"] for row in rows] == [row["image_id"] for row in plain]
+    first, second = ([row[name] for row in rows] for name in conditioning(2))
+    assert [each is not None for each in first] == [True, False, False]  # the third has failed
+    assert [each is not None for each in second] == [True, True, False]
+    size = (rows[0]["width"], rows[0]["height"])
+    for one, name in ((first[0], "one.png"), (second[1], "two.png")):
+        stored = Image.open(io.BytesIO(one["bytes"]))
+        assert stored.size == size
+        wanted = Image.open(place / name).resize(size, Image.Resampling.LANCZOS)
+        assert stored.tobytes() == wanted.tobytes()
+    assert verify(str(tmp_path / "set"), 3).faults == []
+    small = size[0] // 2
+    output = {"uri": str(tmp_path / "out"), "format": "webdataset", "size": small}
+    export.run(str(tmp_path / "set"), ExportConfig.model_validate({"output": output}))
+    for row in Manifest(str(tmp_path / "out"), "webdataset").format.read(
+        str(tmp_path / "out" / "data"), 0
+    ):
+        sizes = {
+            Image.open(io.BytesIO(row[name]["bytes"])).size
+            for name in ("image", *conditioning(2))
+            if row.get(name) is not None
+        }
+        assert sizes == {(small, small)}
 
 
 def configured(model: Path, place: Path, output: Path, *controls: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +144,15 @@ def test_mistakes_are_told_before_anything_is_made(
     cases = [(told, whole | {"controls": [good | wrong]}) for told, wrong in MISTAKES]
     lazy = {"steps": 4, "cache_interval": 2}
     cases.append(("controls and cache_interval", whole | {"controls": [good], "sampler": lazy}))
+    stored = whole["output"] | {"control_images": True}
+    cases.append(("given without controls; leave it out", whole | {"output": stored}))
+    named = {"uri": str(place / "taken.csv")}
+    cases.append(
+        (
+            "makes a column conditioning_image, and",
+            whole | {"controls": [good], "output": stored, "prompts": named},
+        )
+    )
     for told, values in cases:
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
         assert main(["generate", str(tmp_path / "job.yaml")]) == 2

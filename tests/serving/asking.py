@@ -1,8 +1,11 @@
 """Requests to the API as they are on the wire, and their answers."""
 
 import http.client
+import io
 import json
 from typing import Any
+
+from PIL import Image
 
 GENERATE = "/v1/images/generations"
 EDIT = "/v1/images/edits"
@@ -30,3 +33,19 @@ def ask(
 
 
 PROMPT = {"prompt": "a star"}
+
+
+def png(side: int = 16, colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def form(*parts: tuple[str, str | bytes]) -> dict[str, Any]:
+    """The body of a form and its content type."""
+    data = b""
+    for name, value in parts:
+        file = '; filename="a.png"' if isinstance(value, bytes) else ""
+        data += f'--x\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        data += (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
+    return {"body": data + b"--x--\r\n", "content_type": "multipart/form-data; boundary=x"}

@@ -93,6 +93,15 @@ def test_exports_are_found_by_their_folder_s_name(tmp_path: Path, starter: Model
     assert "damaged" in registry.problems
 
 
+def test_what_an_ingress_has_seen_is_looked_for_at_once(tmp_path: Path, starter: Model) -> None:
+    keys = config(tmp_path).model_dump() | {"registry": {"uri": str(tmp_path), "refresh_s": 60}}
+    registry = Registry(ServeConfig.model_validate(keys))
+    assert registry.find("dog") is None
+    export(tmp_path / "dog", starter)
+    assert registry.find("dog") is None  # anyone may ask for any name
+    assert registry.find("dog", promised=True) is not None
+
+
 @pytest.mark.parametrize(
     "name", ["..", "../outside", "/etc", "a/b", "dog/../../x", "", "a\0b", "."]
 )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import load_model
 from rayjobs.diffusion.request import Request
-from rayjobs.starter import train
+from rayjobs.starter import optimize, train
 from rayjobs.starter.train import Recipe
 
 RECIPE = Recipe(num_pictures=8, vae_cycles=(2, 2), vae_batch=1, unet_cycles=(4,), unet_batch=1)
@@ -27,10 +27,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_stopped_training_ends_at_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(optimize, "CHECKPOINT_EVERY", 1)
     train.train(tmp_path / "whole", tmp_path / "a", RECIPE)
 
-    save, saved = train._save_checkpoint, []
+    save, saved = optimize._save_checkpoint, []
 
     def save_and_stop(path: Path, *rest: object) -> None:
         save(path, *rest)
@@ -38,7 +38,7 @@ def test_a_stopped_training_ends_at_the_same_weights(
         if len(saved) in (3, 6):  # once in the autoencoder, once in the UNet
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_save_checkpoint", save_and_stop)
+    monkeypatch.setattr(optimize, "_save_checkpoint", save_and_stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train.train(tmp_path / "parts", tmp_path / "b", RECIPE)

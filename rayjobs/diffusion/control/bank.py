@@ -9,11 +9,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 from safetensors.torch import load_file
 
 from rayjobs.diffusion.control.files import check_fit, locate, outline
+from rayjobs.diffusion.control.fitting import as_pixels, fitted
 from rayjobs.diffusion.model import Model, hold
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.modules.upload import upload
@@ -133,7 +132,10 @@ class ControlBank:
         for control in controls:
             picture = open_control(control.image)
             first, last = interval(control.start, control.end, num_calls)
-            pixels = self._fitted(picture, *size)
+            scale = self.model.vae_scale
+            if control.preprocess is not None:
+                picture = fitted(picture, size, scale, control.preprocess)
+            pixels = as_pixels(picture, size, scale)
             made.append(RowControl(self.load(control.path), control.scale, first, last, pixels))
         return tuple(made)
 
@@ -144,14 +146,6 @@ class ControlBank:
     def forget(self, sha256: str) -> None:
         """Give a ControlNet's memory back; rows that use it keep it until they end."""
         del self._nets[sha256]
-
-    def _fitted(self, picture: Image.Image, width: int, height: int) -> torch.Tensor:
-        """(1, 3, H, W) in 0..1, stretched to the size, as in diffusers' ControlNet pipelines."""
-        processor = VaeImageProcessor(
-            vae_scale_factor=self.model.vae_scale, do_convert_rgb=True, do_normalize=False
-        )
-        pixels_1CHW: torch.Tensor = processor.preprocess(picture, height, width)
-        return pixels_1CHW
 
 
 def interval(start: float, end: float, num_calls: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from rayjobs.diffusion.files.identity import sha256_of
 from rayjobs.diffusion.weights import Weights
 
 STEM = "diffusion_pytorch_model"
+STARTER = Path(__file__).parents[2] / "starter" / "outlines"
 COLOURS = 3
 NOT_READ = ("global_pool_conditions", "class_embed_type", "encoder_hid_dim_type")
 """Settings of ControlNets that need another way of guidance, or inputs that no row has."""
@@ -53,8 +54,11 @@ class ControlFiles:
 
 
 def locate(path: str) -> ControlFiles:
-    """The files in a diffusers folder. Raises ValueError where it is none of a ControlNet."""
-    folder = Path(path)
+    """The files in a diffusers folder, or of `starter`, which follows outlines with that model.
+
+    Raises ValueError where it is none of a ControlNet.
+    """
+    folder = STARTER if path == "starter" else Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(

@@ -46,6 +46,7 @@ from rayjobs.generation.spec.lock import (
 )
 from rayjobs.generation.spec.records import Spec
 from rayjobs.images.decode import open_control
+from rayjobs.images.edges import check_preprocess
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights, unpinned
 
@@ -229,7 +230,11 @@ def _check_controls(config: GenerateConfig, model: weights.Weights) -> tuple[str
             data = storage.read_bytes(control.image)
             _named(f"controls.{number}.image", partial(open_control, data))
             followed = hashlib.sha256(data).hexdigest()
-        said.append(f"{net} x {control.scale:g} {control.start:g}-{control.end:g} {followed}")
+        _named(f"controls.{number}.preprocess", partial(check_preprocess, control.preprocess))
+        drawn = f" {control.preprocess}" if control.preprocess else ""
+        said.append(
+            f"{net} x {control.scale:g} {control.start:g}-{control.end:g} {followed}{drawn}"
+        )
     return tuple(said)
 
 

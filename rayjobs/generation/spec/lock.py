@@ -12,11 +12,17 @@ import pyarrow as pa
 
 from rayjobs.config import BadInput
 from rayjobs.dataset.lock import Lock, Segment, names_uri, snapshot_uri
-from rayjobs.dataset.records import COLUMNS, OPTIONAL, SCORES, schema
+from rayjobs.dataset.records import (
+    COLUMNS,
+    OPTIONAL,
+    SCORES,
+    pictures,
+    schema,
+)
 from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
 from rayjobs.generation.resolved import ResolvedConfig
-from rayjobs.generation.spec.records import Record, Spec, optional_columns
+from rayjobs.generation.spec.records import Record, Spec, optional_columns, stored_columns
 
 NOT_LOCKED = {"workers"}
 """Parts of a configuration that change how a job runs, but not what it makes."""
@@ -88,7 +94,8 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
     scores = [name for name in SCORES if getattr(config.quality, name) is not None]
-    return schema(rows.passed_through, scores, optional_columns(config, rows))
+    optional = optional_columns(config, rows)
+    return schema(rows.passed_through, scores, optional, stored_columns(config))
 
 
 def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
@@ -102,12 +109,12 @@ def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
     except pa.ArrowException as error:
         raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
     scores = [score for score in SCORES if _has(whole, score)]
-    return schema(passed_through(whole), scores, whole.names)
+    return schema(passed_through(whole), scores, whole.names, pictures(whole)[1:])
 
 
 def passed_through(whole: pa.Schema) -> list[pa.Field]:
     """The records' columns that come from prompt files."""
-    own = {*COLUMNS, *OPTIONAL, *(name for name, _ in SCORES.values())}
+    own = {*COLUMNS, *OPTIONAL, *pictures(whole), *(name for name, _ in SCORES.values())}
     return [field for field in whole if field.name not in own]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.records import OPTIONAL, OVERRIDES, SYNTAX
+from rayjobs.dataset.records import OPTIONAL, OVERRIDES, SYNTAX, conditioning
 from rayjobs.diffusion.passes import final_size
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
@@ -201,6 +201,11 @@ def optional_columns(config: GenerateConfig, rows: Rows) -> list[str]:
     return [name for name in OPTIONAL if name in given]
 
 
+def stored_columns(config: GenerateConfig) -> list[str]:
+    """The columns of control pictures that the job stores."""
+    return conditioning(len(config.controls)) if config.output.control_images else []
+
+
 def derived_seed(job_seed: int, prompt: str, index: int) -> int:
     """The first 63 bits of a hash, so that another prompt in the job shifts no seed."""
     digest = hashlib.sha256(f"{job_seed}|{prompt}|{index}".encode()).digest()
@@ -215,6 +220,11 @@ def _check_columns(config: GenerateConfig, rows: Rows, init_images: Sequence[str
                 f"controls.{number}.column: {config.prompts.uri or 'prompts.inline'} has no column "
                 f"{control.column!r}; it has {', '.join(rows.columns)}"
             )
+    for name in columns.intersection(stored_columns(config)):
+        raise BadInput(
+            f"output.control_images makes a column {name}, and {config.prompts.uri} has one; "
+            "rename that, or leave output.control_images out"
+        )
     for names in config.parameters.axes:
         for name in columns.intersection(names, OVERRIDES):
             raise BadInput(

@@ -24,7 +24,7 @@ from rayjobs.dataset.lock import (
     snapshot_uri,
 )
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.dataset.records import OPTIONAL, SCORES, SYNTAX
+from rayjobs.dataset.records import OPTIONAL, SCORES, SYNTAX, pictures
 from rayjobs.diffusion import weights
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.prompts.snapshot import (
@@ -124,12 +124,14 @@ def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
 
 def _check_optional(lock: Lock, draft: JobDraft) -> None:
     """Refuse a draft whose records do not have the same optional columns as the data set's."""
-    whole = data_set_schema(draft.config.output.uri, lock).names
-    mine = record_schema(draft.config, Snapshot(str(draft.prompts))).names
-    for name in OPTIONAL:
-        if (name in whole) != (name in mine):
-            how = "give" if name in whole else "leave out"
+    whole = data_set_schema(draft.config.output.uri, lock)
+    mine = record_schema(draft.config, Snapshot(str(draft.prompts)))
+    stored = {*pictures(whole), *pictures(mine)}
+    for name in (*OPTIONAL, *sorted(stored)):
+        if (name in whole.names) != (name in mine.names):
+            how = "give" if name in whole.names else "leave out"
             keys = {SYNTAX.name: "prompts.syntax", "control_images": "controls"}
+            keys |= dict.fromkeys(stored, "that one of controls")
             key = keys.get(name, f"sampler.{name}")
             raise BadInput(
                 f"--extend cannot change whether records have a {name}: {how} {key}, or choose "

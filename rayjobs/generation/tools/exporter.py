@@ -23,7 +23,7 @@ from rayjobs.config import BadInput
 from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import Lock
 from rayjobs.dataset.manifest import Entry, Manifest
-from rayjobs.dataset.records import Row, canonical_json, feature
+from rayjobs.dataset.records import Row, canonical_json, feature, pictures
 from rayjobs.generation.spec.lock import data_set_schema
 from rayjobs.generation.tools.export_config import ExportConfig, ExportOutput
 from rayjobs.generation.tools.filters import Condition, parse
@@ -117,12 +117,12 @@ class ShardExporter:
         if row["image"] is None:
             return row
         output, data = self.output, row["image"]["bytes"]
-        changed: Row = {}
+        changed: Row = {} if output.size is None else self._followed(row)
         if output.image_format or output.size or output.provenance.watermark:
             image = self._changed(row)
             text = parameters_text(row) if self.image_format == "png" else None
             data = encode_picture(image, self.image_format, output.quality, text)
-            changed = {"width": image.width, "height": image.height}
+            changed |= {"width": image.width, "height": image.height}
         if self.signing is not None:
             named = {name: row.get(name) for name in marks.RECORD}
             data = self.signing.sign(data, extension_of(data), named)
@@ -136,10 +136,18 @@ class ShardExporter:
         output = self.output
         image: Image.Image = Image.open(io.BytesIO(row["image"]["bytes"]))
         if output.size is not None:
-            share = output.size / max(image.size)
-            size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            image = _resized(image, output.size)
         return watermark.mark(image, row["image_id"]) if output.provenance.watermark else image
+
+    def _followed(self, row: Row) -> Row:
+        """The pictures that this one follows, as large as it, and still without loss."""
+        found: Row = {}
+        for name in pictures(self.source_schema)[1:]:
+            if row.get(name) is not None:
+                image: Image.Image = Image.open(io.BytesIO(row[name]["bytes"]))
+                data = encode_picture(_resized(image, self.output.size or 0), "png", 100)
+                found[name] = {"bytes": data, "path": None}
+        return found
 
     def _store(self, number: int, rows: list[Row], facts: dict[str, Any]) -> None:
         target = self.target
@@ -162,6 +170,13 @@ class ShardExporter:
         storage.write_bytes(
             target.entry_uri(number), canonical_json(nothing | facts), target.staging
         )
+
+
+def _resized(image: Image.Image, side: int) -> Image.Image:
+    """With a longer side of so many pixels."""
+    share = side / max(image.size)
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:

@@ -16,11 +16,12 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.side import beside_steps
 from rayjobs.diffusion.passes import Pass
-from rayjobs.diffusion.request import Control, Lora, Request, Result
+from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.sampler import resolve
 from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig, economy_of
 from rayjobs.generation.spec.records import Record, all_sizes_of
+from rayjobs.generation.worker.controls import JobControls
 from rayjobs.generation.worker.pictures import NO_SOURCES, PictureReader, Sources
 from rayjobs.images import watermark
 from rayjobs.images.encode import encode_picture
@@ -47,8 +48,7 @@ class RecordGenerator:
         self.loras = tuple(
             Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
-        self.control_paths = [str(storage.fetch(each.uri)) for each in config.controls]
-        self._control_ids = [self.engine.controls.load(path).sha256 for path in self.control_paths]
+        self.controls = JobControls(config, self.engine)
         uses = [(lora.path, lora.scale) for lora in self.loras]
         self.is_fused = config.engine.fuse_loras and bool(uses)
         bank = self.engine.loras
@@ -94,7 +94,7 @@ class RecordGenerator:
             | ({"fused": True} if self.is_fused else {})
             | economy_of(record.economy)
             | ({"watermark": watermark.VERSION} if self.is_marked else {})
-            | self._controls_id(sources)
+            | self.controls.identity(sources)
             | ({"passes": [self._pass_id(each) for each in self.passes]} if self.passes else {})
             | {
                 "prompt": record.prompt,
@@ -141,16 +141,6 @@ class RecordGenerator:
         while waiting:
             yield ready()
 
-    def _controls_id(self, sources: Sources) -> dict[str, Any]:
-        """What of controls decides a record's pixels; nothing where it has none."""
-        each = zip(self._control_ids, sources.controls, self.config.controls, strict=False)
-        used = [
-            [net, source.sha256, control.scale, control.start, control.end]
-            for net, source, control in each
-            if source is not None
-        ]
-        return {"controls": used} if used else {}
-
     def _pass_id(self, each: Pass) -> dict[str, Any]:
         """What of a pass decides pixels, beside the record's own settings."""
         own = {"scale": each.scale, "strength": each.strength, "via": each.via, **each.own}
@@ -158,20 +148,6 @@ class RecordGenerator:
             return own
         kind, options = resolve(each.sampler, each.sampler_options or {}, self.model.prediction)
         return own | {"sampler": kind.__name__, "sampler_options": options}
-
-    def _controls(self, sources: Sources) -> tuple[Control, ...]:
-        each = zip(self.control_paths, sources.controls, self.config.controls, strict=False)
-        return tuple(
-            Control(
-                path=path,
-                image=source.pixels,
-                scale=control.scale,
-                start=control.start,
-                end=control.end,
-            )
-            for path, source, control in each
-            if source is not None
-        )
 
     def _request(self, record: Record, sources: Sources) -> Request:
         return Request(
@@ -191,7 +167,7 @@ class RecordGenerator:
             init_image=None if sources.init is None else sources.init.pixels,
             strength=record.strength,
             loras=self.loras,
-            controls=self._controls(sources),
+            controls=self.controls.of_request(sources),
             passes=self.passes,
         )
 
@@ -219,7 +195,7 @@ class RecordGenerator:
         data = encode_picture(image, output.image_format, output.quality, text)
         row["image"] = {"bytes": data, "path": None}
         row["image_sha256"] = hashlib.sha256(data).hexdigest()
-        return record, row
+        return record, row | self.controls.columns(sources, image.size)
 
     def columns(self, record: Record, sources: Sources = NO_SOURCES) -> Row:
         """The row of a record as far as it is known before its picture is."""

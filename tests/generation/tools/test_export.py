@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,23 @@ def test_lance(source: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Non
     export.run(source, config)
     assert read().version == version
     assert verify(uri).faults == []
+
+
+@pytest.mark.slow
+def test_lance_whose_process_is_killed_at_any_time(source: str, tmp_path: Path) -> None:
+    """As soon as a file of a kind is there: a shard, an entry, Lance's own first and last ones."""
+    good = [row for row in rows(source) if row["status"] == "ok"]
+    command = [sys.executable, "-m", "rayjobs", "export", source, "output.format=lance"]
+    for number, seen in enumerate(("data/*", "manifest/*", "_versions/*", "README.md", "*.none")):
+        target = tmp_path / str(number)
+        with subprocess.Popen([*command, f"output.uri={target}"]) as process:
+            while process.poll() is None:
+                if any(target.glob(seen)):
+                    process.kill()
+        subprocess.run([*command, f"output.uri={target}"], check=True)
+        found = lance.dataset(str(target)).to_table().to_pylist()
+        assert sorted(found, key=lambda row: row["record"]) == good
+        assert verify(str(target)).faults == []
 
 
 def test_lance_files_load_by_split(source: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import io
 import json
 import re
 import socket
@@ -15,7 +14,6 @@ from typing import Any
 
 import openai
 import pytest
-from PIL import Image
 
 from serve import images
 from serve.config import ServeConfig
@@ -23,7 +21,7 @@ from serve.errors import ApiError
 from serve.ingress import streams
 from serve.ingress.images_api import UPLOADS_AT_ONCE, ImagesApi
 from serve.protocol import Event, Finished, ImagesRequest, Pixels, Waiting
-from tests.serving.asking import EDIT, GENERATE, PROMPT, ask
+from tests.serving.asking import EDIT, GENERATE, PROMPT, ask, form, png
 from tests.serving.in_process import CONFIG, QuickEngines, served, serving
 
 
@@ -97,22 +95,6 @@ def test_clients_may_send_names_of_their_own(url: str, engines: QuickEngines) ->
     assert client.models.retrieve("gpt-image-1").id == "starter"
     with pytest.raises(openai.NotFoundError):
         client.images.generate(model="dall-e-3", prompt="a star")
-
-
-def png(side: int = 16, colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def form(*parts: tuple[str, str | bytes]) -> dict[str, Any]:
-    """The body of a form and its content type."""
-    data = b""
-    for name, value in parts:
-        file = '; filename="a.png"' if isinstance(value, bytes) else ""
-        data += f'--x\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
-        data += (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
-    return {"body": data + b"--x--\r\n", "content_type": "multipart/form-data; boundary=x"}
 
 
 @pytest.mark.parametrize("names", [("image", "mask"), ("image[]", "mask[]"), ("image[0]", "mask")])

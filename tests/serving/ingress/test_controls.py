@@ -9,7 +9,7 @@ from PIL import Image
 
 from rayjobs.images.encode import encode_picture
 from serve.protocol import ControlUse
-from tests.serving.asking import ask
+from tests.serving.asking import EDIT, ask, form, png
 from tests.serving.in_process import QuickEngines, serving
 
 CONTROLS = [
@@ -56,6 +56,20 @@ def test_control_pictures(picture: Callable[[int], Image.Image]) -> None:
         ):
             given, said = told(good | of_control, **of_body)
             assert (given, message in said) == (status, True), said
+        assert told(good | {"preprocess": "canny"})[0] == 200
+        assert engines.asked[-1].controls[0].preprocess == "canny"
+        assert told(good | {"preprocess": "depth"})[0] == 400
+        sent = form(
+            ("image", png()),
+            ("control_image", file),
+            ("prompt", "a star"),
+            ("controls", '[{"name": "edges", "image": "a.png", "scale": 0.5}]'),
+        )
+        assert ask(url, EDIT, **sent)[0] == 200
+        (one,) = engines.asked[-1].controls
+        assert (one.pixels.data, one.scale) == (picture(1).tobytes(), 0.5)
+        twice = form(("image", png()), ("control_image", file), ("control_image", file))
+        assert "Two files of control_image are called 'a.png'" in str(ask(url, EDIT, **twice)[2])
         assert told(*[good] * 5)[1].startswith("controls is 5; at most 4")
         assert ask(url, "/v1/models/edges", method="GET")[2]["kind"] == "control"
         status, _, _ = ask(url, body={"prompt": "a star", "model": "edges"})
