@@ -30,8 +30,11 @@ export function writeControls(controls, pictures) {
     row.write(byName(controls, row.name) ?? {}, byName(pictures, row.name) ?? null);
 }
 
-/** The field of the control that is sent as number `at`. */
-export const fieldOf = (at) => (used()[at] ?? used()[0] ?? shown[0])?.file;
+/** The field of the control that is sent as number `at`; without a number, of the only one. */
+export function fieldOf(at) {
+  const sent = used();
+  return (sent[at] ?? (sent.length === 1 ? sent[0] : null))?.file;
+}
 
 /** One control: a place for its picture, and once it has one, how it is followed. */
 class Row {
@@ -119,9 +122,12 @@ class Row {
     this.drawing.toggleAttribute("hidden", Boolean(picture));
     if (picture) this.thumb.src = picture.url;
     else this.thumb.removeAttribute("src");
-    const words = picture && `${picture.title}, ${picture.width} × ${picture.height}`;
-    this.words.textContent = words ?? "Drop or choose a picture";
-    this.file.setAttribute("aria-label", `Picture for ${this.name}: ${words ?? "none"}`);
+    const words = picture
+      ? [`${picture.title}, ${picture.width} × ${picture.height}`]
+      : ["Drop or ", node("u", {}, "choose"), " a picture"];
+    this.words.replaceChildren(...words);
+    const title = picture ? `${this.name}: ${words[0]}` : this.name;
+    this.file.setAttribute("aria-label", `Picture for ${title}`);
   }
 
   /** A scale that is left empty is left to the server. */

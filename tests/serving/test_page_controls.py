@@ -1,10 +1,10 @@
-"""Pictures to follow, on the page: in a real browser, with engines that tell what they were asked."""
+"""Pictures to follow, on the page: in a real browser, with engines that tell what is asked."""
 
 import base64
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from rayjobs.diffusion.weights import STARTER
-from serve.protocol import ControlUse
+from serve.config import ServeConfig
+from serve.protocol import ControlUse, Event, ImagesRequest
+from serve.registry import Registry
 from tests.serving.browser import Browser, find_chromium
 from tests.serving.in_process import QuickEngines, serving
-from tests.serving.running import running
 
 CHROMIUM = find_chromium()
 pytestmark = [
@@ -203,13 +204,12 @@ def test_mistakes_are_told_beside_the_controls(
     assert "PNG, JPEG or WebP" in browser.text("#controls-wrong")
     choose(browser, photo)
     assert browser.text("#controls-wrong") == ""
-    choose(browser, photo, DEPTH)
-    browser.evaluate(f"document.querySelector('{DEPTH} [type=number]').value = 9")
+    browser.evaluate(f"document.querySelector('{EDGES} [type=number]').value = 9")
     browser.fill(prompt=PROMPT)
     browser.click("#generate")
     browser.wait_for("document.getElementById('controls-wrong').innerText")
     assert "at most 4" in browser.text("#controls-wrong")
-    invalid = "document.activeElement.matches('#controls [aria-invalid]')"
+    invalid = f"document.activeElement.matches('{EDGES} [aria-invalid]')"
     assert browser.evaluate(invalid)
 
 
@@ -262,26 +262,39 @@ def test_controls_fit_the_page(
     browser.tab_to(f"{EDGES} button")
 
 
-@pytest.mark.ray
+class RealEngines(QuickEngines):
+    """The engine itself, beside the API."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = ServeConfig.model_validate(config)
+
+    async def events(self, request: ImagesRequest, streamed: bool) -> AsyncIterator[Event]:
+        from serve.engine.loop import EngineLoop
+
+        engine = EngineLoop(self.config.engine, Registry(self.config))
+        try:
+            async for event in engine.generate(request):
+                yield event
+        finally:
+            await engine.close()
+
+
 def test_a_picture_is_made_that_follows_another(
     opened: Browser, tmp_path: Path, photo: Path
 ) -> None:
     from tests.controls import save_controlnets
 
     (net,) = save_controlnets(STARTER, tmp_path, 1, channels=(8, 8, 16))
-    keys = {
-        "models": MODELS[:1],
-        "controls": [{"name": "edges", "uri": net}],
-        "scaling": {"num_cpus": 1},
-    }
-    with running(keys) as app:
-        show(opened, app.url)
-        generate(opened, prompt="a photo of a red star", seed=1, num_inference_steps=4)
+    keys = {"models": MODELS[:1], "controls": [{"name": "edges", "uri": net}]}
+    with serving(RealEngines(keys), **keys) as url:
+        show(opened, url)
+        generate(opened, prompt="a photo of a red star", seed=1, num_inference_steps=2)
         choose(opened, photo)
         generate(opened)
         opened.click(f"{EDGES} [type=checkbox]")
         generate(opened)
-    plain, followed, edges = (made(opened, place) for place in (3, 2, 1))
+        plain, followed, edges = (made(opened, place) for place in (3, 2, 1))
     assert not np.array_equal(plain, followed)
     assert not np.array_equal(followed, edges)
 
