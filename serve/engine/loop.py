@@ -254,7 +254,7 @@ class EngineLoop:
         for use in uses:
             entry = await self._find(use.name)
             if entry is None or entry.net is None or entry.kind != cache.kind.entry:
-                raise BadInput(f"a {cache.kind.name} of this request no longer exists")
+                raise BadInput(f"{cache.kind.one} of this request no longer exists")
             found.append(await self.models.read_net(cache, entry.net))
         return tuple(found)
 

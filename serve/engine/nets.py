@@ -23,6 +23,8 @@ class Kind:
     """What differs between ControlNets and IP-Adapters."""
 
     name: str
+    one: str
+    """The same in a sentence."""
     entry: Literal["control", "ip_adapter"]
     """Its kind in the registry."""
     limit: str
@@ -36,6 +38,7 @@ class Kind:
 
 CONTROLS = Kind(
     "ControlNet",
+    "a ControlNet",
     "control",
     "engine.control_memory_gb",
     lambda engine: engine.controls,
@@ -44,6 +47,7 @@ CONTROLS = Kind(
 )
 IP_ADAPTERS = Kind(
     "IP-Adapter",
+    "an IP-Adapter",
     "ip_adapter",
     "engine.ip_adapter_memory_gb",
     lambda engine: engine.ip_adapters,
