@@ -243,8 +243,8 @@ class EngineLoop:
         )
         controls = await self._nets(loaded.controls, request.controls)
         ip_adapters = await self._nets(loaded.ip_adapters, request.ip_adapters)
-        nets = {"controls": controls, "ip_adapters": ip_adapters}
-        return RequestState(request, loaded, asyncio.Queue(), loras, **nets), new
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        return RequestState(request, loaded, queue, loras, controls, ip_adapters), new
 
     async def _nets(
         self, cache: NetCache, uses: Sequence[ControlUse | IpAdapterUse]

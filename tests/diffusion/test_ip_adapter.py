@@ -74,7 +74,7 @@ def referring(files: Files, picture: Picture) -> list[Request]:
         {"ip_adapters": (full, replace(plain, scale=-0.5)), "init_image": picture(3)},
     ]
     return [
-        Request(**{"prompt": f"a red star {n}", "seed": n, "steps": 5 + n % 2} | more)
+        Request(**{"prompt": f"a red star {n}", "seed": n, "steps": 4 + n % 2} | more)
         for n, more in enumerate(each)
     ]
 
@@ -82,10 +82,10 @@ def referring(files: Files, picture: Picture) -> list[Request]:
 def without(files: Files, picture: Picture) -> list[Request]:
     none = files.adapter("plus", picture(55), 0.0)
     return [
-        Request(prompt="a green star", seed=10, steps=7, sampler="ddim"),
-        Request(prompt="a blue star", seed=11, steps=6, loras=(Lora(path=files.lora, scale=0.5),)),
-        Request(prompt="a pink star", seed=12, steps=5, guidance_scale=1.0, cache_interval=2),
-        Request(prompt="a white star", seed=13, steps=9, init_image=picture(4)),
+        Request(prompt="a green star", seed=10, steps=5, sampler="ddim"),
+        Request(prompt="a blue star", seed=11, steps=4, loras=(Lora(path=files.lora, scale=0.5),)),
+        Request(prompt="a pink star", seed=12, steps=4, guidance_scale=1.0, cache_interval=2),
+        Request(prompt="a white star", seed=13, steps=6, init_image=picture(4)),
         Request(prompt="a black star", seed=14, steps=3, ip_adapters=(none,)),
     ]
 
@@ -133,24 +133,19 @@ def reference(files: Files, request: Request) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
-def test_equals_diffusers(files: dict[str, Files], family: str, picture: Picture) -> None:
-    requests = referring(files[family], picture)
-    model = load_model(str(files[family].model))
-    mixed = [*requests, *without(files[family], picture)]
-    results = made(Engine(model, ROWS, fixed_shape=family == "sd"), mixed)
+def test_equals_diffusers_and_moves_no_other(
+    files: dict[str, Files], family: str, picture: Picture
+) -> None:
+    requests, others = referring(files[family], picture), without(files[family], picture)
+    model, fixed = load_model(str(files[family].model)), family == "sdxl"
+    mixed = made(Engine(model, ROWS, fixed_shape=fixed), [*requests, *others])
     for request in requests:
         expected = reference(files[family], request)
-        difference = (results[request.seed].pixels - expected).abs().max().item()
+        difference = (mixed[request.seed].pixels - expected).abs().max().item()
         assert difference <= TOLERANCE, (request.seed, difference)
-
-
-def test_rows_keep_their_bits(files: dict[str, Files], sdxl: Model, picture: Picture) -> None:
-    """Those without a picture beside some with one, and those with one beside whatever."""
-    others, requests = without(files["sdxl"], picture), referring(files["sdxl"], picture)
-    mixed = made(Engine(sdxl, ROWS), [*requests, *others])
     silent = [*others[:-1], replace(others[-1], ip_adapters=())]
-    for apart in (silent, requests[:1], requests[1:3], requests[3:]):
-        for seed, result in made(Engine(sdxl, ROWS), apart).items():
+    for apart in (silent, requests[:1], requests[2:]) if fixed else ():
+        for seed, result in made(Engine(model, ROWS), apart).items():
             assert torch.equal(mixed[seed].pixels, result.pixels), seed
 
 

@@ -57,7 +57,11 @@ def files(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def adapted(files: Files, picture: Picture) -> list[Request]:
-    """One adapter, two, one for a part of the schedule, one of grey pictures."""
+    """One adapter, two, one for a part of the schedule, one of grey pictures.
+
+    Their samplers call the UNet once a step: diffusers counts steps, not calls, and so ends an
+    adapter in the middle of those of two calls a step.
+    """
     one = Control(path=files.adapters[0], image=picture(50), scale=0.8)
     two = Control(path=files.adapters[1], image=picture(51).resize((96, 80)), scale=-0.6)
     grey = Control(path=files.adapters[2], image=picture(52), scale=1.3)
@@ -66,10 +70,10 @@ def adapted(files: Files, picture: Picture) -> list[Request]:
         {"controls": (one,), "loras": (Lora(path=files.lora),)},
         {"controls": (one, two), "guidance_scale": 1.0},
         {"controls": (replace(one, end=0.5 if is_xl else 1.0),), "sampler": "ddim"},
-        {"controls": (grey,), "negative_prompt": "blue", "sampler": "heun"},
+        {"controls": (grey,), "negative_prompt": "blue", "sampler": "euler_a"},
     ]
     return [
-        Request(**{"prompt": f"a red star {n}", "seed": n, "steps": 5 + n % 2} | more)
+        Request(**{"prompt": f"a red star {n}", "seed": n, "steps": 4 + n % 2} | more)
         for n, more in enumerate(each)
     ]
 
@@ -77,10 +81,10 @@ def adapted(files: Files, picture: Picture) -> list[Request]:
 def without(files: Files, picture: Picture) -> list[Request]:
     net = Control(path=files.net, image=picture(54))
     return [
-        Request(prompt="a green star", seed=10, steps=7, sampler="ddim"),
-        Request(prompt="a blue star", seed=11, steps=6, loras=(Lora(path=files.lora, scale=0.5),)),
-        Request(prompt="a pink star", seed=12, steps=5, controls=(net,)),
-        Request(prompt="a white star", seed=13, steps=9, init_image=picture(4)),
+        Request(prompt="a green star", seed=10, steps=5, sampler="ddim"),
+        Request(prompt="a blue star", seed=11, steps=4, loras=(Lora(path=files.lora, scale=0.5),)),
+        Request(prompt="a pink star", seed=12, steps=4, controls=(net,)),
+        Request(prompt="a white star", seed=13, steps=6, init_image=picture(4)),
     ]
 
 
@@ -103,12 +107,12 @@ def reference(files: Files, request: Request) -> torch.Tensor:
     sampler, options = resolve(request.sampler or scheduler_config["_class_name"], {})
     pipeline.scheduler = sampler.from_config(scheduler_config, **options)
     pictures = [
-        control.image.convert("L" if net.config.in_channels == 1 else "RGB")  # type: ignore[union-attr]
+        control.image.convert("L" if net.config.in_channels == 1 else "RGB")
         for net, control in zip(nets, controls, strict=True)
     ]
     scales = [control.scale for control in controls]
     if request.loras:
-        pipeline.load_lora_weights(request.loras[0].path)
+        base.load_lora_weights(request.loras[0].path)
     usual = 5.0 if is_xl else 7.5
     images = pipeline(
         request.prompt,
@@ -124,10 +128,12 @@ def reference(files: Files, request: Request) -> torch.Tensor:
         **({"adapter_conditioning_factor": controls[0].end} if is_xl else {}),
     ).images
     if request.loras:
-        pipeline.unload_lora_weights()
-    return images[0]
+        base.unload_lora_weights()
+    # The older pipeline gives numbers as its safety checker wants them.
+    return images[0] if is_xl else torch.from_numpy(images[0]).permute(2, 0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:The decode_latents method:FutureWarning")
 @pytest.mark.parametrize("family", ["sdxl", "sd"])
 def test_equals_diffusers_and_moves_no_other(
     files: dict[str, Files], family: str, picture: Picture

@@ -157,17 +157,15 @@ class IpAdapterBank:
         stamp, state = files.stamp(), load_file(files.header.path)
         held = (net.encoder for net in list(self._nets.values()))
         known = next((each for each in held if each.sha256 == files.encoder_sha256), None)
-        layers = [
-            tuple(self._placed(state[name]) for name in layer_names(number))
-            for number in range(len(cross_attentions(self.model.unet)))
-        ]
+        names = map(layer_names, range(len(cross_attentions(self.model.unet))))
+        layers = [(self._placed(state[k]), self._placed(state[v])) for k, v in names]
         parts = {
             name.removeprefix(PROJECTION): tensor
             for name, tensor in state.items()
             if name.startswith(PROJECTION)
         }
         projection = self._placed(_projection(files, parts))
-        return LoadedIpAdapter(files, stamp, known or self._encoder(files), projection, layers)  # type: ignore[arg-type]
+        return LoadedIpAdapter(files, stamp, known or self._encoder(files), projection, layers)
 
     def hold(self, net: LoadedIpAdapter) -> LoadedIpAdapter:
         """Keep one that was read, as the one that was used last."""
@@ -221,9 +219,10 @@ class IpAdapterBank:
 
 def _projection(files: IpAdapterFiles, state: dict[str, torch.Tensor]) -> Any:
     """What makes tokens of a picture's embedding; diffusers knows the names."""
-    convert = UNet2DConditionModel._convert_ip_adapter_image_proj_to_diffusers
+    kind: Any = UNet2DConditionModel
     try:
-        return convert(None, state, low_cpu_mem_usage=False)  # type: ignore[arg-type]
+        # It needs a UNet's device and dtype only where memory is to be spared.
+        return kind._convert_ip_adapter_image_proj_to_diffusers(None, state, False)
     except Exception as error:  # whatever a file may hold
         raise ValueError(f"IP-Adapter {files.name} cannot be read: {error}"[:300]) from None
 

@@ -89,7 +89,8 @@ def cross_attentions(unet: Any) -> list[Any]:
 
 def layer_names(number: int) -> tuple[str, str]:
     """What makes keys and values of pictures at a layer: adapters count the others, too."""
-    return tuple(f"{LAYERS}{2 * number + 1}.to_{part}_ip.weight" for part in "kv")  # type: ignore[return-value]
+    stem = f"{LAYERS}{2 * number + 1}"
+    return f"{stem}.to_k_ip.weight", f"{stem}.to_v_ip.weight"
 
 
 def check_fit(files: IpAdapterFiles, unet: Any) -> None:
