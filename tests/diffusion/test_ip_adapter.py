@@ -150,17 +150,15 @@ def test_equals_diffusers_and_moves_no_other(
 
 
 def test_each_picture_moves_the_row(files: dict[str, Files], sdxl: Model, picture: Picture) -> None:
-    whole = referring(files["sdxl"], picture)[2]
-    lazy = {"steps": 6, "cache_interval": 2, "sampler": None}
-    fewer = [
-        replace(whole, seed=1, ip_adapters=whole.ip_adapters[:number], **more)
-        for more in ({}, lazy)
-        for number in (0, 1, 2)
-    ]
-    engine = Engine(sdxl, ROWS)
-    pictures = [made(engine, [request])[1].pixels for request in fewer]
-    for one, other in itertools.pairwise(pictures):
-        assert (one - other).abs().max() > 0.01
+    """Where deep features are reused, too."""
+    whole = replace(referring(files["sdxl"], picture)[2], seed=1, sampler=None)
+    both = whole.ip_adapters
+    for cache_interval, uses in ((1, (both[:0], both[:1], both)), (2, (both[:0], both))):
+        requests = [replace(whole, ip_adapters=use, cache_interval=cache_interval) for use in uses]
+        results = Engine(sdxl, ROWS).generate(requests, True)
+        pixels = {result.request: result.pixels for result in results}
+        for one, other in itertools.pairwise(requests):
+            assert (pixels[one] - pixels[other]).abs().max() > 0.01
 
 
 def test_a_picture_is_read_once(

@@ -159,7 +159,7 @@ class RecordGenerator:
             strength=record.strength,
             loras=self.loras,
             controls=self.controls.of_request(sources),
-            ip_adapters=self.ip_adapters.of(sources),
+            ip_adapters=self.ip_adapters.of_request(sources),
         )
 
     def _score(self, record: Record, result: Result) -> Row:

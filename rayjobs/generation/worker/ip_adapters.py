@@ -34,7 +34,7 @@ class JobIpAdapters:
         ]
         return {"ip_adapters": used} if used else {}
 
-    def of(self, sources: Sources) -> tuple[IpAdapter, ...]:
+    def of_request(self, sources: Sources) -> tuple[IpAdapter, ...]:
         """A record's, for its request."""
         return tuple(
             IpAdapter(
