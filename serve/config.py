@@ -53,7 +53,8 @@ class ControlConfig(Config):
     name: str
     """The name that requests use."""
     uri: str
-    """A ControlNet or T2I-Adapter: a diffusers folder of safetensors, local or s3://, or `starter`."""
+    """A ControlNet or T2I-Adapter: a diffusers folder of safetensors, local or s3://; or
+    `starter`."""
     base: str | None = None
     """The name of the model that it is for; without it, any model that it fits."""
 
