@@ -34,6 +34,15 @@ class ControlUse:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class IpAdapterUse:
+    """An IP-Adapter of a request, by its name in the registry, and the picture to refer to."""
+
+    name: str
+    pixels: Pixels
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImagesRequest:
     """One call of the API: `len(seeds)` images that differ only in their seeds.
 
@@ -66,6 +75,7 @@ class ImagesRequest:
     strength: float = 0.5
     loras: tuple[tuple[str, float], ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    ip_adapters: tuple[IpAdapterUse, ...] = ()
     passes: tuple[Pass, ...] = ()
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
@@ -84,8 +94,8 @@ class ImagesRequest:
     @property
     def names(self) -> list[str]:
         """Of all in the registry that it needs."""
-        controls = (use.name for use in self.controls)
-        return [self.model, *(name for name, _ in self.loras), *controls]
+        nets = (use.name for use in (*self.controls, *self.ip_adapters))
+        return [self.model, *(name for name, _ in self.loras), *nets]
 
 
 @dataclass(frozen=True)

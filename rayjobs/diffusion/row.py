@@ -14,6 +14,7 @@ from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.control.bank import ControlBank, RowControl
 from rayjobs.diffusion.economy.plan import Call, count_slots, plan_calls
 from rayjobs.diffusion.facts import LATENTS, Usual
+from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank, RowIpAdapter
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.passes import Via
 from rayjobs.diffusion.request import (
@@ -53,6 +54,7 @@ class Parts(NamedTuple):
     model: Model
     loras: LoraBank
     controls: ControlBank
+    ip_adapters: IpAdapterBank
 
 
 @dataclass(eq=False)
@@ -79,6 +81,7 @@ class Row:
     loras: LoraUse
     size_ids: list[float]
     controls: tuple[RowControl, ...] = ()
+    ip_adapters: tuple[RowIpAdapter, ...] = ()
     init_1CHW: torch.Tensor | None = None
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
@@ -250,7 +253,12 @@ class Row:
 
 
 def prepare_row(
-    row_id: int, request: Request, model: Model, loras: LoraBank, controls: ControlBank
+    row_id: int,
+    request: Request,
+    model: Model,
+    loras: LoraBank,
+    controls: ControlBank,
+    ip_adapters: IpAdapterBank,
 ) -> Row:
     """Check a request against the model and make its row, and those of its passes; an init image is
     opened, not yet encoded.
@@ -263,7 +271,7 @@ def prepare_row(
     image = None if request.init_image is None else open_image(request.init_image)
     width, height = _size(request, image, model)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    parts = Parts(model, loras, controls)
+    parts = Parts(model, loras, controls, ip_adapters)
     first = Row(
         id=row_id,
         request=request,
@@ -292,7 +300,7 @@ def _of_pass(
     parts: Parts,
 ) -> dict[str, Any]:
     """What a row has of its own in one pass of a request."""
-    model, loras, controls = parts
+    model, loras = parts.model, parts.loras
     use = loras.use_of((lora.path, lora.scale) for lora in settings.loras)
     usual = loras.usual(use)
     guidance = settings.guidance_scale
@@ -326,7 +334,8 @@ def _of_pass(
         "calls": calls,
         "loras": use,
         "size_ids": [height, width, 0, 0, height, width],
-        "controls": controls.of_row(settings.controls, size, len(sampler.timesteps)),
+        "controls": parts.controls.of_row(settings.controls, size, len(sampler.timesteps)),
+        "ip_adapters": parts.ip_adapters.of_row(settings.ip_adapters),
         "warnings": tuple(filter(None, warnings)),
     }
 
