@@ -11,16 +11,19 @@ SPREAD = 0.3
 """Of the layers that training begins with zeros in, so that each control moves the picture."""
 
 
-def save_controlnets(model: Path, folder: Path, count: int = 2) -> list[str]:
+def save_controlnets(
+    model: Path, folder: Path, count: int = 2, channels: tuple[int, ...] = (8, 8, 16, 16)
+) -> list[str]:
     """ControlNets for the model in a folder, as diffusers saves them; their folders.
 
+    Pictures are halved between `channels`: as often as the model's autoencoder halves them.
     Those of odd numbers read pictures with red and blue exchanged.
     """
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     paths = []
     for number in range(count):
         torch.manual_seed(100 + number)
-        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+        net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
         ends = [net.controlnet_cond_embedding.conv_out, *net.controlnet_down_blocks]
         for layer in [*ends, net.controlnet_mid_block]:
             torch.nn.init.normal_(layer.weight, std=SPREAD)
