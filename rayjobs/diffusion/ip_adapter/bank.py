@@ -25,6 +25,7 @@ from rayjobs.diffusion.ip_adapter.files import (
     cross_attentions,
     layer_names,
     locate,
+    stamp,
 )
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
@@ -70,13 +71,14 @@ class LoadedIpAdapter:
 
     def __init__(
         self,
+        key: tuple[str, str],
         files: IpAdapterFiles,
         stamp: tuple[int, ...],
         encoder: ImageEncoder,
         projection: Any,
         layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ):
-        self.key = str(files.header.path), str(files.encoder)
+        self.key = key
         self.stamp = stamp
         self.sha256 = files.sha256
         self.encoder = encoder
@@ -84,10 +86,6 @@ class LoadedIpAdapter:
         self._projection = projection
         self._layers = layers
         self._seen: OrderedDict[str, Seen] = OrderedDict()
-
-    @property
-    def path(self) -> str:
-        return self.key[0]
 
     @cached_property
     def own_bytes(self) -> int:
@@ -154,9 +152,9 @@ class IpAdapterBank:
         """The same, not held yet: touches nothing, so that any thread may do it."""
         files = locate(path, encoder)
         check_fit(files, self.model.unet)
-        stamp, state = files.stamp(), load_file(files.header.path)
+        known_by, state = stamp(path, encoder), load_file(files.header.path)
         held = (net.encoder for net in list(self._nets.values()))
-        known = next((each for each in held if each.sha256 == files.encoder_sha256), None)
+        reader = next((each for each in held if each.sha256 == files.encoder_sha256), None)
         names = map(layer_names, range(len(cross_attentions(self.model.unet))))
         layers = [(self._placed(state[k]), self._placed(state[v])) for k, v in names]
         parts = {
@@ -165,7 +163,8 @@ class IpAdapterBank:
             if name.startswith(PROJECTION)
         }
         projection = self._placed(_projection(files, parts))
-        return LoadedIpAdapter(files, stamp, known or self._encoder(files), projection, layers)
+        reader = reader or self._encoder(files)
+        return LoadedIpAdapter((path, encoder), files, known_by, reader, projection, layers)
 
     def hold(self, net: LoadedIpAdapter) -> LoadedIpAdapter:
         """Keep one that was read, as the one that was used last."""
@@ -230,6 +229,6 @@ def _projection(files: IpAdapterFiles, state: dict[str, torch.Tensor]) -> Any:
 def _stamp(path: str, encoder: str) -> tuple[int, ...] | None:
     """None where the files cannot be asked: what is held is then read again, which says why."""
     try:
-        return locate(path, encoder).stamp()
-    except (ValueError, OSError):
+        return stamp(path, encoder)
+    except OSError:
         return None

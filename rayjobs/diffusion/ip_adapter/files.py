@@ -42,26 +42,23 @@ class IpAdapterFiles:
 
     @cached_property
     def sha256(self) -> str:
-        each = " ".join(map(sha256_of, (self.header.path, *self._of_encoder)))
-        return hashlib.sha256(each.encode()).hexdigest()
+        both = f"{sha256_of(self.header.path)} {self.encoder_sha256}"
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @cached_property
     def encoder_sha256(self) -> str:
-        each = " ".join(map(sha256_of, self._of_encoder))
-        return hashlib.sha256(each.encode()).hexdigest()
-
-    def stamp(self) -> tuple[int, ...]:
-        """Another one where a file was replaced."""
-        found = [file.stat() for file in (self.header.path, *self._of_encoder)]
-        return tuple(n for each in found for n in (each.st_ino, each.st_size, each.st_mtime_ns))
+        both = " ".join(map(sha256_of, _all(self.header.path, self.encoder)[1:]))
+        return hashlib.sha256(both.encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:
-        return sum(file.stat().st_size for file in (self.header.path, *self._of_encoder))
+        return sum(file.stat().st_size for file in _all(self.header.path, self.encoder))
 
-    @property
-    def _of_encoder(self) -> tuple[Path, Path]:
-        return self.encoder / "model.safetensors", self.encoder / "config.json"
+
+def stamp(path: str, encoder: str) -> tuple[int, ...]:
+    """Another one where a file was replaced. Raises OSError where one is missing."""
+    found = [file.stat() for file in _all(Path(path), Path(encoder))]
+    return tuple(n for each in found for n in (each.st_ino, each.st_size, each.st_mtime_ns))
 
 
 def locate(path: str, encoder: str) -> IpAdapterFiles:
@@ -120,6 +117,10 @@ def check(pairs: Sequence[tuple[Path, Path]], weights: Weights) -> list[str]:
         for files in found:
             check_fit(files, unet)
     return [files.sha256 for files in found]
+
+
+def _all(adapter: Path, encoder: Path) -> tuple[Path, ...]:
+    return adapter, encoder / "model.safetensors", encoder / "config.json"
 
 
 def _kind(header: Header) -> Kind:
