@@ -22,7 +22,6 @@ from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import (
     Segment,
 )
-from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters import notes
 from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
@@ -40,6 +39,7 @@ from rayjobs.generation.prompts.snapshot import (
     write_snapshot,
 )
 from rayjobs.generation.resolved import ResolvedConfig, model_name
+from rayjobs.generation.spec import scorers
 from rayjobs.generation.spec.lock import (
     job_part,
     record_schema,
@@ -76,9 +76,9 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     """
     storage.check(config.output.uri, write=True)
     loras = [lora.uri for lora in config.model.loras]
-    scorers = [getattr(config.quality, name) for name in SCORES]
+    scoring = scorers.named(config.quality).values()
     controls = [uri for each in config.controls for uri in (each.uri, each.image)]
-    named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers, *controls)
+    named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scoring, *controls)
     for uri in named:
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
@@ -87,7 +87,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     config = _with_usual(config, usual)
     _warn_of_use(config, usual)
     controls_sha256 = _check_controls(config, model)
-    scorers_sha256 = _hash_scorers(config)
+    scorers_sha256 = scorers.check(config.quality)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
         num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
@@ -256,22 +256,6 @@ def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
     warning = usual.warning(config.sampler.own_steps or usual.steps, guidance)
     if warning is not None:
         print(f"warning: sampler: {warning}", file=sys.stderr)
-
-
-def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
-    """Hash of each scoring model that is a file or a folder; a hub id stands for itself."""
-    digests = {}
-    for name in SCORES:
-        uri = getattr(config.quality, name)
-        if uri is None:
-            continue
-        path = Path(storage.to_local(uri))
-        if not path.exists() and (path.is_absolute() or uri.startswith(".")):
-            raise BadInput(f"quality.{name}: {uri} does not exist")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        hashes = [(p.name, weights.sha256_of(p)) for p in files if p.is_file()]
-        digests[name] = hashlib.sha256(canonical_json(hashes or uri)).hexdigest()
-    return digests
 
 
 def _named(key: str, check: Callable[[], T]) -> T:

@@ -18,6 +18,7 @@ from rayjobs.dataset.records import (
     SCORES,
     pictures,
     schema,
+    scores_asked,
 )
 from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
@@ -93,7 +94,7 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
-    scores = [name for name in SCORES if getattr(config.quality, name) is not None]
+    scores = scores_asked(dict(config.quality))
     optional = optional_columns(config, rows)
     return schema(rows.passed_through, scores, optional, stored_columns(config))
 

@@ -177,7 +177,7 @@ def _new_part(lock: Lock, draft: JobDraft) -> Segment:
     if last.job["output"] != segment.job["output"]:
         raise BadInput("--extend cannot change output.*: all shards of a data set are of one kind")
     for score in SCORES:
-        old, new = (each.job["quality"].get(score) is None for each in (last, segment))
+        old, new = (not each.job["quality"].get(score) for each in (last, segment))
         if old != new:
             raise BadInput(
                 f"--extend cannot change whether records have a {SCORES[score][0]}: "
