@@ -23,6 +23,7 @@ from rayjobs.generation.controls import ControlConfig
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 from rayjobs.provenance.keys import Marking
+from rayjobs.quality.kinds import ALIKE
 
 
 class PromptsConfig(Config):
@@ -321,7 +322,7 @@ class QualityConfig(Config):
     embedding: bool = Field(default=False, exclude_if=lambda given: not given)
     """Store the clip model's embedding of each picture, of length 1, and look for pictures that
     show the same."""
-    alike: float = Field(default=0.95, ge=0.5, lt=1, exclude_if=lambda cosine: cosine == 0.95)
+    alike: float = Field(default=ALIKE, ge=0.5, lt=1, exclude_if=lambda cosine: cosine == ALIKE)
     """The cosine of two embeddings from which on their pictures show the same."""
     caption: str | None = Field(default=None, exclude_if=_is_none)
     """An image-to-text model (folder, s3:// or hub id; BLIP, BLIP-2, GIT or an encoder-decoder) for
@@ -333,7 +334,7 @@ class QualityConfig(Config):
             raise ValueError("quality.aesthetic needs quality.clip, whose embedding it reads")
         if self.embedding and self.clip is None:
             raise ValueError("quality.embedding needs quality.clip, whose embedding it stores")
-        if "alike" in self.model_fields_set and self.alike != 0.95 and not self.embedding:
+        if self.alike != ALIKE and not self.embedding:
             raise ValueError("quality.alike needs quality.embedding, which it compares")
         return self
 

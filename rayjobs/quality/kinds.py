@@ -1,4 +1,4 @@
-"""Which models the keys under `quality` take, as far as their `config.json` tells.
+"""What the keys under `quality` take: which models, as far as their `config.json` tells.
 
 Owns that table, so that a wrong model is refused before anything is made. Imports neither torch nor
 transformers.
@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rayjobs.config import BadInput
 
+ALIKE = 0.95
+"""The cosine of two embeddings from which on their pictures show the same, where none is given."""
 CLIPS = ("clip",)
 CAPTIONERS = ("blip", "blip-2", "git", "vision-encoder-decoder")
 """Those that describe a picture without being asked a question."""
