@@ -96,6 +96,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         rows = Snapshot(str(prompts))
         _check_sampler_column(config, rows, model)
         _check_control_columns(config, rows)
+        scorers.check_columns(config, rows.columns)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)

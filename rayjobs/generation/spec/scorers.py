@@ -5,13 +5,14 @@ Owns their hashes and the warning of one that may change. Loads none of them.
 
 import hashlib
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from rayjobs import storage
 from rayjobs.config import BadInput
-from rayjobs.dataset.records import canonical_json
+from rayjobs.dataset.records import SCORES, canonical_json, scores_asked
 from rayjobs.diffusion import weights
-from rayjobs.generation.config import QualityConfig
+from rayjobs.generation.config import GenerateConfig, QualityConfig
 from rayjobs.quality import kinds
 
 
@@ -43,6 +44,16 @@ def check(config: QualityConfig) -> dict[str, str]:
             by_uri[uri] = _hash(uri, path)
         digests[name] = by_uri[uri]
     return digests
+
+
+def check_columns(config: GenerateConfig, columns: Collection[str]) -> None:
+    """Raise BadInput where the prompt file has a column that a score is to be written to."""
+    for name in scores_asked(dict(config.quality)):
+        if (column := SCORES[name][0]) in columns:
+            raise BadInput(
+                f"prompts.uri: {config.prompts.uri} has a column {column!r}, which quality.{name} "
+                "writes; rename it, or leave that key out"
+            )
 
 
 def _hash(uri: str, path: Path) -> str:

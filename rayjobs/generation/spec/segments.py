@@ -115,7 +115,7 @@ def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> tuple[JobDraft, 
 
 def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
     """The draft with the columns that records of the data set have: one schema for all shards."""
-    wanted = passed_through(data_set_schema(draft.config.output.uri, lock))
+    wanted = passed_through(data_set_schema(draft.config.output.uri, lock), lock)
     path = draft.prompts.with_name("like.parquet")
     write_like(wanted, str(draft.prompts), str(path))
     segment = draft.segment.model_copy(update={"prompts_sha256": weights.sha256_of(path)})
