@@ -35,7 +35,10 @@ TOWER = {
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("clip")
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def save_clip(folder: Path) -> str:
     tokenizer = components.save_tokenizer(folder, components.END)
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
