@@ -138,13 +138,15 @@ def with_absolute_paths(config: ServeConfig) -> ServeConfig:
     """The configuration with absolute local paths: replicas have other working directories."""
 
     def absolute(part: Any) -> Any:
-        is_path = part.uri is not None and Path(part.uri).exists()
-        return part.model_copy(update={"uri": storage.absolute(part.uri)}) if is_path else part
+        places = {key: getattr(part, key, None) for key in ("uri", "encoder")}
+        paths = {key: place for key, place in places.items() if place and Path(place).exists()}
+        return part.model_copy(update={key: storage.absolute(it) for key, it in paths.items()})
 
     changed: dict[str, Any] = {
         "models": tuple(map(absolute, config.models)),
         "loras": tuple(map(absolute, config.loras)),
         "controls": tuple(map(absolute, config.controls)),
+        "ip_adapters": tuple(map(absolute, config.ip_adapters)),
         "registry": absolute(config.registry),
         "safety": absolute(config.safety),
     }

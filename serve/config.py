@@ -53,7 +53,24 @@ class ControlConfig(Config):
     name: str
     """The name that requests use."""
     uri: str
-    """A ControlNet: a diffusers folder of safetensors, local or s3://, or `starter`."""
+    """A ControlNet or T2I-Adapter: a diffusers folder of safetensors, local or s3://; or
+    `starter`."""
+    base: str | None = None
+    """The name of the model that it is for; without it, any model that it fits."""
+
+    @field_validator("name")
+    @classmethod
+    def _valid_name(cls, name: str) -> str:
+        return check_name(name)
+
+
+class IpAdapterConfig(Config):
+    name: str
+    """The name that requests use."""
+    uri: str
+    """An IP-Adapter: a safetensors file, local or s3://."""
+    encoder: str
+    """The image encoder that it was trained with: a folder of config.json and model.safetensors."""
     base: str | None = None
     """The name of the model that it is for; without it, any model that it fits."""
 
@@ -93,6 +110,9 @@ class EngineConfig(Config):
     control_memory_gb: float | None = Field(default=None, gt=0)
     """GiB for the ControlNets of each model, part of model_memory_gb; without it, a quarter of
     that."""
+    ip_adapter_memory_gb: float | None = Field(default=None, gt=0)
+    """GiB for the IP-Adapters of each model with their image encoders, part of model_memory_gb;
+    without it, a quarter of that."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads; without it, as many as the replica's CPUs."""
 
@@ -119,6 +139,10 @@ class LimitsConfig(Config):
     """ControlNets of one request."""
     max_control_scale: float = Field(default=4.0, gt=0)
     """Largest absolute scale of a ControlNet."""
+    max_ip_adapters: int = Field(default=4, ge=0)
+    """IP-Adapters of one request."""
+    max_ip_adapter_scale: float = Field(default=4.0, gt=0)
+    """Largest absolute scale of an IP-Adapter."""
     max_guidance_scale: float = Field(default=50.0, gt=0)
     """Largest guidance_scale."""
     max_upload_bytes: int = Field(default=50 * 2**20, ge=1024)
@@ -239,6 +263,8 @@ class ServeConfig(Config):
     """Adapters by name, for requests that ask for them."""
     controls: tuple[ControlConfig, ...] = ()
     """ControlNets by name, for requests that bring a picture to follow."""
+    ip_adapters: tuple[IpAdapterConfig, ...] = ()
+    """IP-Adapters by name, for requests that bring a picture to refer to."""
     registry: RegistryConfig = RegistryConfig()
     serves: tuple[Kind, ...] = ("text-to-image", "image-to-image")
     """Which requests this application serves; two applications may share them."""
@@ -252,7 +278,8 @@ class ServeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ServeConfig":
-        names = [each.name for each in (*self.models, *self.loras, *self.controls)]
+        named = (*self.models, *self.loras, *self.controls, *self.ip_adapters)
+        names = [each.name for each in named]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the name {name!r} is used twice; names must differ")

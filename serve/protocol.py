@@ -33,6 +33,15 @@ class ControlUse:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class IpAdapterUse:
+    """An IP-Adapter of a request, by its name in the registry, and the picture to refer to."""
+
+    name: str
+    pixels: Pixels
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ImagesRequest:
     """One call of the API: `len(seeds)` images that differ only in their seeds.
 
@@ -65,6 +74,7 @@ class ImagesRequest:
     strength: float = 0.5
     loras: tuple[tuple[str, float], ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    ip_adapters: tuple[IpAdapterUse, ...] = ()
     partial_images: int = 0
     """Previews of each image, evenly over its steps."""
     progress: bool = False
@@ -82,8 +92,8 @@ class ImagesRequest:
     @property
     def names(self) -> list[str]:
         """Of all in the registry that it needs."""
-        controls = (use.name for use in self.controls)
-        return [self.model, *(name for name, _ in self.loras), *controls]
+        nets = (use.name for use in (*self.controls, *self.ip_adapters))
+        return [self.model, *(name for name, _ in self.loras), *nets]
 
 
 @dataclass(frozen=True)

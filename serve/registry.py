@@ -50,15 +50,15 @@ class Entry:
     """A name that requests can use."""
 
     name: str
-    kind: Literal["model", "lora", "control"]
+    kind: Literal["model", "lora", "control", "ip_adapter"]
     weights: Weights | None
-    """None for a ControlNet, and for an adapter that fits any model."""
+    """None for a ControlNet, an IP-Adapter, and a LoRA that fits any model."""
     lora: str | None = None
     """The adapter's file; a `model` with one always uses it at scale 1."""
-    control: str | None = None
-    """The folder of a ControlNet."""
+    net: tuple[str, ...] | None = None
+    """The folder of a ControlNet; or an IP-Adapter's file, and its encoder's folder."""
     base: str | None = None
-    """The name of the model that an adapter or a ControlNet belongs to."""
+    """The name of the model that it belongs to, if it is none itself."""
     facts: ModelFacts = NO_FACTS
     hints: tuple[str, ...] = ()
     """Prompts that the model was tuned on, or that show what it can draw."""
@@ -213,7 +213,11 @@ class Registry:
             yield self._lora(lora)
         for control in self.config.controls:
             self._check_base("controls", control.base)
-            yield Entry(control.name, "control", None, control=control.uri, base=control.base)
+            yield Entry(control.name, "control", None, net=(control.uri,), base=control.base)
+        for each in self.config.ip_adapters:
+            self._check_base("ip_adapters", each.base)
+            pair = each.uri, each.encoder
+            yield Entry(each.name, "ip_adapter", None, net=pair, base=each.base)
 
     def _check_base(self, key: str, name: str | None) -> None:
         known = [model.name for model in self.config.models]

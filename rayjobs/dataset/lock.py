@@ -20,6 +20,7 @@ LOCATIONS = ("prompts.uri", "prompts.column", "model.uri", "model.config", "init
 LOCATIONS += ("model.base", "model.revision")
 LOCATIONS += (
     "controls",
+    "ip_adapters",
     "model.loras",
     "model.words",
     "quality.clip",
@@ -47,6 +48,8 @@ class Segment(Config):
     loras_sha256: tuple[str, ...] = ()
     controls_sha256: tuple[str, ...] = Field(default=(), exclude_if=lambda given: not given)
     """Of ControlNets and of the pictures that all records follow, with their settings."""
+    ip_adapters_sha256: tuple[str, ...] = Field(default=(), exclude_if=lambda given: not given)
+    """Of IP-Adapters with their encoders, likewise."""
     scorers_sha256: dict[str, str] = Field(default_factory=dict)
     guided: bool
     """Whether any record may use guidance: it decides the shape of every UNet call."""
@@ -93,8 +96,8 @@ class Segment(Config):
         parts = self.model_dump(
             mode="json",
             include={"job", "prompts_sha256", "num_prompts", "init_sha256"}
-            | {"model_sha256", "loras_sha256", "controls_sha256", "scorers_sha256"}
-            | {"guided", "engine_version"},
+            | {"model_sha256", "loras_sha256", "controls_sha256", "ip_adapters_sha256"}
+            | {"scorers_sha256", "guided", "engine_version"},
         )
         flat = _flat(parts)
         return {k: v for k, v in flat.items() if k.removeprefix("job.") not in LOCATIONS}

@@ -71,6 +71,7 @@ OPTIONAL = {
     "timesteps": pa.list_(pa.int32()),
     "sigmas": pa.list_(pa.float64()),
     "control_images": pa.list_(pa.string()),
+    "ip_adapter_images": pa.list_(pa.string()),
 }
 """Columns that are there only where a job may give them: many data sets are older."""
 CONDITIONING = "conditioning_image"

@@ -15,6 +15,7 @@ from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.batcher import Batcher, BatchPolicy
 from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.faults import check, row_reason
+from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request, Result
 from rayjobs.diffusion.row import Row, prepare_row
@@ -60,6 +61,7 @@ class Engine:
         alone = fixed_shape and model.device.startswith("cuda")
         self.loras = LoraBank(model, exact=fixed_shape and not alone)
         self.controls = ControlBank(model)
+        self.ip_adapters = IpAdapterBank(model)
         self.prompts = PromptEncoder(
             model, self.loras, 1 if alone else max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
         )
@@ -114,8 +116,7 @@ class Engine:
                     height=height,
                     loras=tuple(Lora(path=path, scale=of) for path, of in self.loras.fused),
                 )
-                banks = self.loras, self.controls
-                rows = [prepare_row(n, asked, self.model, *banks) for n in range(number)]
+                rows = [prepare_row(n, asked, self.model, *self._banks) for n in range(number)]
                 self._encode_prompts(rows)
                 self._predict_noise(rows)
                 assert rows[0].latents is not None
@@ -126,7 +127,7 @@ class Engine:
         """Queue a request; it joins at the next step. An invalid one comes back as a failure."""
         row_id = next(self._ids)
         try:
-            row = prepare_row(row_id, request, self.model, self.loras, self.controls)
+            row = prepare_row(row_id, request, self.model, *self._banks)
         except Exception as error:  # an invalid request must not stop the others
             reason = row_reason(error)
             self._failed.append(Result(id=row_id, request=request, error=reason))
@@ -171,6 +172,10 @@ class Engine:
         self.num_steps += bool(rows)
         self.step_s += perf_counter() - started_s
         return results
+
+    @property
+    def _banks(self) -> tuple[LoraBank, ControlBank, IpAdapterBank]:
+        return self.loras, self.controls, self.ip_adapters
 
     def _step(self, started_s: float) -> list[Row]:
         self._vae.poll(block=not len(self._batcher))

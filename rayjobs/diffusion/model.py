@@ -236,7 +236,8 @@ def hold(module: Any, model: Model) -> None:
         _suit_cpu(module, model.options)
     if model.options.channels_last:
         module.to(memory_format=torch.channels_last)
-    use_kernel(module, model.options.attention)
+    if hasattr(module, "attn_processors"):
+        use_kernel(module, model.options.attention)
 
 
 def _compiled(pipeline: Any, options: ModelOptions, device: str) -> Compiled | None:

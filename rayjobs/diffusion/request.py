@@ -68,6 +68,22 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class IpAdapter:
+    """One IP-Adapter of a request: its local safetensors file, the local folder of the CLIP image
+    encoder that it was trained with, a picture that it refers to (a PIL image, encoded bytes or a
+    local path), and its strength, as `set_ip_adapter_scale` of diffusers' pipelines."""
+
+    path: str
+    encoder: str
+    image: Image | bytes | str
+    scale: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for a scale that is no number."""
+        check_reference_scale(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """One image to make.
 
@@ -88,6 +104,7 @@ class Request:
     inpainting pipelines do for UNets of four channels; `keep_unmasked` then puts the init image's
     own pixels back where the mask is black.
     `controls` are ControlNets with their pictures, which are stretched to the request's size.
+    `ip_adapters` are IP-Adapters with the pictures that they refer to, whatever their size.
     `negative_prompt` None and "" differ for SDXL models, as in diffusers. `prompt_syntax` is how
     both are written: `plain`, or with the web UI's weights and of any length.
     """
@@ -114,6 +131,7 @@ class Request:
     keep_unmasked: bool = False
     loras: tuple[Lora, ...] = ()
     controls: tuple[Control, ...] = ()
+    ip_adapters: tuple[IpAdapter, ...] = ()
 
     @property
     def own_steps(self) -> int | None:
@@ -138,7 +156,7 @@ class Request:
             raise ValueError(f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
         for name in ("width", "height"):
             check_side(name, getattr(self, name))
-        for part in (*self.loras, *self.controls):
+        for part in (*self.loras, *self.controls, *self.ip_adapters):
             part.check()
         for name in ("guidance_scale", "guidance_rescale"):
             value = getattr(self, name)
@@ -192,6 +210,12 @@ def check_control(scale: float, start: float, end: float) -> None:
             f"a control goes from {start} to {end}; start and end must be shares of the schedule, "
             "the smaller one first, such as 0 and 0.6"
         )
+
+
+def check_reference_scale(scale: float) -> None:
+    """Raise ValueError unless an IP-Adapter's scale is a number."""
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"the scale of an IP-Adapter is {scale!r}; it must be a number")
 
 
 def check_schedule(

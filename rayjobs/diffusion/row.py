@@ -15,6 +15,7 @@ from rayjobs.diffusion.adapters.bank import LoraBank, LoraUse
 from rayjobs.diffusion.control.bank import ControlBank, RowControl
 from rayjobs.diffusion.economy.plan import Call, count_slots, plan_calls
 from rayjobs.diffusion.facts import Usual
+from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank, RowIpAdapter
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request, Result, check_side, check_strength
 from rayjobs.diffusion.sampler import Sampler, Steps
@@ -58,6 +59,7 @@ class Row:
     loras: LoraUse
     size_ids: list[float]
     controls: tuple[RowControl, ...] = ()
+    ip_adapters: tuple[RowIpAdapter, ...] = ()
     init_1CHW: torch.Tensor | None = None
     inpainting: Inpainting | None = None
     latents: torch.Tensor | None = None
@@ -175,7 +177,12 @@ class Row:
 
 
 def prepare_row(
-    row_id: int, request: Request, model: Model, loras: LoraBank, controls: ControlBank
+    row_id: int,
+    request: Request,
+    model: Model,
+    loras: LoraBank,
+    controls: ControlBank,
+    ip_adapters: IpAdapterBank,
 ) -> Row:
     """Check a request against the model and make its row; an init image is opened, not yet encoded.
 
@@ -214,6 +221,7 @@ def prepare_row(
         loras=use,
         size_ids=[height, width, 0, 0, height, width],
         controls=controls.of_row(request.controls, (width, height), len(sampler.timesteps)),
+        ip_adapters=ip_adapters.of_row(request.ip_adapters),
         warnings=tuple(
             filter(
                 None,

@@ -18,6 +18,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from rayjobs.diffusion.adapters.bank import Gathered, LoraBank
 from rayjobs.diffusion.control.calls import ControlCalls
 from rayjobs.diffusion.economy import deep
+from rayjobs.diffusion.ip_adapter.attention import Attention, AttentionCalls
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 
@@ -55,6 +56,7 @@ class UNetBatch:
         self.fixed_shape = fixed_shape
         self.alone = alone
         self._controls = ControlCalls(alone=fixed_shape, memory_format=layout)
+        self._attention = AttentionCalls(model.unet)
         self._layout_of_memory = layout
         self._conditions: dict[tuple[bool, bool], tuple[_Asked, list[dict[str, Any]]]] = {}
 
@@ -69,7 +71,7 @@ class UNetBatch:
     def _kind(self, row: Row) -> tuple[bool, bool]:
         """Rows of one kind share calls. Compiled calls are for rows without adapters and controls,
         which others would else keep from theirs."""
-        is_extra = self.loras.differs(row.loras) or bool(row.controls)
+        is_extra = self.loras.differs(row.loras) or bool(row.controls or row.ip_adapters)
         return row.reuses, self.model.compiled is not None and is_extra
 
     def _predict_alike(self, rows: Sequence[Row]) -> dict[Row, torch.Tensor]:
@@ -113,6 +115,7 @@ class UNetBatch:
         num, model = len(x_PCHW), self.model
         arguments, padding = condition["arguments"], condition["size"] - num
         loras: Gathered = condition["loras"]
+        attention: Attention = condition["attention"]
         x_PCHW, t_P = _padded(x_PCHW, padding).to(model.dtype), _padded(t_P, padding)
         arguments = {**arguments, **self._controls.residuals(slots, x_PCHW, t_P, arguments)}
         way, replay = deep.whole, "replay"
@@ -126,15 +129,16 @@ class UNetBatch:
             way, replay = deep.keeping, "replay_keeping"
         # Those of rows with controls are not compiled outside their intervals either: bits would
         # depend on whether another row is inside its own.
-        is_plain = not loras.uses and not any(row.controls for row, _ in slots)
+        is_plain = not any(row.controls or row.ip_adapters for row, _ in slots) and not loras.uses
         compiled = model.compiled if is_plain else None
-        with loras.applied():
+        beside = attention.beside(loras.beside)
+        with loras.applied(), attention.applied():
             if compiled is not None and compiled.takes(way, x_PCHW, arguments):
                 given = compiled(way, x_PCHW, t_P, arguments)
-            elif loras.beside is None:
+            elif beside is None:
                 given = way(model.unet, x_PCHW, t_P, arguments)
             else:
-                given = getattr(model, replay)(x_PCHW, t_P, arguments, loras.beside)
+                given = getattr(model, replay)(x_PCHW, t_P, arguments, beside)
         if not keeps:
             return given[:num], None
         noise_PCHW, deep_PCHW = given
@@ -183,8 +187,9 @@ class UNetBatch:
         if self.model.unet.config.time_cond_proj_dim is not None:
             arguments["timestep_cond"] = self._guidance_embedding([row for row, _ in slots])
         loras = self.loras.gather([row.loras for row, _ in slots], ("unet",))
+        attention = self._attention.gather(slots[:num_slots])
         sizes = {"num_slots": num_slots, "size": len(slots)}
-        return {"arguments": arguments, "loras": loras, **sizes}
+        return {"arguments": arguments, "loras": loras, "attention": attention, **sizes}
 
     def _guidance_embedding(self, rows: list[Row]) -> torch.Tensor:
         """Guidance as an input, for UNets distilled with it (LCM)."""

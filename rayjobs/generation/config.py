@@ -20,6 +20,7 @@ from rayjobs.diffusion.request import (
 )
 from rayjobs.diffusion.text.syntax import PromptSyntax, check_syntax
 from rayjobs.generation.controls import ControlConfig
+from rayjobs.generation.ip_adapters import IpAdapterConfig
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 from rayjobs.provenance.keys import Marking
@@ -349,6 +350,8 @@ class GenerateConfig(Config):
     init: InitConfig = InitConfig()
     controls: tuple[ControlConfig, ...] = Field(default=(), exclude_if=lambda given: not given)
     """ControlNets, each with a picture that images are to follow."""
+    ip_adapters: tuple[IpAdapterConfig, ...] = Field(default=(), exclude_if=lambda given: not given)
+    """IP-Adapters, each with a picture that images refer to."""
     quality: QualityConfig = QualityConfig()
     output: OutputConfig
     engine: EngineConfig = EngineConfig()

@@ -15,8 +15,8 @@ class ControlConfig(Config):
     """A ControlNet, and the picture that each image is to follow."""
 
     uri: str
-    """The ControlNet: a diffusers folder of safetensors, local or s3://, for the model's family; or
-    `starter`, which follows outlines with the starter model."""
+    """The ControlNet or T2I-Adapter: a diffusers folder of safetensors, local or s3://, for the
+    model's family; or `starter`, which follows outlines with the starter model."""
     image: str | None = None
     """The picture, local or s3://, that all images follow."""
     column: str | None = None

@@ -108,6 +108,11 @@ def open_control(source: Image.Image | bytes | str) -> Image.Image:
     return _open(source, "control image").on_white()
 
 
+def open_reference(source: Image.Image | bytes | str) -> Image.Image:
+    """An IP-Adapter's picture: RGB, upright, on white. Raises ValueError that names no path."""
+    return _open(source, "reference image").on_white()
+
+
 def _open(source: Image.Image | bytes | str, what: str) -> Picture:
     try:
         if isinstance(source, Image.Image):

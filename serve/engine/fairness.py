@@ -75,6 +75,8 @@ class PrioritizedRow(Protocol):
     @property
     def controls(self) -> Sequence[object]: ...
     @property
+    def ip_adapters(self) -> Sequence[object]: ...
+    @property
     def request(self) -> Hashable: ...
 
 
@@ -93,7 +95,8 @@ class BatchUsage:
     callers: tuple[tuple[str, int], ...]
     """Each row's caller and slots."""
     is_plain: bool = True
-    """No row reused deep features or had a control: what the batch cost tells what others will."""
+    """No row reused deep features or had a picture to follow: what the batch cost tells what others
+    will."""
 
 
 class FairBatcher(Generic[R]):
@@ -162,7 +165,7 @@ class FairBatcher(Generic[R]):
         callers = [(p.caller, row.num_slots) for p, row in zip(priorities, rows, strict=True)]
         slots = sum(row.num_slots for row in rows)
         oldest_s = min(priority.arrived_s for priority in priorities)
-        is_plain = not any(row.reuses or row.controls for row in rows)
+        is_plain = not any(row.reuses or row.controls or row.ip_adapters for row in rows)
         return BatchUsage(rows[0].shape, len(rows), slots, oldest_s, tuple(callers), is_plain)
 
     def _fill_batch(self, shape: Shape) -> list[R]:

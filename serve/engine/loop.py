@@ -8,11 +8,11 @@ HTTP or of Ray.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
-from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.modules.compiled import make_deterministic
 from rayjobs.diffusion.request import Lora
 from rayjobs.models.facts import ModelFacts
@@ -20,11 +20,20 @@ from rayjobs.storage import StorageError
 from serve.config import EngineConfig
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
+from serve.engine.nets import NetCache
 from serve.engine.request_state import RequestState, estimate, slots_of
 from serve.engine.safety import Safety
 from serve.engine.stepper import BROKEN, Stepper
 from serve.metrics import EngineMetrics
-from serve.protocol import TOO_LATE, Event, Failed, Finished, ImagesRequest
+from serve.protocol import (
+    TOO_LATE,
+    ControlUse,
+    Event,
+    Failed,
+    Finished,
+    ImagesRequest,
+    IpAdapterUse,
+)
 from serve.registry import Entry, Registry, Weights
 from serve.tracing import Stages
 
@@ -114,13 +123,16 @@ class EngineLoop:
         """Names of models and adapters that are in memory."""
         loaded_models = dict(self.models.loaded)
         beside = {uri for loaded in loaded_models.values() for uri in list(loaded.uris)}
-        beside |= {uri for loaded in loaded_models.values() for uri in loaded.controls.uris()}
-        own = [(entry, entry.lora or entry.control) for entry in self.registry.entries()]
-        return [
-            entry.name
-            for entry, uri in own
-            if (entry.weights in loaded_models if uri is None else uri in beside)
-        ]
+        nets: set[tuple[str, ...]] = set()
+        for loaded in loaded_models.values():
+            nets |= loaded.controls.uris() | loaded.ip_adapters.uris()
+
+        def is_here(entry: Entry) -> bool:
+            if entry.net is not None:
+                return entry.net in nets
+            return entry.weights in loaded_models if entry.lora is None else entry.lora in beside
+
+        return [entry.name for entry in self.registry.entries() if is_here(entry)]
 
     def facts(self) -> dict[str, ModelFacts]:
         """Of the models in memory, by their names."""
@@ -229,14 +241,22 @@ class EngineLoop:
             Lora(path=one.path if isinstance(one, PlacedAdapter) else one, scale=scale)
             for one, scale in adapters
         )
-        nets = [await self._control(loaded, use.name) for use in request.controls]
-        return RequestState(request, loaded, asyncio.Queue(), loras, tuple(nets)), new
+        controls = await self._nets(loaded.controls, request.controls)
+        ip_adapters = await self._nets(loaded.ip_adapters, request.ip_adapters)
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        return RequestState(request, loaded, queue, loras, controls, ip_adapters), new
 
-    async def _control(self, loaded: LoadedModel, name: str) -> ControlNet:
-        entry = await self._find(name)
-        if entry is None or entry.control is None:
-            raise BadInput("a ControlNet of this request no longer exists")
-        return await self.models.read_control(loaded, entry.control)
+    async def _nets(
+        self, cache: NetCache, uses: Sequence[ControlUse | IpAdapterUse]
+    ) -> tuple[Any, ...]:
+        """The ControlNets or IP-Adapters of a request."""
+        found = []
+        for use in uses:
+            entry = await self._find(use.name)
+            if entry is None or entry.net is None or entry.kind != cache.kind.entry:
+                raise BadInput(f"{cache.kind.one} of this request no longer exists")
+            found.append(await self.models.read_net(cache, entry.net))
+        return tuple(found)
 
     async def _too_long(self, request: ImagesRequest, loaded: LoadedModel) -> Failed | None:
         """Whether steps of this size would let others wait too long, measured if need be."""

@@ -22,7 +22,6 @@ from rayjobs import storage
 from rayjobs.config import BadInput
 from rayjobs.diffusion.adapters.placed import PlacedAdapter
 from rayjobs.diffusion.adapters.reader import Adapter
-from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.faults import OutOfMemory
 from rayjobs.diffusion.files.beside import lora_file
@@ -35,14 +34,15 @@ from rayjobs.models.options import SourceConfig
 from rayjobs.models.warming import warm
 from serve.config import EngineConfig
 from serve.engine import memory
-from serve.engine.controls import ControlCache
 from serve.engine.fairness import FairBatcher
 from serve.engine.forecast import Forecast
+from serve.engine.nets import CONTROLS, IP_ADAPTERS, NetCache
 from serve.registry import Weights
 
 LATENT_CHANNELS = 4
 ADAPTER_SHARE = 0.25
-"""Of the memory for models, which the adapters of each may take, and as much its ControlNets."""
+"""Of the memory for models, which the LoRAs of each may take, and as much its ControlNets and its
+IP-Adapters."""
 
 
 class ModelMemoryFull(RuntimeError):
@@ -81,15 +81,21 @@ class LoadedModel:
     base: "LoadedModel | None" = None
     """The model whose parts it shares; it stays in memory as long as this one."""
     max_control_bytes: float = float("inf")
+    max_ip_adapter_bytes: float = float("inf")
 
     @cached_property
-    def controls(self) -> ControlCache:
-        return ControlCache(self.engine, self.max_control_bytes)
+    def controls(self) -> NetCache:
+        return NetCache(self.engine, CONTROLS, self.max_control_bytes)
+
+    @cached_property
+    def ip_adapters(self) -> NetCache:
+        return NetCache(self.engine, IP_ADAPTERS, self.max_ip_adapter_bytes)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of its own weights, and of its adapters and ControlNets."""
-        return self.num_bytes + self.engine.loras.num_bytes + self.engine.controls.num_bytes
+        """Bytes of its own weights, and of what is loaded beside them."""
+        banks = self.engine.loras, self.engine.controls, self.engine.ip_adapters
+        return self.num_bytes + sum(bank.num_bytes for bank in banks)
 
     @property
     def own_shape(self) -> tuple[int, ...]:
@@ -130,6 +136,7 @@ class ModelCache:
         self._max_bytes = memory.for_models(config)
         self._max_adapter_bytes = _share(config.lora_memory_gb, self._max_bytes)
         self._max_control_bytes = _share(config.control_memory_gb, self._max_bytes)
+        self._max_ip_adapter_bytes = _share(config.ip_adapter_memory_gb, self._max_bytes)
 
     async def acquire(self, weights: Weights) -> LoadedModel:
         """The model, loaded if necessary and kept until `release`. Other models continue meanwhile.
@@ -184,27 +191,28 @@ class ModelCache:
         loaded.uris = {**loaded.uris, uri: (placed.path, version)}
         return placed
 
-    async def read_control(self, loaded: LoadedModel, uri: str) -> ControlNet:
-        """A ControlNet to admit between two steps.
+    async def read_net(self, cache: NetCache, uris: tuple[str, ...]) -> Any:
+        """A ControlNet or an IP-Adapter to admit between two steps.
 
-        Raises BadInput for a folder that is none, or is for other models, or too large; Unavailable
-        while its storage is away.
+        Raises BadInput for what is none, or is for other models, or too large; Unavailable while
+        its storage is away.
         """
-        known, run = loaded.controls.find(uri), asyncio.get_running_loop().run_in_executor
+        known, run = cache.find(uris), asyncio.get_running_loop().run_in_executor
         if known is not None:
             return known
         try:
-            path, num_bytes = await run(self._fetcher, loaded.controls.fetch, uri)
+            paths, num_bytes = await run(self._fetcher, cache.fetch, uris)
             with contextlib.suppress(ModelMemoryFull):
                 self._make_room(num_bytes)
-            return await run(self._loader, loaded.controls.read, uri, path)
+            return await run(self._loader, cache.read, uris, paths)
         except storage.Unavailable:
             raise
         except torch.OutOfMemoryError:
-            reason = "the ControlNet does not fit in memory; try again later"
+            reason = f"the {cache.kind.name} does not fit in memory; try again later"
             raise ModelMemoryFull(reason) from None
         except Exception as error:  # a damaged file may raise anything
-            raise BadInput(f"the ControlNet cannot be loaded: {first_line(error)}") from None
+            reason = f"the {cache.kind.name} cannot be loaded: {first_line(error)}"
+            raise BadInput(reason) from None
 
     def admit(self, loaded: LoadedModel, placed: PlacedAdapter, in_use: set[str]) -> None:
         """Keep an adapter; the least recently used ones that are not in use leave for it.
@@ -309,8 +317,14 @@ class ModelCache:
             batcher=batcher,
             isolate_oom=True,
         )
-        limit = self._max_control_bytes
-        return LoadedModel(weights, engine, batcher, num_bytes, max_control_bytes=limit)
+        return LoadedModel(
+            weights,
+            engine,
+            batcher,
+            num_bytes,
+            max_control_bytes=self._max_control_bytes,
+            max_ip_adapter_bytes=self._max_ip_adapter_bytes,
+        )
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict idle models until `num_bytes` fit; a first model is always tried."""

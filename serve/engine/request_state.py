@@ -14,7 +14,8 @@ from PIL import Image
 
 from rayjobs.diffusion.control.bank import ControlNet
 from rayjobs.diffusion.economy.plan import count_slots, plan_calls
-from rayjobs.diffusion.request import Control, Lora, Request
+from rayjobs.diffusion.ip_adapter.bank import LoadedIpAdapter
+from rayjobs.diffusion.request import Control, IpAdapter, Lora, Request
 from serve.engine.models import LATENT_CHANNELS, LoadedModel
 from serve.images import to_image, to_pixels
 from serve.protocol import Event, Failed, Finished, ImagesRequest
@@ -31,6 +32,7 @@ class RequestState:
     loras: tuple[Lora, ...] = ()
     controls: tuple[ControlNet, ...] = ()
     """Of the request's controls, in their order."""
+    ip_adapters: tuple[LoadedIpAdapter, ...] = ()
     arrived_s: float = field(default_factory=time.monotonic)
     shape: tuple[int, ...] = (0, 0, 0)
     images: dict[int, int] = field(default_factory=dict)
@@ -96,9 +98,18 @@ class RequestState:
                 keep_unmasked=request.mask is not None,
                 loras=self.loras,
                 controls=controls,
+                ip_adapters=self._references(),
             )
             for seed in request.seeds
         ]
+
+    def _references(self) -> tuple[IpAdapter, ...]:
+        return tuple(
+            IpAdapter(path=path, encoder=encoder, image=to_image(use.pixels), scale=use.scale)
+            for (path, encoder), use in zip(
+                (net.key for net in self.ip_adapters), self.request.ip_adapters, strict=True
+            )
+        )
 
     def enter(self, row_id: int, image: int, row: Any) -> None:
         """Record a row that the engine has accepted."""

@@ -18,10 +18,10 @@ from rayjobs.diffusion.faults import DeviceLost, OutOfMemory
 from rayjobs.diffusion.files.header import first_line
 from rayjobs.diffusion.request import Result
 from serve.engine.backlog import Backlog
-from serve.engine.controls import ControlMemoryFull
 from serve.engine.fairness import FairQueue, RowPriority, Shape
 from serve.engine.forecast import Forecast
 from serve.engine.models import LoadedModel, ModelCache, ModelMemoryFull
+from serve.engine.nets import NetMemoryFull
 from serve.engine.pacer import Pacer, StepTiming
 from serve.engine.previews import Previews
 from serve.engine.request_state import RequestState
@@ -119,7 +119,7 @@ class Stepper:
             self._add(state)
         except DeviceLost:
             raise
-        except (ModelMemoryFull, ControlMemoryFull) as error:
+        except (ModelMemoryFull, NetMemoryFull) as error:
             self._end(state, Failed("busy", str(error), None, max(5.0, self.backlog.pending_s())))
         except Exception as error:  # one bad request must not stop the others
             self._end(state, Failed("invalid", first_line(error)))
@@ -140,6 +140,7 @@ class Stepper:
     def _admit(self, state: RequestState, adapters: list[PlacedAdapter]) -> None:
         """Load the adapters read for a request, and those evicted since it was prepared."""
         state.loaded.controls.admit(state.controls)
+        state.loaded.ip_adapters.admit(state.ip_adapters)
         in_use = {lora.path for other in list(self.backlog.states) for lora in other.loras}
         for adapter in adapters:
             self.models.admit(state.loaded, adapter, in_use)

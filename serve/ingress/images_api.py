@@ -24,13 +24,13 @@ from serve.ingress import streams
 from serve.ingress.auth import ApiKeys
 from serve.ingress.bodies import MAX_JSON_BYTES, Form, open_form, read_json
 from serve.ingress.marks import Marks
-from serve.ingress.requests import ImagesRequestBuilder, describe
+from serve.ingress.requests import NO_PICTURES, ImagesRequestBuilder, Pictures, describe
 from serve.ingress.responses import ResponseEncoder, sse
 from serve.ingress.results import ResultsStore
 from serve.ingress.schemas import EditBody, GenerateBody, parse
 from serve.limits.keeper import Limits
 from serve.metrics import IngressMetrics, merge
-from serve.protocol import TOO_LATE, ControlUse, Event, Failed, ImagesRequest
+from serve.protocol import TOO_LATE, ControlUse, Event, Failed, ImagesRequest, IpAdapterUse
 from serve.registry import Registry
 from serve.tracing import span
 
@@ -70,9 +70,10 @@ class ImagesApi:
         self.is_draining = False
         self._load: tuple[float, list[dict[str, Any]]] | None = None
         """When the replicas were asked for their load, and their states."""
-        pictures = 4 * config.limits.max_upload_bytes // 3 if config.controls else 0
+        has_pictures = config.controls or config.ip_adapters
+        pictures = 4 * config.limits.max_upload_bytes // 3 if has_pictures else 0
         self._max_json_bytes = MAX_JSON_BYTES + pictures
-        """Of a body, whose control pictures together are as large as an upload at most."""
+        """Of a body, whose pictures together are as large as an upload at most."""
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="lookups")
         self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="uploads")
         self._sandboxes = SandboxPool(UPLOADS_AT_ONCE)
@@ -180,15 +181,17 @@ class ImagesApi:
     async def _read_generation(self, request: Request, caller: str) -> Asked:
         body = parse(GenerateBody, await read_json(request, self._max_json_bytes))
         await self._check(body)
-        controls = await _in(self._uploads, self._controls, body) if body.controls else ()
+        has_pictures = body.controls or body.ip_adapters
+        pictures = await _in(self._uploads, self._pictures, body) if has_pictures else NO_PICTURES
         id = request.state.request_id
-        return body, self.builder.build_generation(body, caller, id, controls)
+        return body, self.builder.build_generation(body, caller, id, pictures)
 
-    def _controls(self, body: GenerateBody) -> tuple[ControlUse, ...]:
-        """A request's control pictures, decoded, in a thread: as few at once as threads."""
+    def _pictures(self, body: GenerateBody) -> Pictures:
+        """A request's control and reference pictures, decoded, in a thread: as few at once as
+        threads."""
         limits = self.config.limits
         bounds = (limits.max_upload_bytes, limits.max_upload_pixels, self._sandboxes.decode)
-        return tuple(
+        controls = tuple(
             ControlUse(
                 name=use.name,
                 pixels=images.read_image(use.image, "controls", *bounds),
@@ -199,6 +202,15 @@ class ImagesApi:
             )
             for use in body.controls or ()
         )
+        ip_adapters = tuple(
+            IpAdapterUse(
+                name=use.name,
+                pixels=images.read_image(use.image, "ip_adapters", *bounds),
+                scale=use.scale,
+            )
+            for use in body.ip_adapters or ()
+        )
+        return Pictures(controls, ip_adapters)
 
     async def _read_edit(self, request: Request, caller: str) -> Asked:
         async with open_form(request) as form:
@@ -210,7 +222,7 @@ class ImagesApi:
 
     async def _check(self, body: GenerateBody) -> None:
         """Refuse what can be refused before an image is decoded or made."""
-        named = (*(body.loras or ()), *(body.controls or ()))
+        named = (*(body.loras or ()), *(body.controls or ()), *(body.ip_adapters or ()))
         for name in (body.model, *(use.name for use in named)):
             await self.look_up(name)
         if self.builder.entry(body.model).facts.family is None:
@@ -231,7 +243,7 @@ class ImagesApi:
         if "mask" in form.files:
             size = (image.width, image.height)
             mask = images.read_mask(form.files["mask"].file.read(), size, *bounds)
-        return self.builder.build_edit(body, image, mask, caller, id, self._controls(body))
+        return self.builder.build_edit(body, image, mask, caller, id, self._pictures(body))
 
     async def _respond(
         self, stack: ExitStack, body: Any, images_request: ImagesRequest, kind: str, until_s: float

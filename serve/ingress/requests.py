@@ -6,7 +6,7 @@ nothing of HTTP. Whatever can be refused before any work is refused here.
 
 import secrets
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from rayjobs.diffusion.economy.plan import check_guidance_interval
 from rayjobs.diffusion.request import (
@@ -24,9 +24,18 @@ from serve import images
 from serve.config import LimitsConfig, ServeConfig
 from serve.errors import ApiError
 from serve.ingress.schemas import EditBody, GenerateBody
-from serve.protocol import ControlUse, ImagesRequest, Pixels
+from serve.protocol import ControlUse, ImagesRequest, IpAdapterUse, Pixels
 from serve.registry import Entry, Registry
 
+
+class Pictures(NamedTuple):
+    """What a request follows and refers to."""
+
+    controls: tuple[ControlUse, ...] = ()
+    ip_adapters: tuple[IpAdapterUse, ...] = ()
+
+
+NO_PICTURES = Pictures()
 STRENGTH = 0.6
 """Defaults of num_inference_steps and strength."""
 
@@ -54,13 +63,13 @@ class ImagesRequestBuilder:
         body: GenerateBody,
         caller: str,
         request_id: str,
-        controls: tuple[ControlUse, ...] = (),
+        pictures: Pictures = NO_PICTURES,
     ) -> ImagesRequest:
         entry = self.entry(body.model)
         size = body.width_height
         if size is None and entry.facts.side is not None:
             size = (entry.facts.side, entry.facts.side)
-        more = {"caller": caller, "id": request_id, "controls": controls}
+        more = {"caller": caller, "id": request_id, **pictures._asdict()}
         return self._build(body, entry, size, **more)
 
     def build_edit(
@@ -70,7 +79,7 @@ class ImagesRequestBuilder:
         mask: Pixels | None,
         caller: str,
         request_id: str,
-        controls: tuple[ControlUse, ...] = (),
+        pictures: Pictures = NO_PICTURES,
     ) -> ImagesRequest:
         entry = self.entry(body.model)
         size = body.width_height or self._size_like(image, entry.facts)
@@ -88,7 +97,7 @@ class ImagesRequestBuilder:
             init=images.fitted(image, *size),
             mask=None if mask is None else images.fitted(mask, *size),
             strength=strength,
-            controls=controls,
+            **pictures._asdict(),
         )
 
     def check(self, body: GenerateBody) -> None:
@@ -116,6 +125,7 @@ class ImagesRequestBuilder:
         self._check_economy(body, entry.facts)
         self._check_loras(body, entry)
         self._check_controls(body, entry)
+        self._check_ip_adapters(body, entry)
 
     def _build(
         self, body: GenerateBody, entry: Entry, size: tuple[int, int] | None, **more: Any
@@ -201,17 +211,27 @@ class ImagesRequestBuilder:
             message = "controls and cache_interval do not go together; leave one of them out."
             raise ApiError(400, message, param="cache_interval")
         for use in uses:
-            control = self.registry.get(use.name)
-            if control is None or control.control is None:
-                message = f"The ControlNet {use.name!r} does not exist; GET /v1/models lists them."
-                raise ApiError(404, message, param="controls", code="model_not_found")
-            if control.base not in (None, entry.name, entry.base):
-                message = f"The ControlNet {use.name!r} is for another model, {control.base}."
-                raise ApiError(400, message, param="controls")
+            self._check_net("controls", f"ControlNet {use.name!r}", use.name, entry)
             _check_max("controls", abs(use.scale), self.limits.max_control_scale)
             check = partial(check_control, use.scale, use.start, use.end)
             self._check_field("controls", check)
             self._check_field("controls", partial(check_preprocess, use.preprocess))
+
+    def _check_ip_adapters(self, body: GenerateBody, entry: Entry) -> None:
+        uses = body.ip_adapters or []
+        _check_max("ip_adapters", len(uses), self.limits.max_ip_adapters)
+        for use in uses:
+            self._check_net("ip_adapters", f"IP-Adapter {use.name!r}", use.name, entry)
+            _check_max("ip_adapters", abs(use.scale), self.limits.max_ip_adapter_scale)
+
+    def _check_net(self, param: str, what: str, name: str, entry: Entry) -> None:
+        """Raise ApiError unless there is such a ControlNet or IP-Adapter, for this model."""
+        net = self.registry.get(name)
+        if net is None or net.kind != param.removesuffix("s"):
+            message = f"The {what} does not exist; GET /v1/models lists them."
+            raise ApiError(404, message, param=param, code="model_not_found")
+        if net.base not in (None, entry.name, entry.base):
+            raise ApiError(400, f"The {what} is for another model, {net.base}.", param=param)
 
     def _size_like(self, image: Pixels, facts: ModelFacts) -> tuple[int, int]:
         """The image's aspect ratio, at about as many pixels as the model was trained on."""

@@ -23,6 +23,7 @@ SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 EXAMPLES = {
     "loras": '[{"name": "sks-dog", "scale": 0.8}]',
     "controls": '[{"name": "edges", "image": "iVBORw0KGgo..."}]',
+    "ip_adapters": '[{"name": "style", "image": "iVBORw0KGgo..."}]',
     "guidance_interval": "[0.2, 0.8]",
     "timesteps": "[999, 845, 730, 587, 443, 310, 193, 116, 53, 13]",
     "sigmas": "[14.6, 2.2, 0.6, 0]",
@@ -40,7 +41,7 @@ class LoraUse(BaseModel):
     scale: Finite = 1.0
 
 
-class ControlUse(BaseModel):
+class IpAdapterUse(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
@@ -49,11 +50,6 @@ class ControlUse(BaseModel):
         "of a file that is sent as control_image"
     )
     scale: Finite = 1.0
-    start: Finite = Field(default=0.0, ge=0, le=1)
-    end: Finite = Field(default=1.0, ge=0, le=1)
-    preprocess: Literal["canny"] | None = Field(
-        default=None, description="draw the picture's edges first, and follow those"
-    )
 
     @field_validator("image", mode="before")
     @classmethod
@@ -68,6 +64,14 @@ class ControlUse(BaseModel):
             return base64.b64decode(DATA_URL.sub("", text), validate=True)
         except ValueError:
             raise ValueError("it is not base64") from None
+
+
+class ControlUse(IpAdapterUse):
+    start: Finite = Field(default=0.0, ge=0, le=1)
+    end: Finite = Field(default=1.0, ge=0, le=1)
+    preprocess: Literal["canny"] | None = Field(
+        default=None, description="draw the picture's edges first, and follow those"
+    )
 
 
 class GenerateBody(BaseModel):
@@ -110,6 +114,7 @@ class GenerateBody(BaseModel):
     sampler: str | None = None
     loras: list[LoraUse] | None = None
     controls: list[ControlUse] | None = None
+    ip_adapters: list[IpAdapterUse] | None = None
     deadline_s: Finite | None = Field(default=None, gt=0)
     progress: bool | None = Field(
         default=None, description="with stream: also send waiting and step events"

@@ -42,7 +42,9 @@ function download({ url, blob, fields }) {
 }
 
 /** The files that the copied command reads. */
-async function saveInput({ input }) {
+async function saveInput({ input, pictures }) {
+  for (const { url, file } of pictures) save(url, file);
+  if (!input) return;
   save(input.url, "input.png");
   if (input.mask.share() > 0) save(URL.createObjectURL(await input.mask.toBlob()), "mask.png");
 }
@@ -52,10 +54,10 @@ async function useAsInput({ blob, fields }) {
   $("prompt").focus();
 }
 
-/** Restores the settings of this picture, with its seed and its input picture. */
-async function reuse({ fields, input }) {
+/** Restores the settings of this picture, with its seed and the pictures that it was made from. */
+async function reuse({ fields, input, pictures }) {
   await openInput(input?.picture ?? null, input?.name, input?.mask);
-  form.writeFields(fields);
+  form.writeFields(fields, pictures);
   $("prompt").focus();
   return "Settings restored";
 }

@@ -25,20 +25,47 @@ export async function loadOf() {
   return (await (await call("v1/load")).json()).data ?? [];
 }
 
-/** Path and options of a fetch. `input` is {picture, mask}, two blobs; mask may be null. */
-function buildRequest(fields, input) {
+/** The API's fields, where `imageOf` gives the image of a control by its name. */
+export function withImages({ controls, ...fields }, imageOf) {
+  if (!controls) return fields;
+  const filled = controls.map(({ name, ...rest }) => ({ name, image: imageOf(name), ...rest }));
+  return { ...fields, controls: filled };
+}
+
+/**
+ * Path and options of a fetch. `input` is {picture, mask}, two blobs; mask may be null. `pictures`
+ * are those that the fields' controls follow.
+ */
+async function buildRequest(fields, input, pictures) {
   const all = { ...fields, stream: true, partial_images: 3, progress: true, output_format: "png" };
-  if (!input) {
-    const headers = { "Content-Type": "application/json" };
-    return ["v1/images/generations", { method: "POST", headers, body: JSON.stringify(all) }];
-  }
+  if (input) return ["v1/images/edits", { method: "POST", body: buildForm(all, input, pictures) }];
+  const headers = { "Content-Type": "application/json" };
+  const urls = new Map();
+  for (const { name, picture } of pictures) urls.set(name, await toDataUrl(picture));
+  const body = JSON.stringify(withImages(all, (name) => urls.get(name)));
+  return ["v1/images/generations", { method: "POST", headers, body }];
+}
+
+function buildForm(fields, input, pictures) {
   const form = new FormData();
   form.append("image", input.picture, "input.png");
   if (input.mask) form.append("mask", input.mask, "mask.png");
-  for (const [name, value] of Object.entries(all)) {
+  const files = new Map(pictures.map(({ name, file }) => [name, file]));
+  for (const { file, picture } of pictures) form.append("control_image", picture, file);
+  const named = withImages(fields, (name) => files.get(name));
+  for (const [name, value] of Object.entries(named)) {
     form.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
   }
-  return ["v1/images/edits", { method: "POST", body: form }];
+  return form;
+}
+
+function toDataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(blob);
+  });
 }
 
 /**
@@ -46,8 +73,8 @@ function buildRequest(fields, input) {
  * {what: "step", image, step, steps, seconds_left}, {what: "partial", image, blob} and
  * {what: "done", image, blob, seed, warnings}. Ends with the last, or throws a RequestError.
  */
-export async function* make(fields, input, signal) {
-  const [path, init] = buildRequest(fields, input);
+export async function* make(fields, input, pictures, signal) {
+  const [path, init] = await buildRequest(fields, input, pictures);
   const response = await call(path, { ...init, signal });
   let image = 0; // images come one after another
   for await (const event of responseEvents(response)) {

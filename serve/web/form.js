@@ -1,12 +1,19 @@
 // The settings: filled from the server's models, read into the API's fields and written back.
+import { fieldOf, fillControls, readControls, writeControls } from "./controls.js";
 import { $, fillTrack, node } from "./dom.js";
 import { fillLoras, readLoras, writeLoras } from "./loras.js";
 import { recall, remember } from "./session.js";
 
 const PLAIN = ["prompt", "negative_prompt", "prompt_syntax", "model", "sampler", "seed"];
 const NUMBERS = ["num_inference_steps", "guidance_scale"];
-const MARKED = [...PLAIN, ...NUMBERS, "size", "n", "loras", "strength", "image"];
-const PARAMS = { mask: "image", steps: "num_inference_steps", width: "size", height: "size" };
+const MARKED = [...PLAIN, ...NUMBERS, "size", "n", "loras", "controls", "strength", "image"];
+const PARAMS = {
+  mask: "image",
+  control_image: "controls",
+  steps: "num_inference_steps",
+  width: "size",
+  height: "size",
+};
 const EXAMPLES = [
   "a lighthouse on a cliff at dusk, oil painting",
   "a red fox asleep in fresh snow, photograph",
@@ -36,9 +43,9 @@ export function fillModels(list) {
 /** Makes every other field fit the chosen model. */
 function fitModel() {
   const model = chosenModel();
-  const { max_steps: steps = 100, max_n: most = 4 } = limitsOf(model);
-  const fits = ({ kind, base }) => kind === "lora" && (!base || base === model.id);
-  fillLoras(models.filter(fits).map(({ id }) => id));
+  const { max_steps: steps = 100, max_n: most = 4, max_side: side } = limitsOf(model);
+  fillLoras(namesOf("lora", [model.id]));
+  fillControls(namesOf("control", [model.id, model.base]), side);
   fillSizes(model);
   for (const name of ["num_inference_steps"]) for (const input of pairOf(name)) input.max = steps;
   for (const radio of $("n").querySelectorAll("input")) radio.disabled = Number(radio.value) > most;
@@ -46,6 +53,12 @@ function fitModel() {
   refill($("sampler"), [node("option", { value: "" }, "Model's own"), ...samplers]);
   for (const name of [...NUMBERS, "strength"]) setDefault(name, model.defaults?.[name]);
   showHint();
+}
+
+/** Names of what can go with a model: what is for one of these, or for any. */
+function namesOf(wanted, bases) {
+  const fits = ({ kind, base }) => kind === wanted && (!base || bases.includes(base));
+  return models.filter(fits).map(({ id }) => id);
 }
 
 /** New options, and the old choice where it is among them. */
@@ -132,6 +145,8 @@ export function readFields() {
   for (const name of numbers) if ($(name).value !== "") fields[name] = Number($(name).value);
   const loras = readLoras();
   if (loras.length) fields.loras = loras;
+  const controls = readControls();
+  if (controls.length) fields.controls = controls;
   return fields;
 }
 
@@ -159,7 +174,8 @@ function wrongSize() {
   return `${sides.join(" × ")} are ${pixels} pixels. This server makes up to ${most}.`;
 }
 
-export function writeFields(fields) {
+/** Sets the form; `pictures` are those that controls follow. */
+export function writeFields(fields, pictures = []) {
   const known = new Set([...$("model").options].map(({ value }) => value));
   for (const name of PLAIN) {
     if (name !== "model" || known.has(fields.model)) $(name).value = fields[name] ?? "";
@@ -171,6 +187,7 @@ export function writeFields(fields) {
   fitModel();
   writeSize(fields.size ?? "auto");
   writeLoras(fields.loras ?? []);
+  writeControls(fields.controls ?? [], pictures);
   showHint();
 }
 
@@ -183,15 +200,20 @@ function writeSize(size) {
 
 /** Marks the field that an error belongs to; false where the page has no such field. */
 export function markField(param, message) {
-  const place = String(param).split(".")[0]; // of loras.0.scale, say
+  const [place, at] = String(param).split("."); // of loras.0.scale, say
   const name = PARAMS[place] ?? place;
   if (!MARKED.includes(name) || !$(`${name}-wrong`)) return false;
   $(`${name}-wrong`).textContent = message;
-  const field =
-    name === "image" ? $("file") : name === "n" ? $("n").querySelector(":checked") : $(name);
+  const field = placeOf(name, at);
   field.setAttribute("aria-invalid", "true");
   field.focus();
   return true;
+}
+
+function placeOf(name, at) {
+  if (name === "image") return $("file");
+  if (name === "n") return $("n").querySelector(":checked");
+  return (name === "controls" && fieldOf(at)) || $(name);
 }
 
 export function clearMarks() {

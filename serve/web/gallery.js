@@ -49,7 +49,8 @@ function facts(shot) {
 
 /** The buttons of a picture, with labels where there is room for them. */
 export function actionButtons(shot, actions, withLabels = false) {
-  const all = shot.input ? [...ACTIONS, ["saveInput", "files", "Save input files"]] : ACTIONS;
+  const hasFiles = shot.input || shot.pictures.length;
+  const all = hasFiles ? [...ACTIONS, ["saveInput", "files", "Save input files"]] : ACTIONS;
   const made = all.map(([action, drawing, label]) => {
     const act = async ({ currentTarget }) => confirm(currentTarget, await actions[action](shot));
     const name = withLabels ? {} : { "aria-label": label, title: label };

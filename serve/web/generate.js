@@ -1,6 +1,7 @@
 // One request from Generate to its last picture: sent, shown, cancelled, or failed.
 import { make } from "./api.js";
 import { $, count, formatSeconds, announce } from "./dom.js";
+import { readPictures } from "./controls.js";
 import * as form from "./form.js";
 import { addShot } from "./gallery.js";
 import { input, packInput } from "./input.js";
@@ -20,13 +21,14 @@ export async function generate(actions) {
   if (wrong) return form.markField(...wrong);
   const fields = form.readFields();
   const used = input && { ...input, mask: input.mask.copy() };
+  const asked = { fields, input: used, pictures: readPictures() };
   running = new AbortController();
   setRunning(true);
   stage.begin(fields.n, shapeOf(fields.size), used?.url);
   $("stage").scrollIntoView({ block: "nearest" });
   const shots = [];
   try {
-    await follow(fields, used, shots, actions);
+    await follow(asked, shots, actions);
     finish(shots, stage.end(), actions);
   } catch (error) {
     error.made = shots.length;
@@ -38,14 +40,16 @@ export async function generate(actions) {
 }
 
 /** Shows the events of one request, and puts its pictures into `shots`. */
-async function follow(fields, used, shots, actions) {
+async function follow(asked, shots, actions) {
   const started = Date.now();
-  for await (const event of make(fields, await packInput(used), running.signal)) {
+  const { fields, pictures } = asked;
+  const input = await packInput(asked.input);
+  for await (const event of make(fields, input, pictures, running.signal)) {
     if (event.what === "waiting") stage.waiting(event);
     else if (event.what === "step") stage.step(event);
     else if (event.what === "partial") stage.put(event.image, event.blob);
     else {
-      const shot = await toShot(event, fields, used, (Date.now() - started) / 1000);
+      const shot = await toShot(event, asked, (Date.now() - started) / 1000);
       shots.push(shot);
       stage.finish(event.image, shot, () => actions.show(shot));
       addShot(shot, actions);
@@ -54,7 +58,7 @@ async function follow(fields, used, shots, actions) {
 }
 
 /** A finished picture with everything needed to make it again. */
-async function toShot({ blob, seed, warnings }, fields, used, seconds) {
+async function toShot({ blob, seed, warnings }, { fields, ...brought }, seconds) {
   const { width, height } = await createImageBitmap(blob);
   const url = URL.createObjectURL(blob);
   const again = { ...fields, n: 1, seed: seed ?? (fields.n === 1 ? fields.seed : undefined) };
@@ -67,7 +71,7 @@ async function toShot({ blob, seed, warnings }, fields, used, seconds) {
     seconds,
     when,
     fields: again,
-    input: used,
+    ...brought,
     warnings: warnings ?? [],
   };
 }

@@ -3,9 +3,9 @@ import { $, announce } from "./dom.js";
 import { chosenModel, clearMarks, limitsOf, markField, setHasInput } from "./form.js";
 import { Mask } from "./mask.js";
 import { openPainter } from "./painter.js";
+import { pictureIn, readPicture } from "./picture.js";
 import { showPainter } from "./stage.js";
 
-const MAX_SIDE = 2048; // where the server names no limit
 export let input = null; // {name, picture, url, width, height, mask}
 let onRemoved = () => {};
 
@@ -13,11 +13,9 @@ let onRemoved = () => {};
 export async function openInput(blob, name = "Picture", mask = null) {
   clearMarks();
   try {
-    input = blob && (await readInput(blob, name, limitsOf(chosenModel()).max_side ?? MAX_SIDE));
-  } catch {
-    const kind = blob.type.replace("image/", "").toUpperCase();
-    const what = kind ? `${kind} pictures` : "this file";
-    markField("image", `This browser cannot read ${what}. Use a PNG, JPEG or WebP picture.`);
+    input = blob && (await readInput(blob, name));
+  } catch (error) {
+    markField("image", error.message);
     return;
   }
   if (mask && mask.width === input.width && mask.height === input.height) input.mask = mask.copy();
@@ -26,31 +24,10 @@ export async function openInput(blob, name = "Picture", mask = null) {
   else onRemoved();
 }
 
-/**
- * Draws a file anew, so that what is sent stands upright, has no transparency, is of a kind that
- * every server reads and is no larger than `maxSide`; the mask then fits it pixel by pixel.
- */
-async function readInput(blob, name, maxSide) {
-  const bitmap = await createImageBitmap(blob);
-  const scale = Math.min(1, maxSide / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width, bitmap.height].map((side) =>
-    Math.max(1, Math.round(side * scale)),
-  );
-  const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  const context = canvas.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, width, height);
-  context.drawImage(bitmap, 0, 0, width, height);
-  const picture = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
-  return {
-    name,
-    picture,
-    width,
-    height,
-    url: URL.createObjectURL(picture),
-    mask: new Mask(width, height),
-  };
+/** The mask fits the picture as it is sent, pixel by pixel. */
+async function readInput(blob, name) {
+  const read = await readPicture(blob, limitsOf(chosenModel()).max_side);
+  return { name, ...read, mask: new Mask(read.width, read.height) };
 }
 
 /** What goes to the server: the mask only where something is painted. */
@@ -87,11 +64,9 @@ function openMask() {
   openPainter(input, showMaskShare);
 }
 
-const pictureIn = ({ files = [] } = {}) =>
-  [...files].find(({ type }) => type.startsWith("image/")) ?? files[0];
 const take = (file) => file && openInput(file, file.name || "Pasted picture");
 
-/** Files may be picked, dropped anywhere on the page, or pasted into it. */
+/** Files may be picked, dropped anywhere but on a control, or pasted. */
 export function setupInput(emptyStage) {
   onRemoved = emptyStage;
   $("file").addEventListener("change", () => take($("file").files[0]));
@@ -112,10 +87,12 @@ export function setupInput(emptyStage) {
   });
 }
 
+/** What a control has taken by the time that it comes here goes there only. */
 function onDrag(event) {
   if (!event.dataTransfer?.types.includes("Files")) return;
+  const isTaken = event.defaultPrevented;
   event.preventDefault();
   const left = event.type === "drop" || (event.type === "dragleave" && !event.relatedTarget);
-  document.body.classList.toggle("dropping", !left);
-  if (event.type === "drop") take(pictureIn(event.dataTransfer));
+  document.body.classList.toggle("dropping", !left && !isTaken);
+  if (event.type === "drop" && !isTaken) take(pictureIn(event.dataTransfer));
 }

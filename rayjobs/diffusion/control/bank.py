@@ -1,4 +1,4 @@
-"""The ControlNets beside one model, and what each row's call is to get of them.
+"""The ControlNets and T2I-Adapters beside one model, and what each row's call is to get of them.
 
 Owns which are loaded, and a row's control pictures. Knows nothing of batches.
 """
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rayjobs.diffusion.control.files import check_fit, locate, outline
 from rayjobs.diffusion.control.fitting import as_pixels, fitted
+from rayjobs.diffusion.control.t2i import T2IAdapter
 from rayjobs.diffusion.model import Model, hold
 from rayjobs.diffusion.modules.replay import Replay
 from rayjobs.diffusion.modules.upload import upload
@@ -30,6 +31,8 @@ class Residuals(NamedTuple):
 class ControlNet:
     """A loaded ControlNet, without the layers that read pictures: each of these is read once."""
 
+    colours = 3
+
     def __init__(self, path: str, stamp: tuple[int, ...], sha256: str, net: Any):
         self.path = path
         self.stamp = stamp
@@ -45,6 +48,9 @@ class ControlNet:
         parts = self.net, self._read
         return sum(each.nbytes for part in parts for each in part.parameters())
 
+    def check_size(self, width: int, height: int) -> None:
+        """Any size will do."""
+
     @cached_property
     def replay(self) -> Replay:
         """Calls the network by its recording, as the UNet is called."""
@@ -58,49 +64,52 @@ class ControlNet:
         return seen_1CHW
 
 
+Net = ControlNet | T2IAdapter
+
+
 @dataclass(eq=False)
 class RowControl:
     """One control of a row: of its calls, those from `first` to before `last` get it."""
 
-    net: ControlNet
+    net: Net
     scale: float
     first: int
     last: int
     pixels_1CHW: torch.Tensor
-    _seen_1CHW: torch.Tensor | None = None
+    _seen: Any = None
 
     def is_on(self, position: int) -> bool:
         return self.first <= position < self.last and self.scale != 0
 
-    def seen(self) -> torch.Tensor:
-        """The picture as the network takes it, read at the first call that gets it."""
-        if self._seen_1CHW is None:
-            self._seen_1CHW = self.net.read(self.pixels_1CHW)
-        return self._seen_1CHW
+    def seen(self) -> Any:
+        """What the network read in the picture, at the first call that gets it."""
+        if self._seen is None:
+            self._seen = self.net.read(self.pixels_1CHW)
+        return self._seen
 
 
 class ControlBank:
-    """The ControlNets loaded beside one model; each is held once, however many rows use it."""
+    """The controls loaded beside one model; each is held once, however many rows use it."""
 
     def __init__(self, model: Model):
         self.model = model
         self._known: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._nets: dict[str, ControlNet] = {}
+        self._nets: dict[str, Net] = {}
 
-    def load(self, path: str) -> ControlNet:
-        """The ControlNet in the diffusers folder `path`, read again where it was replaced.
+    def load(self, path: str) -> Net:
+        """The control in the diffusers folder `path`, read again where it was replaced.
 
         Raises ValueError when it is none, cannot be read, or is for another model.
         """
         return self.hold(self.find(path) or self.read(path))
 
-    def find(self, path: str) -> ControlNet | None:
+    def find(self, path: str) -> Net | None:
         """The same, where it is held and its files are not other ones since."""
         stamp, sha256 = self._known.get(path, ((), ""))
         net = self._nets.get(sha256)
         return net if net is not None and stamp == _stamp(path) else None
 
-    def read(self, path: str) -> ControlNet:
+    def read(self, path: str) -> Net:
         """The same, not held yet: touches nothing, so that any thread may do it."""
         files = locate(path)
         stamp, net = files.stamp(), outline(files)
@@ -108,9 +117,10 @@ class ControlBank:
         state = {name: it.to(self.model.dtype) for name, it in load_file(files.weights).items()}
         net.load_state_dict(state, assign=True)
         hold(net, self.model)
-        return ControlNet(path, stamp, files.sha256, net)
+        kind = ControlNet if files.kind == "ControlNetModel" else T2IAdapter
+        return kind(path, stamp, files.sha256, net)
 
-    def hold(self, net: ControlNet) -> ControlNet:
+    def hold(self, net: Net) -> Net:
         """Keep one that was read, as the one that was used last."""
         net = self._nets.pop(net.sha256, net)
         self._nets[net.sha256] = net
@@ -132,11 +142,13 @@ class ControlBank:
         for control in controls:
             picture = open_control(control.image)
             first, last = interval(control.start, control.end, num_calls)
-            scale = self.model.vae_scale
+            net, scale = self.load(control.path), self.model.vae_scale
+            net.check_size(*size)
             if control.preprocess is not None:
                 picture = fitted(picture, size, scale, control.preprocess)
+            picture = picture.convert("L") if net.colours == 1 else picture
             pixels = as_pixels(picture, size, scale)
-            made.append(RowControl(self.load(control.path), control.scale, first, last, pixels))
+            made.append(RowControl(net, control.scale, first, last, pixels))
         return tuple(made)
 
     @property
@@ -144,7 +156,7 @@ class ControlBank:
         return sum(net.num_bytes for net in list(self._nets.values()))
 
     def forget(self, sha256: str) -> None:
-        """Give a ControlNet's memory back; rows that use it keep it until they end."""
+        """Give a control's memory back; rows that use it keep it until they end."""
         del self._nets[sha256]
 
 

@@ -1,6 +1,7 @@
 """ControlNets called for the rows that have them, beside the UNet call of all rows.
 
-Owns which places of a call are gathered for a ControlNet, and where what it gives is put. Legend: P
+Owns which places of a call are gathered for a ControlNet, and where what it gives is put; what a
+T2I-Adapter gives is put there without a call. Legend: P
 slots of the UNet call, Q those of a ControlNet's, C H W channels and size.
 """
 
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from rayjobs.diffusion.control.bank import ControlNet, RowControl
+from rayjobs.diffusion.control.t2i import T2IAdapter
+from rayjobs.diffusion.economy.deep import INTRABLOCK
 from rayjobs.diffusion.modules.upload import upload
 
 if TYPE_CHECKING:
@@ -48,6 +51,33 @@ class ControlCalls:
     ) -> dict[str, Any]:
         """What to add to the arguments of a UNet call of these slots; nothing where no row is in a
         control's interval. The call may have more slots than are given, as padding."""
+        return self._of_nets(slots, x_PCHW, t_P, arguments) | self._of_adapters(slots, len(x_PCHW))
+
+    def _of_adapters(self, slots: Sequence[tuple[Row, int]], num_slots: int) -> dict[str, Any]:
+        """Each slot's in the order of its row's controls, whatever others have."""
+        of_places = [
+            (place, place.control.seen())
+            for place in _places(slots)
+            if isinstance(place.control.net, T2IAdapter)
+        ]
+        if not of_places:
+            return {}
+        longest = max((seen for _, seen in of_places), key=len)
+        added = [self._nothing(num_slots, each) for each in longest]
+        for place, seen in of_places:
+            index_Q = upload(torch.tensor(place.slots), seen[0].device)
+            for total, each in zip(added, seen, strict=False):
+                mine = (each * place.control.scale).expand(len(index_Q), *each.shape[1:])
+                total.index_add_(0, index_Q, mine)
+        return {INTRABLOCK: tuple(added)}
+
+    def _of_nets(
+        self,
+        slots: Sequence[tuple[Row, int]],
+        x_PCHW: torch.Tensor,
+        t_P: torch.Tensor,
+        arguments: Mapping[str, Any],
+    ) -> dict[str, Any]:
         added: list[torch.Tensor] = []
         for net, places in self._calls(slots):
             index = [slot for place in places for slot in place.slots]
@@ -73,11 +103,14 @@ class ControlCalls:
         self, slots: Sequence[tuple[Row, int]]
     ) -> Iterator[tuple[ControlNet, Sequence[_Place]]]:
         """By ControlNet, in an order that does not depend on the rows."""
-        places = sorted(_places(slots), key=lambda place: place.control.net.sha256)
+        called = (each for each in _places(slots) if isinstance(each.control.net, ControlNet))
+        places = sorted(called, key=lambda place: place.control.net.sha256)
         for _, group in itertools.groupby(places, key=lambda place: place.control.net.sha256):
             of_net = list(group)
             for each in [[place] for place in of_net] if self.alone else [of_net]:
-                yield each[0].control.net, each
+                net = each[0].control.net
+                assert isinstance(net, ControlNet)
+                yield net, each
 
     def _nothing(self, num_slots: int, like_QCHW: torch.Tensor) -> torch.Tensor:
         shape = (num_slots, *like_QCHW.shape[1:])

@@ -1,4 +1,4 @@
-"""A ControlNet's folder: which of its files count, and whether they are for a model.
+"""A control's folder: which of its files count, and whether they are for a model.
 
 Owns what is refused before a weight is read. Knows nothing of rows or of devices.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 
 from rayjobs.diffusion import facts
+from rayjobs.diffusion.control import t2i
 from rayjobs.diffusion.files import foreign
 from rayjobs.diffusion.files.folder import read_json, refuse_pickles
 from rayjobs.diffusion.files.header import read_header
@@ -22,6 +23,7 @@ from rayjobs.diffusion.weights import Weights
 STEM = "diffusion_pytorch_model"
 STARTER = Path(__file__).parents[2] / "starter" / "outlines"
 COLOURS = 3
+KINDS: dict[str, Any] = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 NOT_READ = ("global_pool_conditions", "class_embed_type", "encoder_hid_dim_type")
 """Settings of ControlNets that need another way of guidance, or inputs that no row has."""
 ALIKE = (
@@ -33,14 +35,20 @@ ALIKE = (
 
 @dataclass(frozen=True)
 class ControlFiles:
-    """The two files that decide what a ControlNet computes."""
+    """The two files that decide what a control computes."""
 
     config: Path
     weights: Path
+    kind: str = "ControlNetModel"
 
     @property
     def name(self) -> str:
         return self.config.parent.name
+
+    @property
+    def title(self) -> str:
+        what = "ControlNet" if self.kind == "ControlNetModel" else "T2I-Adapter"
+        return f"{what} {self.name}"
 
     @property
     def sha256(self) -> str:
@@ -56,7 +64,7 @@ class ControlFiles:
 def locate(path: str) -> ControlFiles:
     """The files in a diffusers folder, or of `starter`, which follows outlines with that model.
 
-    Raises ValueError where it is none of a ControlNet.
+    Raises ValueError where it is none of a control.
     """
     folder = STARTER if path == "starter" else Path(path)
     if not folder.is_dir():
@@ -67,14 +75,15 @@ def locate(path: str) -> ControlFiles:
         )
     refuse_pickles([folder])
     kind = read_json(folder / "config.json").get("_class_name")
-    if kind != "ControlNetModel":
-        raise ValueError(f"ControlNet {path} is a {kind}; only a ControlNetModel is read")
+    if kind not in KINDS:
+        names = " or a ".join(KINDS)
+        raise ValueError(f"ControlNet {path} is a {kind}; only a {names} is read")
     whole = folder / f"{STEM}.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob(f"{STEM}*.safetensors"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "no weights"
         raise ValueError(f"ControlNet {path} holds {names}; keep a single {STEM}.safetensors")
-    return ControlFiles(folder / "config.json", files[0])
+    return ControlFiles(folder / "config.json", files[0], kind)
 
 
 def outline(files: ControlFiles) -> Any:
@@ -82,26 +91,29 @@ def outline(files: ControlFiles) -> Any:
     config = read_json(files.config)
     try:
         with torch.device("meta"):
-            net: Any = ControlNetModel.from_config(config)
+            net: Any = KINDS[files.kind].from_config(config)
     except Exception as error:  # whatever a configuration may say
-        raise ValueError(f"ControlNet {files.name}: its config.json is none: {error}") from None
+        raise ValueError(f"{files.title}: its config.json is none: {error}") from None
     header = read_header(files.weights)
     quantized = foreign.quantization(header)
     if quantized is not None:
-        raise ValueError(f"ControlNet {files.name} holds weights that are {quantized}")
+        raise ValueError(f"{files.title} holds weights that are {quantized}")
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     given = {name: it.shape for name, it in header.tensors.items()}
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise ValueError(
-                f"ControlNet {files.name}: {name} is {given.get(name, 'missing')} in its file, "
+                f"{files.title}: {name} is {given.get(name, 'missing')} in its file, "
                 f"{wanted.get(name, 'unknown')} by its config.json"
             )
     return net
 
 
 def check_fit(name: str, net: Any, unet: Any, vae_scale: int) -> None:
-    """Raise ValueError unless a ControlNet is made for UNets such as this one."""
+    """Raise ValueError unless a control is made for UNets such as this one."""
+    if isinstance(net, T2IAdapter):
+        t2i.check_fit(name, net, unet.config, vae_scale)
+        return
     own, others = net.config, unet.config
     for key in NOT_READ:
         if own.get(key):
@@ -125,7 +137,7 @@ def check_fit(name: str, net: Any, unet: Any, vae_scale: int) -> None:
 
 
 def check(paths: Sequence[Path], weights: Weights) -> list[str]:
-    """The hashes of ControlNets. Raises ValueError unless they fit a model that is not loaded.
+    """The hashes of controls. Raises ValueError unless they fit a model that is not loaded.
 
     Of a single file that is known where its configurations are at hand; else when it is loaded.
     """

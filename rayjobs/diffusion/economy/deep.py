@@ -11,11 +11,14 @@ import torch
 
 DEEP = "deep_PCHW"
 """What the deep blocks gave, among a call's arguments."""
+INTRABLOCK = "down_intrablock_additional_residuals"
+"""Of those, the one that diffusers empties while it is read."""
 
 
 def whole(unet: Any, x_PCHW: torch.Tensor, t_P: torch.Tensor, arguments: Mapping[str, Any]) -> Any:
     """The prediction (P, C, H, W)."""
-    return unet(x_PCHW, t_P, return_dict=False, **arguments)[0]
+    given = {name: list(it) if name == INTRABLOCK else it for name, it in arguments.items()}
+    return unet(x_PCHW, t_P, return_dict=False, **given)[0]
 
 
 def keeping(

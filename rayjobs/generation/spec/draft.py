@@ -44,8 +44,8 @@ from rayjobs.generation.spec.lock import (
     job_part,
     record_schema,
 )
-from rayjobs.generation.spec.records import Spec
-from rayjobs.images.decode import open_control
+from rayjobs.generation.spec.records import Pictured, Spec, pictured
+from rayjobs.images.decode import open_control, open_reference
 from rayjobs.images.edges import check_preprocess
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights, unpinned
@@ -78,6 +78,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     loras = [lora.uri for lora in config.model.loras]
     scoring = scorers.named(config.quality).values()
     controls = [uri for each in config.controls for uri in (each.uri, each.image)]
+    controls += [it for each in config.ip_adapters for it in (each.uri, each.encoder, each.image)]
     named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scoring, *controls)
     for uri in named:
         if uri is not None and storage.is_remote(uri):
@@ -87,6 +88,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     config = _with_usual(config, usual)
     _warn_of_use(config, usual)
     controls_sha256 = _check_controls(config, model)
+    ip_adapters_sha256 = _check_ip_adapters(config, model)
     scorers_sha256 = scorers.check(config.quality)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -95,7 +97,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
             write_names(list_pictures(config.init.uri), str(names))
         rows = Snapshot(str(prompts))
         _check_sampler_column(config, rows, model)
-        _check_control_columns(config, rows)
+        _check_picture_columns(config, rows)
         scorers.check_columns(config, rows.columns)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
@@ -114,6 +116,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
             ),
             loras_sha256=loras_sha256,
             controls_sha256=controls_sha256,
+            ip_adapters_sha256=ip_adapters_sha256,
             scorers_sha256=scorers_sha256,
             guided=_is_guided(config, rows),
             num_records=spec.num_records,
@@ -206,11 +209,7 @@ def _check_controls(config: GenerateConfig, model: weights.Weights) -> tuple[str
     for number, control in enumerate(config.controls):
         path = storage.fetch(control.uri)
         (net,) = _named(f"controls.{number}.uri", partial(files.check, [path], model))
-        followed = f"column {control.column}"
-        if control.image is not None:
-            data = storage.read_bytes(control.image)
-            _named(f"controls.{number}.image", partial(open_control, data))
-            followed = hashlib.sha256(data).hexdigest()
+        followed = _checked_picture(f"controls.{number}", control, open_control)
         _named(f"controls.{number}.preprocess", partial(check_preprocess, control.preprocess))
         drawn = f" {control.preprocess}" if control.preprocess else ""
         said.append(
@@ -219,13 +218,37 @@ def _check_controls(config: GenerateConfig, model: weights.Weights) -> tuple[str
     return tuple(said)
 
 
-def _check_control_columns(config: GenerateConfig, rows: Snapshot) -> None:
+def _check_ip_adapters(config: GenerateConfig, model: weights.Weights) -> tuple[str, ...]:
+    """The same of IP-Adapters, with their encoders."""
+    if not config.ip_adapters:
+        return ()
+    from rayjobs.diffusion.ip_adapter import files
+
+    said = []
+    for number, each in enumerate(config.ip_adapters):
+        pair = storage.fetch(each.uri), storage.fetch(each.encoder)
+        (net,) = _named(f"ip_adapters.{number}", partial(files.check, [pair], model))
+        followed = _checked_picture(f"ip_adapters.{number}", each, open_reference)
+        said.append(f"{net} x {each.scale:g} {followed}")
+    return tuple(said)
+
+
+def _checked_picture(key: str, use: Pictured, opened: Callable[[bytes], object]) -> str:
+    """The hash of the picture that all records have, or the column with each one's own."""
+    if use.image is None:
+        return f"column {use.column}"
+    data = storage.read_bytes(use.image)
+    _named(f"{key}.image", partial(opened, data))
+    return hashlib.sha256(data).hexdigest()
+
+
+def _check_picture_columns(config: GenerateConfig, rows: Snapshot) -> None:
     kinds = {field.name: field.type for field in rows.passed_through}
-    for number, control in enumerate(config.controls):
-        kind = kinds.get(control.column or "", pa.string())
+    for key, use in pictured(config):
+        kind = kinds.get(use.column or "", pa.string())
         if kind != pa.string():
             raise BadInput(
-                f"controls.{number}.column: {control.column} of {config.prompts.uri} holds {kind}, "
+                f"{key}.column: {use.column} of {config.prompts.uri} holds {kind}, "
                 "not the names of pictures"
             )
 

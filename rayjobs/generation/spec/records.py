@@ -6,7 +6,7 @@ Owns the order of records and the settings of each. Knows nothing of how they ar
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +31,15 @@ class Rows(Protocol):
     def columns(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def row(self, number: int) -> dict[str, Any]: ...
+
+
+class Pictured(Protocol):
+    """A control, or an IP-Adapter."""
+
+    @property
+    def image(self) -> str | None: ...
+    @property
+    def column(self) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,9 @@ class Record:
     None where the row has no such control."""
     control_uris: tuple[str | None, ...] = ()
     """Those pictures' locations; not part of the record, as `init_uri`."""
+    ip_adapter_images: tuple[str | None, ...] = ()
+    """The picture of each of the job's IP-Adapters, as those of controls."""
+    ip_adapter_uris: tuple[str | None, ...] = ()
     passed_through: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,7 +144,12 @@ class Spec:
         values["prompt"] = self._texts.text(row["prompt"], text)
         values["seed"] = self._seed(row.get("seed"), values["prompt"], self.first_seed + seed)
         values["init_uri"] = self._init_uri(values["init_image"], "init_image" in row)
-        values |= self._controls(row)
+        for kind, uses in (
+            ("control", self.config.controls),
+            ("ip_adapter", self.config.ip_adapters),
+        ):
+            images, uris = self._pictures(uses, row)
+            values |= {f"{kind}_images": images, f"{kind}_uris": uris}
         others = {key: row[key] for key in row if key != "prompt" and key not in OVERRIDES}
         return Record(number=number, passed_through=others, **values)
 
@@ -170,16 +187,18 @@ class Spec:
             return derived_seed(seeds.job_seed, prompt, index)
         return seeds.values[index] if seeds.values else seeds.start + index
 
-    def _controls(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The pictures of a row's controls: of its own columns, or the job's."""
+    def _pictures(
+        self, uses: Sequence[Pictured], row: dict[str, Any]
+    ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """Names and locations of the pictures that a row has: of its own columns, or the job's."""
         images, uris = [], []
-        for control in self.config.controls:
-            from_row = row.get(control.column or "") or None
-            named = (control.image or "").rpartition("/")[-1] or None
+        for use in uses:
+            from_row = row.get(use.column or "") or None
+            named = (use.image or "").rpartition("/")[-1] or None
             images.append(named if from_row is None else from_row)
             own = from_row is not None
-            uris.append(self._init_uri(from_row, True) if own else control.image)
-        return {"control_images": tuple(images), "control_uris": tuple(uris)}
+            uris.append(self._init_uri(from_row, True) if own else use.image)
+        return tuple(images), tuple(uris)
 
     def _init_uri(self, name: str | None, from_row: bool) -> str | None:
         """A name in a prompt file is relative to that file, one of the folder to the folder."""
@@ -197,12 +216,20 @@ def optional_columns(config: GenerateConfig, rows: Rows) -> list[str]:
     given |= economy_of(dict(config.sampler)).keys()
     given |= set() if config.prompts.syntax == "plain" else {SYNTAX.name}
     given |= {"control_images"} if config.controls else set()
+    given |= {"ip_adapter_images"} if config.ip_adapters else set()
     return [name for name in OPTIONAL if name in given]
 
 
 def stored_columns(config: GenerateConfig) -> list[str]:
     """The columns of control pictures that the job stores."""
     return conditioning(len(config.controls)) if config.output.control_images else []
+
+
+def pictured(config: GenerateConfig) -> Iterator[tuple[str, Pictured]]:
+    """Controls and IP-Adapters, by the keys that name them."""
+    for kind in ("controls", "ip_adapters"):
+        for number, use in enumerate(getattr(config, kind)):
+            yield f"{kind}.{number}", use
 
 
 def derived_seed(job_seed: int, prompt: str, index: int) -> int:
@@ -213,11 +240,11 @@ def derived_seed(job_seed: int, prompt: str, index: int) -> int:
 
 def _check_columns(config: GenerateConfig, rows: Rows, init_images: Sequence[str]) -> None:
     columns = set(rows.columns)
-    for number, control in enumerate(config.controls):
-        if control.column not in (None, *columns - {"prompt"}):
+    for key, use in pictured(config):
+        if use.column not in (None, *columns - {"prompt"}):
             raise BadInput(
-                f"controls.{number}.column: {config.prompts.uri or 'prompts.inline'} has no column "
-                f"{control.column!r}; it has {', '.join(rows.columns)}"
+                f"{key}.column: {config.prompts.uri or 'prompts.inline'} has no column "
+                f"{use.column!r}; it has {', '.join(rows.columns)}"
             )
     for name in columns.intersection(stored_columns(config)):
         raise BadInput(

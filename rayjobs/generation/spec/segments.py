@@ -132,6 +132,7 @@ def _check_optional(lock: Lock, draft: JobDraft) -> None:
             how = "give" if name in whole.names else "leave out"
             keys = {SYNTAX.name: "prompts.syntax", "control_images": "controls"}
             keys |= dict.fromkeys(stored, "that one of controls")
+            keys["ip_adapter_images"] = "ip_adapters"
             key = keys.get(name, f"sampler.{name}")
             raise BadInput(
                 f"--extend cannot change whether records have a {name}: {how} {key}, or choose "

@@ -21,6 +21,7 @@ from rayjobs.diffusion.text.syntax import spoken
 from rayjobs.generation.config import GenerateConfig, QualityConfig, economy_of
 from rayjobs.generation.spec.records import Record, sizes_of
 from rayjobs.generation.worker.controls import JobControls
+from rayjobs.generation.worker.ip_adapters import JobIpAdapters
 from rayjobs.generation.worker.pictures import NO_SOURCES, PictureReader, Sources
 from rayjobs.images import watermark
 from rayjobs.images.encode import encode_picture
@@ -48,6 +49,7 @@ class RecordGenerator:
             Lora(path=str(storage.fetch(lora.uri)), scale=lora.scale) for lora in config.model.loras
         )
         self.controls = JobControls(config, self.engine)
+        self.ip_adapters = JobIpAdapters(config, self.engine)
         uses = [(lora.path, lora.scale) for lora in self.loras]
         self.is_fused = config.engine.fuse_loras and bool(uses)
         bank = self.engine.loras
@@ -92,6 +94,7 @@ class RecordGenerator:
             | economy_of(record.economy)
             | ({"watermark": watermark.VERSION} if self.is_marked else {})
             | self.controls.identity(sources)
+            | self.ip_adapters.identity(sources)
             | {
                 "prompt": record.prompt,
                 "negative_prompt": record.negative_prompt,
@@ -156,6 +159,7 @@ class RecordGenerator:
             strength=record.strength,
             loras=self.loras,
             controls=self.controls.of_request(sources),
+            ip_adapters=self.ip_adapters.of_request(sources),
         )
 
     def _score(self, record: Record, result: Result) -> Row:
@@ -210,7 +214,11 @@ class RecordGenerator:
             "error": None,
             **({SYNTAX.name: record.prompt_syntax} if record.prompt_syntax else {}),
             **{k: list(v) if isinstance(v, tuple) else v for k, v in record.economy.items()},
-            **({"control_images": list(record.control_images)} if record.control_images else {}),
+            **{
+                name: list(getattr(record, name))
+                for name in ("control_images", "ip_adapter_images")
+                if getattr(record, name)
+            },
             **record.passed_through,
         }
 

@@ -35,14 +35,16 @@ class Source:
 
 
 class Sources(NamedTuple):
-    """A record's init image, and the pictures of its controls; None where it has none."""
+    """A record's init image, and the pictures of its controls and IP-Adapters; None where it has
+    none."""
 
     init: Source | None = None
     controls: tuple[Source | None, ...] = ()
+    references: tuple[Source | None, ...] = ()
 
     @property
     def error(self) -> str | None:
-        found = filter(None, (self.init, *self.controls))
+        found = filter(None, (self.init, *self.controls, *self.references))
         return next((source.error for source in found if source.error), None)
 
 
@@ -58,15 +60,19 @@ class PictureReader:
 
     def begin(self, record: Record) -> Future[Sources] | None:
         """A record's pictures, once they are read; None where it has none."""
-        if record.init_uri is None and not any(record.control_uris):
+        if not any((record.init_uri, *record.control_uris, *record.ip_adapter_uris)):
             return None
         return self._threads.submit(self._sources, record)
 
     def _sources(self, record: Record) -> Sources:
-        uris = record.control_uris
-        controls = tuple(None if uri is None else self._read(uri, "control image") for uri in uris)
-        init = None if record.init_uri is None else self._read(record.init_uri, "init image")
-        return Sources(init, controls)
+        def read(uri: str | None, what: str) -> Source | None:
+            return None if uri is None else self._read(uri, what)
+
+        return Sources(
+            read(record.init_uri, "init image"),
+            tuple(read(uri, "control image") for uri in record.control_uris),
+            tuple(read(uri, "reference image") for uri in record.ip_adapter_uris),
+        )
 
 
 def read_picture(uri: str, what: str, sandbox: Sandbox) -> Source:

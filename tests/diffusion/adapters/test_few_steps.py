@@ -9,6 +9,7 @@ import torch
 
 from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.control.bank import ControlBank
+from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
 from rayjobs.diffusion.row import Row, prepare_row
@@ -17,7 +18,7 @@ from tests.diffusion.adapters.made import make, write
 
 
 def row_of(request: Request, model: Model, bank: LoraBank) -> Row:
-    return prepare_row(0, request, model, bank, ControlBank(model))
+    return prepare_row(0, request, model, bank, ControlBank(model), IpAdapterBank(model))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_an_activation(num_threads: int, layout: torch.memory_format) -> None:
 def test_a_text(tiny: Model) -> None:
     """Of a model whose layers are of odd widths."""
     engine = Engine(tiny)
-    banks = engine.loras, engine.controls
+    banks = engine.loras, engine.controls, engine.ip_adapters
     rows = [prepare_row(n, Request(prompt=f"a text {n}"), tiny, *banks) for n in range(4)]
     texts = [row.texts[-1] for row in rows]
     first = Engine(tiny, max_rows=4).prompts.encode(texts)

@@ -60,7 +60,8 @@ class Cache(ModelCache):
 
     def _with_engine(self, weights: Weights, model: Any, num_bytes: int) -> LoadedModel:
         model.dtype, model.compiled = torch.float32, None
-        parts = {"loras": FakeLoras(), "controls": SimpleNamespace(num_bytes=0)}
+        none = SimpleNamespace(num_bytes=0)
+        parts = {"loras": FakeLoras(), "controls": none, "ip_adapters": none}
         engine: Any = SimpleNamespace(**parts, model=model, rows={})
         batcher: Any = None
         return LoadedModel(weights, engine, batcher, num_bytes)

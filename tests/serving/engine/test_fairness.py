@@ -16,6 +16,7 @@ class Row:
     share: float = 1.0
     reuses: bool = False
     controls: tuple[object, ...] = ()
+    ip_adapters: tuple[object, ...] = ()
     request: object = field(default_factory=object)
 
 
