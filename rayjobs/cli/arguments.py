@@ -24,6 +24,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def _cosine(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no cosine of what is alike; give 0.9 or so")
+    return value
+
+
 class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
@@ -101,7 +108,8 @@ def _readers(reader: Callable[..., Any]) -> None:
     status = reader("status", commands.status, "tell how a job goes, from its output alone")
     status.add_argument("--watch", action="store_true", help="look again until it is done")
     status.add_argument("--json", action="store_true", help="a line of JSON for each look")
-    reader("report", commands.report, "write a data set's index.html again")
+    report = reader("report", commands.report, "write a data set's index.html again")
+    report.add_argument("--alike", type=_cosine, metavar="COSINE", help="in place of quality.alike")
     verify = reader("verify", commands.verify, "check a data set's hashes, or a picture's marks")
     verify.add_argument("--trust", metavar="PEM", help="certificates that vouch for signers")
     verify.add_argument("--regenerate", type=int, default=0, metavar="K", help="make K again")

@@ -4,6 +4,7 @@ Owns the summaries and the exit codes. Imports a job only to run it, so that `--
 """
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def report(options: argparse.Namespace) -> int:
     from rayjobs import storage
     from rayjobs.config import BadInput
     from rayjobs.dataset.lock import read_lock
-    from rayjobs.quality import duplicates
+    from rayjobs.quality import duplicates, semantic
     from rayjobs.reports import dataset_report
 
     storage.check(options.uri)
@@ -232,5 +233,10 @@ def report(options: argparse.Namespace) -> int:
         raise BadInput(f"{options.uri} is no data set: it has no spec.lock.json")
     counts = duplicates.write(options.uri)
     print(f"{counts['members']:,} pictures look like another, in {counts['groups']:,} groups")
+    try:
+        if shown := semantic.write(options.uri, options.alike):
+            print(f"{shown['members']:,} show the same as another, in {shown['groups']:,} groups")
+    except BadInput as error:  # the report needs no groups
+        print(f"warning: {error}", file=sys.stderr)
     print(dataset_report.write(options.uri))
     return DONE

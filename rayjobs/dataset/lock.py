@@ -26,6 +26,9 @@ LOCATIONS += (
     "quality.clip",
     "quality.aesthetic",
     "quality.safety",
+    "quality.pick",
+    "quality.hps",
+    "quality.caption",
 )
 """Keys that may change, since the lock holds hashes of what lies there."""
 

@@ -57,8 +57,12 @@ SCORES = {
     "clip": ("clip_score", pa.float32()),
     "aesthetic": ("aesthetic_score", pa.float32()),
     "safety": ("unsafe_score", pa.float32()),
+    "pick": ("pick_score", pa.float32()),
+    "hps": ("hps_score", pa.float32()),
+    "embedding": ("embedding", pa.list_(pa.float32())),
+    "caption": ("caption", pa.string()),
 }
-"""Columns that are there only when their encoder was named, by its key under `quality`."""
+"""Columns that are there only when they were asked for, by their key under `quality`."""
 SYNTAX = pa.field("prompt_syntax", pa.string())
 OPTIONAL = {
     SYNTAX.name: SYNTAX.type,
@@ -96,6 +100,11 @@ OVERRIDES = {
 def image_id(decides: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON of everything that decides the pixels."""
     return hashlib.sha256(canonical_json(decides)).hexdigest()
+
+
+def scores_asked(quality: Mapping[str, Any]) -> list[str]:
+    """Which of SCORES the keys under `quality` ask for."""
+    return [name for name in SCORES if quality.get(name)]
 
 
 def canonical_json(value: Any) -> bytes:

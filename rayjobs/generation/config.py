@@ -26,6 +26,7 @@ from rayjobs.generation.passes import PassConfig
 from rayjobs.generation.prompts.templates import TemplateTexts, check_placeholders
 from rayjobs.models.options import ModelConfig
 from rayjobs.provenance.keys import Marking
+from rayjobs.quality.kinds import ALIKE
 
 
 class PromptsConfig(Config):
@@ -304,6 +305,10 @@ class WorkersConfig(Workers):
     """Crashes of workers at a shard before its records are made one by one to find the culprit."""
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 class QualityConfig(Config):
     """Scores stored with each record, never applied here: filters act at export."""
 
@@ -313,11 +318,27 @@ class QualityConfig(Config):
     """A safetensors file with the predictor's linear layers, over the clip model's embedding."""
     safety: str | None = None
     """An image classifier (folder, s3:// or hub id) for `unsafe_score`."""
+    pick: str | None = Field(default=None, exclude_if=_is_none)
+    """A CLIP model of PickScore's for `pick_score`, the cosine times the model's logit scale."""
+    hps: str | None = Field(default=None, exclude_if=_is_none)
+    """A CLIP model of HPSv2's, as transformers has them, for `hps_score`, the cosine."""
+    embedding: bool = Field(default=False, exclude_if=lambda given: not given)
+    """Store the clip model's embedding of each picture, of length 1, and look for pictures that
+    show the same."""
+    alike: float = Field(default=ALIKE, ge=0.5, lt=1, exclude_if=lambda cosine: cosine == ALIKE)
+    """The cosine of two embeddings from which on their pictures show the same."""
+    caption: str | None = Field(default=None, exclude_if=_is_none)
+    """An image-to-text model (folder, s3:// or hub id; BLIP, BLIP-2, GIT or an encoder-decoder) for
+    `caption`, what it says of the picture."""
 
     @model_validator(mode="after")
     def _needs(self) -> "QualityConfig":
         if self.aesthetic is not None and self.clip is None:
             raise ValueError("quality.aesthetic needs quality.clip, whose embedding it reads")
+        if self.embedding and self.clip is None:
+            raise ValueError("quality.embedding needs quality.clip, whose embedding it stores")
+        if self.alike != ALIKE and not self.embedding:
+            raise ValueError("quality.alike needs quality.embedding, which it compares")
         return self
 
 

@@ -25,7 +25,7 @@ from rayjobs.generation.spec.origin import Origin
 from rayjobs.generation.spec.records import Redo
 from rayjobs.generation.spec.segments import ensure_segment, restore_snapshots
 from rayjobs.generation.worker import here
-from rayjobs.quality import duplicates
+from rayjobs.quality import duplicates, semantic
 from rayjobs.reports import card, dataset_report
 from rayjobs.reports.history import Activity, History
 from rayjobs.reports.live import LivePage
@@ -318,6 +318,7 @@ def _finish(
     try:
         if lock.num_records <= MAX_DEDUPLICATED:  # of a larger one `rayjobs report` does it
             duplicates.write(uri)
+            semantic.write(uri)
     except (storage.Unavailable, BadInput):
         raise
     except dataset_report.BROKEN as error:

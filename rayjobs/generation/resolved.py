@@ -8,6 +8,7 @@ from pathlib import Path
 from rayjobs import storage
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.models import exports
+from rayjobs.quality import kinds
 
 
 class ResolvedConfig(GenerateConfig):
@@ -26,7 +27,7 @@ def resolve(config: GenerateConfig) -> ResolvedConfig:
         if part["uri"] is not None:
             part["uri"] = storage.absolute(part["uri"])
     named = [(values["model"], key) for key in ("uri", "config", "base")]
-    named += [(values["quality"], score) for score in values["quality"]]
+    named += [(values["quality"], key) for key in kinds.MODELS]
     named += [(control, key) for control in values.get("controls", ()) for key in ("uri", "image")]
     keys = ("uri", "encoder", "image")
     named += [(each, key) for each in values.get("ip_adapters", ()) for key in keys]

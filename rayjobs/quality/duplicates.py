@@ -1,27 +1,20 @@
 """Near-duplicates within a data set: groups of pictures that look alike, and how diverse a set is.
 
-Owns the search, which never compares all pairs, and the table beside the shards. What "alike" means
-is decided by `pixels`.
+Owns the search, which never compares all pairs. What "alike" means is decided by `pixels`, and the
+table of what is found is `table`'s.
 """
 
-import hashlib
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayjobs import storage
-from rayjobs.config import BadInput
-from rayjobs.dataset.lock import read_lock
-from rayjobs.dataset.manifest import Manifest
+from rayjobs.quality import table
+from rayjobs.quality.grouping import join, root
 from rayjobs.quality.pixels import ALIKE_BITS, ALIKE_LEVELS, HASH_BITS, Signature
 
 FILE = "duplicates.parquet"
@@ -38,21 +31,10 @@ FAR_BITS = 16
 FAR_LEVELS = 64
 """From here on two pictures have nothing to do with each other, for `diversity`."""
 MAX_COMPARED = 2048
-READERS = 16
 NO_HASHES = np.empty(0, np.uint64)
 NO_COLOURS = np.empty((0, 27), np.uint8)
-T = TypeVar("T")
-R = TypeVar("R")
 
-TABLE = pa.schema(
-    {
-        "group": pa.int64(),
-        "record": pa.int64(),
-        "image_id": pa.string(),
-        "file": pa.string(),
-        "distance": pa.int32(),
-    }
-)
+TABLE = table.schema(pa.field("distance", pa.int32()))
 
 
 @dataclass(frozen=True)
@@ -96,8 +78,8 @@ def groups(
             near &= parent[a] != parent[b]
             a, b = a[near], b[near]
             alike = _colour_difference(colours[a], colours[b]) <= levels
-            _join(parent, a[alike], b[alike])
-    return _firsts(order, _root(parent, np.cumsum(is_new) - 1))
+            join(parent, a[alike], b[alike])
+    return _firsts(order, root(parent, np.cumsum(is_new) - 1))
 
 
 def write(uri: str) -> dict[str, int]:
@@ -105,110 +87,23 @@ def write(uri: str) -> dict[str, int]:
 
     It has a row for each member of a group of two or more: the group's number, record, image_id,
     file, and the bits in which its hash differs from that of the group's first. Shards are read
-    twice at most, and never their pictures. The counts are of pictures looked at, of groups, of
-    their members, and of the members of the largest.
+    twice at most, and never their pictures.
     """
-    lock = read_lock(uri)
-    if lock is None:
-        raise BadInput(f"{uri}: no data set is there; generate it first")
-    manifest = Manifest(uri, lock.format)
-    shards = list(_each(partial(_read, manifest), manifest.entries()))
-    signatures = Signatures(
-        np.concatenate([NO_HASHES, *(shard.signatures.hashes for shard in shards)]),
-        np.concatenate([NO_COLOURS, *(shard.signatures.colours for shard in shards)]),
+    _, manifest = table.open_data_set(uri)
+    shards = table.read_shards(
+        manifest,
+        "phash",
+        ["phash", "colours"],
+        lambda rows: pack(Signature(row["phash"], row["colours"]) for row in rows),
     )
-    first = groups(signatures)
-    sizes = np.bincount(first, minlength=1)
-    numbers = np.where(sizes > 1, np.cumsum(sizes > 1) - 1, -1)
-    starts = itertools.accumulate((len(shard.records) for shard in shards), initial=0)
-    firsts = (
-        first[start : start + len(shard.records)]
-        for start, shard in zip(starts, shards, strict=False)
-    )
-    work = partial(_members, manifest, signatures.hashes, numbers)
-    tables = _each(work, zip(shards, firsts, strict=True))
-    parts = (part for part in tables if part.num_rows)  # of many shards most have no member
-    table = pa.concat_tables([TABLE.empty_table(), *parts]).sort_by(
-        [("group", "ascending"), ("record", "ascending")]
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(storage.join(uri, FILE), buffer.getvalue(), manifest.staging)
-    return {
-        "pictures": len(signatures),
-        "groups": int((sizes > 1).sum()),
-        "members": table.num_rows,
-        "largest": int(sizes[sizes > 1].max(initial=0)),
-    }
+    hashes = np.concatenate([NO_HASHES, *(shard.values.hashes for shard in shards)])
+    colours = np.concatenate([NO_COLOURS, *(shard.values.colours for shard in shards)])
+    first = groups(Signatures(hashes, colours))
 
+    def likeness(pictures: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+        return np.bitwise_count(hashes[pictures] ^ hashes[firsts])
 
-def repeated(uri: str) -> np.ndarray:
-    """The records of every group in `duplicates.parquet` but its first, sorted."""
-    table_uri = storage.join(uri, FILE)
-    if not storage.exists(table_uri):
-        raise BadInput(f"drop_duplicates: {table_uri} is missing; `rayjobs report {uri}` writes it")
-    with storage.open_input(table_uri) as file:
-        table = pq.read_table(file, columns=["group", "record"])
-    group, record = table["group"].to_numpy(), table["record"].to_numpy()
-    order = np.lexsort([record, group])
-    group, record = group[order], record[order]
-    return np.sort(record[1:][group[1:] == group[:-1]])
-
-
-def table_sha256(uri: str) -> str:
-    digest = hashlib.sha256()
-    with storage.open_input(storage.join(uri, FILE)) as table:
-        while block := table.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """The records of a shard that have a picture."""
-
-    number: int
-    file: str
-    records: np.ndarray
-    signatures: Signatures
-
-
-def _read(manifest: Manifest, entry: dict[str, Any]) -> _Shard:
-    columns = ("record", "phash", "colours")
-    rows = manifest.format.read(manifest.data, entry["shard"], columns=columns)
-    made = [row for row in rows if row["phash"] is not None]
-    records = np.array([row["record"] for row in made], np.int64)
-    signatures = pack(Signature(row["phash"], row["colours"]) for row in made)
-    return _Shard(entry["shard"], entry["file"], records, signatures)
-
-
-def _members(
-    manifest: Manifest, hashes: np.ndarray, numbers: np.ndarray, part: tuple[_Shard, np.ndarray]
-) -> pa.Table:
-    """A shard's rows of the table; `numbers` has a group's number at the index of its first."""
-    shard, firsts = part
-    there = np.flatnonzero(numbers[firsts] >= 0)
-    if not len(there):
-        return TABLE.empty_table()
-    rows = manifest.format.read(manifest.data, shard.number, columns=("record", "image_id"))
-    ids = {row["record"]: row["image_id"] for row in rows}
-    records, firsts = shard.records[there], firsts[there]
-    columns = {
-        "group": numbers[firsts],
-        "record": records,
-        "image_id": [ids[record] for record in records.tolist()],
-        "file": [shard.file] * len(there),
-        "distance": np.bitwise_count(shard.signatures.hashes[there] ^ hashes[firsts]),
-    }
-    return pa.table(columns, schema=TABLE)
-
-
-def _each(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in the order of the items, a few at a time: storage answers many as fast as one."""
-    items = iter(items)
-    with ThreadPoolExecutor(READERS) as pool:
-        while some := list(itertools.islice(items, 4 * READERS)):
-            yield from pool.map(work, some)
+    return table.write(manifest, storage.join(uri, FILE), TABLE, shards, first, likeness)
 
 
 def diversity(signatures: Signatures) -> float:
@@ -288,25 +183,6 @@ def _candidates(hashes: np.ndarray, mask: np.uint64) -> Iterator[tuple[np.ndarra
 
 def _colour_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (np.maximum(a, b) - np.minimum(a, b)).max(axis=-1, initial=0)
-
-
-def _join(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-    """Make one group of those of a[i] and b[i], for every i; the lower root stays a root."""
-    while len(a):
-        a, b = _root(parent, a), _root(parent, b)
-        apart = a != b
-        a, b = a[apart], b[apart]
-        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-
-
-def _root(parent: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """The root above each member. Paths are halved on the way, so that chains stay short."""
-    while True:
-        above = parent[members]
-        top = parent[above]
-        if (above == top).all():
-            return top
-        parent[members] = top
 
 
 def _firsts(order: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from rayjobs.diffusion.files.folder import refuse_pickles
 from rayjobs.diffusion.files.header import first_line
+from rayjobs.quality.kinds import CLIPS, refuse_other
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -24,12 +25,15 @@ class Clip:
     """A CLIP model with its tokenizer and image processor; embeddings have length 1."""
 
     def __init__(self, uri: str, device: str, dtype: torch.dtype = torch.float32):
-        kind = pretrained(uri, AutoConfig).model_type
-        if kind != "clip":
-            raise ValueError(f"{uri} is a model of type {kind}; expected is type clip")
+        refuse_other(uri, pretrained(uri, AutoConfig).model_type, CLIPS)
         self.model, self.processor = load_vision_model(uri, CLIPModel, dtype)
         self.tokenizer = pretrained(uri, AutoTokenizer)
         self.model.to(device)
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """What training multiplied the cosines by."""
+        return self.model.logit_scale.detach().float().exp()
 
     @torch.inference_mode()
     def embed_image(self, image: Image.Image) -> torch.Tensor:
@@ -50,11 +54,16 @@ class Clip:
         return _unit(features.pooler_output)
 
 
-def load_vision_model(uri: str, kind: Any, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A model with all of its weights, in evaluation mode, and its image processor."""
+def load_vision_model(
+    uri: str, kind: Any, dtype: torch.dtype, unused: str = " "
+) -> tuple[Any, Any]:
+    """A model with all of its weights, in evaluation mode, and its image processor.
+
+    Those whose names begin with `unused` may lack.
+    """
     refuse_pickles([Path(uri)])
     model, info = pretrained(uri, kind, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(unused)):
         raise ValueError(
             f"{uri} lacks {len(missing)} weights of a {type(model).__name__}, such as "
             f"{missing[0]}; name a model that was trained as one"

@@ -7,20 +7,18 @@ the manifest and knows nothing of how images were made.
 import hashlib
 import json
 import sys
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from rayjobs import storage
 from rayjobs.dataset.lock import Lock, read_lock
 from rayjobs.dataset.manifest import Manifest
-from rayjobs.reports import contact_sheet
+from rayjobs.reports import alike, contact_sheet
+from rayjobs.reports.alike import BROKEN
 from rayjobs.reports.history import History, rows_shown
 from rayjobs.reports.page import Facts, render
 from rayjobs.reports.running import Running
@@ -34,11 +32,6 @@ READ_WHILE_RUNNING = 64
 MAX_REASONS = 1_000
 READERS = 4
 PROMPTS_PER_FILE = 5_000
-LARGEST_GROUPS = 12
-PICTURES_PER_GROUP = 6
-
-BROKEN = (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException)
-"""What reading a damaged or missing shard may raise; a report shows the others."""
 
 Sheets = dict[str, dict[str, Any]]
 
@@ -64,17 +57,21 @@ def write(
     sheets, unreadable = _read(output_uri, plan, existing, history.suffix, running is None)
     pages = list(_pages(sheets))
     lock = read_lock(output_uri)
-    alike, largest = None, None
-    if running is None:
-        alike, largest = _duplicates(output_uri, history.suffix, existing)
+    tables = alike.TABLES if running is None else {}
+    found = {
+        name: alike.write_largest(output_uri, file, history.suffix, existing)
+        for name, file in tables.items()
+    }
+    largest = {name: script for name, (_, script) in found.items()}
     index = _write_prompts(folder, sheets, pages, existing)
-    data = index | {"pages": pages, "suffix": history.suffix, "duplicates": largest}
+    data = index | {"pages": pages, "suffix": history.suffix, "duplicates": None} | largest
     facts = _facts(output_uri, lock, sheets, pages)
-    facts |= {"alike": alike, "unreadable": unreadable, "running": running}
+    facts |= {"alike": {name: counts for name, (counts, _) in found.items() if counts}}
+    facts |= {"unreadable": unreadable, "running": running}
     html = render(history, Facts(**facts), contact_sheet.as_json(data))
     uri = storage.join(output_uri, "index.html")
     storage.write_bytes(uri, html.encode())
-    _remove_old(folder, existing, sheets, [*index["prompts"], largest])
+    _remove_old(folder, existing, sheets, [*index["prompts"], *largest.values()])
     return uri
 
 
@@ -251,69 +248,6 @@ def _made_by(lock: Lock) -> dict[str, str]:
         "Libraries": libraries,
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _duplicates(
-    output_uri: str, suffix: str, existing: set[str]
-) -> tuple[tuple[int, int] | None, str | None]:
-    """Groups of near-duplicates and images in them; the script with the largest ones' pictures."""
-    uri = storage.join(output_uri, "duplicates.parquet")
-    if not storage.exists(uri):
-        return None, None
-    with storage.open_input(uri) as file:
-        counts = pq.read_table(file, columns=["group"])["group"].value_counts()
-    number, size = counts.field("values").to_numpy(), counts.field("counts").to_numpy()
-    order = np.lexsort((number, -size))[:LARGEST_GROUPS]
-    largest = {int(number[at]): int(size[at]) for at in order}
-    alike = (len(number), int(size.sum()))
-    if not largest:
-        return alike, None
-    with storage.open_input(uri) as file:
-        names = ["group", "record", "image_id", "file"]
-        table = pq.read_table(file, columns=names, filters=[("group", "in", list(largest))])
-    members = _members(table.to_pylist(), largest)
-    name = f"duplicates-{hashlib.sha256(repr(members).encode()).hexdigest()[:16]}"
-    if f"{name}.js" not in existing:
-        pictures = _pictures(
-            output_uri, suffix, [one for group in members.values() for one in group]
-        )
-        groups = [
-            {
-                "size": largest[group],
-                "rows": [pictures[one["record"]] for one in chosen if one["record"] in pictures],
-            }
-            for group, chosen in members.items()
-        ]
-        contact_sheet.write_script(storage.join(output_uri, "report"), name, groups)
-    return alike, name
-
-
-def _members(
-    rows: list[dict[str, Any]], largest: dict[int, int]
-) -> dict[int, list[dict[str, Any]]]:
-    """The first few members of each of the largest groups."""
-    members: dict[int, list[dict[str, Any]]] = {group: [] for group in largest}
-    for row in rows:
-        if len(members[row["group"]]) < PICTURES_PER_GROUP:
-            members[row["group"]].append(row)
-    return members
-
-
-def _pictures(
-    output_uri: str, suffix: str, rows: list[dict[str, Any]]
-) -> dict[int, dict[str, Any]]:
-    wanted: dict[int, set[int]] = {}
-    for row in rows:
-        wanted.setdefault(contact_sheet.shard_of(row["file"]), set()).add(row["record"])
-
-    def read(shard: int) -> list[dict[str, Any]]:
-        try:
-            return contact_sheet.read_thumbnails(output_uri, shard, suffix, wanted[shard])
-        except BROKEN:  # it is named where the shards are read
-            return []
-
-    with ThreadPoolExecutor(READERS) as pool:
-        return {one["record"]: one for some in pool.map(read, wanted) for one in some}
 
 
 def _remove_old(folder: str, existing: set[str], sheets: Sheets, others: list[str | None]) -> None:

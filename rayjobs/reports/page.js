@@ -294,10 +294,10 @@ const report = (() => {
     if (data.pages[page + by]) go(page + by);
   }
 
-  async function duplicates() {
-    if (!data.duplicates) return;
-    for (const group of await load(data.duplicates)) {
-      $("duplicates").append(node("div", { class: "group" },
+  async function alike(name) {
+    if (!data[name]) return;
+    for (const group of await load(data[name])) {
+      $(name).append(node("div", { class: "group" },
         node("p", { class: "quiet" }, `${group.size.toLocaleString()} alike`),
         node("div", { class: "flow" }, ...group.rows.map((row) => node("figure", { class: "tile" },
           node("img", { src: row.thumb, alt: short(row.prompt), title: row.prompt, loading: "lazy" }),
@@ -306,7 +306,8 @@ const report = (() => {
   }
 
   function start() {
-    duplicates();
+    alike("duplicates");
+    alike("semantic");
     if (!data.pages.length) return;
     $("tools").hidden = false;
     let timer;

@@ -24,6 +24,13 @@ SLOW = 0.6
 """A worker below this share of the median speed is pointed out."""
 
 
+ALIKE = {
+    "duplicates": ("Near-duplicates", "groups of near-duplicates", "have a near-duplicate"),
+    "semantic": ("The same shown", "groups that show the same", "show the same as another"),
+}
+"""What tables of groups are called, by name: as a heading, on a tile, and of images in them."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a page shows beside the manifest's history."""
@@ -39,8 +46,8 @@ class Facts:
     """Failures by reason, the most frequent first: text, count, examples."""
     num_reasons_read: int
     """Failed images whose reason was read."""
-    alike: tuple[int, int] | None
-    """Groups of near-duplicates and the images in them, where they were sought."""
+    alike: Mapping[str, tuple[int, int]]
+    """Groups of near-duplicates and the images in them by their table, where they were sought."""
     unreadable: Sequence[str]
     """What could not be read, and why."""
     made_by: Mapping[str, str]
@@ -54,7 +61,8 @@ def render(history: History, facts: Facts, data: str) -> str:
     here = files("rayjobs.reports")
     parts = {name: (here / f"page.{name}").read_text() for name in ("html", "css", "js")}
     summary = tell(facts.running) + _tiles(history, facts) + _look(history, facts)
-    work = (_duplicates(facts), _reasons(history, facts), _speed(history), _workers(history))
+    alike = (_duplicates(facts, name) for name in ALIKE)
+    work = (*alike, _reasons(history, facts), _speed(history), _workers(history))
     return Template(parts["html"]).substitute(
         title=escape(facts.title),
         recipe=escape(facts.recipe),
@@ -89,10 +97,10 @@ def _tiles(history: History, facts: Facts) -> str:
             pauses = figures.count(len(history.pauses), "pause")
             tiles.append((figures.duration(paused_s), f"in {pauses}, not counted", ""))
     tiles.append((figures.size(history.total("bytes")), "in all", ""))
-    if facts.alike:
-        tiles.append(
-            (f"{facts.alike[0]:,}", "groups of near-duplicates", "bad" if facts.alike[0] else "")
-        )
+    for name, (_, label, _) in ALIKE.items():
+        if name in facts.alike:
+            groups, _ = facts.alike[name]
+            tiles.append((f"{groups:,}", label, "bad" if groups else ""))
     cells = (
         f'<div class="{kind}"><b>{value}</b><span>{label}</span></div>'
         for value, label, kind in tiles
@@ -127,8 +135,9 @@ def _look(history: History, facts: Facts) -> str:
         points.append(
             f"{facts.flagged:,} of the {facts.shown:,} images below are blank or have a warning."
         )
-    if facts.alike and facts.alike[0]:
-        points.append(f"{facts.alike[1]:,} images have a near-duplicate.")
+    for name, (_, _, point) in ALIKE.items():
+        if images := facts.alike.get(name, (0, 0))[1]:
+            points.append(f"{images:,} images {point}.")
     slow = _slow(history)
     if slow:
         points.append(f"{slow:,} workers had less than {SLOW:.0%} of the median worker's speed.")
@@ -263,14 +272,14 @@ def _workers(history: History) -> str:
     )
 
 
-def _duplicates(facts: Facts) -> str:
-    if facts.alike is None or not facts.alike[0]:
+def _duplicates(facts: Facts, name: str) -> str:
+    groups, images = facts.alike.get(name, (0, 0))
+    if not groups:
         return ""
-    groups, images = facts.alike
     return (
-        f"<h2>Near-duplicates</h2><p class='quiet'>{images:,} images in {groups:,} groups, listed "
-        "in <a href='duplicates.parquet'>duplicates.parquet</a>; the largest groups:</p>"
-        "<div id='duplicates'></div>"
+        f"<h2>{ALIKE[name][0]}</h2><p class='quiet'>{images:,} images in {groups:,} groups, listed "
+        f"in <a href='{name}.parquet'>{name}.parquet</a>; the largest groups:</p>"
+        f"<div id='{name}'></div>"
     )
 
 

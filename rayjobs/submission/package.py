@@ -20,18 +20,8 @@ CODE = Path(__file__).parents[1]
 STARTER = "starter"
 NOT_CODE = ("__pycache__", "configs")
 """Folders of the package that no job reads."""
-PLACES = (
-    "uri",
-    "class_uri",
-    "loss_uri",
-    "config",
-    "base",
-    "image",
-    "encoder",
-    "clip",
-    "aesthetic",
-    "safety",
-)
+PLACES = ("uri", "class_uri", "loss_uri", "config", "base", "image", "encoder")
+PLACES += ("clip", "aesthetic", "safety", "pick", "hps", "caption")
 """Keys whose value may be a path."""
 SHOWN = 3
 

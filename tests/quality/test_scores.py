@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rayjobs.config import BadInput
-from rayjobs.quality.scores import Scorer
+from rayjobs.quality.scores import Asked, Scorer
 from rayjobs.starter import components
 
 Make = Callable[[int], Image.Image]
@@ -35,7 +35,10 @@ TOWER = {
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("clip")
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def save_clip(folder: Path) -> str:
     tokenizer = components.save_tokenizer(folder, components.END)
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 77}
     text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
@@ -98,7 +101,7 @@ def embeddings(folder: str, image: Image.Image, text: str) -> tuple[torch.Tensor
 
 
 def test_clip_score_is_the_cosine_that_transformers_gives(clip: str, picture: Make) -> None:
-    scorer = Scorer(clip, None, None)
+    scorer = Scorer(Asked(clip, None, None))
     for number, text in enumerate(("a photo of a red star", "", "Two blue rings, ünïcode")):
         image, words = embeddings(clip, picture(number), text)
         cosine = torch.cosine_similarity(image, words, dim=0).item()
@@ -107,18 +110,36 @@ def test_clip_score_is_the_cosine_that_transformers_gives(clip: str, picture: Ma
         }
 
 
+def test_pick_and_hps_scores_are_as_their_own_code_has_them(clip: str, picture: Make) -> None:
+    """PickScore: `logit_scale.exp() * (text_embs @ image_embs.T)`; HPSv2: without the factor."""
+    scorer = Scorer(Asked(clip, pick=clip, hps=clip, embedding=True))
+    assert len({id(each) for each in scorer.clips.values()}) == 1
+    image, words = embeddings(clip, picture(2), "a red star")
+    cosine = torch.cosine_similarity(image, words, dim=0).item()
+    scale = CLIPModel.from_pretrained(clip).logit_scale.exp().item()
+    found = scorer.score(picture(2), "a red star")
+    assert found.pop("embedding") == pytest.approx((image / image.norm()).tolist(), abs=1e-5)
+    assert found == {
+        "clip_score": pytest.approx(cosine, abs=1e-5),
+        "pick_score": pytest.approx(scale * cosine, abs=1e-4),
+        "hps_score": pytest.approx(cosine, abs=1e-5),
+    }
+    alone = Scorer(Asked(clip)).score(picture(2), "a red star")
+    assert alone["clip_score"] == found["clip_score"]  # to the last bit
+
+
 def test_a_long_prompt_is_cut_to_the_models_length(clip: str, picture: Make) -> None:
-    scorer = Scorer(clip, None, None)
+    scorer = Scorer(Asked(clip, None, None))
     cut, longer = ("red star " * n for n in (40, 60))
     assert scorer.score(picture(0), cut + "circle") == scorer.score(picture(0), longer)
 
 
 def test_a_score_depends_on_picture_and_prompt_alone(clip: str, picture: Make) -> None:
-    scorer = Scorer(clip, None, None)
+    scorer = Scorer(Asked(clip, None, None))
     first = scorer.score(picture(0), "a red star")
     scorer.score(picture(1).resize((200, 90)), "a circle " * 90)
     assert scorer.score(picture(0), "a red star") == first
-    assert Scorer(clip, None, None).score(picture(0).convert("RGBA"), "a red star") == first
+    assert Scorer(Asked(clip, None, None)).score(picture(0).convert("RGBA"), "a red star") == first
 
 
 @pytest.mark.parametrize("prefix", ["layers.", "", "model.mlp.", "aesthetic."])
@@ -129,7 +150,7 @@ def test_aesthetic_score_is_the_predictor_over_the_unit_embedding(
     image, _ = embeddings(clip, picture(4), "a")
     with torch.inference_mode():
         expected = predictor(image / image.norm()).item()
-    found = Scorer(clip, path, None).score(picture(4), "a")
+    found = Scorer(Asked(clip, path, None)).score(picture(4), "a")
     assert found["aesthetic_score"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -142,7 +163,7 @@ def test_a_single_layer_is_a_predictor(
     save_file({f"{prefix}weight": weight.half(), f"{prefix}bias": bias}, path)
     image, _ = embeddings(clip, picture(4), "a")
     expected = (weight @ (image / image.norm()) + bias).item()
-    found = Scorer(clip, str(path), None).score(picture(4), "a")
+    found = Scorer(Asked(clip, str(path), None)).score(picture(4), "a")
     assert found["aesthetic_score"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -160,7 +181,7 @@ def test_unsafe_score_is_the_probability_of_unsafe_labels(
 ) -> None:
     folder = classifier(tmp_path, *labels)
     shares = probabilities(folder, picture(5))
-    found = Scorer(None, None, folder).score(picture(5), "")
+    found = Scorer(Asked(None, None, folder)).score(picture(5), "")
     assert found == {"unsafe_score": pytest.approx(sum(shares[n] for n in unsafe), abs=1e-5)}
 
 
@@ -168,7 +189,7 @@ def test_all_scores_together_in_bfloat16(clip: str, picture: Make, tmp_path: Pat
     path, _ = laion(tmp_path / "predictor.safetensors")
     folder = classifier(tmp_path / "safety", "normal", "nsfw")
     half, full = (
-        Scorer(clip, path, folder, "cpu", dtype).score(picture(6), "a red star")
+        Scorer(Asked(clip, path, folder), "cpu", dtype).score(picture(6), "a red star")
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert list(half) == ["clip_score", "aesthetic_score", "unsafe_score"]
@@ -177,7 +198,7 @@ def test_all_scores_together_in_bfloat16(clip: str, picture: Make, tmp_path: Pat
 
 def refused(clip: str | None, aesthetic: str | None, safety: str | None) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        Scorer(clip, aesthetic, safety)
+        Scorer(Asked(clip, aesthetic, safety))
     return str(error.value)
 
 
@@ -234,4 +255,4 @@ def test_a_file_that_is_no_predictor_is_refused(clip: str, tmp_path: Path) -> No
         assert f"quality.aesthetic: {path}" in refused(clip, str(path), None)
     save_file({"layers.0.gain": torch.ones(1, WIDTH)}, tmp_path / "odd.safetensors")
     with pytest.raises(BadInput, match="is not linear"):
-        Scorer(clip, str(tmp_path / "odd.safetensors"), None)
+        Scorer(Asked(clip, str(tmp_path / "odd.safetensors"), None))

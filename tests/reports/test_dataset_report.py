@@ -240,8 +240,9 @@ def test_large_pictures_have_a_large_view_of_their_own(tmp_path: Path) -> None:
     assert len(found[name]["rows"][0]["thumb"]) < 12_000 < len(large[0]) < len(image) / 4
 
 
+@pytest.mark.parametrize("name", ["duplicates", "semantic"])
 def test_the_largest_groups_of_duplicates_are_shown(
-    tmp_path: Path, small: Callable[[int], bytes]
+    tmp_path: Path, small: Callable[[int], bytes], name: str
 ) -> None:
     uri = str(tmp_path)
     for shard in range(2):
@@ -253,11 +254,12 @@ def test_the_largest_groups_of_duplicates_are_shown(
         "image_id": ["x"] * 5,
         "file": [f"data/shard-{record // 4:08d}.parquet" for _, record in members],
     }
-    pq.write_table(pa.table(table), tmp_path / "duplicates.parquet")
+    pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
     dataset_report.write(uri)
     page, data = page_data(uri)
     assert "5 images in 2 groups" in page
-    groups = scripts(uri)[data["duplicates"]]
+    assert f"<div id='{name}'>" in page
+    groups = scripts(uri)[data[name]]
     assert [(one["size"], [r["record"] for r in one["rows"]]) for one in groups] == [
         (3, [0, 1, 5]),
         (2, [2, 6]),

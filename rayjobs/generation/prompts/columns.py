@@ -17,8 +17,9 @@ from rayjobs.dataset.records import COLUMNS, OPTIONAL, OVERRIDES, SCORES, SYNTAX
 from rayjobs.diffusion.text.syntax import check_syntax
 from rayjobs.generation.prompts.files import Chunk
 
-RESERVED = {*COLUMNS, *OPTIONAL, *(name for name, _ in SCORES.values())}
+RESERVED = {*COLUMNS, *OPTIONAL, *(SCORES[key][0] for key in ("clip", "aesthetic", "safety"))}
 RESERVED -= {*OVERRIDES, "prompt"}
+"""The other scores' columns, such as `caption`, are reserved in jobs alone that ask for them."""
 MAX_COLUMNS = 1000
 EXACT_FLOATS = 2**53
 """Beyond this, not every whole number is a float."""

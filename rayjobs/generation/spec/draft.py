@@ -22,7 +22,6 @@ from rayjobs.dataset.formats import check_schema
 from rayjobs.dataset.lock import (
     Segment,
 )
-from rayjobs.dataset.records import SCORES, canonical_json
 from rayjobs.diffusion import weights
 from rayjobs.diffusion.adapters import notes
 from rayjobs.diffusion.facts import Usual, adapter_usual, file_name
@@ -40,6 +39,7 @@ from rayjobs.generation.prompts.snapshot import (
     write_snapshot,
 )
 from rayjobs.generation.resolved import ResolvedConfig, model_name
+from rayjobs.generation.spec import scorers
 from rayjobs.generation.spec.lock import (
     job_part,
     record_schema,
@@ -76,10 +76,10 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     """
     storage.check(config.output.uri, write=True)
     loras = [lora.uri for lora in config.model.loras]
-    scorers = [getattr(config.quality, name) for name in SCORES]
+    scoring = scorers.named(config.quality).values()
     controls = [uri for each in config.controls for uri in (each.uri, each.image)]
     controls += [it for each in config.ip_adapters for it in (each.uri, each.encoder, each.image)]
-    named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scorers, *controls)
+    named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scoring, *controls)
     for uri in named:
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
@@ -90,7 +90,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     controls_sha256 = _check_controls(config, model)
     ip_adapters_sha256 = _check_ip_adapters(config, model)
     _check_passes(config, model)
-    scorers_sha256 = _hash_scorers(config)
+    scorers_sha256 = scorers.check(config.quality)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
         num_prompts = write_snapshot(config.prompts, str(prompts), model.family)
@@ -99,6 +99,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
         rows = Snapshot(str(prompts))
         _check_sampler_column(config, rows, model)
         _check_picture_columns(config, rows)
+        scorers.check_columns(config, rows.columns)
         spec = Spec(config, rows, ImageNames(str(names)) if names.exists() else ())
         if not confirmed:
             _check_size(config, spec.num_records)
@@ -299,22 +300,6 @@ def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
     warning = usual.warning(config.sampler.own_steps or usual.steps, guidance)
     if warning is not None:
         print(f"warning: sampler: {warning}", file=sys.stderr)
-
-
-def _hash_scorers(config: GenerateConfig) -> dict[str, str]:
-    """Hash of each scoring model that is a file or a folder; a hub id stands for itself."""
-    digests = {}
-    for name in SCORES:
-        uri = getattr(config.quality, name)
-        if uri is None:
-            continue
-        path = Path(storage.to_local(uri))
-        if not path.exists() and (path.is_absolute() or uri.startswith(".")):
-            raise BadInput(f"quality.{name}: {uri} does not exist")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        hashes = [(p.name, weights.sha256_of(p)) for p in files if p.is_file()]
-        digests[name] = hashlib.sha256(canonical_json(hashes or uri)).hexdigest()
-    return digests
 
 
 def _named(key: str, check: Callable[[], T]) -> T:

@@ -18,6 +18,7 @@ from rayjobs.dataset.records import (
     SCORES,
     pictures,
     schema,
+    scores_asked,
 )
 from rayjobs.generation.config import ECONOMY, GenerateConfig, economy_of
 from rayjobs.generation.prompts.snapshot import ImageNames, Snapshot
@@ -93,7 +94,7 @@ def record_of(spec: Spec, segment: Segment, number: int) -> Record:
 
 def record_schema(config: GenerateConfig, rows: Any) -> pa.Schema:
     """The columns of a job's records."""
-    scores = [name for name in SCORES if getattr(config.quality, name) is not None]
+    scores = scores_asked(dict(config.quality))
     optional = optional_columns(config, rows)
     return schema(rows.passed_through, scores, optional, stored_columns(config))
 
@@ -108,15 +109,16 @@ def data_set_schema(uri: str, lock: Lock) -> pa.Schema:
         whole = pa.unify_schemas(schemas)
     except pa.ArrowException as error:
         raise BadInput(f"{uri}: its segments' columns do not go together: {error}") from None
-    scores = [score for score in SCORES if _has(whole, score)]
-    return schema(passed_through(whole), scores, whole.names, pictures(whole)[1:])
+    scores = _scores(lock)
+    return schema(passed_through(whole, lock), scores, whole.names, pictures(whole)[1:])
 
 
-def passed_through(whole: pa.Schema) -> list[pa.Field]:
+def passed_through(whole: pa.Schema, lock: Lock) -> list[pa.Field]:
     """The records' columns that come from prompt files."""
-    own = {*COLUMNS, *OPTIONAL, *pictures(whole), *(name for name, _ in SCORES.values())}
+    own = {*COLUMNS, *OPTIONAL, *pictures(whole), *(SCORES[score][0] for score in _scores(lock))}
     return [field for field in whole if field.name not in own]
 
 
-def _has(whole: pa.Schema, score: str) -> bool:
-    return SCORES[score][0] in whole.names
+def _scores(lock: Lock) -> list[str]:
+    """Those of every segment; by their keys, since a prompt file may have a column `caption`."""
+    return scores_asked(lock.segments[-1].job.get("quality", {}))

@@ -115,7 +115,7 @@ def _find_segment(lock: Lock, draft: JobDraft, extend: bool) -> tuple[JobDraft, 
 
 def _with_columns_of(lock: Lock, draft: JobDraft) -> JobDraft:
     """The draft with the columns that records of the data set have: one schema for all shards."""
-    wanted = passed_through(data_set_schema(draft.config.output.uri, lock))
+    wanted = passed_through(data_set_schema(draft.config.output.uri, lock), lock)
     path = draft.prompts.with_name("like.parquet")
     write_like(wanted, str(draft.prompts), str(path))
     segment = draft.segment.model_copy(update={"prompts_sha256": weights.sha256_of(path)})
@@ -178,7 +178,7 @@ def _new_part(lock: Lock, draft: JobDraft) -> Segment:
     if last.job["output"] != segment.job["output"]:
         raise BadInput("--extend cannot change output.*: all shards of a data set are of one kind")
     for score in SCORES:
-        old, new = (each.job["quality"].get(score) is None for each in (last, segment))
+        old, new = (not each.job["quality"].get(score) for each in (last, segment))
         if old != new:
             raise BadInput(
                 f"--extend cannot change whether records have a {SCORES[score][0]}: "

@@ -24,7 +24,7 @@ from rayjobs.generation.tools import hub
 from rayjobs.generation.tools.export_config import ExportConfig, ExportOutput
 from rayjobs.generation.tools.exporter import ShardExporter, build
 from rayjobs.provenance.keys import Provenance
-from rayjobs.quality import duplicates
+from rayjobs.quality import table
 
 NUM_THREADS = 3
 LOCK = "export.lock.json"
@@ -128,7 +128,7 @@ def _identity(source_uri: str, lock: Lock, config: ExportConfig) -> dict[str, An
     output |= _marks(config)
     # Of equal shares in another order, other images would be in the splits.
     values["splits"] = [[name, share] for name, share in config.splits.items()]
-    table_sha256 = duplicates.table_sha256(source_uri) if config.drop_duplicates else None
+    table_sha256 = table.sha256(source_uri, name) if (name := config.duplicates) else None
     source = {"source": lock.fingerprint, "duplicates_sha256": table_sha256}
     return {"version": 1} | source | output | values
 

@@ -10,6 +10,7 @@ from rayjobs.config import Config
 from rayjobs.generation.tools import hub
 from rayjobs.generation.tools.filters import parse
 from rayjobs.provenance.keys import Provenance
+from rayjobs.quality import duplicates, semantic
 
 
 class ExportOutput(Config):
@@ -51,8 +52,15 @@ class ExportConfig(Config):
     """Shares by name, such as {train: 0.9, test: 0.1}; an image is always in the same one."""
     columns: tuple[str, ...] = ()
     """Keep only these, and image, record and prompt; without any, all."""
-    drop_duplicates: bool = False
-    """Keep only the first picture of each group in the source's duplicates.parquet."""
+    drop_duplicates: bool | Literal["semantic"] = False
+    """Keep only the first picture of each group in the source's duplicates.parquet; with semantic
+    of each in its semantic.parquet, where it has embeddings."""
+
+    @property
+    def duplicates(self) -> str | None:
+        """The source's table of those that are to be dropped."""
+        tables = {True: duplicates.FILE, "semantic": semantic.FILE}
+        return tables.get(self.drop_duplicates)
 
     @field_validator("where", "columns", mode="before")
     @classmethod

@@ -32,7 +32,7 @@ from rayjobs.images.credentials import Signing
 from rayjobs.images.encode import encode_picture, extension_of
 from rayjobs.images.parameters import parameters_text
 from rayjobs.provenance import marks
-from rayjobs.quality import duplicates
+from rayjobs.quality import table
 from rayjobs.reports import card
 
 REQUIRED_COLUMNS = ("image", "record", "prompt")
@@ -192,9 +192,9 @@ def build(uri: str, lock: Lock, config: ExportConfig) -> ShardExporter:
         source_schema=schema,
         schema=kept,
         conditions=conditions,
-        dropped_records=duplicates.repeated(uri)
-        if config.drop_duplicates
-        else np.empty(0, np.int64),
+        dropped_records=np.empty(0, np.int64)
+        if config.duplicates is None
+        else table.repeated(uri, config.duplicates),
         splits=config.splits or {"train": 1.0},
         digits=len(str(max(0, lock.num_shards - 1))),
         image_format=config.output.image_format or own,

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rayjobs import storage
-from rayjobs.dataset.records import ENGINE_VERSION, SCORES, SYNTAX, Row, image_id
+from rayjobs.dataset.records import ENGINE_VERSION, SYNTAX, Row, image_id, scores_asked
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.side import beside_steps
@@ -28,7 +28,7 @@ from rayjobs.images import watermark
 from rayjobs.images.encode import encode_picture
 from rayjobs.images.parameters import parameters_text
 from rayjobs.models import loading, warming
-from rayjobs.quality import pixels
+from rayjobs.quality import kinds, pixels
 
 BATCHES_AHEAD = 2
 """Init images are read and decoded this much ahead, and finished pictures wait this much."""
@@ -253,10 +253,12 @@ def _fixed(value: Any) -> Any:
 
 def load_scorer(config: QualityConfig, model: Model) -> Any:
     """The encoders that a configuration names, or None."""
-    uris = {name: getattr(config, name) for name in SCORES}
-    if not any(uris.values()):
+    asked = {name: getattr(config, name) for name in scores_asked(dict(config))}
+    if not asked:
         return None
-    from rayjobs.quality.scores import Scorer
+    from rayjobs.quality.scores import Asked, Scorer
 
-    local = {name: None if uri is None else storage.to_local(uri) for name, uri in uris.items()}
-    return Scorer(**local, device=str(model.device), dtype=model.dtype)
+    local: dict[str, Any] = {
+        k: storage.to_local(uri) if k in kinds.MODELS else uri for k, uri in asked.items()
+    }
+    return Scorer(Asked(**local), str(model.device), model.dtype)

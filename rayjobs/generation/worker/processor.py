@@ -13,7 +13,7 @@ from pydantic import Field
 
 from rayjobs import storage
 from rayjobs.config import BadInput, Config
-from rayjobs.dataset.records import OVERRIDES, SCORES, Row, schema
+from rayjobs.dataset.records import OVERRIDES, Row, schema, scores_asked
 from rayjobs.diffusion.text.syntax import PromptSyntax
 from rayjobs.generation.config import (
     ECONOMY,
@@ -116,7 +116,7 @@ class ImageStep:
         determinism.pin(job.workers)
         name = model_name(job.model.uri)
         self.generator = RecordGenerator(job, name, self.config.guided)
-        scores = [name for name in SCORES if getattr(job.quality, name) is not None]
+        scores = scores_asked(dict(job.quality))
         whole = schema(scores=scores, optional=optional_columns(job, InlinePrompts(job.prompts)))
         # Rows have no record number here.
         self.schema = pa.schema([field for field in whole if field.name != "record"])

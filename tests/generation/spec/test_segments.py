@@ -18,7 +18,7 @@ from rayjobs.generation import job
 from rayjobs.generation.config import GenerateConfig
 from rayjobs.generation.resolved import resolve
 from rayjobs.generation.spec.draft import open_draft
-from rayjobs.generation.spec.lock import config_of
+from rayjobs.generation.spec.lock import config_of, data_set_schema
 from rayjobs.generation.tools.verify import verify
 from rayjobs.generation.worker.shards import ShardWorker
 from tests import headers
@@ -148,6 +148,15 @@ def test_all_segments_have_the_columns_of_the_first(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"unsafe_score: leave quality\.safety out"):
         job.prepare(scored, extend=True)
     assert read_lock(str(tmp_path / "out")) == lock
+
+
+def test_a_caption_of_the_prompt_file_stays_what_it_is(tmp_path: Path) -> None:
+    first = from_file(tmp_path, "1.jsonl", '{"prompt": "a", "k": 1, "caption": "x"}\n')
+    lock = job.prepare(first)
+    assert data_set_schema(first.output.uri, lock).names[-2:] == ["k", "caption"]
+    asked = {"quality": first.quality.model_copy(update={"caption": "a/hub-id"})}
+    with pytest.raises(BadInput, match=r"has a column 'caption', which quality\.caption writes"):
+        job.prepare(first.model_copy(update=asked), extend=True)
 
 
 def test_a_job_that_made_nothing_gives_way_to_another(tmp_path: Path) -> None:

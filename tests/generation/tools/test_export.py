@@ -173,6 +173,18 @@ def test_only_the_first_of_a_group_is_kept(tmp_path: Path) -> None:
     assert left == [0, 1, 2, 3, 4, 6, 8, 9, 10]
 
 
+def test_what_shows_the_same_is_dropped_where_that_is_asked(tmp_path: Path) -> None:
+    uri = generate(tmp_path)
+    config = configure_export(tmp_path / "out", drop_duplicates="semantic")
+    with pytest.raises(BadInput, match=r"semantic.parquet is missing; `rayjobs report"):
+        export.run(uri, config)
+    pq.write_table(pa.table({"group": [0, 0], "record": [3, 8]}), Path(uri) / "semantic.parquet")
+    export.run(uri, config)
+    assert 8 not in [row["record"] for row in rows(str(tmp_path / "out"))]
+    with pytest.raises(BadInput, match="drop_duplicates: "):
+        export.run(uri, configure_export(tmp_path / "out"))
+
+
 def test_another_export_is_refused_with_the_difference(source: str, tmp_path: Path) -> None:
     export.run(source, configure_export(tmp_path / "out", where=["seed == 1"]))
     with pytest.raises(BadInput, match=r'where: \["seed == 1"\] there, \["seed == 2"\] now'):
