@@ -73,8 +73,8 @@ def write(uri: str, cosine: float | None = None) -> dict[str, int] | None:
     if number > MAX_PICTURES:
         raise BadInput(
             f"{uri} has {number:,} records, more than the {MAX_PICTURES:,} whose embeddings are "
-            "compared; make parts of it in several output.uri, or group the column embedding of an "
-            "export to Lance by its vector index"
+            "compared; make parts of it in several output.uri, or group its column embedding by an "
+            "index of vectors, of a database that has one"
         )
     shards = table.read_shards(
         manifest, "embedding", ["embedding"], lambda rows: pack([row["embedding"] for row in rows])
