@@ -12,6 +12,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -76,6 +77,28 @@ def save_inpainting(folder: Path, to: Path) -> Path:
     torch.manual_seed(1)
     pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
     pipeline.save_pretrained(to)
+    return to
+
+
+def save_refiner(folder: Path, to: Path) -> Path:
+    """A refiner beside an SDXL model: one text encoder, and a score among the sizes."""
+    torch.manual_seed(2)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    width = {"cross_attention_dim": 32, "projection_class_embeddings_input_dim": 32 + 5 * 8}
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        vae=pipeline.vae,
+        unet=UNet2DConditionModel.from_config({**pipeline.unet.config, **xl, **width}),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=CLIPTextModelWithProjection(pipeline.text_encoder_2.config),
+        tokenizer_2=pipeline.tokenizer_2,
+        scheduler=pipeline.scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    refiner.save_pretrained(to)
     return to
 
 

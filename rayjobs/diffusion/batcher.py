@@ -2,7 +2,8 @@
 
 Owns the order of rows: first come first served within a shape, shapes by turns. Knows nothing of
 tensors: a row is anything with an `id`, the `shape` of its latents and the length of its texts,
-that says which `share` of its slots it takes now, and whether it `reuses` deep features.
+that says whose model's row it is, which `share` of its slots it takes now, and whether it `reuses`
+deep features.
 """
 
 from collections import OrderedDict
@@ -15,6 +16,8 @@ class _Row(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
+    def refiner(self) -> str | None: ...
+    @property
     def num_chunks(self) -> int: ...
     @property
     def share(self) -> float: ...
@@ -23,6 +26,7 @@ class _Row(Protocol):
 
 
 R = TypeVar("R", bound=_Row)
+_Shape = tuple[str | int | None, ...]
 
 
 class BatchPolicy(Protocol[R]):
@@ -40,13 +44,14 @@ class Batcher(Generic[R]):
     """At most `max_rows` rows of one shape go together, or more where some take a share of their
     slots; the rest of that shape wait.
 
-    Texts of another length are another shape: what a call computes has its longest text's. Rows
+    Texts of another length are another shape: what a call computes has its longest text's; rows of
+    another model are too. Rows
     that reuse deep features have calls of their own too: those go first that fill one best.
     """
 
     def __init__(self, max_rows: int):
         self.max_rows = max_rows
-        self._by_shape: OrderedDict[tuple[int, ...], list[R]] = OrderedDict()
+        self._by_shape: OrderedDict[_Shape, list[R]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._by_shape.values())
@@ -76,5 +81,5 @@ class Batcher(Generic[R]):
         return max(calls.values(), key=lambda rows: sum(row.share for row in rows))
 
 
-def _shape(row: _Row) -> tuple[int, ...]:
-    return (*row.shape, row.num_chunks)
+def _shape(row: _Row) -> "_Shape":
+    return row.refiner, *row.shape, row.num_chunks

@@ -5,6 +5,7 @@ shape and the dtype, and nothing else. Knows nothing of where requests come from
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import count, islice, product
 from time import perf_counter
 from typing import Any
@@ -13,22 +14,17 @@ import torch
 from PIL.Image import Image
 from PIL.Image import new as new_image
 
-from rayjobs.diffusion.adapters.bank import LoraBank
 from rayjobs.diffusion.batcher import Batcher, BatchPolicy
-from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.faults import check, row_reason
-from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank
 from rayjobs.diffusion.model import Model
+from rayjobs.diffusion.refiner.bank import Refiners
+from rayjobs.diffusion.refiner.network import Network
 from rayjobs.diffusion.request import SIZE_MULTIPLE, Lora, Request, Result
-from rayjobs.diffusion.row import Row, prepare_row
-from rayjobs.diffusion.text.encoder import PromptEncoder
-from rayjobs.diffusion.unet_batch import UNetBatch
+from rayjobs.diffusion.row import Parts, Row, prepare_row
 from rayjobs.diffusion.vae.latents import decode_latents
 from rayjobs.diffusion.vae.preview import Preview, Previewer
 from rayjobs.diffusion.vae.worker import VaeWorker
 
-PROMPT_CACHE = 512
-"""Chunks of texts whose embeddings are kept."""
 MAX_BATCHES_AHEAD = 3
 """Requests that `generate` draws beyond those of a call, in batches."""
 
@@ -60,18 +56,15 @@ class Engine:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
         self.model = model
-        alone = fixed_shape and model.device.startswith("cuda")
-        self.loras = LoraBank(model, exact=fixed_shape and not alone)
-        self.controls = ControlBank(model)
-        self.ip_adapters = IpAdapterBank(model)
-        self.prompts = PromptEncoder(
-            model, self.loras, 1 if alone else max_rows, PROMPT_CACHE, fixed_shape=fixed_shape
+        build = partial(
+            Network, max_rows=max_rows, slots=slots or 2 * max_rows, fixed_shape=fixed_shape
         )
+        self._own = own = build(model)
+        self.loras, self.controls, self.ip_adapters = own.loras, own.controls, own.ip_adapters
+        self.prompts, self._unet_batch = own.prompts, own.unet_batch
+        self.refiners = Refiners(model, build)
         self.rows: dict[int, Row] = {}
         self._batcher: BatchPolicy[Row] = Batcher(max_rows) if batcher is None else batcher
-        self._unet_batch = UNetBatch(
-            model, self.loras, slots or 2 * max_rows, fixed_shape=fixed_shape, alone=alone
-        )
         self._traced_s = model.trace_warmup_s  # by this model's other engines
         self._vae = VaeWorker(model, isolate_oom)
         self._previewer = Previewer(model)
@@ -119,11 +112,10 @@ class Engine:
                     loras=tuple(Lora(path=path, scale=of) for path, of in self.loras.fused),
                     **(_all_masked() if self.model.needs_mask else {}),
                 )
-                rows = [prepare_row(n, asked, self.model, *self._banks) for n in range(number)]
+                rows = [prepare_row(n, asked, self._parts) for n in range(number)]
                 for row in rows:
                     if not row.is_ready:
-                        row.encode_init(self.model)
-                self._encode_prompts(rows)
+                        row.encode_init()
                 self._predict_noise(rows)
                 assert rows[0].latents is not None
                 decode_latents(rows[0].latents, self.model)
@@ -133,7 +125,7 @@ class Engine:
         """Queue a request; it joins at the next step. An invalid one comes back as a failure."""
         row_id = next(self._ids)
         try:
-            row = prepare_row(row_id, request, self.model, *self._banks)
+            row = prepare_row(row_id, request, self._parts)
         except Exception as error:  # an invalid request must not stop the others
             reason = row_reason(error)
             self._failed.append(Result(id=row_id, request=request, error=reason))
@@ -179,8 +171,11 @@ class Engine:
         return results
 
     @property
-    def _banks(self) -> tuple[LoraBank, ControlBank, IpAdapterBank]:
-        return self.loras, self.controls, self.ip_adapters
+    def _parts(self) -> Parts:
+        return Parts(self.model, self.loras, self.controls, self.ip_adapters, self.refiners)
+
+    def _network(self, refiner: str | None) -> Network:
+        return self._own if refiner is None else self.refiners.load(refiner)
 
     def _step(self, started_s: float) -> list[Row]:
         self._vae.poll(block=not len(self._batcher))
@@ -208,18 +203,23 @@ class Engine:
         """Requests to have at once: more where rows of several shapes wait for calls of their own,
         which would else be half empty."""
         rows = list(self.rows.values())
-        shapes = {(row.shape, row.num_chunks, row.reuses) for row in rows}
+        shapes = {(row.refiner, row.shape, row.num_chunks, row.reuses) for row in rows}
         room = sum(1 - row.share for row in rows)  # what rows have given back of their slots
         calls = 1 + min(max(1, len(shapes)), MAX_BATCHES_AHEAD)
         return calls * self._batcher.max_rows + int(room)
 
     def _predict_noise(self, rows: list[Row]) -> list[torch.Tensor]:
+        noise: dict[Row, torch.Tensor] = {}
         try:
-            self._encode_prompts(rows)
-            return self._unet_batch.predict_noise(rows)
+            for refiner in dict.fromkeys(row.refiner for row in rows):
+                mine = [row for row in rows if row.refiner == refiner]
+                network = self._network(refiner)
+                self._encode_prompts(mine, network)
+                noise |= zip(mine, network.unet_batch.predict_noise(mine), strict=True)
         except (RuntimeError, MemoryError) as error:
             check(error)
             raise
+        return [noise[row] for row in rows]
 
     def _join_encoded(self) -> None:
         """Rows whose init image is encoded join the batch; those whose image failed leave."""
@@ -231,16 +231,17 @@ class Engine:
             else:
                 self._fail(row, error)
 
-    def _encode_prompts(self, rows: list[Row]) -> None:
+    def _encode_prompts(self, rows: list[Row], network: Network) -> None:
         """Embed the prompts of new rows, and of waiting rows as far as the encoder's batch goes."""
         new = [row for row in rows if row.embeddings is None]
         if not new:
             return
-        waiting = [row for row in self.rows.values() if row.embeddings is None and row not in new]
-        new += waiting[: max(0, self.prompts.batch - len(new))]
+        others = [row for row in self.rows.values() if row.refiner == new[0].refiner]
+        waiting = [row for row in others if row.embeddings is None and row not in new]
+        new += waiting[: max(0, network.prompts.batch - len(new))]
         texts = [text for row in new for text in row.texts]
         started_s = perf_counter()
-        embeddings = iter(self.prompts.encode(texts))
+        embeddings = iter(network.prompts.encode(texts))
         self.side_s += perf_counter() - started_s
         for row in new:
             row.embeddings = {text: next(embeddings) for text in row.texts}
@@ -273,7 +274,8 @@ class Engine:
                 continue
             results.append(row.result(image=image, pixels=pixels_CHW, error=error))
         if not self.rows:
-            self._unet_batch.forget()
+            for network in (self._own, *self.refiners.networks):
+                network.unet_batch.forget()
         return results
 
     def _fail(self, row: Row, reason: str) -> None:

@@ -75,6 +75,8 @@ class Model:
     usual: Usual
     """The steps and guidance that it is made for."""
     options: ModelOptions = field(default_factory=ModelOptions)
+    is_refiner: bool = False
+    """Whether its UNet is told an aesthetic score, and made for drawing over another's latents."""
     compiled: Compiled | None = None
     """Its compiled calls, which models on the same UNet have in common."""
 
@@ -230,6 +232,7 @@ def assemble(
         device=device,
         usual=usual or facts.usual(family, scheduler_config(pipeline.scheduler), unet_config),
         options=options,
+        is_refiner=bool(getattr(pipeline.config, "requires_aesthetics_score", False)),
         compiled=_compiled(pipeline, options, device),
     )
 

@@ -4,7 +4,7 @@ Owns the request's texts, sampler, generator and latents. Knows nothing of the o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from rayjobs.diffusion.economy.plan import Call, count_slots, plan_calls
 from rayjobs.diffusion.facts import LATENTS, Usual
 from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank, RowIpAdapter
 from rayjobs.diffusion.model import Model
-from rayjobs.diffusion.passes import Via
+from rayjobs.diffusion.passes import Pass, Way
+from rayjobs.diffusion.refiner.bank import Refiners, check_same_latents, check_same_schedule
 from rayjobs.diffusion.request import (
     SIZE_MULTIPLE,
     Request,
@@ -24,7 +25,7 @@ from rayjobs.diffusion.request import (
     check_side,
     check_strength,
 )
-from rayjobs.diffusion.sampler import Sampler, Steps
+from rayjobs.diffusion.sampler import Sampler, Span, Steps
 from rayjobs.diffusion.sampler_names import check_schedule_taken
 from rayjobs.diffusion.text.encoder import Embedding, Text
 from rayjobs.diffusion.text.said import said_by
@@ -34,6 +35,8 @@ from rayjobs.diffusion.vae.latents import draw_noise, encode_image, fitted
 from rayjobs.diffusion.vae.worker import decode_row
 from rayjobs.images.decode import open_image, open_mask
 
+AESTHETIC_SCORES = 2.5, 6.0
+"""Of the negative text and of the prompt, as diffusers tells them a refiner."""
 NO_MASK = (
     "the model only makes masked parts of a picture anew, and the request has no mask; give "
     "init_image and mask (all white for the whole picture), or take another model"
@@ -55,6 +58,17 @@ class Parts(NamedTuple):
     loras: LoraBank
     controls: ControlBank
     ip_adapters: IpAdapterBank
+    refiners: Refiners | None = None
+    """Models that its passes may name."""
+
+    def of_pass(self, each: Pass) -> "Parts":
+        """Those of the pass's own model, where it names one."""
+        if each.model is None:
+            return self
+        if self.refiners is None:
+            raise ValueError("a pass of another model is not made here; leave its model out")
+        other = self.refiners.load(each.model)
+        return Parts(other.model, other.loras, other.controls, other.ip_adapters, self.refiners)
 
 
 @dataclass(eq=False)
@@ -72,6 +86,7 @@ class Row:
     id: int
     request: Request
     settings: Request
+    model: Model
     sampler: Sampler
     generator: torch.Generator
     guidance_scale: float
@@ -79,7 +94,8 @@ class Row:
     said: list[tuple[Text, ...]]
     calls: tuple[Call, ...]
     loras: LoraUse
-    size_ids: list[float]
+    size_ids: list[list[float]]
+    """What SDXL's UNet is told beside each slot's text."""
     controls: tuple[RowControl, ...] = ()
     ip_adapters: tuple[RowIpAdapter, ...] = ()
     init_1CHW: torch.Tensor | None = None
@@ -93,7 +109,9 @@ class Row:
     warnings: tuple[str, ...] = ()
     """What of the request is not done as asked, apart from its texts."""
     number: int = 0
-    via: Via = "pixel"
+    way: Way = "pixel"
+    refiner: str | None = None
+    """The path of the model whose row it is; None of the engine's own."""
     before: "Row | None" = None
     """The row of the pass before, until its picture is taken over."""
     then: "Row | None" = None
@@ -190,14 +208,15 @@ class Row:
         self._shown = self.sampler.scale_input(self.latents)
         return self._shown if self.inpainting is None else self.inpainting.input(self._shown)
 
-    def encode_init(self, model: Model) -> None:
+    def encode_init(self) -> None:
         """First latents from the init image, or from what the pass before made, drawing from the
         generator as diffusers does."""
         if self.before is not None:
             before, self.before = self.before, None
-            self._take_over(before, model)
+            self._take_over(before)
         if self.is_ready:
             return
+        model = self.model
         assert self.init_1CHW is not None
         init_1CHW, self.init_1CHW = self.init_1CHW, None
         if self.inpainting is not None:
@@ -208,24 +227,30 @@ class Row:
         noise_1CHW = draw_noise(self.generator, self.shape, model)
         self.latents = self.sampler.noised(init_1CHW, noise_1CHW)
 
-    def _take_over(self, before: "Row", model: Model) -> None:
+    def _take_over(self, before: "Row") -> None:
         assert before.latents is not None
-        if self.via == "latent":
+        model = self.model
+        if self.way == "as is":
+            self.latents = resized_latents(before.latents, self.shape)
+            return
+        if self.way == "latent":
             init_1CHW = resized_latents(before.latents, self.shape)
             self.latents = self.sampler.noised(
                 init_1CHW, draw_noise(self.generator, self.shape, model)
             )
             return
-        image = decode_row(before, model)[1]
+        image = decode_row(before)[1]
         height, width = (side * model.vae_scale for side in self.shape[1:])
         self.init_1CHW = resized_picture(image, width, height, model)
-        self._mask(model)
+        self._mask()
 
-    def _mask(self, model: Model) -> None:
+    def _mask(self) -> None:
         if self.request.mask is not None:
             assert self.init_1CHW is not None
             mask = open_mask(self.request.mask)
-            self.inpainting = Inpainting(mask, self.init_1CHW, self.request.keep_unmasked, model)
+            self.inpainting = Inpainting(
+                mask, self.init_1CHW, self.request.keep_unmasked, self.model
+            )
 
     def follow(self) -> "Row":
         """The row of the next pass, which begins with what this one has made."""
@@ -252,50 +277,66 @@ class Row:
         return Result(id=self.id, request=self.request, warnings=tuple(warnings), **outcome)
 
 
-def prepare_row(
-    row_id: int,
-    request: Request,
-    model: Model,
-    loras: LoraBank,
-    controls: ControlBank,
-    ip_adapters: IpAdapterBank,
-) -> Row:
+def prepare_row(row_id: int, request: Request, parts: Parts) -> Row:
     """Check a request against the model and make its row, and those of its passes; an init image is
     opened, not yet encoded.
 
     Raises ValueError or ImportError saying what is wrong with the request.
     """
     request.check()
+    model = parts.model
     if model.needs_mask and request.mask is None:
         raise ValueError(NO_MASK)
     image = None if request.init_image is None else open_image(request.init_image)
     width, height = _size(request, image, model)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    parts = Parts(model, loras, controls, ip_adapters)
-    first = Row(
-        id=row_id,
-        request=request,
-        **_of_pass(request, (width, height), image is not None, generator, parts),
-    )
+    span = _span(request, 0, None if image is None else request.strength)
+    own = _of_pass(request, (width, height), span, generator, parts)
+    first = Row(id=row_id, request=request, **own)
     if image is None:
         first.latents = first.sampler.start(draw_noise(generator, first.shape, model))
     else:
         first.init_1CHW = fitted(image, width, height, model)
-        first._mask(model)
-    row = first
-    for number, each in enumerate(request.passes, start=1):
-        width, height = each.size(width, height, max(SIZE_MULTIPLE, model.vae_scale))
-        settings = each.settings(request, width, height)
-        own = _of_pass(settings, (width, height), True, generator, parts)
-        row.then = Row(id=row_id, request=request, number=number, via=each.via, **own)
+        first._mask()
+    row, size = first, (width, height)
+    for each in request.passes:
+        row.then, size = _following(row, each, size, parts)
         row = row.then
     return first
+
+
+def _following(
+    before: Row, each: Pass, size: tuple[int, int], parts: Parts
+) -> tuple[Row, tuple[int, int]]:
+    """The row of the pass after a row, and its picture's size."""
+    of_first, parts, request = parts.model, parts.of_pass(each), before.request
+    width, height = each.size(*size, max(SIZE_MULTIPLE, of_first.vae_scale, parts.model.vae_scale))
+    settings = each.settings(request, width, height)
+    own_sampler = type(before.sampler.scheduler).__name__
+    if each.way == "as is" and settings.sampler is None:
+        settings = replace(settings, sampler=own_sampler)
+    number = before.number + 1
+    span = _span(request, number, settings.strength)
+    own = _of_pass(settings, (width, height), span, before.generator, parts)
+    row = Row(id=before.id, request=request, number=number, way=each.way, refiner=each.model, **own)
+    if each.way != "pixel":
+        check_same_latents(before.model, row.model)
+    if each.way == "as is":
+        check_same_schedule(before.sampler.scheduler.config, row.sampler.scheduler.config)
+    return row, (width, height)
+
+
+def _span(request: Request, number: int, strength: float | None) -> Span:
+    """What a pass goes through of its schedule, up to where the next one goes on."""
+    starts = [None, *(each.denoising_start for each in request.passes), None]
+    start, end = starts[number], starts[number + 1]
+    return Span(strength if start is None else None, start, end)
 
 
 def _of_pass(
     settings: Request,
     size: tuple[int, int],
-    from_image: bool,
+    span: Span,
     generator: torch.Generator,
     parts: Parts,
 ) -> dict[str, Any]:
@@ -306,14 +347,14 @@ def _of_pass(
     guidance = settings.guidance_scale
     guidance = usual.guidance_scale if guidance is None else guidance
     steps = _steps(settings, usual, model)
-    if from_image:
+    if span.strength is not None:
         check_strength(settings.strength, steps.num)
     sampler = Sampler(
         settings.sampler,
         settings.sampler_options,
         loras.sampler_config(use),
         steps,
-        settings.strength if from_image else None,
+        span,
         generator,
     )
     said = said_by(settings, guidance, use, model, len(sampler.timesteps))
@@ -326,6 +367,7 @@ def _of_pass(
     width, height = size
     return {
         "settings": settings,
+        "model": model,
         "sampler": sampler,
         "generator": generator,
         "guidance_scale": guidance,
@@ -333,11 +375,19 @@ def _of_pass(
         "said": said,
         "calls": calls,
         "loras": use,
-        "size_ids": [height, width, 0, 0, height, width],
+        "size_ids": _size_ids(width, height, len(said), model),
         "controls": parts.controls.of_row(settings.controls, size, len(sampler.timesteps)),
         "ip_adapters": parts.ip_adapters.of_row(settings.ip_adapters),
         "warnings": tuple(filter(None, warnings)),
     }
+
+
+def _size_ids(width: int, height: int, num_texts: int, model: Model) -> list[list[float]]:
+    """Of each text, the negative one first; a refiner is told how good a picture is to be."""
+    size: list[float] = [height, width, 0, 0]
+    if model.is_refiner:
+        return [[*size, score] for score in AESTHETIC_SCORES[-num_texts:]]
+    return [[*size, height, width]] * num_texts
 
 
 def _size(request: Request, image: Image | None, model: Model) -> tuple[int, int]:
@@ -378,7 +428,8 @@ def _calls(request: Request, sampler: Sampler, num_texts: int, model: Model) -> 
             "on the blocks that it leaves out; leave one of them out"
         )
     interval = request.guidance_interval if num_texts > 1 else None
-    return plan_calls(len(sampler.timesteps), sampler.num_skipped, interval, request.cache_interval)
+    num, every = len(sampler.timesteps), request.cache_interval
+    return plan_calls(num, sampler.num_skipped, interval, every, sampler.num_left)
 
 
 def _unguided(request: Request, calls: tuple[Call, ...]) -> str | None:

@@ -85,14 +85,48 @@ class Steps(NamedTuple):
         return {name: list(values) for name, values in both.items() if values is not None}
 
 
+class Span(NamedTuple):
+    """Which part of its schedule a row goes through.
+
+    From a picture the last part, as long as `strength` says; or what is between the shares `start`
+    and `end` of all noise levels, as by `denoising_start` and `denoising_end` of diffusers'
+    pipelines.
+    """
+
+    strength: float | None = None
+    start: float | None = None
+    end: float | None = None
+
+    def first(self, scheduler: Any, num: int) -> int:
+        """The first call of a schedule of `num` steps."""
+        if self.start is None:
+            strength = 1.0 if self.strength is None else self.strength
+            return max(num - min(int(num * strength), num), 0) * int(scheduler.order)
+        left = int((scheduler.timesteps < _level(self.start, scheduler)).sum())
+        # Of two calls a step the first one is made again, as diffusers has it.
+        left += scheduler.order == 2 and left % 2 == 0
+        return len(scheduler.timesteps) - left
+
+    def last(self, scheduler: Any) -> int:
+        """Before which call it ends."""
+        if self.end is None:
+            return len(scheduler.timesteps)
+        return int((scheduler.timesteps >= _level(self.end, scheduler)).sum())
+
+
+def _level(share: float, scheduler: Any) -> int:
+    """The timestep at a share of all noise levels."""
+    num = scheduler.config.num_train_timesteps
+    return round(num - share * num)
+
+
 class Sampler:
     """One row's sampler: its schedule tables stay on the CPU, so that no step waits for a device.
 
     `config` is that of the model's own sampler, with its class as `_class_name`.
     `timesteps` are the UNet calls left to make at the start: 7 steps are 13 for Heun, 16 for PNDM.
-    `strength` below 1 starts late, as diffusers' image-to-image pipelines do.
 
-    Raises ValueError when the schedule cannot be made for that many steps.
+    Raises ValueError when the schedule cannot be made for that many steps, or has none in the span.
     """
 
     def __init__(
@@ -101,7 +135,7 @@ class Sampler:
         options: Mapping[str, Any],
         config: Mapping[str, Any],
         steps: Steps,
-        strength: float | None,
+        span: Span,
         generator: torch.Generator,
     ):
         name = name or config["_class_name"]
@@ -125,13 +159,13 @@ class Sampler:
                 f"sampler {name!r} has no {asked} ({first_line(error)}); "
                 f"ask for {way_out} or another sampler"
             ) from None
-        first = 0
-        if strength is not None:
+        if (span.strength, span.start) != (None, None):
             check_begins_anywhere(name, sampler_class)
-            order = self.scheduler.order
-            first = max(steps.num - min(int(steps.num * strength), steps.num), 0) * order
-        self.timesteps = self.scheduler.timesteps[first:]
-        self.num_skipped = first
+        first, last = span.first(self.scheduler, steps.num), span.last(self.scheduler)
+        if last <= first:
+            raise ValueError(_no_step(span, steps.num))
+        self.timesteps = self.scheduler.timesteps[first:last]
+        self.num_skipped, self.num_left = first, len(self.scheduler.timesteps) - last
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
         self.position = 0
@@ -191,3 +225,10 @@ class Sampler:
         seed = self.scheduler.noise_sampler_seed
         tree = BrownianTreeNoiseSampler(like_1CHW, low, high, seed)
         self.scheduler.noise_sampler = lambda *span: upload(tree(*span), device)
+
+
+def _no_step(span: Span, num: int) -> str:
+    share, side = (span.end, "before") if span.end is not None else (span.start, "after")
+    return (
+        f"denoising_start {share} leaves none of {num} steps {side} it; give another, or more steps"
+    )

@@ -180,7 +180,9 @@ class UNetBatch:
         }
         if self.model.family == "sdxl":
             # float32 up to the sinusoid: bfloat16 would round 1023 to 1024.
-            size_ids = torch.tensor([row.size_ids for row, _ in slots], dtype=torch.float32)
+            size_ids = torch.tensor(
+                [row.size_ids[slot] for row, slot in slots], dtype=torch.float32
+            )
             pooled = [e.pooled_1D for e in embeddings if e.pooled_1D is not None]
             arguments["added_cond_kwargs"] = {
                 "text_embeds": torch.cat(pooled),

@@ -41,6 +41,10 @@ from rayjobs.diffusion.files.versions import (
 from rayjobs.diffusion.sampler_names import PREDICTIONS, Prediction
 
 STARTER = Path(__file__).parents[1] / "starter" / "model"
+REFINER = (
+    "is an SDXL refiner, which draws over what another model made; name it as the model of one of "
+    "passes, and give a base model here"
+)
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
 
 
@@ -63,6 +67,8 @@ class Weights:
     """What the caller and the files call it."""
     variants: Mapping[str, str | None] = field(default_factory=dict)
     """Of a folder's parts with weights."""
+    is_refiner: bool = False
+    """Whether it only draws over what another model made."""
 
     @property
     def family(self) -> str:
@@ -230,6 +236,7 @@ class Source:
     """Which model: `starter`, a local folder or file, or a hub id; and what it does not say itself.
 
     The other fields are those of `Weights`; `revision` is a branch, tag or commit of the hub id.
+    `follows` says that it is to draw over what another model made, which a refiner may do.
     """
 
     uri: str
@@ -237,6 +244,7 @@ class Source:
     base: str | None = None
     revision: str | None = None
     prediction_type: str | None = None
+    follows: bool = False
 
 
 def locate(source: str | Source) -> Weights:
@@ -253,6 +261,8 @@ def locate(source: str | Source) -> Weights:
         found = _single_file(path)
     else:
         found = _folder(path if path.is_dir() else download(uri, source.revision), uri)
+    if found.is_refiner and not source.follows:
+        raise ValueError(f"model {uri!r} {REFINER}")
     if source.base is not None and found.single is None:
         raise ValueError(f"model {uri!r} is whole; base is for a file that lacks parts")
     found = replace(
@@ -319,13 +329,12 @@ def _folder(folder: Path, uri: str) -> Weights:
     class_name = str(index.get("_class_name"))
     if class_name not in FAMILIES:
         raise ValueError(f"model {uri!r} is a {class_name}; supported are {', '.join(FAMILIES)}")
-    if index.get("requires_aesthetics_score"):
-        raise ValueError(f"model {uri!r} is an SDXL refiner, which this engine does not run")
-    family = FAMILIES[class_name]
-    refuse_pickles([folder / name for name in PARTS[family] if (index.get(name) or [None])[0]])
-    variants = check_folder(folder, family, index)
-    unet = read_json(folder / "unet" / "config.json")
-    return Weights(folder, class_name, names=facts.names_of(index, unet), variants=variants)
+    is_refiner = bool(index.get("requires_aesthetics_score"))
+    kind = "refiner" if is_refiner else FAMILIES[class_name]
+    refuse_pickles([folder / name for name in PARTS[kind] if (index.get(name) or [None])[0]])
+    variants = check_folder(folder, kind, index)
+    names = facts.names_of(index, read_json(folder / "unet" / "config.json"))
+    return Weights(folder, class_name, names=names, variants=variants, is_refiner=is_refiner)
 
 
 def _inside(folder: Path) -> str:

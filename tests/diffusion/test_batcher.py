@@ -12,6 +12,7 @@ class Row:
     num_chunks: int = 1
     share: float = 1.0
     reuses: bool = False
+    refiner: str | None = None
 
 
 def ids(rows: list[Row]) -> list[int]:

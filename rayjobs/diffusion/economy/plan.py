@@ -26,15 +26,17 @@ def plan_calls(
     skipped: int = 0,
     guidance_interval: Sequence[float] | None = None,
     cache_interval: int = 1,
+    left: int = 0,
 ) -> tuple[Call, ...]:
-    """The `num` calls that a row makes of its schedule, the first ones `skipped`.
+    """The `num` calls that a row makes of its schedule, the first ones `skipped` and the
+    last ones `left`.
 
     Guidance is on from share to share of the whole schedule, as in diffusers' guiders. All blocks
     are computed at every n-th call, and where guidance sets in: of the text that it needs nothing
     was kept.
     """
     start, end = guidance_interval or (0.0, 1.0)
-    total = skipped + num
+    total = skipped + num + left
     guided = range(int(start * total) - skipped, int(end * total) - skipped)
     whole, was_guided = [], False
     for n in range(num):

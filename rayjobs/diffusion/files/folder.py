@@ -18,34 +18,37 @@ PICKLES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
 PARTS = {
     "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     "sd": ("unet", "vae", "text_encoder", "tokenizer"),
+    "refiner": ("unet", "vae", "text_encoder_2", "tokenizer_2"),
 }
 LAYOUTS = {"UNet2DConditionModel": layout.unet, "AutoencoderKL": layout.vae}
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 OLD_NAMES = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
 """Of an autoencoder's attention, in files that diffusers wrote before 0.18."""
-SIZE_NUMBERS = 6
-"""Sizes and places that SDXL's UNet is told; a refiner's takes five."""
+SIZE_NUMBERS = {"sdxl": 6, "refiner": 5}
+"""What SDXL's UNet is told beside texts: size, place and size again; a refiner's size, place and an
+aesthetic score."""
 MOST_NAMED = 3
 
 
-def check_folder(folder: Path, family: str, index: Mapping[str, Any]) -> dict[str, str | None]:
+def check_folder(folder: Path, kind: str, index: Mapping[str, Any]) -> dict[str, str | None]:
     """The variant to load of each part that has weights, such as fp16; None is the plain one.
 
-    `index` is model_index.json. Raises ValueError for a part that is missing, a file that is
-    damaged, tensors that do not fit the part's configuration, and parts that do not fit each other.
+    `kind` is one of PARTS, `index` model_index.json. Raises ValueError for a part that is missing,
+    a file that is damaged, tensors that do not fit the part's configuration, and parts that do not
+    fit each other.
     """
-    for name in PARTS[family]:
+    for name in PARTS[kind]:
         for file in (folder / name).glob("*.safetensors"):
             read_header(file)
-    _check_index(folder, family, index)
+    _check_index(folder, kind, index)
     configs = {}
-    for name in PARTS[family]:
+    for name in PARTS[kind]:
         if name.startswith("tokenizer"):
             check_tokenizer(folder / name)
         else:
             configs[name] = read_json(folder / name / "config.json")
     check_unet(folder, configs["unet"])
-    _check_fit(folder, configs)
+    _check_fit(folder, kind, configs)
     return {
         name: _check_weights(folder / name, config, str(index[name][1]))
         for name, config in configs.items()
@@ -101,12 +104,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_index(folder: Path, family: str, index: Mapping[str, Any]) -> None:
-    for name in PARTS[family]:
-        kind = index.get(name)
-        if not (isinstance(kind, list) and len(kind) == 2 and all(kind)):
+def _check_index(folder: Path, kind: str, index: Mapping[str, Any]) -> None:
+    for name in PARTS[kind]:
+        said = index.get(name)
+        if not (isinstance(said, list) and len(said) == 2 and all(said)):
             raise ValueError(
-                f"model {str(folder)!r} has no {name}: model_index.json says {kind!r}; give a "
+                f"model {str(folder)!r} has no {name}: model_index.json says {said!r}; give a "
                 "folder with all parts"
             )
 
@@ -227,7 +230,7 @@ def _modern(name: str) -> str:
     return name
 
 
-def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_fit(folder: Path, kind: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ValueError when parts do not fit: of another model, say."""
     unet = configs["unet"]
     encoders = [config for name, config in configs.items() if name.startswith("text_encoder")]
@@ -238,7 +241,7 @@ def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
             f"model {str(folder)!r}: its text encoders give {width} numbers a token, its UNet "
             f"reads {reads}; parts of two models are mixed"
         )
-    _check_sizes(folder, unet, configs.get("text_encoder_2", {}))
+    _check_sizes(folder, SIZE_NUMBERS.get(kind), unet, configs.get("text_encoder_2", {}))
     channels = configs["vae"].get("latent_channels", LATENTS)
     if channels != unet.get("out_channels", LATENTS):
         raise ValueError(
@@ -247,17 +250,19 @@ def _check_fit(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         )
 
 
-def _check_sizes(folder: Path, unet: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
+def _check_sizes(
+    folder: Path, numbers: int | None, unet: Mapping[str, Any], encoder: Mapping[str, Any]
+) -> None:
     """Raise ValueError for a UNet that reads other numbers beside texts than SDXL's does."""
     reads = unet.get("projection_class_embeddings_input_dim")
     width, pooled = unet.get("addition_time_embed_dim"), encoder.get("projection_dim")
     if not (isinstance(reads, int) and isinstance(width, int) and isinstance(pooled, int)):
         return
-    given = pooled + SIZE_NUMBERS * width
+    given = reads if numbers is None else pooled + numbers * width
     if given != reads:
         raise ValueError(
             f"model {str(folder)!r}: its UNet reads {reads} numbers of text and size, of which it "
-            f"gets {given}; it is a refiner's, or of another model"
+            f"gets {given}; it is of another model: a refiner's takes 5 numbers, a base's 6"
         )
 
 

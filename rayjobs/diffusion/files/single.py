@@ -213,7 +213,8 @@ def _check_unet(header: Header, prefix: str | None, parts: frozenset[str]) -> No
     is_refiner = any(name.startswith(larger) for name in header.names)
     if is_refiner or (parts == {"unet"} and _width(header) == 1280):
         raise ValueError(
-            f"{header.path} is an SDXL refiner, which this engine does not run; give a base model"
+            f"{header.path} is an SDXL refiner, which is no base model; give its diffusers "
+            "folder as the model of one of passes"
         )
 
 

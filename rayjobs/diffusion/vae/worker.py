@@ -34,7 +34,6 @@ class VaeWorker:
     """
 
     def __init__(self, model: Model, isolate_oom: bool = False):
-        self.model = model
         self.isolate_oom = isolate_oom
         beside = model.device.startswith("cuda")
         self._executor: _Executor = _SideExecutor(model.device) if beside else _InlineExecutor()
@@ -43,11 +42,11 @@ class VaeWorker:
 
     def encode(self, row: Row) -> None:
         """Make the first latents of a row from its init image, or from the pass before."""
-        self._encoding[self._executor.submit(row.encode_init, self.model)] = row
+        self._encoding[self._executor.submit(row.encode_init)] = row
 
     def decode(self, row: Row, keep_pixels: bool = False) -> None:
         """Make the picture of a row that has taken its last step, and keep its float pixels."""
-        work = self._executor.submit(decode_row, row, self.model, keep_pixels)
+        work = self._executor.submit(decode_row, row, keep_pixels)
         self._decoding[work] = row
 
     def cancel(self, row: Row) -> None:
@@ -133,27 +132,27 @@ class _SideExecutor:
             wait(futures, return_when=FIRST_COMPLETED)
 
 
-def decode_row(row: Row, model: Model, keep_pixels: bool = False) -> Decoded:
+def decode_row(row: Row, keep_pixels: bool = False) -> Decoded:
     """A finished row's picture.
 
     Once more where memory lacks: what steps have left may be enough, but not in one piece.
     """
     try:
-        return _decode(row, model, keep_pixels)
+        return _decode(row, keep_pixels)
     except Exception as error:
         if not lacks_memory(error):
             raise
     # Not before: with the error its traceback is gone, and what was computed so far.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return _decode(row, model, keep_pixels)
+    return _decode(row, keep_pixels)
 
 
-def _decode(row: Row, model: Model, keep_pixels: bool) -> Decoded:
+def _decode(row: Row, keep_pixels: bool) -> Decoded:
     assert row.latents is not None
     if not torch.isfinite(row.latents).all():
         raise ValueError(NOT_FINITE)
-    pixels_CHW = decode_latents(row.latents, model)[0]
+    pixels_CHW = decode_latents(row.latents, row.model)[0]
     if not torch.isfinite(pixels_CHW).all():
         raise ValueError("the decoded picture is not finite (NaN or infinity)")
     if row.inpainting is not None:

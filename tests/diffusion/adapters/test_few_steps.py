@@ -12,13 +12,13 @@ from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.diffusion.row import Row, prepare_row
+from rayjobs.diffusion.row import Parts, Row, prepare_row
 from tests.diffusion.adapters import formats_kohya
 from tests.diffusion.adapters.made import make, write
 
 
 def row_of(request: Request, model: Model, bank: LoraBank) -> Row:
-    return prepare_row(0, request, model, bank, ControlBank(model), IpAdapterBank(model))
+    return prepare_row(0, request, Parts(model, bank, ControlBank(model), IpAdapterBank(model)))
 
 
 @pytest.mark.parametrize(

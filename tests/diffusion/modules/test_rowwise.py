@@ -8,7 +8,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.rowwise import use_for_activations
 from rayjobs.diffusion.request import Request
-from rayjobs.diffusion.row import prepare_row
+from rayjobs.diffusion.row import Parts, prepare_row
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -30,8 +30,8 @@ def test_an_activation(num_threads: int, layout: torch.memory_format) -> None:
 def test_a_text(tiny: Model) -> None:
     """Of a model whose layers are of odd widths."""
     engine = Engine(tiny)
-    banks = engine.loras, engine.controls, engine.ip_adapters
-    rows = [prepare_row(n, Request(prompt=f"a text {n}"), tiny, *banks) for n in range(4)]
+    parts = Parts(tiny, engine.loras, engine.controls, engine.ip_adapters)
+    rows = [prepare_row(n, Request(prompt=f"a text {n}"), parts) for n in range(4)]
     texts = [row.texts[-1] for row in rows]
     first = Engine(tiny, max_rows=4).prompts.encode(texts)
     again = Engine(tiny, max_rows=4).prompts.encode(texts[::-1])[::-1]
