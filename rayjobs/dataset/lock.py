@@ -21,6 +21,7 @@ LOCATIONS += ("model.base", "model.revision")
 LOCATIONS += (
     "controls",
     "ip_adapters",
+    "passes",
     "model.loras",
     "model.words",
     "quality.clip",
@@ -50,6 +51,8 @@ class Segment(Config):
     """Of ControlNets and of the pictures that all records follow, with their settings."""
     ip_adapters_sha256: tuple[str, ...] = Field(default=(), exclude_if=lambda given: not given)
     """Of IP-Adapters with their encoders, likewise."""
+    passes_sha256: tuple[str, ...] = Field(default=(), exclude_if=lambda given: not given)
+    """Of the passes' settings, with the hashes of models of their own."""
     scorers_sha256: dict[str, str] = Field(default_factory=dict)
     guided: bool
     """Whether any record may use guidance: it decides the shape of every UNet call."""
@@ -97,7 +100,7 @@ class Segment(Config):
             mode="json",
             include={"job", "prompts_sha256", "num_prompts", "init_sha256"}
             | {"model_sha256", "loras_sha256", "controls_sha256", "ip_adapters_sha256"}
-            | {"scorers_sha256", "guided", "engine_version"},
+            | {"passes_sha256", "scorers_sha256", "guided", "engine_version"},
         )
         flat = _flat(parts)
         return {k: v for k, v in flat.items() if k.removeprefix("job.") not in LOCATIONS}

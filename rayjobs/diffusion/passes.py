@@ -61,6 +61,11 @@ class Pass:
         return {name: value for name in KEPT if (value := getattr(self, name)) is not None}
 
     @property
+    def own_strength(self) -> float:
+        """As given, else STRENGTH."""
+        return STRENGTH if self.strength is None else self.strength
+
+    @property
     def way(self) -> Way:
         return self.via if self.denoising_start is None else "as is"
 
@@ -82,13 +87,17 @@ class Pass:
             raise ValueError(f"scale is {self.scale!r}; it must be in 1 .. {MOST_SCALE:g}")
         if self.via not in get_args(Via):
             raise ValueError(f"via is {self.via!r}; it must be pixel or latent")
-        if self.denoising_start is not None:
-            self._check_handed_over(request)
+        self.check_start()
+        if self.denoising_start is not None and request.mask is not None:
+            raise ValueError("denoising_start goes on without the mask; use strength instead")
         if self.via == "latent" and request.mask is not None:
             raise ValueError("via is latent, but a mask needs the picture; take via pixel")
 
-    def _check_handed_over(self, request: Request) -> None:
+    def check_start(self) -> None:
+        """Raise ValueError for what does not go with `denoising_start`."""
         share = self.denoising_start
+        if share is None:
+            return
         if not isinstance(share, int | float) or not 0 < share < 1:
             raise ValueError(f"denoising_start is {share!r}; it must be between 0 and 1")
         if self.model is None:
@@ -99,8 +108,6 @@ class Pass:
         if self.scale != 1 or self.via != "pixel":
             name = "via" if self.scale == 1 else "scale"
             raise ValueError(f"denoising_start hands latents over as they are; leave {name} out")
-        if request.mask is not None:
-            raise ValueError("denoising_start goes on without the mask; use strength instead")
 
     def size(self, width: int, height: int, multiple: int) -> tuple[int, int]:
         """Width and height of what it makes of a picture of this size."""
@@ -118,8 +125,7 @@ class Pass:
             own |= {"timesteps": None, "sigmas": None}
         if self.sampler is not None and self.sampler_options is None:
             own["sampler_options"] = {}
-        strength = STRENGTH if self.strength is None else self.strength
-        return replace(before, width=width, height=height, strength=strength, **own)
+        return replace(before, width=width, height=height, strength=self.own_strength, **own)
 
 
 def final_size(

@@ -320,7 +320,7 @@ def _following(
     own = _of_pass(settings, (width, height), span, before.generator, parts)
     row = Row(id=before.id, request=request, number=number, way=each.way, refiner=each.model, **own)
     if each.way != "pixel":
-        check_same_latents(before.model, row.model)
+        check_same_latents(before.model.vae.config, row.model.vae.config)
     if each.way == "as is":
         check_same_schedule(before.sampler.scheduler.config, row.sampler.scheduler.config)
     return row, (width, height)

@@ -146,6 +146,13 @@ class Weights:
         return values if told is None else facts.as_told(values, told)
 
     @property
+    def vae_config(self) -> dict[str, Any] | None:
+        """Of its autoencoder; None of a single file without a configuration at hand."""
+        folder = self.path if self.single is None else self.config_folder
+        own = {} if self.single is None else self.single.latents
+        return None if folder is None else {**read_json(folder / "vae" / "config.json"), **own}
+
+    @property
     def scheduler_name(self) -> str:
         """The class of the model's own sampler."""
         return str(self.scheduler["_class_name"])

@@ -370,7 +370,8 @@ class GenerateConfig(Config):
             check_strength(min(self.parameters.strength or (self.init.strength,)), steps)
         for number, each in enumerate(self.passes):
             try:
-                check_strength(each.strength, each.steps or steps)
+                if each.denoising_start is None:
+                    check_strength(each.asked.own_strength, each.steps or steps)
             except ValueError as error:
                 raise ValueError(f"passes.{number}: {error}") from None
         for name in ("timesteps", "sigmas"):

@@ -29,6 +29,7 @@ def resolve(config: GenerateConfig) -> ResolvedConfig:
     named = [(values["model"], key) for key in ("uri", "config", "base")]
     named += [(values["quality"], key) for key in kinds.MODELS]
     named += [(control, key) for control in values.get("controls", ()) for key in ("uri", "image")]
+    named += [(each, "model") for each in values.get("passes", ())]
     keys = ("uri", "encoder", "image")
     named += [(each, key) for each in values.get("ip_adapters", ()) for key in keys]
     for part, key in named:  # a path, or a name that a hub or the package knows

@@ -103,9 +103,10 @@ def to_source(config: SourceConfig | str) -> Source:
     """The same with what is elsewhere fetched to this machine. Raises StorageError."""
     if isinstance(config, str):
         return Source(uri=storage.to_local(config))
-    keys = {name: getattr(config, name) for name in SourceConfig.model_fields}
+    keys: dict[str, Any] = {name: getattr(config, name) for name in SourceConfig.model_fields}
     places = {name: keys[name] for name in ("uri", "config", "base") if keys[name] is not None}
-    return Source(**keys | {name: storage.to_local(uri) for name, uri in places.items()})
+    keys |= {name: storage.to_local(uri) for name, uri in places.items()}
+    return Source(**keys)
 
 
 def is_folder(uri: str) -> bool:

@@ -183,7 +183,7 @@ def estimate(
     each = count_slots(calls, slots)
     for number, later in enumerate(request.passes, start=1):
         wide, high = final_size(request.passes[:number], *size, scale)
-        made = max(1, int((later.steps or request.steps) * later.strength))
+        made = max(1, int((later.steps or request.steps) * later.own_strength))
         each += made * slots * wide * high / (size[0] * size[1])
     return _shape(size, scale), each * len(request.seeds)
 

@@ -113,13 +113,10 @@ def call(
     ).images
 
 
-@pytest.mark.parametrize("fixed_shape", [True, False])
-def test_equals_diffusers(
-    folders: dict[str, Path], refiner: Path, picture: Picture, fixed_shape: bool
-) -> None:
+def test_equals_diffusers(folders: dict[str, Path], refiner: Path, picture: Picture) -> None:
     base = folders["sdxl"]
     requests = refined(refiner, base, picture)
-    engine = Engine(load_model(str(base)), 8, fixed_shape=fixed_shape)
+    engine = Engine(load_model(str(base)), 8, fixed_shape=False)
     results = made(engine, [*requests, *plain(picture)])
     begun = {it.seed: replace(it, passes=()) for it in requests if it.seed == 5}
     pictures = {seed: result.image for seed, result in made(engine, list(begun.values())).items()}
@@ -134,10 +131,10 @@ def test_rows_keep_their_bits(
     tiny: Model, folders: dict[str, Path], refiner: Path, picture: Picture
 ) -> None:
     """Those of one model beside some of two, and those of two beside whatever."""
-    others, requests = plain(picture), refined(refiner, folders["sdxl"], picture)
-    mixed = made(Engine(tiny, 8), [*requests, *others])
-    for apart in (others, requests[1:3]):
-        for seed, result in made(Engine(tiny, 8), apart).items():
+    others, requests = plain(picture)[:2], refined(refiner, folders["sdxl"], picture)[:3]
+    mixed = made(Engine(tiny, 4), [*requests, *others])
+    for apart in (others, requests[1:2]):
+        for seed, result in made(Engine(tiny, 4), apart).items():
             assert torch.equal(mixed[seed].pixels, result.pixels), seed
 
 
@@ -172,7 +169,7 @@ def others(folders: dict[str, Path], refiner: Path, tmp_path: Path) -> Others:
         ("0.0001 leaves none of 5 steps before it", "", {"denoising_start": 0.0001}),
         ("0.999 leaves none of 5 steps after it", "", {"denoising_start": 0.999}),
         ("model '/is/not/here'", "/is/not/here", {}),
-        ("have scaling_factor 0.18215, those of vae 0.5", "vae", {"denoising_start": 0.5}),
+        ("have scaling_factor 0.18215, those of the pass's 0.5", "vae", {"denoising_start": 0.5}),
         ("hand over the picture instead", "vae", {"via": "latent", "strength": 0.5}),
         ("beta_end is 0.012 there and 0.02 here", "betas", {"denoising_start": 0.5}),
         ("only makes masked parts of pictures anew", "fill", {"strength": 0.5}),

@@ -6,9 +6,9 @@ calls of its rows.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from rayjobs.diffusion.facts import vae_scale
 from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.refiner.network import Network
 from rayjobs.diffusion.weights import Source
@@ -20,6 +20,10 @@ SCHEDULE = (
     *("timestep_spacing", "steps_offset"),
 )
 """Settings of a sampler that decide which noise level belongs to a step."""
+
+LATENTS = {"scaling_factor": 0.18215, "latents_mean": None, "latents_std": None}
+LATENTS |= {"shift_factor": None, "latent_channels": 4}
+"""Settings of an autoencoder that decide what its latents are, with diffusers' defaults."""
 
 
 @dataclass
@@ -46,17 +50,14 @@ class Refiners:
         return list(self._loaded.values())
 
 
-def check_same_latents(before: Model, after: Model) -> None:
-    """Raise ValueError unless one model's latents are the other's."""
-    if before is after:
-        return
+def check_same_latents(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise ValueError unless autoencoders of two configurations have the same latents."""
     one, other = _latents(before), _latents(after)
     for key, value in one.items():
         if other[key] != value:
             raise ValueError(
-                f"latents of {Path(before.uri).name} have {key} {value}, those of "
-                f"{Path(after.uri).name} {other[key]}; hand over the picture instead, by strength "
-                "and via pixel"
+                f"latents of the model before have {key} {value}, those of the pass's "
+                f"{other[key]}; hand over the picture instead, by strength and via pixel"
             )
 
 
@@ -71,7 +72,6 @@ def check_same_schedule(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
             )
 
 
-def _latents(model: Model) -> dict[str, Any]:
-    config = model.vae.config
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "latent_channels")
-    return {name: config.get(name) for name in names} | {"pixels a side": model.vae_scale}
+def _latents(vae: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: vae.get(name, usual) for name, usual in LATENTS.items()}
+    return found | {"pixels a side": vae_scale(vae)}

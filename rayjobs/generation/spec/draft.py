@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 
@@ -39,7 +38,8 @@ from rayjobs.generation.prompts.snapshot import (
     write_snapshot,
 )
 from rayjobs.generation.resolved import ResolvedConfig, model_name
-from rayjobs.generation.spec import scorers
+from rayjobs.generation.spec import passes, scorers
+from rayjobs.generation.spec.keys import named
 from rayjobs.generation.spec.lock import (
     job_part,
     record_schema,
@@ -49,8 +49,6 @@ from rayjobs.images.decode import open_control, open_reference
 from rayjobs.images.edges import check_preprocess
 from rayjobs.models import exports
 from rayjobs.models.facts import find_weights, unpinned
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,9 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     scoring = scorers.named(config.quality).values()
     controls = [uri for each in config.controls for uri in (each.uri, each.image)]
     controls += [it for each in config.ip_adapters for it in (each.uri, each.encoder, each.image)]
-    named = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scoring, *controls)
-    for uri in named:
+    controls += [each.model for each in config.passes]
+    uris = (config.prompts.uri, config.init.uri, config.model.uri, *loras, *scoring, *controls)
+    for uri in uris:
         if uri is not None and storage.is_remote(uri):
             storage.check(uri)
     model = _check_model(config)
@@ -89,7 +88,7 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
     _warn_of_use(config, usual)
     controls_sha256 = _check_controls(config, model)
     ip_adapters_sha256 = _check_ip_adapters(config, model)
-    _check_passes(config, model)
+    passes_sha256 = passes.check(config, model)
     scorers_sha256 = scorers.check(config.quality)
     with tempfile.TemporaryDirectory() as folder:
         prompts, names = Path(folder) / "prompts.parquet", Path(folder) / "names.parquet"
@@ -112,12 +111,13 @@ def open_draft(config: ResolvedConfig, confirmed: bool = False) -> Generator[Job
             num_prompts=num_prompts,
             init_sha256=weights.sha256_of(names) if names.exists() else None,
             model_name=model_name(config.model.uri),
-            model_sha256=_named(
+            model_sha256=named(
                 "model.words", lambda: exports.identity(model.sha256, config.model.words)
             ),
             loras_sha256=loras_sha256,
             controls_sha256=controls_sha256,
             ip_adapters_sha256=ip_adapters_sha256,
+            passes_sha256=passes_sha256,
             scorers_sha256=scorers_sha256,
             guided=_is_guided(config, rows),
             num_records=spec.num_records,
@@ -156,9 +156,9 @@ def _check_model(config: GenerateConfig) -> weights.Weights:
     own = config.sampler.name or model.scheduler_name
     axis = config.parameters.sampler
     for key, name in [("parameters.sampler", n) for n in axis] or [("sampler", own)]:
-        _named(key, partial(_check_sampler, name, config, model))
+        named(key, partial(_check_sampler, name, config, model))
     if model.single is not None:
-        _named("model.config", model.load_config_folder)
+        named("model.config", model.load_config_folder)
     return model
 
 
@@ -167,7 +167,7 @@ def _check_sampler_column(config: GenerateConfig, rows: Snapshot, model: weights
         return
     for name in filter(None, rows.distinct("sampler")):
         check = partial(_check_sampler, name, config, model)
-        _named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
+        named(f"prompts.uri: column sampler of {config.prompts.uri}", check)
 
 
 def _check_sampler(name: str, config: GenerateConfig, model: weights.Weights) -> None:
@@ -183,19 +183,6 @@ def _check_sampler(name: str, config: GenerateConfig, model: weights.Weights) ->
         check_schedule_taken(name, "timesteps", model.prediction, own)
 
 
-def _check_passes(config: GenerateConfig, model: weights.Weights) -> None:
-    """Raise BadInput for a pass whose sampler cannot draw the model, or begin from a picture."""
-    from rayjobs.diffusion.sampler import check_begins_anywhere, resolve
-
-    own = config.parameters.sampler or (config.sampler.name or model.scheduler_name,)
-    for number, each in enumerate(config.passes):
-        options = each.sampler_options or ({} if each.sampler else config.sampler.options)
-        for name in (each.sampler,) if each.sampler else own:
-            key = f"passes.{number}.sampler"
-            kind, _ = _named(key, partial(resolve, name, options, model.prediction))
-            _named(key, partial(check_begins_anywhere, name, kind))
-
-
 def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[str, ...], Usual]:
     """Hash and scale of each adapter, and the steps and guidance to use with them.
 
@@ -206,7 +193,7 @@ def _check_loras(config: GenerateConfig, model: weights.Weights) -> tuple[tuple[
     from rayjobs.diffusion.adapters import fit
 
     paths = [storage.fetch(lora.uri) for lora in config.model.loras]
-    _named("model.loras", lambda: fit.check(paths, model))
+    named("model.loras", lambda: fit.check(paths, model))
     said, known = [], []
     for lora, path in zip(config.model.loras, paths, strict=True):
         file = lora_file(path)
@@ -228,9 +215,9 @@ def _check_controls(config: GenerateConfig, model: weights.Weights) -> tuple[str
     said = []
     for number, control in enumerate(config.controls):
         path = storage.fetch(control.uri)
-        (net,) = _named(f"controls.{number}.uri", partial(files.check, [path], model))
+        (net,) = named(f"controls.{number}.uri", partial(files.check, [path], model))
         followed = _checked_picture(f"controls.{number}", control, open_control)
-        _named(f"controls.{number}.preprocess", partial(check_preprocess, control.preprocess))
+        named(f"controls.{number}.preprocess", partial(check_preprocess, control.preprocess))
         drawn = f" {control.preprocess}" if control.preprocess else ""
         said.append(
             f"{net} x {control.scale:g} {control.start:g}-{control.end:g} {followed}{drawn}"
@@ -247,7 +234,7 @@ def _check_ip_adapters(config: GenerateConfig, model: weights.Weights) -> tuple[
     said = []
     for number, each in enumerate(config.ip_adapters):
         pair = storage.fetch(each.uri), storage.fetch(each.encoder)
-        (net,) = _named(f"ip_adapters.{number}", partial(files.check, [pair], model))
+        (net,) = named(f"ip_adapters.{number}", partial(files.check, [pair], model))
         followed = _checked_picture(f"ip_adapters.{number}", each, open_reference)
         said.append(f"{net} x {each.scale:g} {followed}")
     return tuple(said)
@@ -258,7 +245,7 @@ def _checked_picture(key: str, use: Pictured, opened: Callable[[bytes], object])
     if use.image is None:
         return f"column {use.column}"
     data = storage.read_bytes(use.image)
-    _named(f"{key}.image", partial(opened, data))
+    named(f"{key}.image", partial(opened, data))
     return hashlib.sha256(data).hexdigest()
 
 
@@ -288,7 +275,7 @@ def _with_usual(config: ResolvedConfig, usual: Usual) -> ResolvedConfig:
         guidance = usual.guidance_scale if guidance is None else guidance
     if config.init.uri is not None and not config.parameters.steps:
         weakest = min(config.parameters.strength or (config.init.strength,))
-        _named("init.strength", lambda: check_strength(weakest, steps))
+        named("init.strength", lambda: check_strength(weakest, steps))
     given = {"steps": steps, "guidance_scale": guidance}
     return config.model_copy(update={"sampler": sampler.model_copy(update=given)})
 
@@ -300,13 +287,3 @@ def _warn_of_use(config: ResolvedConfig, usual: Usual) -> None:
     warning = usual.warning(config.sampler.own_steps or usual.steps, guidance)
     if warning is not None:
         print(f"warning: sampler: {warning}", file=sys.stderr)
-
-
-def _named(key: str, check: Callable[[], T]) -> T:
-    """The check's result; an error names the key that is to be changed."""
-    try:
-        return check()
-    except (BadInput, storage.StorageError):
-        raise
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"{key}: {error}") from None

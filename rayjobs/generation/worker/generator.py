@@ -8,6 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from rayjobs import storage
@@ -57,7 +58,7 @@ class RecordGenerator:
         use = bank.fuse(uses) if self.is_fused else bank.use_of(uses)
         sizes = all_sizes_of(config, self.model.default_side)
         warming.warm(self.engine, config.model.compile_cache, sizes)
-        self.passes = tuple(each.asked for each in config.passes)
+        self.passes = tuple(self._pass(each.asked) for each in config.passes)
         self.is_marked = config.output.provenance.watermark
         self.lora_ids = [list(each) for each in use]
         self._changes = self.engine.loras.sampler_changes(use)
@@ -144,9 +145,21 @@ class RecordGenerator:
         while waiting:
             yield ready()
 
+    def _pass(self, each: Pass) -> Pass:
+        """With its own model, if it names one, on this machine and loaded."""
+        if each.model is None:
+            return each
+        path = str(storage.to_local(each.model))
+        self.engine.refiners.load(path)
+        return replace(each, model=path)
+
     def _pass_id(self, each: Pass) -> dict[str, Any]:
         """What of a pass decides pixels, beside the record's own settings."""
-        own = {"scale": each.scale, "strength": each.strength, "via": each.via, **each.own}
+        own = {"scale": each.scale, "strength": each.own_strength, "via": each.via, **each.own}
+        if each.model is not None:
+            own["model_sha256"] = self.engine.refiners.load(each.model).model.sha256
+        if each.denoising_start is not None:
+            own["denoising_start"] = each.denoising_start
         if each.sampler is None:
             return own
         kind, options = resolve(each.sampler, each.sampler_options or {}, self.model.prediction)
