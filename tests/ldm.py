@@ -33,7 +33,9 @@ def tensors(pipeline: Any, open_clip: bool = False) -> Tensors:
     """All weights of a pipeline; of Stable Diffusion 2.x with OpenCLIP's names for its encoder."""
     found = {f"model.diffusion_model.{name}": tensor for name, tensor in _unet(pipeline.unet)}
     found |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(pipeline.vae)}
-    if hasattr(pipeline, "text_encoder_2"):
+    if pipeline.text_encoder is None:
+        found |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.0.model.")
+    elif hasattr(pipeline, "text_encoder_2"):
         found |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.text_model.")
         found |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
     elif open_clip:

@@ -312,9 +312,8 @@ def _following(
     of_first, parts, request = parts.model, parts.of_pass(each), before.request
     width, height = each.size(*size, max(SIZE_MULTIPLE, of_first.vae_scale, parts.model.vae_scale))
     settings = each.settings(request, width, height)
-    own_sampler = type(before.sampler.scheduler).__name__
-    if each.way == "as is" and settings.sampler is None:
-        settings = replace(settings, sampler=own_sampler)
+    if each.way == "as is":
+        settings = _going_on(settings, before, each)
     number = before.number + 1
     span = _span(request, number, settings.strength)
     own = _of_pass(settings, (width, height), span, before.generator, parts)
@@ -324,6 +323,15 @@ def _following(
     if each.way == "as is":
         check_same_schedule(before.sampler.scheduler.config, row.sampler.scheduler.config)
     return row, (width, height)
+
+
+def _going_on(settings: Request, before: Row, each: Pass) -> Request:
+    """A pass's settings with the sampler of the one before, and its steps but for own ones."""
+    names = ["sampler", "sampler_options"]
+    names += [] if each.steps else ["steps", "timesteps", "sigmas"]
+    kept = {name: getattr(before.settings, name) for name in names}
+    kept["sampler"] = kept["sampler"] or type(before.sampler.scheduler).__name__
+    return replace(settings, **kept)
 
 
 def _span(request: Request, number: int, strength: float | None) -> Span:

@@ -45,6 +45,7 @@ REFINER = (
     "is an SDXL refiner, which draws over what another model made; name it as the model of one of "
     "passes, and give a base model here"
 )
+FOLLOWING = "StableDiffusionXLImg2ImgPipeline"
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd": "StableDiffusionPipeline"}
 
 
@@ -73,6 +74,11 @@ class Weights:
     @property
     def family(self) -> str:
         return FAMILIES[self.class_name]
+
+    @property
+    def kind(self) -> str:
+        """Of PARTS: which parts it has."""
+        return "refiner" if self.is_refiner else self.family
 
     @cached_property
     def config_folder(self) -> Path | None:
@@ -106,7 +112,7 @@ class Weights:
         if self.single is None or folder is None:
             return
         read_json(folder / "model_index.json")
-        for name in PARTS[self.family]:
+        for name in PARTS[self.kind]:
             if name.startswith("tokenizer"):
                 check_tokenizer(folder / name)
             else:
@@ -301,7 +307,9 @@ def _single_file(path: Path) -> Weights:
     if told is not None and "prediction_type" not in single.scheduler:
         single = replace(single, scheduler={**single.scheduler, "prediction_type": told})
     names = f"{single.titles} {facts.model_hint(path.stem)}"
-    return Weights(path, PIPELINES[single.family], single, names=names)
+    is_refiner = single.version == "refiner"
+    pipeline = FOLLOWING if is_refiner else PIPELINES[single.family]
+    return Weights(path, pipeline, single, names=names, is_refiner=is_refiner)
 
 
 def _unet_folder(folder: Path) -> Weights:

@@ -33,8 +33,8 @@ class PassConfig(Config):
     """Without it the image's own."""
 
     model: str | None = optional()
-    """Another model that makes it, such as an SDXL refiner: a diffusers folder, local or s3://, or
-    a hub id. The job's LoRAs, controls and IP-Adapters are not for it."""
+    """Another model that makes it, such as an SDXL refiner: a diffusers folder or .safetensors file
+    (local or s3://), or a hub id. The job's LoRAs, controls and IP-Adapters are not for it."""
     denoising_start: float | None = Field(
         default=None, gt=0, lt=1, exclude_if=lambda share: share is None
     )

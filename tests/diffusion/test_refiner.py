@@ -16,6 +16,8 @@ from rayjobs.diffusion.model import Model, load_model
 from rayjobs.diffusion.passes import Pass
 from rayjobs.diffusion.request import Request, Result
 from rayjobs.diffusion.sampler import resolve
+from rayjobs.diffusion.weights import Source
+from tests import ldm
 from tests.families import reference_pipeline, save_inpainting, save_refiner
 
 pytestmark = pytest.mark.model
@@ -41,7 +43,12 @@ def refined(refiner: Path, base: Path, picture: Picture) -> list[Request]:
         {"passes": (replace(expert, guidance_scale=1.0),), "sampler": "heun"},
         {"passes": (expert,), "sampler": "dpmpp_2m", "guidance_scale": 1.0},
         {"passes": (expert,), "init_image": picture(3), "strength": 0.9, "sampler": "ddim"},
-        {"passes": (over,), "sampler": "euler"},
+        {
+            "passes": (
+                replace(over, sampler="ddim"),
+                Pass(model=str(base), denoising_start=0.8, guidance_scale=3.0),
+            )
+        },
         {"passes": (replace(over, via="latent", scale=1.5),), "sampler": "euler"},
         {"passes": (expert, Pass(model=str(base), denoising_start=0.8)), "sampler": "euler"},
     ]
@@ -72,6 +79,7 @@ def reference(base: Path, request: Request, first: Image.Image | None) -> torch.
     ends = [*(each.denoising_start for each in request.passes), None]
     first_of = {"strength": request.strength, "end": ends[0]}
     outputs = ["pil" if each.way == "pixel" else "latent" for each in request.passes] + ["pt"]
+    settings = request
     images = call(base, request, request.init_image, generator, outputs[0], **first_of)
     for number, each in enumerate(request.passes):
         if outputs[number] == "pil":
@@ -82,7 +90,10 @@ def reference(base: Path, request: Request, first: Image.Image | None) -> torch.
             images = torch.nn.functional.interpolate(
                 images, scale_factor=each.scale, mode="bilinear"
             )
+        before = settings
         settings = each.settings(request, None, None)
+        if each.way == "as is":
+            settings = replace(settings, sampler=before.sampler, steps=before.steps)
         span = {"start": each.denoising_start, "end": ends[number + 1]}
         span |= {"strength": settings.strength}
         path = Path(str(each.model))
@@ -182,6 +193,18 @@ def test_what_cannot_be_made_is_refused(
     request = Request(prompt="a", steps=5, passes=(Pass(model=path, **each),))
     (result,) = Engine(tiny, 1).generate([request])
     assert message in str(result.error)
+
+
+def test_a_refiner_s_single_file(refiner: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner)
+    file = str(ldm.save(tmp_path / "refiner.safetensors", ldm.tensors(pipeline)))
+    model = load_model(Source(uri=file, config=str(refiner), follows=True))
+    assert model.is_refiner
+    (encoder,) = model.text_encoders
+    parts = {"unet": model.unet, "vae": model.vae, "text_encoder_2": encoder}
+    for name, part in parts.items():
+        weights = getattr(pipeline, name).state_dict()
+        assert all(torch.equal(t, weights[key]) for key, t in part.state_dict().items())
 
 
 def test_a_refiner_is_no_base(refiner: Path) -> None:

@@ -17,6 +17,8 @@ from rayjobs.diffusion.files.header import Header
 LDM = "model.diffusion_model."
 SD_ENCODER = "cond_stage_model.transformer."
 FIRST_ENCODER, SECOND_ENCODER = "conditioner.embedders.0.", "conditioner.embedders.1."
+REFINER_ENCODER = f"{FIRST_ENCODER}model."
+"""A refiner's one text encoder is the larger one, in the first place."""
 CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an editing (pix2pix)"}
 
 V_KEYS = {"v_pred", "vpred", "v_prediction", "v_parameterization"}
@@ -44,7 +46,7 @@ V_BIAS_STD = 0.09
 BASE_512_STEPS = 875_000
 """Training steps of Stable Diffusion 2.0's file of 512 pixels, which predicts noise."""
 
-Version = Literal["sd1", "sd2", "sdxl", "ssd-1b", "vega", "playground"]
+Version = Literal["sd1", "sd2", "sdxl", "refiner", "ssd-1b", "vega", "playground"]
 # Transformer layers of the deepest attention, by which the distilled SDXLs are known.
 DEPTHS: Mapping[int, Version] = {4: "ssd-1b", 2: "vega"}
 
@@ -90,6 +92,7 @@ class Single:
         """Parts of its family that it lacks."""
         names = ["unet", "vae", "text_encoder", "text_encoder_2"]
         wanted = names if self.family == "sdxl" else names[:3]
+        wanted = ["unet", "vae", "text_encoder_2"] if self.version == "refiner" else wanted
         return [name for name in wanted if name not in self.parts]
 
     def check_config(self, unet: Mapping[str, Any], vae: Mapping[str, Any], source: str) -> None:
@@ -189,7 +192,9 @@ def _parts(names: frozenset[str]) -> frozenset[str]:
     found = {"unet"}
     if has("first_stage_model.decoder.", "vae.decoder."):
         found.add("vae")
-    if has("cond_stage_model.", FIRST_ENCODER):
+    if has(REFINER_ENCODER):
+        found.add("text_encoder_2")
+    elif has("cond_stage_model.", FIRST_ENCODER):
         found.add("text_encoder")
     if has(SECOND_ENCODER):
         found.add("text_encoder_2")
@@ -208,13 +213,10 @@ def _check_unet(header: Header, prefix: str | None, parts: frozenset[str]) -> No
     given = (header.shape(last) or (LATENTS,))[0]
     if given != LATENTS:
         raise ValueError(f"{header.path}: its UNet gives {given} channels, not {LATENTS}")
-    # The refiner's one text encoder is the larger one, in the first place.
-    larger = f"{FIRST_ENCODER}model."
-    is_refiner = any(name.startswith(larger) for name in header.names)
-    if is_refiner or (parts == {"unet"} and _width(header) == 1280):
+    if parts == {"unet"} and _width(header) == 1280:
         raise ValueError(
-            f"{header.path} is an SDXL refiner, which is no base model; give its diffusers "
-            "folder as the model of one of passes"
+            f"{header.path} is an SDXL refiner's UNet alone; give the whole refiner, as the model "
+            "of one of passes"
         )
 
 
@@ -226,6 +228,8 @@ def _channels(header: Header, prefix: str | None) -> int:
 
 def _version(header: Header, prefix: str | None, parts: frozenset[str]) -> Version:
     names = header.names
+    if any(name.startswith(REFINER_ENCODER) for name in names):
+        return "refiner"
     if "edm_mean" in names and "edm_std" in names:
         return "playground"
     xl = "add_embedding.linear_1.weight" if prefix is None else f"{prefix}label_emb.0.0.weight"

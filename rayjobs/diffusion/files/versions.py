@@ -7,6 +7,7 @@ SIDES = {"sd1": 512, "sd2": 512}
 """Pixels by the version of a single file; 1024 of others."""
 CONFIGS = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
     "ssd-1b": "segmind/SSD-1B",
     "vega": "segmind/Segmind-Vega",
     "playground": "playgroundai/playground-v2.5-1024px-aesthetic",

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -90,8 +90,7 @@ def _of_single(weights: Weights, single: Single, dtype: torch.dtype, parts: dict
     # diffusers takes the folder's number of channels: that of the model it was made from.
     if single.prefix != LDM or config != read_json(folder / "unet" / "config.json"):
         parts["unet"] = _load_unet(single, config, folder, dtype)
-    kind: Any = StableDiffusionXLPipeline if weights.family == "sdxl" else StableDiffusionPipeline
-    pipeline = kind.from_single_file(
+    pipeline = getattr(diffusers, weights.class_name).from_single_file(
         str(single.header.path), config=str(folder), dtype=dtype, **parts
     )
     if single.latents:

@@ -5,12 +5,11 @@ Owns what is refused, and what the lock says of passes. Knows nothing of rows.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from rayjobs.dataset.records import canonical_json
-from rayjobs.diffusion.passes import Pass
 from rayjobs.diffusion.weights import Weights, locate
 from rayjobs.generation.config import GenerateConfig
-from rayjobs.generation.passes import PassConfig
 from rayjobs.generation.spec.keys import named
 from rayjobs.models.facts import to_source
 
@@ -27,7 +26,7 @@ def check(config: GenerateConfig, model: Weights) -> tuple[str, ...]:
         after = model
         if each.model is not None:
             after = named(f"{key}.model", partial(_follower, each.model))
-        _check_samplers(f"{key}.sampler", each, config, after)
+        _check_samplers(number, config, after)
         if each.asked.way != "pixel":
             named(f"{key}.model", partial(_check_latents, before, after))
         if each.denoising_start is not None:
@@ -51,12 +50,12 @@ def _follower(uri: str) -> Weights:
     return found
 
 
-def _check_samplers(key: str, each: PassConfig, config: GenerateConfig, model: Weights) -> None:
+def _check_samplers(number: int, config: GenerateConfig, model: Weights) -> None:
     from rayjobs.diffusion.sampler import check_begins_anywhere, resolve
 
-    own = config.parameters.sampler or (config.sampler.name or model.scheduler_name,)
-    options = each.sampler_options or ({} if each.sampler else config.sampler.options)
-    for name in (each.sampler,) if each.sampler else own:
+    key = f"passes.{number}.sampler"
+    for own in config.parameters.sampler or (config.sampler.name or model.scheduler_name,):
+        name, options, _ = _sampled(config, number + 1, own)
         kind, _ = named(key, partial(resolve, name, options, model.prediction))
         named(key, partial(check_begins_anywhere, name, kind))
 
@@ -78,15 +77,27 @@ def _check_handed_over(
     from rayjobs.diffusion.refiner.bank import check_same_schedule
     from rayjobs.diffusion.sampler import Sampler, Span, Steps
 
-    passes: list[Pass | None] = [None, *(each.asked for each in config.passes), None]
+    starts = [None, *(each.denoising_start for each in config.passes), None]
     for name in config.parameters.sampler or (config.sampler.name or before.scheduler_name,):
         made = []
         for at, model in ((number, before), (number + 1, after)):
-            here, following = passes[at], passes[at + 1]
-            start = None if here is None else here.denoising_start
-            end = None if following is None else following.denoising_start
-            num = (here.steps if here else None) or config.sampler.own_steps or model.usual.steps
-            steps = Steps(num, config.sampler.timesteps, config.sampler.sigmas)
-            how = config.sampler.options, model.scheduler, steps, Span(None, start, end)
-            made.append(Sampler(name, *how, torch.Generator()).scheduler.config)
+            sampler, options, own_steps = _sampled(config, at, name)
+            schedule = config.sampler.timesteps, config.sampler.sigmas
+            steps = Steps(own_steps or config.sampler.own_steps or model.usual.steps)
+            steps = steps if own_steps else Steps(steps.num, *schedule)
+            span = Span(None, starts[at], starts[at + 1])
+            drawn = Sampler(sampler, options, model.scheduler, steps, span, torch.Generator())
+            made.append(drawn.scheduler.config)
         check_same_schedule(*made)
+
+
+def _sampled(config: GenerateConfig, number: int, name: str) -> tuple[str, dict[str, Any], int]:
+    """A pass's sampler, its options, and own steps or 0: of those before where it goes on."""
+    job: tuple[str, dict[str, Any], int] = (name, config.sampler.options, 0)
+    found = job
+    for each in config.passes[:number]:
+        sampler, options, steps = job if each.denoising_start is None else found
+        if each.sampler is not None or each.sampler_options is not None:
+            options = each.sampler_options or {}
+        found = each.sampler or sampler, options, each.steps or steps
+    return found
