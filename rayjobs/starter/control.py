@@ -24,8 +24,8 @@ LAYERS = (8, 16, 32)
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 1
-    num_pictures: int = 12_000
-    cycles: tuple[int, ...] = (2_500,)
+    num_pictures: int = 6_000
+    cycles: tuple[int, ...] = (2_600,)
     rate: float = 1e-3
     batch: int = 16
     speechless: float = 0.5
