@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from rayjobs import Engine, Request, load_model
+from rayjobs.diffusion.request import Control
 from rayjobs.diffusion.vae.latents import decode_latents, to_image
 from rayjobs.diffusion.vae.preview import Previewer
+from rayjobs.starter import world
 
 FOLDER = Path(__file__).parent / "pictures"
 CELL, GAP = 96, 4
 PAPER = (250, 250, 250)
+COLOURS = [("red", "white"), ("cyan", "purple"), ("yellow", "black")]
 SHEET = [
     f"a photo of a {colour} {shape} on a {ground} background"
     for shape in ("star", "ring", "heart", "cross")
@@ -53,6 +57,29 @@ def forming(engine: Engine) -> list[Image.Image]:
     return frames
 
 
+def following(engine: Engine) -> Image.Image:
+    """Outlines, and below each three pictures that follow it, of prompts that name no shape."""
+    columns = []
+    for number, shape in enumerate(("star", "heart", "cross", "ring", "diamond", "triangle")):
+        place = list(world.PLACES)[number % len(world.PLACES)]
+        scene = world.Scene("red", shape, "white", place=place)
+        _, cover = world.draw_covered(scene, np.random.default_rng(number))
+        outline = Image.fromarray(world.edges(cover))
+        requests = [
+            Request(
+                prompt=f"a photo of a {colour} figure on a {ground} background",
+                seed=seed,
+                steps=20,
+                controls=(Control(path="starter", image=outline),),
+            )
+            for seed, (colour, ground) in enumerate(COLOURS)
+        ]
+        made = {result.request.seed: result.image for result in engine.generate(requests)}
+        columns.append([outline, *(made[seed] for seed in range(len(COLOURS)))])
+    rows = zip(*columns, strict=True)
+    return grid([picture for row in rows for picture in row], len(columns))
+
+
 def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
     rows = -(-len(pictures) // columns)
     step = CELL + GAP
@@ -66,6 +93,7 @@ def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
 def main() -> None:
     engine = Engine(load_model("starter"), max_rows=8)
     contact_sheet(engine).save(FOLDER / "contact-sheet.webp", quality=85)
+    following(engine).save(FOLDER / "following.webp", quality=85)
     frames = forming(engine)
     durations = [90] * (len(frames) - 1) + [2500]
     frames[0].save(

@@ -20,7 +20,7 @@ KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`")
 MODULE = re.compile(r"`((?:rayjobs|serve|tests|docs|examples|configs)/[\w/.]+)`")
 OVERRIDE = re.compile(r"(?<=[ '])([a-z_]+(?:\.[a-z_]+)+)=")
 NOT_KEYS = re.compile(
-    r"^(rayjobs|serve|http_options|runtime_env|ray|image|modelspec|edm_vpred)\.|\.(py|md|json|jsonl|yaml|txt|jpg|html|toml|csv|caption|png|bin|safetensors)$"
+    r"^(rayjobs|serve|http_options|runtime_env|ray|image|modelspec|edm_vpred)\.|\.(py|md|json|jsonl|yaml|txt|jpg|html|toml|csv|caption|png|bin|safetensors|parquet)$"
 )
 
 

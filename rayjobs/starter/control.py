@@ -24,8 +24,8 @@ LAYERS = (8, 16, 32)
 @dataclass(frozen=True)
 class Recipe:
     seed: int = 1
-    num_pictures: int = 12_000
-    cycles: tuple[int, ...] = (2_500,)
+    num_pictures: int = 6_000
+    cycles: tuple[int, ...] = (2_600, 1_700)
     rate: float = 1e-3
     batch: int = 16
     speechless: float = 0.5
@@ -160,11 +160,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).with_name("model"))
     parser.add_argument("--work", type=Path, default=Path("build/starter"), help="checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; changes the last bits")
-    parser.add_argument("--steps", type=int, default=sum(Recipe.cycles))
+    parser.add_argument("--cycles", type=int, nargs="+", default=Recipe.cycles)
     parser.add_argument("--pictures", type=int, default=Recipe.num_pictures)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(num_pictures=args.pictures, cycles=(args.steps,))
+    recipe = Recipe(num_pictures=args.pictures, cycles=tuple(args.cycles))
     train(args.model, args.out, args.work, recipe)
 
 

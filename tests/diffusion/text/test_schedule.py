@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Request
-from rayjobs.diffusion.row import MAX_TEXTS
+from rayjobs.diffusion.text.said import MAX_TEXTS
 from rayjobs.diffusion.text.schedule import stages
 from rayjobs.diffusion.text.syntax import spoken
 from tests.diffusion.text.test_prompts import encoded, words
