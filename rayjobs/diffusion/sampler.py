@@ -159,7 +159,7 @@ class Sampler:
                 f"sampler {name!r} has no {asked} ({first_line(error)}); "
                 f"ask for {way_out} or another sampler"
             ) from None
-        if (span.strength, span.start) != (None, None):
+        if span != Span():
             check_begins_anywhere(name, sampler_class)
         first, last = span.first(self.scheduler, steps.num), span.last(self.scheduler)
         if last <= first:
