@@ -20,7 +20,8 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.refiner.bank import Refiners
 from rayjobs.diffusion.refiner.network import Network
 from rayjobs.diffusion.request import SIZE_MULTIPLE, Lora, Request, Result
-from rayjobs.diffusion.row import Parts, Row, prepare_row
+from rayjobs.diffusion.rows.preparing import Parts, prepare_row
+from rayjobs.diffusion.rows.row import Row
 from rayjobs.diffusion.vae.latents import decode_latents
 from rayjobs.diffusion.vae.preview import Preview, Previewer
 from rayjobs.diffusion.vae.worker import VaeWorker

@@ -24,7 +24,7 @@ from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.upload import upload
 
 if TYPE_CHECKING:
-    from rayjobs.diffusion.row import Row
+    from rayjobs.diffusion.rows.row import Row
 
 _Asked = tuple[tuple[int, int, int, int], ...]
 """Each row's id, pass, stage and slots."""

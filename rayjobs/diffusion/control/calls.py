@@ -19,7 +19,7 @@ from rayjobs.diffusion.economy.deep import INTRABLOCK
 from rayjobs.diffusion.modules.upload import upload
 
 if TYPE_CHECKING:
-    from rayjobs.diffusion.row import Row
+    from rayjobs.diffusion.rows.row import Row
 
 TAKEN = ("encoder_hidden_states", "added_cond_kwargs")
 """Of the UNet's arguments, those that ControlNets take."""

@@ -20,7 +20,7 @@ from rayjobs.diffusion.modules.replay import Beside
 from rayjobs.diffusion.modules.upload import upload
 
 if TYPE_CHECKING:
-    from rayjobs.diffusion.row import Row
+    from rayjobs.diffusion.rows.row import Row
 
 Group = dict[str, torch.Tensor]
 """Slots that attend to one picture each, of as many tokens: their numbers and scales, and keys and

@@ -18,7 +18,7 @@ from rayjobs.diffusion.modules.upload import Download
 from rayjobs.diffusion.vae.latents import encode_moments, to_image
 
 if TYPE_CHECKING:
-    from rayjobs.diffusion.row import Row
+    from rayjobs.diffusion.rows.row import Row
 
 SWATCHES, CELLS, CELL = 4, 8, 4
 """Pictures of random colours that the map is fitted on: how many, cells a side, latents a cell."""

@@ -21,7 +21,7 @@ from rayjobs.diffusion.modules.side import SideStream
 from rayjobs.diffusion.vae.latents import decode_latents, to_image
 
 if TYPE_CHECKING:
-    from rayjobs.diffusion.row import Row
+    from rayjobs.diffusion.rows.row import Row
 
 Decoded = tuple[torch.Tensor | None, Image]
 NOT_FINITE = "the latents are not finite (NaN or infinity)"

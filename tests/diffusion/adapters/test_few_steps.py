@@ -12,7 +12,8 @@ from rayjobs.diffusion.control.bank import ControlBank
 from rayjobs.diffusion.ip_adapter.bank import IpAdapterBank
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.request import Lora, Request
-from rayjobs.diffusion.row import Parts, Row, prepare_row
+from rayjobs.diffusion.rows.preparing import Parts, prepare_row
+from rayjobs.diffusion.rows.row import Row
 from tests.diffusion.adapters import formats_kohya
 from tests.diffusion.adapters.made import make, write
 

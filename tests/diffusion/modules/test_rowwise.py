@@ -8,7 +8,7 @@ from rayjobs.diffusion.engine import Engine
 from rayjobs.diffusion.model import Model
 from rayjobs.diffusion.modules.rowwise import use_for_activations
 from rayjobs.diffusion.request import Request
-from rayjobs.diffusion.row import Parts, prepare_row
+from rayjobs.diffusion.rows.preparing import Parts, prepare_row
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

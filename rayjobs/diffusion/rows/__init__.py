@@ -1,0 +1,1 @@
+"""Rows of the batch: what each is, and how a request becomes one."""
