@@ -41,7 +41,7 @@ class Package:
 def files(config_path: str, values: dict[str, Any]) -> dict[str, Path]:
     """What a job with these values needs, by its name in the package.
 
-    The code; the starter model where it is used; the configuration; and what it names by a path
+    The code; the starter models where one is used; the configuration; and what it names by a path
     relative to this folder. Absolute paths are taken for those of a file system that nodes share.
     """
     names = {_in_package(path): path for path in _code(uses_starter=STARTER in _places(values))}
@@ -85,7 +85,7 @@ def is_code(name: str) -> bool:
 def _code(uses_starter: bool) -> Iterator[Path]:
     for folder, folders, found in os.walk(CODE):
         is_model = Path(folder) == CODE / STARTER and not uses_starter
-        left_out = (*NOT_CODE, "model") if is_model else NOT_CODE
+        left_out = (*NOT_CODE, "model", "outlines") if is_model else NOT_CODE
         folders[:] = [name for name in folders if name not in left_out]
         yield from (Path(folder, name) for name in found)
 

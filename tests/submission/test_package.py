@@ -48,9 +48,10 @@ def test_what_is_named_is_brought(job: dict[str, Any]) -> None:
 def test_the_code_is_brought_and_the_starter_where_it_is_used(job: dict[str, Any]) -> None:
     names = package.files("job.yaml", job)
     assert {"rayjobs/__main__.py", "rayjobs/reports/page.html"} <= names.keys()
-    assert not [name for name in names if "__pycache__" in name or "starter/model" in name]
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".safetensors")]
     job["model"] = {"uri": "starter"}
-    assert "rayjobs/starter/model/model_index.json" in package.files("job.yaml", job)
+    models = {"rayjobs/starter/model/model_index.json", "rayjobs/starter/outlines/config.json"}
+    assert models <= package.files("job.yaml", job).keys()
 
 
 def test_the_same_files_are_the_same_bytes(job: dict[str, Any], tmp_path: Path) -> None:
