@@ -5,9 +5,9 @@ torch nor ray, because it is read on any machine.
 """
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rayjobs.config import Config
 from rayjobs.models.options import LoadOptions, SourceConfig
@@ -18,8 +18,18 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/*\s]+")
 Kind = Literal["text-to-image", "image-to-image"]
 
 
+def check_name(name: str) -> str:
+    """The name, if it can be part of a URL and is not a path. Raises ValueError."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not a valid name; use letters, digits, . - and _, up to 100")
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
 class ModelConfig(SourceConfig, LoadOptions):
-    name: str
+    name: Name
     """The name that requests use."""
     uri: str
     """`starter`, a diffusers folder or .safetensors file (local or s3://), a hub id, or an export
@@ -29,28 +39,18 @@ class ModelConfig(SourceConfig, LoadOptions):
     hint: str | tuple[str, ...] | None = None
     """An example prompt, or several, shown on the web page."""
 
-    @field_validator("name")
-    @classmethod
-    def _valid_name(cls, name: str) -> str:
-        return check_name(name)
-
 
 class LoraConfig(Config):
-    name: str
+    name: Name
     """The name that requests use."""
     uri: str
     """A safetensors LoRA file, its folder, or an export of `dreambooth`."""
     base: str | None = None
     """The name of the model that it belongs to; without it, any model."""
 
-    @field_validator("name")
-    @classmethod
-    def _valid_name(cls, name: str) -> str:
-        return check_name(name)
-
 
 class ControlConfig(Config):
-    name: str
+    name: Name
     """The name that requests use."""
     uri: str
     """A ControlNet or T2I-Adapter: a diffusers folder of safetensors, local or s3://; or
@@ -58,14 +58,9 @@ class ControlConfig(Config):
     base: str | None = None
     """The name of the model that it is for; without it, any model that it fits."""
 
-    @field_validator("name")
-    @classmethod
-    def _valid_name(cls, name: str) -> str:
-        return check_name(name)
-
 
 class IpAdapterConfig(Config):
-    name: str
+    name: Name
     """The name that requests use."""
     uri: str
     """An IP-Adapter: a safetensors file, local or s3://."""
@@ -73,11 +68,6 @@ class IpAdapterConfig(Config):
     """The image encoder that it was trained with: a folder of config.json and model.safetensors."""
     base: str | None = None
     """The name of the model that it is for; without it, any model that it fits."""
-
-    @field_validator("name")
-    @classmethod
-    def _valid_name(cls, name: str) -> str:
-        return check_name(name)
 
 
 class RegistryConfig(Config):
@@ -302,10 +292,3 @@ class ServeConfig(Config):
                 raise ValueError(f"aliases: {alias!r} is the name of a model or adapter already")
             if name not in names and not self.registry.uri:
                 raise ValueError(f"aliases: {alias} is {name!r}; known are {', '.join(names)}")
-
-
-def check_name(name: str) -> str:
-    """The name, if it can be part of a URL and is not a path. Raises ValueError."""
-    if not NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is not a valid name; use letters, digits, . - and _, up to 100")
-    return name
